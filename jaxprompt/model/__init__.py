@@ -1,0 +1,1 @@
+"""Backbones: the maths, the parameters they own, and the ways weights come in and go out."""

@@ -1,0 +1,407 @@
+"""The T5 family in one ``flax.linen`` module: T5 1.0, 1.1, LM-adapted, Flan, mT5, ByT5, umT5.
+
+Modules own parameters, ``layers.py`` has the maths, and the functions at the end are what the rest
+of the package calls. The parameters are a plain pytree outside the module, layers stacked on axis 0.
+This is the one file that knows Linen's spelling of scan and rematerialisation.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprompt.bank import embed
+from jaxprompt.model import layers
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape and numerics of one T5. Frozen and hashable, so that it can be a static argument."""
+
+    vocab_size: int  # V, rows of the embedding table
+    d_model: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    gated: bool = True  # wi_0 (activated) times wi_1, else a single wi
+    activation: str = "gelu"  # relu | gelu (tanh form) | silu
+    tied: bool = False  # the head is the embedding table transposed
+    scale_output: bool = False  # decoder output times d_model ** -0.5 before the head
+    per_layer_bias: bool = False  # umT5: every layer has its own relative bias
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    dropout: float = 0.0  # applied only where a dropout key is given
+    dtype: str = "float32"  # of activations and matrix products; parameters are cast at use
+    unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
+    remat: bool = False  # recompute each layer in the backward pass
+    decoder_start_id: int = 0
+    pad_id: int = 0
+    eos_id: int = 1
+
+
+class Norm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return layers.rms_norm(x, scale, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of one attention; ``mix`` joins them with the maths."""
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        into, out = (c.d_model, c.num_heads, c.head_dim), (c.num_heads, c.head_dim, c.d_model)
+        normal = nn.initializers.normal
+        self.query = self.param("query", normal((c.d_model * c.head_dim) ** -0.5), into)
+        self.key = self.param("key", normal(c.d_model**-0.5), into)
+        self.value = self.param("value", normal(c.d_model**-0.5), into)
+        self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
+        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,))
+
+    def keys_values(self, x):
+        return _project(x, self.key), _project(x, self.value)
+
+    def mix(self, x, key, value, bias, mask, deterministic):
+        drop = functools.partial(self.dropout, deterministic=deterministic)
+        mixed = layers.attention(_project(x, self.query), key, value, bias, mask, drop)
+        return jnp.einsum("btnh,nhd->btd", mixed, self.out.astype(x.dtype))
+
+
+def _project(x, kernel):
+    return jnp.einsum("bsd,dnh->bsnh", x, kernel.astype(x.dtype))
+
+
+class Mlp(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        c = self.config
+        wide = nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_ff)
+        activation = layers.ACTIVATIONS[c.activation]
+        if c.gated:
+            wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
+            hidden = activation(x @ wi_0.astype(x.dtype)) * (x @ wi_1.astype(x.dtype))
+        else:
+            hidden = activation(x @ self.param("wi", *wide).astype(x.dtype))
+        hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
+        return hidden @ wo.astype(x.dtype)
+
+
+class Shared(NamedTuple):
+    """What all layers of a stack read and none writes."""
+
+    queries: Int[Array, " T"]  # offsets in the row
+    keys: Int[Array, " S"]
+    bias: Float[Array, "1 N T S"] | None  # None: each layer has its own
+    self_mask: Bool[Array, "..."]
+    encoded: Float[Array, "B S D"] | None = None
+    cross_mask: Bool[Array, "..."] | None = None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the decoder; a leading L where layers are stacked."""
+
+    self_key: Float[Array, "*L B T N H"]
+    self_value: Float[Array, "*L B T N H"]
+    cross_key: Float[Array, "*L B S N H"]
+    cross_value: Float[Array, "*L B S N H"]
+
+
+def _bias_table(module, c):
+    shape = (c.buckets, c.num_heads)
+    return module.param("relative_bias", nn.initializers.normal(c.d_model**-0.5), shape)
+
+
+def _bias(table, queries, keys, c, bidirectional):
+    return layers.relative_bias(
+        table, queries, keys, bidirectional=bidirectional, max_distance=c.max_distance
+    )
+
+
+class EncoderLayer(nn.Module):
+    config: T5Config
+    deterministic: bool
+
+    def setup(self):
+        c = self.config
+        self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
+        self.attention, self.mlp = Attention(c), Mlp(c)
+        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        if c.per_layer_bias:
+            self.relative_bias = _bias_table(self, c)
+
+    def __call__(self, x, shared: Shared):
+        bias = shared.bias
+        if bias is None:
+            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, True)
+        y = self.attention_norm(x)
+        key, value = self.attention.keys_values(y)
+        y = self.attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic)), None
+
+
+class DecoderLayer(nn.Module):
+    config: T5Config
+    deterministic: bool
+
+    def setup(self):
+        c = self.config
+        self.self_attention_norm, self.cross_attention_norm = Norm(c.norm_eps), Norm(c.norm_eps)
+        self.self_attention, self.cross_attention = Attention(c), Attention(c)
+        self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(c)
+        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        if c.per_layer_bias:
+            self.relative_bias = _bias_table(self, c)
+
+    def __call__(self, x, cache: LayerCache | None, shared: Shared):
+        bias = shared.bias
+        if bias is None:
+            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, False)
+        y = self.self_attention_norm(x)
+        key, value = self.self_attention.keys_values(y)
+        if cache is None:
+            cross_key, cross_value = self.cross_attention.keys_values(shared.encoded)
+            written = None
+        else:
+            at = (0, shared.queries[0], 0, 0)
+            key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
+            value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
+            cross_key, cross_value = cache.cross_key, cache.cross_value
+            written = (key, value)
+        y = self.self_attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
+        x = x + self.dropout(y)
+        y = self.cross_attention_norm(x)
+        y = self.cross_attention.mix(
+            y, cross_key, cross_value, None, shared.cross_mask, self.deterministic
+        )
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic)), written
+
+
+class Stack(nn.Module):
+    """Scanned layers, final norm and, where the layers share one, the relative bias."""
+
+    config: T5Config
+    layer: type[nn.Module]
+    depth: int
+    deterministic: bool
+
+    def setup(self):
+        c = self.config
+        layer = nn.remat(self.layer, prevent_cse=False) if c.remat else self.layer
+        inputs = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=inputs,
+            length=self.depth,
+            unroll=self.depth if c.unroll else 1,
+        )
+        self.layers = scanned(c, self.deterministic)
+        self.final_norm = Norm(c.norm_eps)
+        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        if not c.per_layer_bias:
+            self.relative_bias = _bias_table(self, c)
+
+    def __call__(self, x, shared: Shared, cache: LayerCache | None = None):
+        bidirectional = self.layer is EncoderLayer
+        if not self.config.per_layer_bias:
+            table = self.relative_bias
+            bias = _bias(table, shared.queries, shared.keys, self.config, bidirectional)
+            shared = shared._replace(bias=bias)
+        x = self.dropout(x)
+        x, written = self.layers(x, shared) if bidirectional else self.layers(x, cache, shared)
+        return self.dropout(self.final_norm(x)), written
+
+
+class TokenEmbedder(nn.Module):
+    config: T5Config
+
+    def setup(self):
+        shape = (self.config.vocab_size, self.config.d_model)
+        self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
+
+    def __call__(self, ids, bank):
+        return embed(ids, self.embedding.astype(self.config.dtype), bank)
+
+
+class T5(nn.Module):
+    config: T5Config
+    deterministic: bool = True
+
+    def setup(self):
+        c = self.config
+        self.token_embedder = TokenEmbedder(c)
+        self.encoder = Stack(c, EncoderLayer, c.num_encoder_layers, self.deterministic)
+        self.decoder = Stack(c, DecoderLayer, c.num_decoder_layers, self.deterministic)
+        if not c.tied:
+            init = nn.initializers.normal(c.d_model**-0.5)
+            self.head = self.param("head", init, (c.d_model, c.vocab_size))
+
+    def encode(self, inputs, segments, bank):
+        offsets = jnp.arange(inputs.shape[1])
+        shared = Shared(offsets, offsets, None, layers.segment_mask(segments, segments))
+        return self.encoder(self.token_embedder(inputs, bank), shared)[0]
+
+    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
+        offsets = jnp.arange(decoder_inputs.shape[1])
+        causal = offsets[None, :] <= offsets[:, None]
+        shared = Shared(
+            offsets,
+            offsets,
+            None,
+            layers.segment_mask(target_segments, target_segments) & causal,
+            encoded,
+            layers.segment_mask(target_segments, input_segments),
+        )
+        return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
+
+    def decode_step(self, cache, input_segments, ids, index, bank):
+        keys = jnp.arange(cache.self_key.shape[2])
+        shared = Shared(
+            index[None],
+            keys,
+            None,
+            (keys <= index)[None, None, None, :],
+            None,
+            (input_segments > 0)[:, None, None, :],
+        )
+        y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
+        return self.logits(y)[:, 0], written
+
+    def logits(self, y):
+        if self.config.scale_output:
+            y = y * self.config.d_model**-0.5
+        table = self.token_embedder.embedding.T if self.config.tied else self.head
+        return jnp.matmul(y, table.astype(y.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, inputs, segments, targets):
+        encoded = self.encode(inputs, segments, None)
+        return self.decode(encoded, segments, targets, jnp.ones_like(targets), None)
+
+
+def init_params(config: T5Config, key: jax.Array) -> Params:
+    """Random parameters with T5's scales (float32): embeddings N(0, 1), everything else by fan-in."""
+    ids = jnp.ones((1, 2), jnp.int32)
+    return T5(config).init({"params": key}, ids, ids, ids)["params"]
+
+
+def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
+    """Shapes and dtypes of all parameters, without allocating any."""
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+_AXES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads", "kv"),
+    "key": ("embed", "heads", "kv"),
+    "value": ("embed", "heads", "kv"),
+    "out": ("heads", "kv", "embed"),
+    "wi": ("embed", "mlp"),
+    "wi_0": ("embed", "mlp"),
+    "wi_1": ("embed", "mlp"),
+    "wo": ("mlp", "embed"),
+    "relative_bias": ("buckets", "heads"),
+    "scale": ("norm",),
+}
+
+
+def logical_axes(config: T5Config) -> dict[str, Any]:
+    """Names of the axes of every parameter, for sharding rules; stacked leaves start with "layers"."""
+
+    def name(path, leaf):
+        axes = _AXES[path[-1].key]
+        return ("layers", *axes) if len(leaf.shape) > len(axes) else axes
+
+    return jax.tree_util.tree_map_with_path(name, abstract_params(config))
+
+
+def _apply(params, config, method, *args, dropout_key=None):
+    module = T5(config, deterministic=dropout_key is None)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return module.apply({"params": params}, *args, rngs=rngs, method=method)
+
+
+def encode(
+    params: Params,
+    bank: Float[Array, "K P D"] | None,
+    config: T5Config,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    *,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B S D"]:
+    """Encoder output for ids that may be virtual; segment 0 is padding, attention stays in segments."""
+    return _apply(params, config, "encode", inputs, segments, bank, dropout_key=dropout_key)
+
+
+def decode(
+    params: Params,
+    bank: Float[Array, "K P D"] | None,
+    config: T5Config,
+    encoded: Float[Array, "B S D"],
+    input_segments: Int[Array, "B S"],
+    decoder_inputs: Int[Array, "B T"],
+    target_segments: Int[Array, "B T"],
+    *,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T V"]:
+    """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right in each segment.
+
+    The head has V columns, so no virtual id can ever be predicted.
+    """
+    args = encoded, input_segments, decoder_inputs, target_segments, bank
+    return _apply(params, config, "decode", *args, dropout_key=dropout_key)
+
+
+def init_cache(
+    params: Params, config: T5Config, encoded: Float[Array, "B S D"], length: int
+) -> LayerCache:
+    """An empty cache for ``length`` decoder positions, with the cross-attention's half filled in.
+
+    One product over the stacked kernels gives all layers at once.
+    """
+    kernels = params["decoder"]["layers"]["cross_attention"]
+    cross_key, cross_value = (
+        jnp.einsum("bsd,ldnh->lbsnh", encoded, kernels[name].astype(encoded.dtype))
+        for name in ("key", "value")
+    )
+    depth, batch = config.num_decoder_layers, encoded.shape[0]
+    shape = (depth, batch, length, config.num_heads, config.head_dim)
+    empty = jnp.zeros(shape, encoded.dtype)
+    return LayerCache(empty, empty, cross_key, cross_value)
+
+
+def decode_step(
+    params: Params,
+    bank: Float[Array, "K P D"] | None,
+    config: T5Config,
+    cache: LayerCache,
+    input_segments: Int[Array, "B S"],
+    ids: Int[Array, " B"],
+    index: Int[Array, ""],
+) -> tuple[Float[Array, "B V"], LayerCache]:
+    """One decoder position: logits after ``ids`` at position ``index``, and the cache with it filled."""
+    args = cache, input_segments, ids, index, bank
+    logits, (key, value) = _apply(params, config, "decode_step", *args)
+    return logits, cache._replace(self_key=key, self_value=value)
