@@ -1,0 +1,77 @@
+"""Meshes and shardings: one device is a mesh of one, a pod slice is a larger mesh, nothing else changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxprompt.config import MeshConfig, UserError
+
+# logical axis of a parameter -> mesh axis; what is not named is replicated
+RULES = {"vocab": "model", "heads": "model", "mlp": "model"}
+
+
+def start(coordinator: str | None = None) -> None:
+    """Join the other processes of a multi-host run; does nothing where there is only one.
+
+    On TPU pods, Slurm and Open MPI JAX finds its peers itself, elsewhere pass ``coordinator``
+    (``host:port``) with JAX's own environment variables. Call before anything touches a device.
+    """
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
+    """A mesh with axes ``data`` and ``model``; a size of -1 takes the devices that are left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "model": config.model}
+    fixed = int(np.prod([size for size in sizes.values() if size > 0]))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
+        raise UserError(f"Mesh {sizes} is not possible; sizes are positive, and one may be -1.")
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise UserError(
+            f"Mesh {sizes} does not cover {len(devices)} device(s); "
+            "set mesh.data and mesh.model so that their product is the number of devices."
+        )
+    # Auto, not Explicit: with explicit axes the embedding gather raises a sharding error
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str | None, ...]], NamedSharding]:
+    """A function from the logical axes of a parameter to its sharding on ``mesh``."""
+    return lambda axes: NamedSharding(mesh, PartitionSpec(*(RULES.get(str(a)) for a in axes)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of prompt, optimizer state and metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Rows of a NumPy batch over the ``data`` axis; each process places only the rows it holds.
+
+    Every process computes the same global batch (a pure function of seed and step), so no host needs
+    to hear from another.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def put(x):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
+    """Refuse a batch size that the ``data`` axis does not divide."""
+    rows = mesh.shape["data"]
+    if batch_size % rows:
+        raise UserError(
+            f"{key} is {batch_size}, which {rows} data-parallel devices do not divide; "
+            f"use a multiple of {rows}."
+        )

@@ -1,0 +1,1 @@
+"""Soft prompts: how they start, how they are tuned, how they are stored."""

@@ -1,0 +1,1 @@
+"""Training: optimizer, step, checkpoints and the loop that owns all state."""
