@@ -1,0 +1,42 @@
+"""Soft prompt tuning of frozen T5 models in JAX.
+
+    import jaxprompt as jp
+    backbone = jp.load_backbone("builtin")
+    prompt = jp.load_prompt("runs/supersense/prompt")
+    jp.predict(prompt, [{"gloss": "a large cat with stripes"}], backbone=backbone)
+
+Names are loaded when they are first used, so that ``import jaxprompt`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxprompt.api import evaluate, inspect, open_session, predict, score
+    from jaxprompt.config import RunConfig, TaskConfig, UserError, load_config
+    from jaxprompt.model.load import Backbone, load_backbone
+    from jaxprompt.prompts.artefact import Prompt, load_prompt, save_peft, save_prompt
+    from jaxprompt.train.loop import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score"),
+    "jaxprompt.config": ("RunConfig", "TaskConfig", "UserError", "load_config"),
+    "jaxprompt.model.load": ("Backbone", "load_backbone"),
+    "jaxprompt.prompts.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
+}
+_HOMES["jaxprompt.train.loop"] = ("train",)
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Backbone", "Prompt", "RunConfig", "TaskConfig", "UserError", "evaluate", "inspect",
+    "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_peft",
+    "save_prompt", "score", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -83,7 +83,7 @@ def label_log_likelihoods(
         label_segments = (targets != config.pad_id).astype(jnp.int32)
         return _score(params, bank, config, encoded, segments, targets, label_segments)
 
-    return jax.lax.map(score, labels).T
+    return jax.lax.map(score, labels, batch_size=8).T
 
 
 def _score(params, bank, config, encoded, segments, targets, target_segments):

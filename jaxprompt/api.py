@@ -1,0 +1,236 @@
+"""Using tuned prompts: load, evaluate, predict, score, inspect. The command line is a thin shell over it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprompt import parallel
+from jaxprompt.bank import virtual_ids
+from jaxprompt.config import TaskConfig, UserError, parse
+from jaxprompt.data.pipeline import Example
+from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.templates import to_text
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.evaluate.analyze import draw_prompt, summarize
+from jaxprompt.evaluate.metrics import majority
+from jaxprompt.evaluate.score import Answers, Model, answer, log_likelihoods, measure
+from jaxprompt.model.load import Backbone, load_backbone
+from jaxprompt.prompts.artefact import Prompt, load_prompt
+
+Progress = Callable[[int], None]
+
+
+class Session(NamedTuple):
+    """A backbone with its tokenizer and, unless it is used bare, one prompt."""
+
+    backbone: Backbone
+    tokenizer: Tokenizer
+    prompt: Prompt | None
+    model: Model
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens before each text."""
+        return 0 if self.prompt is None else len(self.prompt.vectors)
+
+
+def open_session(
+    prompt: str | Path | Prompt | None = None,
+    backbone: str | Backbone | None = None,
+    *,
+    dtype: str = "float32",
+    any_backbone: bool = False,
+) -> Session:
+    """Load a prompt (or none) with its backbone, and refuse a pair that does not belong together.
+
+    ``backbone`` defaults to the one that the prompt records; ``any_backbone`` allows another one of
+    the same width.
+    """
+    if isinstance(prompt, str | Path):
+        prompt = load_prompt(prompt)
+    recorded = {} if prompt is None else prompt.facts.get("backbone", {})
+    if backbone is None:
+        backbone = recorded.get("source")
+    if backbone is None:
+        raise UserError("The prompt does not say which backbone it is for; name it with --backbone.")
+    if isinstance(backbone, str):
+        mesh = parallel.make_mesh()
+        sharding = parallel.parameter_sharding(mesh)
+        backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=True)
+    bank = None
+    if prompt is not None:
+        check_pair(prompt, backbone, any_backbone)
+        bank = jnp.asarray(prompt.vectors)[None]
+    # rows go to one place: prediction batches need not divide the devices
+    model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
+    return Session(backbone, load_tokenizer(backbone.path), prompt, model)
+
+
+def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -> None:
+    """Raise a UserError unless ``prompt`` was tuned on ``backbone`` (known by its fingerprint)."""
+    width = prompt.vectors.shape[1]
+    if width != backbone.config.d_model:
+        raise UserError(
+            f"The prompt has vectors of {width} numbers and {backbone.source} has d_model "
+            f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
+        )
+    recorded = prompt.facts.get("backbone", {})
+    expected = recorded.get("fingerprint")
+    if expected is not None and expected != backbone.fingerprint and not any_backbone:
+        raise UserError(
+            f"The prompt was tuned on {recorded.get('source')!r} with fingerprint {expected} and "
+            f"{backbone.source!r} has {backbone.fingerprint}: other weights; name the right backbone "
+            "with --backbone, or allow this one with --any-backbone."
+        )
+
+
+def prompt_task(
+    prompt: Prompt | None, task: str | dict[str, Any] | TaskConfig | None
+) -> TaskConfig:
+    """The task that is named, else the one that the prompt was tuned on."""
+    if isinstance(task, TaskConfig):
+        return task
+    if task is not None:
+        return resolve_task(task)
+    recorded = None if prompt is None else prompt.facts.get("task")
+    if recorded is None:
+        raise UserError("The prompt does not say which task it is for; name one with --task.")
+    return parse(TaskConfig, recorded, "task.")
+
+
+def answer_rows(
+    session: Session,
+    task: TaskConfig,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 64,
+    progress: Progress = lambda rows: None,
+) -> Answers:
+    """Predictions for rows with the columns that the task's template names."""
+    examples = tokenize(
+        task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
+        need_targets=False,
+    )  # fmt: skip
+    return answer(
+        session.model, task, examples, session.tokenizer, batch_size=batch_size, progress=progress
+    )
+
+
+def predict(
+    prompt: str | Path | Prompt | Session | None,
+    rows: Sequence[dict[str, Any]],
+    *,
+    backbone: str | Backbone | None = None,
+    task: str | dict[str, Any] | TaskConfig | None = None,
+    batch_size: int = 64,
+) -> list[dict[str, Any]]:
+    """``{"prediction": text, "scores": {label: log-likelihood}}`` for each row.
+
+    Tasks without labels have no scores. Pass a :class:`Session` to load the backbone only once.
+    """
+    session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
+    chosen = prompt_task(session.prompt, task)
+    return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size))
+
+
+def rows_of(task: TaskConfig, answers: Answers) -> list[dict[str, Any]]:
+    """Answers as JSON-ready rows."""
+    if answers.scores is None or task.labels is None:
+        return [{"prediction": text} for text in answers.predictions]
+    return [
+        {
+            "prediction": text,
+            "scores": dict(zip(task.labels, map(float, scores), strict=True)),
+        }
+        for text, scores in zip(answers.predictions, answers.scores, strict=True)
+    ]
+
+
+def evaluate(
+    prompt: str | Path | Prompt | Session | None,
+    *,
+    backbone: str | Backbone | None = None,
+    task: str | dict[str, Any] | TaskConfig | None = None,
+    data: str | None = None,
+    split: str = "validation",
+    batch_size: int = 64,
+    progress: Progress = lambda rows: None,
+) -> dict[str, Any]:
+    """The task's metrics on one of its splits, or on a file ``data`` with the task's columns."""
+    session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
+    chosen = prompt_task(session.prompt, task)
+    name = data if data is not None else getattr(chosen, split)
+    if name is None:
+        raise UserError(f"Task {chosen.name!r} has no {split} split; give a file with --data.")
+    rows = read_rows(None if data is not None else chosen.source, name)
+    references = [str(to_text(chosen, row)[1]) for row in rows]
+    answers = answer_rows(session, chosen, rows, batch_size=batch_size, progress=progress)
+    return {
+        "task": chosen.name,
+        "data": data if data is not None else split,
+        "rows": len(rows),
+        "metrics": measure(chosen, answers.predictions, references),
+        "majority": majority(chosen.metrics[0], references, chosen.labels),
+        "backbone": session.backbone.source,
+        "prompt_length": session.length,
+    }
+
+
+def score(
+    session: Session,
+    pairs: Sequence[dict[str, str]],
+    *,
+    max_input_length: int = 512,
+    batch_size: int = 64,
+    progress: Progress = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """log p(target | prompt, input) in nats, EOS included, for rows ``{"input", "target"}``."""
+    tokenizer = session.tokenizer
+    virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
+
+    def ids(text: str, limit: int | None = None) -> list[int]:
+        pieces = tokenizer.encode(text)
+        return [*(pieces if limit is None else pieces[: limit - 1]), tokenizer.eos_id]
+
+    examples = [
+        Example(
+            np.concatenate([virtual, np.array(ids(pair["input"], max_input_length), np.int32)]),
+            np.array(ids(pair["target"]), np.int32),
+        )
+        for pair in pairs
+    ]
+    values = log_likelihoods(
+        session.model, examples, batch_size=batch_size, progress=progress
+    )
+    return [
+        {"log_likelihood": float(value), "tokens": len(example.targets)}
+        for value, example in zip(values, examples, strict=True)
+    ]
+
+
+def inspect(
+    session: Session, *, nearest: int = 5, figure: str | Path | None = None
+) -> dict[str, Any]:
+    """Nearest words, norms and similarities of the session's prompt; ``figure`` draws them (.png)."""
+    if session.prompt is None:
+        raise UserError("There is no prompt to inspect.")
+    tokenizer, vectors = session.tokenizer, session.prompt.vectors
+    report = summarize(
+        vectors,
+        session.backbone.params["token_embedder"]["embedding"],
+        pieces=min(tokenizer.size, session.backbone.config.vocab_size),
+        word=functools.partial(_word, tokenizer),
+        count=nearest,
+    )
+    if figure is not None:
+        draw_prompt(report, vectors, Path(figure))
+    return report
+
+
+def _word(tokenizer: Tokenizer, id: int) -> str:
+    return tokenizer.piece(id)

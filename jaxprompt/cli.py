@@ -1,0 +1,188 @@
+"""``jaxprompt train | eval | predict | score | inspect``.
+
+Machine output goes to standard output or a file, everything a person watches to standard error.
+A user's mistake is one sentence and exit code 2. Heavy libraries are imported by the command that
+needs them, so that ``--help`` answers at once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxprompt.config import UserError, load_config
+
+app = typer.Typer(
+    help="Soft prompt tuning of frozen T5 models in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(help="hub id, directory, T5X checkpoint or 'builtin'; default: the prompt's own"),
+]
+TaskOption = Annotated[str | None, typer.Option(help="a built-in task; default: the prompt's own")]
+BatchOption = Annotated[int, typer.Option(min=1, help="rows in a batch")]
+PromptArgument = Annotated[Path, typer.Argument(help="artefact, PEFT adapter or .npy")]
+AnyBackbone = Annotated[bool, typer.Option(help="allow other weights of the same width")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
+    ] = None,
+) -> None:
+    """Tune a prompt, or go on with the run in its output directory."""
+    run = load_config(config, overrides or [])
+    from jaxprompt.progress import Bar, show_result
+    from jaxprompt.train.loop import train as run_training
+
+    with Bar("training", run.train.steps) as bar:
+        result = run_training(run, bar)
+    show_result(result)
+    print(json.dumps(result))
+
+
+@app.command("eval")
+def evaluate(
+    prompt: Annotated[Path | None, typer.Argument(help="prompt; none: the bare backbone")] = None,
+    task: TaskOption = None,
+    data: Annotated[str | None, typer.Option(help="a file with the task's columns")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "validation",
+    backbone: BackboneOption = None,
+    batch_size: BatchOption = 64,
+    any_backbone: AnyBackbone = False,
+) -> None:
+    """Metrics of a prompt as one JSON object."""
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"--split is {split!r}; allowed are train, validation and test.")
+    from jaxprompt import api
+    from jaxprompt.progress import Bar
+
+    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    with Bar("evaluating", 0) as bar:
+        bar.total = None
+        report = api.evaluate(
+            session, task=task, data=data, split=split, batch_size=batch_size, progress=bar.advance
+        )
+    print(json.dumps(report))
+
+
+@app.command()
+def predict(
+    prompt: PromptArgument,
+    input: Annotated[Path, typer.Option(help="rows with the task's columns (.jsonl .csv ...)")],
+    output: Annotated[Path, typer.Option(help="rows with a prediction each (.jsonl)")],
+    task: TaskOption = None,
+    backbone: BackboneOption = None,
+    batch_size: BatchOption = 64,
+    any_backbone: AnyBackbone = False,
+) -> None:
+    """Answer every row of a file."""
+    from jaxprompt import api
+    from jaxprompt.data.sources import read_rows
+    from jaxprompt.progress import Bar
+
+    rows = read_rows(None, str(input))
+    check_output(output)
+    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    chosen = api.prompt_task(session.prompt, task)
+    with Bar("predicting", len(rows)) as bar:
+        answers = api.answer_rows(
+            session, chosen, rows, batch_size=batch_size, progress=bar.advance
+        )
+    write_rows(
+        output,
+        [{**row, **found} for row, found in zip(rows, api.rows_of(chosen, answers), strict=True)],
+    )
+
+
+@app.command()
+def score(
+    input: Annotated[Path, typer.Option(help='rows {"input": ..., "target": ...}')],
+    output: Annotated[Path, typer.Option(help="rows with log_likelihood and tokens (.jsonl)")],
+    prompt: Annotated[Path | None, typer.Option(help="artefact, PEFT adapter or .npy")] = None,
+    backbone: BackboneOption = None,
+    max_input_length: Annotated[int, typer.Option(min=1, help="text tokens with EOS")] = 512,
+    batch_size: BatchOption = 64,
+    any_backbone: AnyBackbone = False,
+) -> None:
+    """Log-likelihood of targets given inputs."""
+    from jaxprompt import api
+    from jaxprompt.data.sources import read_rows
+    from jaxprompt.progress import Bar
+
+    pairs = read_rows(None, str(input))
+    for number, pair in enumerate(pairs):
+        wrong = [name for name in ("input", "target") if not isinstance(pair.get(name), str)]
+        if wrong:
+            raise UserError(
+                f"Row {number} of {input} has no text in {wrong[0]!r}; it has {sorted(pair)}, and "
+                "'input' and 'target' are needed."
+            )
+    check_output(output)
+    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    with Bar("scoring", len(pairs)) as bar:
+        rows = api.score(
+            session,
+            pairs,
+            max_input_length=max_input_length,
+            batch_size=batch_size,
+            progress=bar.advance,
+        )
+    write_rows(output, rows)
+
+
+@app.command()
+def inspect(
+    prompt: PromptArgument,
+    backbone: BackboneOption = None,
+    nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
+    figure: Annotated[Path | None, typer.Option(help="also draw a .png")] = None,
+    any_backbone: AnyBackbone = False,
+) -> None:
+    """Nearest words, norms and similarities of a prompt's vectors, as one JSON object."""
+    from jaxprompt import api
+
+    if figure is not None:
+        check_output(figure)
+    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    print(json.dumps(api.inspect(session, nearest=nearest, figure=figure), ensure_ascii=False))
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that cannot be written before any work is done."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{str(path)!r} cannot be written: its directory must exist, it must be a file.")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines; a crash leaves no half file."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Entry point: turns a user's mistake into one sentence and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, section 7)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Neighbours(NamedTuple):
+    """The vocabulary rows nearest to each vector by cosine, best first."""
+
+    ids: Int[np.ndarray, "P n"]
+    cosines: Float[np.ndarray, "P n"]
+
+
+def nearest_words(
+    vectors: Float[np.ndarray, "P D"], table: Float[Array, "V D"], *, pieces: int, count: int = 5
+) -> Neighbours:
+    """The ``count`` nearest of the first ``pieces`` rows of the table, by cosine as in the paper."""
+    words = jnp.asarray(table[:pieces], jnp.float32)
+    cosines = _unit(jnp.asarray(vectors)) @ _unit(words).T
+    best, ids = jax.lax.top_k(cosines, min(count, pieces))
+    return Neighbours(np.asarray(ids), np.asarray(best))
+
+
+def similarities(vectors: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "P P"]:
+    """Cosine similarity of every pair of prompt vectors."""
+    unit = np.asarray(_unit(jnp.asarray(vectors)))
+    return unit @ unit.T
+
+
+def _unit(rows):
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def summarize(
+    vectors: Float[np.ndarray, "P D"],
+    table: Float[Array, "V D"],
+    *,
+    pieces: int,
+    word: Callable[[int], str],
+    count: int = 5,
+) -> dict[str, Any]:
+    """A JSON-ready report: per vector its norm and nearest words, and summaries over all of them."""
+    near = nearest_words(vectors, table, pieces=pieces, count=count)
+    norms = np.linalg.norm(vectors, axis=-1)
+    words = np.asarray(jnp.linalg.norm(jnp.asarray(table[:pieces], jnp.float32), axis=-1))
+    pairs = similarities(vectors)
+    off_diagonal = pairs[~np.eye(len(pairs), dtype=bool)]
+    return {
+        "length": len(vectors),
+        "norm": {"mean": float(norms.mean()), "std": float(norms.std())},
+        "vocabulary_norm": {"mean": float(words.mean()), "std": float(words.std())},
+        "similarity": {
+            "mean": float(off_diagonal.mean()) if off_diagonal.size else 1.0,
+            "max": float(off_diagonal.max()) if off_diagonal.size else 1.0,
+        },
+        "vectors": [
+            {
+                "norm": float(norm),
+                "nearest": [
+                    {"word": word(int(i)), "cosine": float(c)}
+                    for i, c in zip(ids, cosines, strict=True)
+                ],
+            }
+            for norm, ids, cosines in zip(norms, near.ids, near.cosines, strict=True)
+        ],
+    }
+
+
+def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path: Path) -> None:
+    """A figure: norms beside the vocabulary's, and the similarity of every pair of vectors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    norms = [vector["norm"] for vector in report["vectors"]]
+    left.bar(range(len(norms)), norms, color="tab:blue", label="prompt vectors")
+    mean = report["vocabulary_norm"]["mean"]
+    left.axhline(mean, color="tab:orange", label="mean of the vocabulary")
+    left.set(xlabel="position in the prompt", ylabel="Euclidean norm", title="Norms")
+    left.legend()
+    image = right.imshow(similarities(vectors), vmin=-1, vmax=1, cmap="RdBu_r")
+    right.set(xlabel="position", ylabel="position", title="Cosine similarity of the vectors")
+    figure.colorbar(image, ax=right)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], metric: str, majority: float, path: Path) -> None:
+    """A figure of a run: training loss and validation metric against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    if losses:
+        left.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=1)
+    left.set(xlabel="step", ylabel="nats a target token", title="Training loss")
+    key = f"validation/{metric}"
+    scores = [(row["step"], row[key]) for row in rows if key in row]
+    if scores:
+        right.plot(*zip(*scores, strict=True), marker="o", color="tab:green", label=metric)
+    right.axhline(majority, color="tab:gray", linestyle="--", label="majority class")
+    right.set(xlabel="step", ylabel=metric, ylim=(0, 1), title=f"Validation {metric}")
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,145 @@
+"""From a model and tokenized examples to answers and figures.
+
+A task with labels is answered by rank classification: the input is encoded once, every label is
+scored by the likelihood of its whole token sequence (EOS included), the best one wins. A task without
+labels is answered by greedy generation.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.pipeline import Example, evaluation_batches
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.evaluate.metrics import METRICS
+from jaxprompt.model import generate, t5
+
+
+class Model(NamedTuple):
+    """What answers: parameters, prompts and the placement of batches."""
+
+    params: t5.Params
+    bank: Float[Array, "K P D"] | None
+    config: t5.T5Config
+    put: Callable[[Any], Any]  # NumPy batch -> global arrays, see parallel.put_batch
+
+
+class Answers(NamedTuple):
+    """One prediction a row and, for rank classification, the log-likelihoods of all labels."""
+
+    predictions: list[str]
+    scores: Float[np.ndarray, "n C"] | None
+
+
+def answer(
+    model: Model,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Answers:
+    """Answers in the order of ``examples``; ``progress`` hears how many rows each batch finished."""
+    if task.labels is None:
+
+        def run(batch):
+            return generate.greedy(
+                model.params, model.bank, model.config, batch.inputs, batch.input_segments,
+                task.max_target_length,
+            )  # fmt: skip
+
+        ids = _in_order(model, examples, batch_size, run, progress)
+        return Answers([tokenizer.decode(row) for row in ids], None)
+    labels = label_ids(task.labels, tokenizer)
+
+    def run(batch):
+        return generate.label_log_likelihoods(
+            model.params, model.bank, model.config, batch.inputs, batch.input_segments, labels
+        )
+
+    scores = _in_order(model, examples, batch_size, run, progress)
+    return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
+
+
+def log_likelihoods(
+    model: Model, examples: Sequence[Example], *, batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Float[np.ndarray, " n"]:  # fmt: skip
+    """log p(target | input) of each example, in nats, EOS included."""
+
+    def run(batch):
+        return generate.log_likelihood(
+            model.params, model.bank, model.config, batch.inputs, batch.input_segments,
+            batch.targets, batch.target_segments,
+        )  # fmt: skip
+
+    return _in_order(model, examples, batch_size, run, progress)
+
+
+def evaluate(
+    model: Model,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    references: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, float]:
+    """The task's metrics, each a fraction."""
+    answers = answer(
+        model, task, examples, tokenizer, batch_size=batch_size, progress=progress
+    )
+    return measure(task, answers.predictions, references)
+
+
+def measure(
+    task: TaskConfig, predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """The metrics that the task names."""
+    unknown = [name for name in task.metrics if name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"Task {task.name!r} asks for metric {unknown[0]!r}; known are {', '.join(METRICS)}."
+        )
+    return {
+        name: METRICS[name](list(predictions), list(references), task.labels)
+        for name in task.metrics
+    }
+
+
+def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, "C T"]:
+    """Ids of each label with EOS, zero-padded to the longest."""
+    rows = [[*tokenizer.encode(label), tokenizer.eos_id] for label in labels]
+    width = max(map(len, rows))
+    return np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+
+
+def _in_order(model, examples, batch_size, run, progress) -> np.ndarray:
+    """``run`` over length-sorted batches, results back in the order of the examples.
+
+    The next batch is dispatched before the last one's result is fetched.
+    """
+    results: list[np.ndarray] = [np.empty(0)] * len(examples)
+
+    def collect(numbers, output):
+        output = np.asarray(jax.device_get(output))
+        for number, row in zip(numbers, output, strict=True):
+            if number >= 0:
+                results[number] = row
+        progress(int((numbers >= 0).sum()))
+
+    waiting = None
+    for batch, numbers in evaluation_batches(examples, batch_size=batch_size):
+        output = run(model.put(batch))
+        if waiting is not None:
+            collect(*waiting)
+        waiting = numbers, output
+    if waiting is not None:
+        collect(*waiting)
+    return np.stack(results) if results else np.empty((0, 0))

@@ -1,0 +1,81 @@
+"""What a person watches: a bar with rates on standard error, or plain lines where it is no terminal."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINES_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """Progress of a known amount of work; use it as a context manager."""
+
+    def __init__(self, title: str, total: int):
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.title, self.total, self.last, self.done = title, total, time.monotonic(), 0
+        self.begin: tuple[float, int] | None = None
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[rates]}")]  # fmt: skip
+        self.progress = Progress(*columns, console=self.console, disable=not self.live)
+        self.task = self.progress.add_task(title, total=total, rates="")
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays above the bar."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, done: int, rates: dict[str, float]) -> None:
+        """``done`` units in all are complete."""
+        self.done = done
+        now = time.monotonic()
+        if self.begin is None:
+            self.begin = now, done
+        text = "  ".join(f"{_short(name)} {_number(value)}" for name, value in rates.items())
+        self.progress.update(self.task, completed=done, rates=text)
+        if not self.live and (now - self.last >= LINES_EVERY or done == self.total):
+            self.last = now
+            speed = (done - self.begin[1]) / max(now - self.begin[0], 1e-9)
+            left = f"  {(self.total - done) / speed:.0f} s left" if speed > 0 else ""
+            self.say(f"{self.title} {done}/{self.total}  {text}{left}")
+
+    def advance(self, units: int) -> None:
+        """``units`` more are complete."""
+        self.step(self.done + units, {})
+
+
+def _short(name: str) -> str:
+    return {"examples_per_second": "examples/s", "tokens_per_second": "tokens/s"}.get(name, name)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+
+
+def show_result(result: dict) -> None:
+    """A short table of a finished run on standard error."""
+    name = f"{result['task']}: {result['metric']}"
+    table = Table(title=f"{name} on {result['rows']} validation rows")
+    table.add_column("")
+    table.add_column(result["metric"], justify="right")
+    tuned = "soft prompt" if result["prompt"] else "full fine-tuning"
+    size = f"{result['trainable_parameters']:,} trained parameters"
+    table.add_row("majority class", f"{result['majority']:.3f}")
+    table.add_row("backbone without tuning", f"{result['untuned']:.3f}")
+    table.add_row(f"{tuned} ({size})", f"{result['value']:.3f}")
+    if "test" in result:
+        table.add_row(f"{tuned}, test split", f"{result['test'][result['metric']]:.3f}")
+    Console(stderr=True).print(table)
+    where = result["prompt"] or result["model"]
+    Console(stderr=True).print(
+        f"{result['steps']} steps in {result['seconds']:.0f} s; tuned weights: {where}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip

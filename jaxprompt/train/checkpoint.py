@@ -1,0 +1,56 @@
+"""Checkpoints of a run: the method's tree, the optimizer and the step. The only file that knows orbax.
+
+The backbone is never copied: it is recorded by source and fingerprint in the run's files. The data
+position is the step, and random keys are pure functions of seed and step.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxprompt.config import UserError
+
+
+class Checkpoints:
+    """The checkpoints in one directory; the newest ``keep`` are kept."""
+
+    def __init__(self, path: Path, keep: int):
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            path.absolute(), preservation_policy=policy
+        )
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half there."""
+        if self.latest_step() == step:
+            return
+        self._checkpointer.save_checkpointables(step, {"state": state, "progress": progress})
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, with the shapes, dtypes and shardings of ``like``, and its progress."""
+        step = self.latest_step()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        try:
+            loaded = self._checkpointer.load_checkpointables(
+                step, {"state": abstract, "progress": None}
+            )
+        except (ValueError, OSError, KeyError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"Checkpoint {step} cannot be read ({problem}); delete its folder to go on from an "
+                "earlier one, or the run directory to start again."
+            ) from None
+        return loaded["state"], loaded["progress"]
+
+    def close(self) -> None:
+        """Wait for writes and release the directory."""
+        self._checkpointer.close()

@@ -1,0 +1,96 @@
+"""What a run writes besides checkpoints: its config, ``metrics.jsonl``, TensorBoard, ``result.json``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxprompt.config import RunConfig, UserError, dump_yaml, read_yaml
+
+# settings that a run may change when it goes on
+FREE = {"output", "train.tensorboard", "train.keep", "train.eval_batch_size", "mesh.data", "mesh.model"}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content: a crash leaves the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make the run directory, or check that the run in it has the same settings and may go on."""
+    folder = Path(config.output)
+    file = folder / "config.yaml"
+    if file.is_file():
+        old = _flat(read_yaml(file.read_text(), str(file)))
+        new = _flat(yaml.safe_load(dump_yaml(config)))
+        free = set(FREE)
+        if config.train.schedule in ("constant", "rsqrt"):
+            free.add("train.steps")  # these schedules do not depend on the number of steps
+        changed = [
+            f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+            for key in sorted({*old, *new} - free)
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                "choose another output, or delete that directory to start again."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"Output {str(folder)!r} exists and is not a run; choose another output.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, dump_yaml(config))
+    except OSError as error:
+        raise UserError(f"Output {str(folder)!r} cannot be written: {error.strerror}.") from None
+    return folder
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {k: v for name, inner in values.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+
+
+class Logbook:
+    """Appends rows to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go away."""
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool):
+        self.path = folder / "metrics.jsonl"
+        self.rows = [row for row in _read_rows(self.path) if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = self.path.open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            purge = step + 1 if step else None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row; it has a ``step``, and every other number becomes a curve."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if self._board is not None and name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a killed run may be half there
+            break
+    return rows

@@ -1,0 +1,328 @@
+"""A run from top to bottom: backbone, data, prompt, steps, evaluations, checkpoints, result."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprompt import parallel
+from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.data.pipeline import Example, training_batches
+from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.templates import to_text
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.evaluate.analyze import draw_curves
+from jaxprompt.evaluate.metrics import majority
+from jaxprompt.evaluate.score import Model, evaluate
+from jaxprompt.model import t5
+from jaxprompt.model.load import Backbone, load_backbone, save_hf
+from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, save_prompt
+from jaxprompt.prompts.init import initial_prompt
+from jaxprompt.prompts.methods import METHODS
+from jaxprompt.train.checkpoint import Checkpoints
+from jaxprompt.train.logbook import Logbook, open_run, write_atomically
+from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.step import TrainState, init_state, make_train_step
+
+LOG_EVERY = 10  # steps between rows of metrics.jsonl
+
+
+class Split(NamedTuple):
+    """Tokenized rows and the answers to compare predictions with."""
+
+    examples: Sequence[Example]
+    references: list[str]
+
+
+class Silent:
+    """A reporter that shows nothing; ``progress.py`` has the one that draws a bar."""
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+
+    def step(self, done: int, rates: dict[str, float]) -> None:
+        """``done`` steps are complete."""
+
+
+def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
+    """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
+
+    Killed at any moment and called again, it ends with a bit-identical prompt: batch k is a pure
+    function of seed and k, and so is all randomness.
+    """
+    reporter = reporter or Silent()
+    method, settings = METHODS[config.method], config.train
+    task = resolve_task(config.task)
+    folder = open_run(config)
+    if (folder / "result.json").is_file():
+        result = json.loads((folder / "result.json").read_text())
+        if result["steps"] >= settings.steps or result["stopped_early"]:
+            reporter.say(f"{folder} is complete; delete it to start again.")
+            return result
+
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
+    parallel.check_batch_size(settings.eval_batch_size, mesh, "train.eval_batch_size")
+    reporter.say(f"loading {config.backbone}")
+    backbone = load_backbone(
+        config.backbone,
+        dtype=config.model.dtype,
+        sharding=parallel.parameter_sharding(mesh),
+        dropout=config.model.dropout,
+        unroll=config.model.unroll,
+        remat=config.model.remat,
+    )
+    tokenizer = load_tokenizer(backbone.path)
+
+    length = config.prompt.length if method.uses_prompt else 0
+    limit = settings.eval_rows
+
+    def split(name: str | None, rows: int | None = None, prompt_length: int = length) -> Split:
+        return load_split(task, name, tokenizer, backbone, prompt_length, rows)
+
+    training, validation = split(task.train), split(task.validation, limit)
+    if not training.examples:
+        raise UserError(f"Task {task.name!r} has no training rows.")
+    reporter.say(
+        f"task {task.name}: {len(training.examples)} training rows, "
+        f"{len(validation.examples)} validation rows"
+    )
+
+    prompts = np.zeros((1, 0, backbone.config.d_model), np.float32)
+    if method.uses_prompt:
+        start = initial_prompt(
+            config.prompt,
+            backbone.params["token_embedder"]["embedding"],
+            encode=tokenizer.encode,
+            special_ids=tokenizer.special_ids,
+            pieces=min(tokenizer.size, backbone.config.vocab_size),
+            labels=task.labels,
+            seed=settings.seed,
+            from_file=lambda path: load_prompt(path).vectors,
+        )
+        prompts = start[None]
+    optimizer = per_prompt(make_optimizer(settings))
+    state = init_state(method, optimizer, backbone.params, prompts)
+    state = jax.device_put(state, parallel.replicated(mesh))
+    train_step = make_train_step(
+        backbone.config, method, optimizer, seed=settings.seed, z_loss=settings.z_loss
+    )
+
+    def measure(params, bank, on: Split) -> dict[str, float]:
+        model = Model(params, bank, backbone.config, lambda batch: parallel.put_batch(batch, mesh))
+        return evaluate(
+            model, task, on.examples, on.references, tokenizer, batch_size=settings.eval_batch_size
+        )
+
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    metric = task.metrics[0]
+    done, progress = 0, {"best": -math.inf, "best_step": -1, "stale": 0, "seconds": 0.0}
+    if checkpoints.latest_step() is not None:
+        state, progress = checkpoints.restore(state)
+        done = int(state.step)
+        reporter.say(f"going on from step {done}")
+    logbook = Logbook(folder, done, tensorboard=settings.tensorboard)
+    if done == 0:
+        plain = split(task.validation, limit, prompt_length=0)
+        untuned = measure(backbone.params, None, plain)[metric]
+        majority_score = majority(task.metrics[0], validation.references, task.labels)
+        progress |= {"untuned": untuned, "majority": majority_score}
+        logbook.write({"step": 0, f"untuned/{metric}": untuned, "majority": majority_score})
+        checkpoints.save(0, state, progress)
+
+    batches = training_batches(
+        training.examples,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start=done,
+        window=settings.length_window,
+    )
+    clock = Clock(progress["seconds"])
+    stopped = bool(settings.patience and progress["stale"] >= settings.patience)
+    pending = None  # the losses of the step before, fetched while the next one runs
+    while done < settings.steps and not stopped:
+        batch = next(batches)
+        state, losses = train_step(state, backbone.params, parallel.put_batch(batch, mesh))
+        done += 1
+        clock.count(batch)
+        if pending is not None:
+            _log(pending, logbook, reporter, clock, progress, metric)
+        pending = done, losses
+        evaluating = done % settings.evaluate_every == 0 or done == settings.steps
+        saving = done % settings.checkpoint_every == 0 or done == settings.steps
+        if not (evaluating or saving):
+            continue
+        _log(pending, logbook, reporter, clock, progress, metric)
+        pending = None
+        if evaluating:
+            scores = measure(*method.apply(state.tree, backbone.params), validation)
+            logbook.write({"step": done, **{f"validation/{k}": v for k, v in scores.items()}})
+            better = scores[metric] > progress["best"]
+            progress["stale"] = 0 if better else progress["stale"] + 1
+            if better:
+                progress |= {"best": scores[metric], "best_step": done}
+                facts = _facts(config, task, backbone, scores, done, len(validation.examples))
+                save_tuned(folder, method.uses_prompt, state, backbone, facts)
+            reporter.say(f"step {done}: validation {metric} {scores[metric]:.4f}")
+            stopped = bool(settings.patience and progress["stale"] >= settings.patience)
+        if saving or stopped:
+            progress["seconds"] = clock.seconds()
+            checkpoints.save(done, state, progress)
+
+    result = {
+        "task": task.name,
+        "method": config.method,
+        "metric": metric,
+        "value": progress["best"],
+        "majority": progress["majority"],
+        "untuned": progress["untuned"],
+        "rows": len(validation.examples),
+        "best_step": progress["best_step"],
+        "steps": done,
+        "stopped_early": stopped,
+        "seconds": round(clock.seconds(), 3),
+        "examples_per_second": round(done * settings.batch_size / max(clock.seconds(), 1e-9), 3),
+        "trainable_parameters": sum(x.size for x in jax.tree.leaves(state.tree)),
+        "frozen_parameters": sum(x.size for x in jax.tree.leaves(backbone.params))
+        if method.uses_prompt
+        else 0,
+        "prompt": str(folder / "prompt") if method.uses_prompt else None,
+        "model": None if method.uses_prompt else str(folder / "model"),
+    }
+    if task.test:
+        params, bank = backbone.params, None
+        if method.uses_prompt:
+            bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
+        else:
+            params = load_backbone(str(folder / "model"), dtype=config.model.dtype).params
+        result["test"] = measure(params, bank, split(task.test, limit))
+    draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    logbook.close()
+    checkpoints.close()
+    return result
+
+
+class Clock:
+    """Training time of a run over all its starts, and throughput of this one."""
+
+    def __init__(self, earlier: float):
+        self.earlier, self.start = earlier, time.monotonic()
+        self.examples = self.tokens = 0
+        self.first: float | None = None  # after the first step, so that compilation does not count
+
+    def count(self, batch) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+            return
+        self.examples += len(batch.inputs)
+        self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.start
+
+    def rates(self) -> dict[str, float]:
+        passed = max(time.monotonic() - (self.first or self.start), 1e-9)
+        return {
+            "examples_per_second": round(self.examples / passed, 2),
+            "tokens_per_second": round(self.tokens / passed, 1),
+        }
+
+
+def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: str) -> None:
+    step, losses = pending
+    loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} at step {step}; lower train.learning_rate, or use "
+            "model.dtype=float32. The checkpoint before it is intact."
+        )
+    rates = clock.rates()
+    if step % LOG_EVERY == 0:
+        logbook.write({"step": step, "loss": loss, "token_accuracy": accuracy, **rates})
+    best = {} if progress["best_step"] < 0 else {f"best {metric}": progress["best"]}
+    reporter.step(step, {"loss": loss, **best, **rates})
+
+
+def load_split(
+    task: TaskConfig,
+    split: str | None,
+    tokenizer: Tokenizer,
+    backbone: Backbone,
+    prompt_length: int,
+    limit: int | None = None,
+) -> Split:
+    """Read, template and tokenize one split of a task; at most ``limit`` rows, evenly spaced."""
+    if split is None:
+        raise UserError(
+            f"Task {task.name!r} names no such split; give task.train and task.validation."
+        )
+    rows = read_rows(task.source, split)
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
+    examples = tokenize(task, rows, tokenizer, prompt_length, backbone.config.vocab_size)
+    return Split(examples, [str(to_text(task, row)[1]) for row in rows])
+
+
+def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
+    import flax
+
+    import jaxprompt
+
+    shape = backbone.config
+    return {
+        "backbone": {
+            "source": config.backbone,
+            "fingerprint": backbone.fingerprint,
+            "d_model": shape.d_model,
+            "vocab_size": shape.vocab_size,
+            "num_layers": shape.num_encoder_layers,
+            "num_heads": shape.num_heads,
+        },
+        "task": task.model_dump(),
+        "method": config.method,
+        "metrics": scores,
+        "rows": rows,
+        "step": step,
+        "seed": config.train.seed,
+        "config": config.model_dump(),
+        "versions": {
+            "jaxprompt": jaxprompt.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        },
+    }
+
+
+def save_tuned(
+    folder: Path, uses_prompt: bool, state: TrainState, backbone: Backbone, facts: dict[str, Any]
+) -> None:
+    """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory."""
+    if jax.process_index() != 0:
+        return
+    if uses_prompt:
+        vectors = np.asarray(jax.device_get(state.tree["prompt"]))[0]
+        save_prompt(folder / "prompt", Prompt(vectors, facts))
+        return
+
+    def write(path: Path) -> None:
+        params: t5.Params = jax.tree.map(lambda x: x[0], state.tree)
+        save_hf(path, backbone.config, params)
+        source = Path(backbone.path)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "spiece.model", "added_tokens.json"):  # fmt: skip
+            if (source / name).is_file():
+                shutil.copyfile(source / name, path / name)
+        (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    replace_directory(folder / "model", write)
+
+
+Reporter = Callable[..., Any]

@@ -1,0 +1,113 @@
+"""The train step: pure, jitted once, over a mesh; gradients for the method's tree and nothing else."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxprompt.data.pipeline import Batch
+from jaxprompt.model import t5
+from jaxprompt.model.layers import shift_right
+from jaxprompt.prompts.methods import Method
+
+
+class TrainState(NamedTuple):
+    """All that training changes: kilobytes for a prompt."""
+
+    step: Int[Array, ""]
+    tree: Any
+    optimizer: Any
+
+
+class Losses(NamedTuple):
+    """Per-prompt results of a step, each [K]."""
+
+    loss: Float[Array, " K"]  # mean negative log-likelihood of a target token, in nats
+    accuracy: Float[Array, " K"]  # share of target tokens that are the argmax
+
+
+def batch_losses(
+    params: t5.Params,
+    bank: Float[Array, "K P D"] | None,
+    config: t5.T5Config,
+    batch: Batch,
+    *,
+    prompts: int,
+    z_loss: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Float[Array, ""], Losses]:
+    """The objective (the sum over prompts of each prompt's own mean) and what it is made of.
+
+    A prompt's mean is over its own target tokens, so its gradient does not depend on what else
+    shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
+    """
+    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    encoded = t5.encode(
+        params, bank, config, batch.inputs, batch.input_segments, dropout_key=keys[0]
+    )
+    decoder_inputs = shift_right(batch.targets, batch.target_segments, config.decoder_start_id)
+    logits = t5.decode(
+        params, bank, config, encoded, batch.input_segments, decoder_inputs,
+        batch.target_segments, dropout_key=keys[1],
+    )  # fmt: skip
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    nll = log_z - picked
+    right = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
+
+    def mean(values):
+        owner = batch.target_prompts.reshape(-1)
+        weights = batch.loss_weights.reshape(-1)
+        add = functools.partial(jax.ops.segment_sum, segment_ids=owner, num_segments=prompts)
+        return add(values.reshape(-1) * weights) / jnp.maximum(add(weights), 1.0)
+
+    losses = Losses(mean(nll), mean(right))
+    return jnp.sum(losses.loss + z_loss * mean(jnp.square(log_z))), losses
+
+
+def make_train_step(
+    config: t5.T5Config,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, t5.Params, Batch], tuple[TrainState, Losses]]:
+    """A jitted ``(state, params, batch) -> (state, losses)``; the state's buffers are donated.
+
+    Dropout keys are a pure function of seed and step, so a resumed run needs no random state.
+    """
+
+    def objective(tree, params, batch, key):
+        params, bank = method.apply(tree, params)
+        prompts = jax.tree.leaves(tree)[0].shape[0]
+        return batch_losses(
+            params, bank, config, batch, prompts=prompts, z_loss=z_loss, dropout_key=key
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, params, batch):
+        key = None
+        if config.dropout > 0:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, losses = jax.grad(objective, has_aux=True)(state.tree, params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.tree)
+        tree = optax.apply_updates(state.tree, updates)
+        return TrainState(state.step + 1, tree, opt_state), losses
+
+    return train_step
+
+
+def init_state(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    params: t5.Params,
+    prompts: Float[Any, "K P D"],
+) -> TrainState:
+    """The state before step 0."""
+    tree = method.init(params, prompts)
+    return TrainState(jnp.int32(0), tree, optimizer.init(tree))

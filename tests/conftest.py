@@ -1,0 +1,24 @@
+"""Four virtual CPU devices, and the tiny models that the tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from jaxprompt.model import t5  # noqa: E402
+
+TINY = t5.T5Config(
+    vocab_size=61, d_model=16, num_heads=3, head_dim=4, d_ff=24,
+    num_encoder_layers=3, num_decoder_layers=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A random T5 1.1 with logits of order 1: (config, parameters)."""
+    return TINY, jax.jit(t5.init_params, static_argnums=0)(TINY, jax.random.key(0))

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt.model import layers
+
+
+def test_buckets_of_a_bidirectional_stack():
+    """32 buckets to distance 128: 8 exact ones a side, then logarithmic (T5, section 2.1)."""
+    offsets = jnp.array([0, 1, 7, 8, 127, 128, 5000, -1, -7, -8, -127, -5000])
+    got = layers.relative_buckets(offsets, bidirectional=True, buckets=32, max_distance=128)
+    np.testing.assert_array_equal(got, [0, 17, 23, 24, 31, 31, 31, 1, 7, 8, 15, 15])
+
+
+def test_buckets_of_a_causal_stack_see_only_the_past():
+    offsets = jnp.array([0, 1, 9, -1, -15, -16, -127, -5000])
+    got = layers.relative_buckets(offsets, bidirectional=False, buckets=32, max_distance=128)
+    np.testing.assert_array_equal(got, [0, 0, 0, 1, 15, 16, 31, 31])
+
+
+def test_buckets_never_decrease_with_distance():
+    distances = jnp.arange(0, 600)
+    got = layers.relative_buckets(-distances, bidirectional=False, buckets=32, max_distance=128)
+    assert (np.diff(got) >= 0).all() and got.max() == 31
+
+
+def test_rms_norm_has_unit_mean_square_and_keeps_the_dtype():
+    x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 64))
+    normed = layers.rms_norm(x, jnp.ones(64), 1e-6)
+    np.testing.assert_allclose(jnp.mean(normed**2, axis=-1), 1.0, rtol=1e-5)
+    assert layers.rms_norm(x.astype(jnp.bfloat16), jnp.ones(64), 1e-6).dtype == jnp.bfloat16
+
+
+def test_attention_ignores_what_the_mask_hides():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (1, 5, 2, 4)) for k in keys)
+    mask = layers.segment_mask(jnp.array([[1, 1, 2, 2, 0]]), jnp.array([[1, 1, 2, 2, 0]]))
+    whole = layers.attention(query, key, value, None, mask)
+    first = layers.attention(
+        query[:, :2], key[:, :2], value[:, :2], None, jnp.ones((1, 1, 2, 2), bool)
+    )
+    np.testing.assert_allclose(whole[:, :2], first, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(whole).all()  # the padding query sees nothing and must not become NaN
+
+
+def test_shift_right_starts_each_segment():
+    targets = jnp.array([[7, 8, 1, 9, 1, 0]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+    np.testing.assert_array_equal(
+        layers.shift_right(targets, segments, 0), [[0, 7, 8, 0, 9, 0]]
+    )
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_are_zero_at_zero_and_grow(name):
+    x = jnp.array([0.0, 1.0, 2.0])
+    y = layers.ACTIVATIONS[name](x)
+    assert y[0] == 0 and y[1] < y[2]

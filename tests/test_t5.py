@@ -1,0 +1,146 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt.model import t5
+from jaxprompt.model.layers import shift_right
+
+VARIANTS = {
+    "1.1": {},
+    "1.0": {"gated": False, "activation": "relu", "tied": True, "scale_output": True},
+    "umT5": {"per_layer_bias": True},
+}
+
+
+def make(tiny, name):
+    config = dataclasses.replace(tiny[0], **VARIANTS[name])
+    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(1))
+    return config, params
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def forward(params, bank, config, inputs, segments, targets, target_segments):
+    encoded = t5.encode(params, bank, config, inputs, segments)
+    decoder_inputs = shift_right(targets, target_segments, config.decoder_start_id)
+    return t5.decode(params, bank, config, encoded, segments, decoder_inputs, target_segments)
+
+
+def batch(seed=0, virtual=4):
+    rng = np.random.default_rng(seed)
+    inputs = rng.integers(3, 61 + virtual, (3, 11)).astype(np.int32)
+    targets = rng.integers(3, 61, (3, 6)).astype(np.int32)
+    segments, target_segments = np.ones_like(inputs), np.ones_like(targets)
+    segments[1, 7:], target_segments[2, 4:] = 0, 0
+    return inputs * (segments > 0), segments, targets * (target_segments > 0), target_segments
+
+
+def bank(prompts=1):
+    return jax.random.normal(jax.random.key(7), (prompts, 4, 16))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decoding_equals_teacher_forcing(tiny, name):
+    config, params = make(tiny, name)
+    inputs, segments, targets, target_segments = batch()
+    target_segments = np.ones_like(target_segments)
+    whole = forward(params, bank(), config, inputs, segments, targets, target_segments)
+    encoded = t5.encode(params, bank(), config, inputs, segments)
+    cache = t5.init_cache(params, config, encoded, 6)
+    step = jax.jit(functools.partial(t5.decode_step, params, bank(), config))
+    ids = shift_right(jnp.asarray(targets), jnp.asarray(target_segments), 0)
+    for index in range(6):
+        logits, cache = step(cache, segments, ids[:, index], jnp.int32(index))
+        np.testing.assert_allclose(logits, whole[:, index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_unrolled_and_rematerialised_layers_change_nothing(tiny, name):
+    config, params = make(tiny, name)
+    plain = forward(params, bank(), config, *batch())
+    other = dataclasses.replace(config, unroll=True, remat=True)
+    np.testing.assert_allclose(
+        plain, forward(params, bank(), other, *batch()), rtol=1e-5, atol=1e-6
+    )
+    assert jax.tree.structure(t5.abstract_params(other)) == jax.tree.structure(params)
+
+
+def test_packed_rows_equal_rows_of_their_own(tiny):
+    """Two examples with a prompt each in one row, against one example a row."""
+    config, params = tiny
+    prompts = bank(prompts=2)
+    first, second = [61, 62, 63, 64, 9, 8, 1], [65, 66, 67, 68, 7, 1]
+    answers = [4, 1], [5, 6, 1]
+    alone = [
+        forward(
+            params, prompts, config, np.array([ids]), np.ones((1, len(ids)), int),
+            np.array([answer]), np.ones((1, len(answer)), int),
+        )[0]
+        for ids, answer in zip((first, second), answers, strict=True)
+    ]  # fmt: skip
+    packed = forward(
+        params, prompts, config,
+        np.array([first + second + [0, 0]]), np.array([[1] * 7 + [2] * 6 + [0] * 2]),
+        np.array([answers[0] + answers[1] + [0]]), np.array([[1] * 2 + [2] * 3 + [0]]),
+    )[0]  # fmt: skip
+    np.testing.assert_allclose(packed[:2], alone[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(packed[2:5], alone[1], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing(tiny):
+    config, params = tiny
+    inputs, segments, targets, target_segments = batch()
+    pad = lambda x: np.pad(x, ((0, 0), (0, 5)))
+    short = forward(params, bank(), config, inputs, segments, targets, target_segments)
+    long = forward(
+        params, bank(), config, pad(inputs), pad(segments), pad(targets), pad(target_segments)
+    )
+    real = target_segments > 0
+    np.testing.assert_allclose(
+        np.asarray(short)[real], np.asarray(long)[:, :6][real], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_rows_with_different_prompts_do_not_see_each_other(tiny):
+    config, params = tiny
+    inputs, segments, targets, target_segments = batch(virtual=0)
+    inputs[0, :4], inputs[1, :4] = range(61, 65), range(65, 69)
+    prompts = bank(prompts=2)
+    both = forward(params, prompts, config, inputs, segments, targets, target_segments)
+    changed = prompts.at[1].add(1.0)
+    other = forward(params, changed, config, inputs, segments, targets, target_segments)
+    np.testing.assert_array_equal(both[0], other[0])
+    assert np.abs(np.asarray(both[1] - other[1])).max() > 1e-3
+
+
+def test_the_head_has_no_column_for_virtual_tokens(tiny):
+    config, params = tiny
+    assert forward(params, bank(), config, *batch()).shape[-1] == config.vocab_size
+
+
+def test_dropout_needs_a_key_and_is_a_function_of_it(tiny):
+    config, params = dataclasses.replace(tiny[0], dropout=0.3), tiny[1]
+    inputs, segments, _, _ = batch()
+    run = lambda key: np.asarray(t5.encode(params, bank(), config, inputs, segments, dropout_key=key))
+    np.testing.assert_array_equal(run(None), run(None))
+    np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert np.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 1e-3
+
+
+def test_every_parameter_has_logical_axes_of_its_rank(tiny):
+    for name in VARIANTS:
+        config = dataclasses.replace(tiny[0], **VARIANTS[name])
+        shapes, axes = t5.abstract_params(config), t5.logical_axes(config)
+        ranks = jax.tree.map(lambda s, a: len(s.shape) == len(a), shapes, axes)
+        assert all(jax.tree.leaves(ranks))
+
+
+def test_bfloat16_stays_close_and_returns_float32(tiny):
+    config, params = tiny
+    half = dataclasses.replace(config, dtype="bfloat16")
+    exact, rough = (forward(params, bank(), c, *batch()) for c in (config, half))
+    assert rough.dtype == jnp.float32
+    assert np.abs(np.asarray(exact - rough)).max() < 0.05 * np.abs(np.asarray(exact)).max()
