@@ -1,0 +1,92 @@
+"""From a name to a place on disk: built-in backbone, directory, T5X checkpoint or hub id."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxprompt.config import UserError
+
+_SMALL = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.model"),
+)
+# In order of preference; only the first form that a repository has is downloaded.
+_WEIGHTS = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    ("flax_model.msgpack",),
+)
+_HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+
+
+def resolve(name: str) -> str:
+    """The directory (or gs:// URL) of a backbone, downloaded if it has to be; UserError if none."""
+    if name == "builtin":
+        return str(Path(__file__).parent.parent / "builtin" / "backbone")
+    if name.startswith("gs://"):
+        return name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_parent_of_checkpoints(path)
+        return str(path)
+    if path.exists():
+        raise UserError(
+            f"{name} is a file; name the directory that holds config.json and the weights"
+        )
+    if not _HUB_ID.fullmatch(name) or name[0] in "./~":
+        raise UserError(
+            f"there is no directory {name}; a backbone is a directory, a T5X checkpoint, a hub id "
+            "such as google/t5-base-lm-adapt, or builtin"
+        )
+    return _download(name)
+
+
+def _refuse_parent_of_checkpoints(path: Path) -> None:
+    steps = sorted(p.name for p in path.glob("checkpoint_*") if p.is_dir())
+    if steps and not (path / "config.json").exists():
+        raise UserError(f"{path} holds checkpoints ({', '.join(steps[-3:])}); name one of them")
+
+
+def weight_patterns(files: Iterable[str]) -> tuple[str, ...]:
+    """The patterns of the preferred weight format among ``files`` of a repository; () if none."""
+    files = set(files)
+    return next((patterns for patterns in _WEIGHTS if patterns[0] in files), ())
+
+
+def _download(name: str) -> str:
+    try:
+        import huggingface_hub
+        from httpx import HTTPError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        )
+    except ImportError as error:
+        raise UserError(
+            f"{name} is no directory, and hub ids need the package huggingface_hub"
+        ) from error
+
+    # LocalEntryNotFoundError: neither reachable nor in the cache
+    unreachable = (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, OSError)
+    try:
+        try:
+            patterns = weight_patterns(huggingface_hub.list_repo_files(name))
+            if not patterns:
+                raise UserError(
+                    f"the hub's {name} holds no weights in a form that can be read here"
+                )
+        except HfHubHTTPError:
+            raise
+        except unreachable:  # then only what an earlier download left in the cache can be had
+            return huggingface_hub.snapshot_download(name, local_files_only=True)
+        return huggingface_hub.snapshot_download(name, allow_patterns=[*_SMALL, *patterns])
+    except UserError:
+        raise
+    except (HfHubHTTPError, *unreachable, ValueError) as error:
+        raise UserError(
+            f"there is no directory {name}, and as a hub id it cannot be downloaded "
+            f"({type(error).__name__}); check the spelling and the network, or name a directory"
+        ) from error

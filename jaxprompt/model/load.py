@@ -1,0 +1,246 @@
+"""Real weights in and out: ``load_backbone``, ``save_hf`` and a backbone's fingerprint.
+
+The work is done leaf by leaf: a stacked leaf [L, ...] is allocated once in the target dtype and
+filled one tensor of the file at a time, so that a host never holds more than the final parameters
+and the largest tensor. With a sharding, each device's slice alone is read.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxprompt.config import UserError
+from jaxprompt.model import hf, hub, t5x
+from jaxprompt.model.safetensors_file import Output, write_sharded
+from jaxprompt.model.t5 import Params, T5Config, logical_axes
+from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
+
+ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
+LOAD_DTYPES = ("float32", "bfloat16")
+_SAMPLES = 4096
+
+
+class Backbone(NamedTuple):
+    """A frozen T5: nothing ever writes ``params``."""
+
+    config: T5Config
+    params: Params
+    source: str  # as the user named it
+    fingerprint: str
+    path: Path | str  # directory that holds the tokenizer, or the source where there is none
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    sharding: ShardingRule | None = None,
+    dropout: float = 0.0,
+    unroll: bool = False,
+    remat: bool = False,
+    config: str | Path | None = None,
+) -> Backbone:
+    """Load a T5 from a Hugging Face directory or hub id, a T5X checkpoint, or "builtin".
+
+    dtype: of parameters and computation, "float32" or "bfloat16".
+    sharding: maps the logical axes of a leaf to where it lives; None is the default device.
+    config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
+    are read as one).
+    Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
+    """
+    name = str(name_or_path)
+    if dtype not in LOAD_DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
+    location = hub.resolve(name)
+    found, tensors, leaves = _open(location, None if config is None else Path(config))
+    settings = replace(found, dtype=dtype, dropout=dropout, unroll=unroll, remat=remat)
+    sizes = _sizes(settings)
+    check(leaves, tensors, sizes)
+    axes = logical_axes(settings)
+    params: Params = {}
+    for leaf in leaves:
+        rule = None if sharding is None else sharding(_at(axes, leaf.path))
+        *parents, last = leaf.path
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
+    path = name if location.startswith("gs://") else Path(location)
+    return Backbone(settings, params, name, fingerprint(params), path)
+
+
+def _open(
+    location: str, config_path: Path | None
+) -> tuple[T5Config, dict[str, Tensor], list[Leaf]]:
+    """Config, unread tensors and the map between them, for whatever lies at ``location``."""
+    if t5x.is_t5x(location):
+        tensors = t5x.read_t5x(location)
+        beside = None if location.startswith("gs://") else Path(location) / "config.json"
+        if config_path is None and beside is not None and beside.is_file():
+            config_path = beside
+        if config_path is None:
+            config = t5x.infer_config(location, tensors)
+        else:
+            config = hf.config_from_json(config_path, tied=t5x.is_tied(tensors))
+        return config, tensors, t5x.leaves(config, tensors)
+    directory = Path(location)
+    config_path = config_path or directory / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{config_path} is missing; a backbone needs its config.json")
+    raw, flax = hf.open_checkpoint(directory)
+    tensors, tied = hf.tidy(raw, flax)
+    config = hf.config_from_json(config_path, tied=tied)
+    leaves = hf.leaves(config)
+    return config, tensors, [hf.flax_leaf(leaf) for leaf in leaves] if flax else leaves
+
+
+def _sizes(config: T5Config) -> dict[str, int]:
+    """Sizes of the axis letters; the two depths under the names of their stacks."""
+    return {
+        "V": config.vocab_size,
+        "D": config.d_model,
+        "N": config.num_heads,
+        "H": config.head_dim,
+        "F": config.d_ff,
+        "R": config.buckets,
+        "encoder": config.num_encoder_layers,
+        "decoder": config.num_decoder_layers,
+    }
+
+
+def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _load_leaf(
+    leaf: Leaf,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    here = layer_sizes(leaf, sizes)
+    shape = tuple(here[letter] for letter in leaf.axes)
+
+    def read(index: Index) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        out = _aligned([stop - start for start, stop in bounds], dtype)
+        fill(leaf, tensors, sizes, index, out)
+        return out
+
+    if sharding is None:
+        # a leaf that only this function knows may be adopted by the device instead of copied
+        return jax.device_put(read(tuple(slice(0, n) for n in shape)), may_alias=True)
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _aligned(shape: list[int], dtype: np.dtype, to: int = 64) -> np.ndarray:
+    """An empty array whose start is aligned as XLA's CPU backend wants it to use it in place."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + to, np.uint8)
+    start = -raw.ctypes.data % to
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def fingerprint(params: Params) -> str:
+    """16 hex digits that tell backbones apart, whatever file format and dtype they came from.
+
+    SHA-256 over path, shape and at most 4096 evenly strided values of each leaf, rounded to
+    bfloat16: constant work a leaf, also where leaves are sharded over devices.
+    """
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    samples = _sample([leaf for _, leaf in leaves])
+    for (path, leaf), sample in zip(leaves, samples, strict=True):
+        name = "/".join(str(key.key) for key in path)
+        digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(sample).view(np.uint16).astype("<u2").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(leaves: list[Any]) -> list[np.ndarray]:
+    """At most ``_SAMPLES`` values of each leaf as bfloat16, gathered where the leaf lives."""
+    taken: list[Any] = [None] * len(leaves)
+    remote = []
+    for i, leaf in enumerate(leaves):
+        if _on_host(leaf):
+            taken[i] = np.asarray(leaf)[_strided(leaf.shape)].astype(ml_dtypes.bfloat16)
+        else:
+            remote.append(i)
+    if remote:
+        gathered = _gather([leaves[i] for i in remote])
+        for i, values in zip(remote, gathered, strict=True):
+            taken[i] = np.asarray(values)
+    return taken
+
+
+def _on_host(leaf: Any) -> bool:
+    """Whether NumPy can see the values without a copy of the leaf."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+
+
+def _strided(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    size = math.prod(shape)
+    count = min(_SAMPLES, size)
+    return np.unravel_index(np.arange(count, dtype=np.int64) * size // max(count, 1), shape)
+
+
+def _gather(leaves: list[jax.Array]) -> list[jax.Array]:
+    def take(leaves):
+        return [leaf[_strided(leaf.shape)].astype(jnp.bfloat16) for leaf in leaves]
+
+    mesh = getattr(leaves[0].sharding, "mesh", None)
+    if mesh is None:
+        return jax.jit(take)(leaves)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(take, out_shardings=everywhere)(leaves)
+
+
+def save_hf(
+    path: str | Path, config: T5Config, params: Params, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write config.json and safetensors that transformers reads, in the dtype of ``params``.
+
+    Above ``max_shard_bytes`` the weights are split over several files with an index. The tokenizer
+    is not part of the parameters: copy its files beside them.
+    """
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    outputs = [out for leaf in hf.leaves(config) for out in _outputs(leaf, config, params)]
+    write_sharded(directory, outputs, max_bytes=max_shard_bytes)
+    described = hf.config_to_json(config, outputs[0].dtype.name)
+    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _outputs(leaf: Leaf, config: T5Config, params: Params) -> list[Output]:
+    array = _at(params, leaf.path)
+    sizes = layer_sizes(leaf, _sizes(config))
+    layered = leaf.axes[0] == "L"
+    axes = leaf.axes[1:] if layered else leaf.axes
+    outputs = []
+    for layer, piece in enumerate(leaf.pieces):
+        groups = piece.axes.split()
+        shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+        order = [axes.index(a) for a in "".join(groups)]
+        values = partial(_values, array, layer if layered else None, order, shape)
+        outputs.append(Output(piece.name, shape, np.dtype(array.dtype), values))
+    return outputs
+
+
+def _values(array: Any, layer: int | None, order: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    part = np.asarray(array if layer is None else array[layer])
+    return part.transpose(order).reshape(shape)
