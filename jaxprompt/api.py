@@ -57,7 +57,9 @@ def open_session(
     if backbone is None:
         backbone = recorded.get("source")
     if backbone is None:
-        raise UserError("The prompt does not say which backbone it is for; name it with --backbone.")
+        raise UserError(
+            "The prompt does not say which backbone it is for; name it with --backbone."
+        )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
         sharding = parallel.parameter_sharding(mesh)
@@ -204,9 +206,7 @@ def score(
         )
         for pair in pairs
     ]
-    values = log_likelihoods(
-        session.model, examples, batch_size=batch_size, progress=progress
-    )
+    values = log_likelihoods(session.model, examples, batch_size=batch_size, progress=progress)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}
         for value, example in zip(values, examples, strict=True)

@@ -161,7 +161,9 @@ def inspect(
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written before any work is done."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{str(path)!r} cannot be written: its directory must exist, it must be a file.")
+        raise UserError(
+            f"{str(path)!r} cannot be written: its directory must exist, it must be a file."
+        )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -34,7 +34,9 @@ class TaskConfig(_Schema):
     train: str | None = None  # a file, or the name of a split where there is a source
     validation: str | None = None
     test: str | None = None
-    template: str  # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
+    template: (
+        str  # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
+    )
     target: str = "{label}"
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
@@ -162,7 +164,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"Override {override!r} must have the form key=value, e.g. train.steps=100.")
+        raise UserError(
+            f"Override {override!r} must have the form key=value, e.g. train.steps=100."
+        )
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)

@@ -47,9 +47,7 @@ def test_attention_ignores_what_the_mask_hides():
 def test_shift_right_starts_each_segment():
     targets = jnp.array([[7, 8, 1, 9, 1, 0]])
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    np.testing.assert_array_equal(
-        layers.shift_right(targets, segments, 0), [[0, 7, 8, 0, 9, 0]]
-    )
+    np.testing.assert_array_equal(layers.shift_right(targets, segments, 0), [[0, 7, 8, 0, 9, 0]])
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)

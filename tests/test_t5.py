@@ -124,7 +124,9 @@ def test_the_head_has_no_column_for_virtual_tokens(tiny):
 def test_dropout_needs_a_key_and_is_a_function_of_it(tiny):
     config, params = dataclasses.replace(tiny[0], dropout=0.3), tiny[1]
     inputs, segments, _, _ = batch()
-    run = lambda key: np.asarray(t5.encode(params, bank(), config, inputs, segments, dropout_key=key))
+    run = lambda key: np.asarray(
+        t5.encode(params, bank(), config, inputs, segments, dropout_key=key)
+    )
     np.testing.assert_array_equal(run(None), run(None))
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert np.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 1e-3

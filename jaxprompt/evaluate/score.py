@@ -92,9 +92,7 @@ def evaluate(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, float]:
     """The task's metrics, each a fraction."""
-    answers = answer(
-        model, task, examples, tokenizer, batch_size=batch_size, progress=progress
-    )
+    answers = answer(model, task, examples, tokenizer, batch_size=batch_size, progress=progress)
     return measure(task, answers.predictions, references)
 
 

@@ -88,8 +88,6 @@ def label_log_likelihoods(
 
 def _score(params, bank, config, encoded, segments, targets, target_segments):
     decoder_inputs = shift_right(targets, target_segments, config.decoder_start_id)
-    logits = t5.decode(
-        params, bank, config, encoded, segments, decoder_inputs, target_segments
-    )
+    logits = t5.decode(params, bank, config, encoded, segments, decoder_inputs, target_segments)
     tokens = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return jnp.sum(tokens * (target_segments > 0), axis=-1)

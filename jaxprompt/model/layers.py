@@ -72,9 +72,7 @@ def relative_bias(
     return jnp.take(table, numbers, axis=0).transpose(2, 0, 1)[None]
 
 
-def segment_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"]
-) -> Bool[Array, "B 1 T S"]:
+def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
     """True where query and key belong to the same segment; segment 0 is padding and sees nothing."""
     same = queries[:, :, None] == keys[:, None, :]
     return (same & (keys[:, None, :] > 0))[:, None]

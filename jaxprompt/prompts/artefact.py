@@ -152,7 +152,9 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
 def _read_npy(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
-            raise UserError(f"{str(path)!r} is not an .npy file; give an artefact, adapter or .npy.")
+            raise UserError(
+                f"{str(path)!r} is not an .npy file; give an artefact, adapter or .npy."
+            )
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -18,9 +18,7 @@ class Checkpoints:
 
     def __init__(self, path: Path, keep: int):
         policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            path.absolute(), preservation_policy=policy
-        )
+        self._checkpointer = ocp.training.Checkpointer(path.absolute(), preservation_policy=policy)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half there."""

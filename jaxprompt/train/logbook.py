@@ -10,7 +10,14 @@ import yaml
 from jaxprompt.config import RunConfig, UserError, dump_yaml, read_yaml
 
 # settings that a run may change when it goes on
-FREE = {"output", "train.tensorboard", "train.keep", "train.eval_batch_size", "mesh.data", "mesh.model"}
+FREE = {
+    "output",
+    "train.tensorboard",
+    "train.keep",
+    "train.eval_batch_size",
+    "mesh.data",
+    "mesh.model",
+}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -53,7 +60,9 @@ def open_run(config: RunConfig) -> Path:
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
-    return {k: v for name, inner in values.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+    return {
+        k: v for name, inner in values.items() for k, v in _flat(inner, f"{prefix}{name}.").items()
+    }
 
 
 class Logbook:

@@ -51,7 +51,6 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def per_prompt(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same optimizer for K prompts at once: clipping and factoring see one prompt at a time."""
     return optax.GradientTransformation(
-        jax.vmap(optimizer.init), lambda updates, state, params=None: jax.vmap(optimizer.update)(
-            updates, state, params
-        )
+        jax.vmap(optimizer.init),
+        lambda updates, state, params=None: jax.vmap(optimizer.update)(updates, state, params),
     )

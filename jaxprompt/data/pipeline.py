@@ -1,0 +1,197 @@
+"""From examples to batches. Batch k is a pure function of the seed and k, so resuming is exact."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+# Few shapes mean few compilations; beyond 128 the steps grow so that at most a quarter is padding
+INPUT_LENGTHS = (*range(32, 129, 32), 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+
+
+class Example(NamedTuple):
+    """One example: ids that may be virtual, EOS last."""
+
+    inputs: Int[np.ndarray, " s"]
+    targets: Int[np.ndarray, " t"]
+
+
+class Batch(NamedTuple):
+    """What the model is trained and evaluated on; NumPy until the mesh. Segment 0 is padding.
+
+    Positions are not carried: segments are contiguous, so offsets in the row are enough for relative
+    positions, and the offset from a segment's start can be had from the segments.
+    """
+
+    inputs: Int[np.ndarray, "B S"]
+    input_segments: Int[np.ndarray, "B S"]
+    targets: Int[np.ndarray, "B T"]
+    target_segments: Int[np.ndarray, "B T"]
+    target_prompts: Int[np.ndarray, "B T"]  # number of the prompt that owns the position
+    loss_weights: Float[np.ndarray, "B T"]
+
+
+def round_input_length(length: int) -> int:
+    """The smallest length of the fixed set that holds ``length`` (multiples of 512 at the top)."""
+    for size in INPUT_LENGTHS:
+        if length <= size:
+            return size
+    return -(-length // 512) * 512
+
+
+def round_target_length(length: int) -> int:
+    """The next power of two, at least 4."""
+    return max(4, 1 << (max(length, 1) - 1).bit_length())
+
+
+def make_batch(
+    examples: Sequence[Example],
+    *,
+    rows: int | None = None,
+    input_length: int | None = None,
+    target_length: int | None = None,
+    prompt: int = 0,
+) -> Batch:
+    """One example a row, padded; rows after the last example are empty.
+
+    Examples ([9 8 1], [5 1]) and ([7 1], [6 1]) with input_length 4 and target_length 3 give
+    inputs [[9 8 1 0] [7 1 0 0]], input_segments [[1 1 1 0] [1 1 0 0]],
+    targets [[5 1 0] [6 1 0]], loss_weights [[1 1 0] [1 1 0]].
+    """
+    return pack_batch(
+        [[example] for example in examples],
+        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt,
+    )  # fmt: skip
+
+
+def pack_batch(
+    rows_of_examples: Sequence[Sequence[Example]],
+    *,
+    rows: int | None = None,
+    input_length: int | None = None,
+    target_length: int | None = None,
+    prompt: int = 0,
+) -> Batch:
+    """Several examples a row, as segments 1, 2, ... that do not see each other.
+
+    One row of ([9 8 1], [5 1]) and ([7 1], [6 1]) gives inputs [[9 8 1 7 1 0 ...]],
+    input_segments [[1 1 1 2 2 0 ...]], targets [[5 1 6 1]], target_segments [[1 1 2 2]].
+    """
+    inputs = [[example.inputs for example in row] for row in rows_of_examples]
+    targets = [[example.targets for example in row] for row in rows_of_examples]
+    width = input_length or round_input_length(_longest(inputs))
+    depth = target_length or round_target_length(_longest(targets))
+    count = rows or len(rows_of_examples)
+    input_ids, input_segments = _fill(inputs, count, width)
+    target_ids, target_segments = _fill(targets, count, depth)
+    return Batch(
+        input_ids,
+        input_segments,
+        target_ids,
+        target_segments,
+        np.full_like(target_ids, prompt),
+        (target_segments > 0).astype(np.float32),
+    )
+
+
+def _longest(rows: Sequence[Sequence[np.ndarray]]) -> int:
+    return max((sum(map(len, row)) for row in rows), default=1)
+
+
+def _fill(rows: Sequence[Sequence[np.ndarray]], count: int, width: int):
+    ids, segments = np.zeros((2, count, width), np.int32)
+    for number, row in enumerate(rows):
+        if not row:
+            continue
+        flat = np.concatenate(row)
+        ids[number, : len(flat)] = flat
+        marks = np.repeat(np.arange(1, len(row) + 1), [len(part) for part in row])
+        segments[number, : len(flat)] = marks
+    return ids, segments
+
+
+def first_fit(
+    examples: Sequence[Example], *, input_length: int, target_length: int
+) -> list[list[Example]]:
+    """Pack examples, in order, each into the first row that has room for it."""
+    rows: list[list[Example]] = []
+    room: list[list[int]] = []
+    for example in examples:
+        need = len(example.inputs), len(example.targets)
+        if need[0] > input_length or need[1] > target_length:
+            raise ValueError(
+                f"An example of {need} tokens does not fit {input_length, target_length}."
+            )
+        for row, left in zip(rows, room, strict=True):
+            if need[0] <= left[0] and need[1] <= left[1]:
+                break
+        else:
+            row, left = [], [input_length, target_length]
+            rows.append(row)
+            room.append(left)
+        row.append(example)
+        left[0] -= need[0]
+        left[1] -= need[1]
+    return rows
+
+
+def batch_indices(
+    lengths: Int[np.ndarray, " n"], *, batch_size: int, seed: int, step: int, window: int
+) -> Int[np.ndarray, " B"]:
+    """Which examples make up batch ``step``: a pure function of its arguments.
+
+    An epoch is a permutation without its ragged tail. Within each ``window`` batches of it rows are
+    sorted by length and cut into batches, whose order is shuffled again; window 0 keeps the plain
+    random batches of the paper. Fewer examples than a batch are repeated to fill it.
+    """
+    count = len(lengths)
+    per_epoch = max(count // batch_size, 1)
+    epoch, position = divmod(step, per_epoch)
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = np.resize(rng.permutation(count), max(per_epoch * batch_size, batch_size))
+    batches = order.reshape(per_epoch, batch_size)
+    if window == 0:
+        return batches[position]
+    first = position - position % window
+    chunk = batches[first : first + window].reshape(-1)
+    # stable, and the permutation breaks ties: equal lengths stay in random order
+    chunk = chunk[np.argsort(lengths[chunk], kind="stable")].reshape(-1, batch_size)
+    shuffle = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, first]))
+    return chunk[shuffle.permutation(len(chunk))[position - first]]
+
+
+def training_batches(
+    examples: Sequence[Example], *, batch_size: int, seed: int, start: int = 0, window: int = 16
+) -> Iterator[Batch]:
+    """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads."""
+    import grain
+
+    lengths = np.array([len(example.inputs) for example in examples])
+    target_length = round_target_length(max(len(example.targets) for example in examples))
+
+    def batch(step: int) -> Batch:
+        indices = batch_indices(
+            lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
+        )
+        return make_batch([examples[i] for i in indices], target_length=target_length)
+
+    steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(steps.to_iter_dataset(options))
+
+
+def evaluation_batches(
+    examples: Sequence[Example], *, batch_size: int
+) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
+    """Batches of similar lengths, longest first, with the number of the example in each row.
+
+    The last batch is filled with empty rows, whose number is -1.
+    """
+    lengths = np.array([len(example.inputs) for example in examples])
+    order = np.argsort(-lengths, kind="stable")
+    depth = round_target_length(max((len(e.targets) for e in examples), default=1))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = make_batch([examples[i] for i in numbers], rows=batch_size, target_length=depth)
+        yield batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)

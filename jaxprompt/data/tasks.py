@@ -1,0 +1,147 @@
+"""Tasks: one entry each. Text forms of the paper's tasks: Lester et al. 2021, section 3 (without the
+task names that T5 puts in front), which are T5's own, Raffel et al. 2020, appendix D.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprompt.bank import virtual_ids
+from jaxprompt.config import TaskConfig, UserError, parse
+from jaxprompt.data.pipeline import Example
+from jaxprompt.data.templates import Piece, fill, place_prompt, to_target
+from jaxprompt.data.tokenizer import Tokenizer
+
+_BOOLEAN = {"0": "False", "1": "True", "False": "False", "True": "True"}
+_GLUE = {"train": "train", "validation": "validation"}
+_BUILTIN = {"train": "train", "validation": "validation", "test": "test"}
+
+TASKS: dict[str, dict[str, Any]] = {
+    # a dictionary definition -> the kind of thing that it defines (WordNet)
+    "supersense": _BUILTIN | {
+        "source": "builtin:supersense",
+        "template": "{gloss}",
+        "labels": [],
+        "max_input_length": 64,
+    },
+    # a mail -> ham or spam (SpamAssassin public corpus)
+    "spam": _BUILTIN | {
+        "source": "builtin:spam",
+        "template": "subject: {subject} text: {text}",
+        "labels": ["ham", "spam"],
+        "max_input_length": 192,
+    },
+    "boolq": _GLUE | {
+        "source": "hf:aps/super_glue/boolq",
+        "template": "passage: {passage} question: {question}",
+        "labels": ["False", "True"],
+        "label_map": _BOOLEAN,
+    },
+    "cb": _GLUE | {
+        "source": "hf:aps/super_glue/cb",
+        "template": "hypothesis: {hypothesis} premise: {premise}",
+        "labels": ["entailment", "contradiction", "neutral"],
+        "label_map": {"0": "entailment", "1": "contradiction", "2": "neutral"},
+        "metrics": ["accuracy", "macro_f1"],
+    },
+    "rte": _GLUE | {
+        "source": "hf:aps/super_glue/rte",
+        "template": "hypothesis: {hypothesis} premise: {premise}",
+        "labels": ["entailment", "not_entailment"],
+        "label_map": {"0": "entailment", "1": "not_entailment"},
+    },
+    "sst2": _GLUE | {
+        "source": "hf:nyu-mll/glue/sst2",
+        "template": "sentence: {sentence}",
+        "labels": ["negative", "positive"],
+        "label_map": {"0": "negative", "1": "positive"},
+    },
+    "mrpc": _GLUE | {
+        "source": "hf:nyu-mll/glue/mrpc",
+        "template": "sentence1: {sentence1} sentence2: {sentence2}",
+        "labels": ["not_equivalent", "equivalent"],
+        "label_map": {"0": "not_equivalent", "1": "equivalent"},
+        "metrics": ["f1", "accuracy"],
+    },
+    "qqp": _GLUE | {
+        "source": "hf:nyu-mll/glue/qqp",
+        "template": "question1: {question1} question2: {question2}",
+        "labels": ["not_duplicate", "duplicate"],
+        "label_map": {"0": "not_duplicate", "1": "duplicate"},
+        "metrics": ["f1", "accuracy"],
+    },
+}  # fmt: skip
+
+
+def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
+    """A task by name, or from a mapping; a mapping with a known name changes that task's entries."""
+    values = {"name": task} if isinstance(task, str) else dict(task)
+    name = values.get("name")
+    if name in TASKS:
+        # rows from files replace the entry's source, and with it the splits it names
+        entry = TASKS[name]
+        if "source" not in values and any(split in values for split in _BUILTIN):
+            entry = {k: v for k, v in entry.items() if k not in ("source", *_BUILTIN)}
+        values = entry | values
+    elif isinstance(task, str) or values.keys() <= {"name"}:
+        close = difflib.get_close_matches(str(name), TASKS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(TASKS)}."
+        raise UserError(f"Task {name!r} is unknown; {hint} A task of your own is a mapping.")
+    return parse(TaskConfig, values, "task.")
+
+
+def tokenize(
+    task: TaskConfig,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    prompt_length: int,
+    vocab_rows: int,
+    *,
+    prompt: int = 0,
+    need_targets: bool = True,
+) -> list[Example]:
+    """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place and EOS last.
+
+    Text is cut from its end to ``max_input_length`` tokens with EOS; virtual tokens are never cut.
+    A target that is too long is an error: a cut target would be a wrong one.
+    """
+    where = f"row {{}} of task {task.name!r}"
+    pieces = place_prompt(task.template, prompt_length)
+    virtual = virtual_ids(vocab_rows, prompt_length, prompt)
+    texts = [
+        fill(piece.text, row, where.format(i)) for i, row in enumerate(rows)
+        for piece in pieces if piece.text
+    ]  # fmt: skip
+    encoded = iter(tokenizer.encode_all(texts))
+    targets: list[list[int]] = [[]] * len(rows)
+    if need_targets:
+        words = [to_target(task, row, where.format(i)) for i, row in enumerate(rows)]
+        targets = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_all(words)]
+        for number, ids in enumerate(targets):
+            if len(ids) > task.max_target_length:
+                raise UserError(
+                    f"{where.format(number)} has a target of {len(ids)} tokens and "
+                    f"task.max_target_length is {task.max_target_length}; raise it."
+                )
+    return [
+        Example(
+            _join(pieces, encoded, virtual, task.max_input_length, tokenizer.eos_id),
+            np.array(target, np.int32),
+        )
+        for target in targets
+    ]
+
+
+def _join(pieces: Sequence[Piece], encoded, virtual, limit: int, eos_id: int) -> np.ndarray:
+    room, used, parts = limit - 1, 0, []
+    for piece in pieces:
+        if piece.text:
+            ids = next(encoded)[:room]
+            room -= len(ids)
+        else:
+            ids = virtual[used : used + piece.virtual]
+            used += piece.virtual
+        parts.append(np.asarray(ids, np.int32))
+    return np.concatenate([*parts, np.array([eos_id], np.int32)])

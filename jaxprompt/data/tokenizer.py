@@ -1,0 +1,61 @@
+"""Tokenizers of transformers, reduced to what the package needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprompt.config import UserError
+
+
+class Tokenizer:
+    """Text to ids and back. Ids of special tokens are never produced by ``encode``."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+        self.size: int = len(inner)
+        self.eos_id: int = inner.eos_token_id if inner.eos_token_id is not None else 1
+        self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else 0
+        # pad, eos, unk; sentinels count as vocabulary, as they did in the original
+        named = (self.pad_id, self.eos_id, inner.unk_token_id)
+        self.special_ids: list[int] = sorted({id for id in named if id is not None})
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without EOS."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, faster than one by one."""
+        if not texts:
+            return []
+        return self._inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
+        kept = []
+        for id in map(int, ids):
+            if id == self.eos_id:
+                break
+            if id != self.pad_id and id < self.size:
+                kept.append(id)
+        return self._inner.decode(kept, skip_special_tokens=True).strip()
+
+    def piece(self, id: int) -> str:
+        """The piece with this id, as a person would read it."""
+        return str(self._inner.convert_ids_to_tokens(id))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a directory or of a hub id."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(path)))
+    except Exception as error:  # transformers raises many unrelated types for missing files
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"There is no tokenizer that can be read at {str(path)!r} ({problem}); put "
+            "tokenizer.json or spiece.model beside the weights."
+        ) from None

@@ -1,0 +1,1 @@
+"""Evaluation: answers, metrics, and a look inside prompts."""
