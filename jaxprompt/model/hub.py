@@ -56,36 +56,26 @@ def weight_patterns(files: Iterable[str]) -> tuple[str, ...]:
 
 
 def _download(name: str) -> str:
-    try:
-        import huggingface_hub
-        from httpx import HTTPError
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
-    except ImportError as error:
-        raise UserError(
-            f"{name} is no directory, and hub ids need the package huggingface_hub"
-        ) from error
+    import huggingface_hub
+    from huggingface_hub import errors
 
-    # LocalEntryNotFoundError: neither reachable nor in the cache
-    unreachable = (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, OSError)
+    # HTTPError is that of the HTTP client the hub package happens to use; LocalEntryNotFoundError
+    # (an OSError) means neither reachable nor in the cache
+    failures = (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError)
     try:
         try:
-            patterns = weight_patterns(huggingface_hub.list_repo_files(name))
-            if not patterns:
-                raise UserError(
-                    f"the hub's {name} holds no weights in a form that can be read here"
-                )
-        except HfHubHTTPError:
+            files = huggingface_hub.list_repo_files(name)
+        except errors.HfHubHTTPError:  # the hub answered: unknown, gated or private
             raise
-        except unreachable:  # then only what an earlier download left in the cache can be had
+        except (errors.HTTPError, OSError):  # unreachable: only an earlier download can help
             return huggingface_hub.snapshot_download(name, local_files_only=True)
+        patterns = weight_patterns(files)
+        if not patterns:
+            raise UserError(f"the hub's {name} holds no weights in a form that can be read here")
         return huggingface_hub.snapshot_download(name, allow_patterns=[*_SMALL, *patterns])
     except UserError:
         raise
-    except (HfHubHTTPError, *unreachable, ValueError) as error:
+    except failures as error:
         raise UserError(
             f"there is no directory {name}, and as a hub id it cannot be downloaded "
             f"({type(error).__name__}); check the spelling and the network, or name a directory"

@@ -10,6 +10,7 @@ the archive, whose entries are stored uncompressed, and are memory-mapped when a
 import math
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ _LITERALS = {
 }
 _MAX_PICKLE = 256 << 20
 _MAX_RANK = 32
+# what the standard library raises for damaged, encrypted or foreign archives
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, zlib.error)
 
 
 class Global(NamedTuple):
@@ -87,7 +90,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             described = _interpret(archive, path)
-    except (zipfile.BadZipFile, _Malformed, NotImplementedError) as error:
+    except UserError:
+        raise
+    except (*_ZIP_ERRORS, _Malformed) as error:
         raise UserError(f"{path} is damaged or not a torch file of tensors: {error}") from error
     return {
         name: Tensor(name, str(path), value.shape, value.storage.dtype, _values(path, value))
@@ -108,7 +113,8 @@ def _interpret(archive: zipfile.ZipFile, path: Path) -> dict[str, Strided]:
     if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE:
         raise _Malformed("its data.pkl is larger than any list of tensors")
     names = set(archive.namelist())
-    if prefix + "byteorder" in names and archive.read(prefix + "byteorder") != b"little":
+    order = prefix + "byteorder"
+    if order in names and (archive.getinfo(order).file_size != 6 or archive.read(order) != b"little"):
         raise _Malformed("it was written on a big-endian machine")
 
     def storage(identity: Any) -> Storage:
