@@ -66,7 +66,7 @@ def load_backbone(
     settings = replace(found, dtype=dtype, dropout=dropout, unroll=unroll, remat=remat)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
-    axes = logical_axes(settings)
+    axes = {} if sharding is None else logical_axes(settings)
     params: Params = {}
     for leaf in leaves:
         rule = None if sharding is None else sharding(_at(axes, leaf.path))

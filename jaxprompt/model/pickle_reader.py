@@ -114,7 +114,9 @@ def _interpret(archive: zipfile.ZipFile, path: Path) -> dict[str, Strided]:
         raise _Malformed("its data.pkl is larger than any list of tensors")
     names = set(archive.namelist())
     order = prefix + "byteorder"
-    if order in names and (archive.getinfo(order).file_size != 6 or archive.read(order) != b"little"):
+    if order in names and (
+        archive.getinfo(order).file_size != 6 or archive.read(order) != b"little"
+    ):
         raise _Malformed("it was written on a big-endian machine")
 
     def storage(identity: Any) -> Storage:

@@ -1,0 +1,374 @@
+"""Loading and saving backbones: formats agree, slices equal wholes, mistakes are one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from jaxprompt.config import UserError
+from jaxprompt.model import hf, hub, t5
+from jaxprompt.model.load import fingerprint, load_backbone, save_hf
+from jaxprompt.model.tensors import Leaf, Piece, Tensor, fill
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+CONFIG = json.loads((GOLDENS / "t5_1_1" / "config.json").read_text())
+
+
+def copy(name, directory, *, weights="model.safetensors", **config):
+    """A golden's config (with changes) and weights in a directory of their own."""
+    directory.mkdir(exist_ok=True)
+    raw = json.loads((GOLDENS / name / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, **config}))
+    shutil.copy(GOLDENS / name / weights, directory / weights)
+    return directory
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, expected)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tree_is_the_models(name):
+    for dtype in ("float32", "bfloat16"):
+        b = load_backbone(str(GOLDENS / name), dtype=dtype, dropout=0.1, unroll=True, remat=True)
+        expected = t5.abstract_params(b.config, dtype)
+        assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), b.params) == expected
+        assert (b.config.dtype, b.config.dropout) == (dtype, 0.1)
+        assert b.config.unroll and b.config.remat
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(b.params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_agree_and_share_a_fingerprint(name):
+    full = load_backbone(str(GOLDENS / name))
+    half = load_backbone(str(GOLDENS / name), dtype="bfloat16")
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full.params)
+    assert_same(half.params, cast)
+    assert half.fingerprint == full.fingerprint == fingerprint(jax.device_get(full.params))
+
+
+def test_formats_agree(tmp_path):
+    for name, weights in (
+        ("t5_1_0", "flax_model.msgpack"),
+        ("t5_lm_adapt", "pytorch_model.bin"),
+    ):
+        found = load_backbone(str(copy(name, tmp_path / name, weights=weights)))
+        expected = load_backbone(str(GOLDENS / name))
+        assert found.config == expected.config
+        assert_same(found.params, expected.params)
+        assert found.fingerprint == expected.fingerprint
+
+
+def test_fingerprints_tell_backbones_apart():
+    params = load_backbone(str(GOLDENS / "t5_1_1")).params
+    seen = {load_backbone(str(GOLDENS / name)).fingerprint for name in NAMES}
+    assert len(seen) == len(NAMES) and all(len(f) == 16 for f in seen)
+    changed = {**params, "head": params["head"].at[0, 0].add(1.0)}
+    assert fingerprint(changed) != fingerprint(params)
+
+
+def mesh():
+    devices = jax.devices()
+    size = 2 if len(devices) > 1 else 1
+    axes = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((size, 1), ("model", "other"), axis_types=axes, devices=devices[:size])
+
+
+@pytest.mark.parametrize("axis", ["vocab", "heads", "embed", "mlp", "kv", "layers"])
+def test_sharded_loading_equals_plain_loading(axis):
+    """Whatever axis is cut, merged with another in the file or not."""
+    expected = load_backbone(str(GOLDENS / "t5_lm_adapt"))
+    sizes = dict(vocab=96, heads=2, embed=24, mlp=32, kv=5, layers=3)
+
+    def rule(axes):
+        cut = ["model" if a == axis and sizes[axis] % 2 == 0 else None for a in axes]
+        return NamedSharding(mesh(), PartitionSpec(*cut))
+
+    found = load_backbone(str(GOLDENS / "t5_lm_adapt"), sharding=rule)
+    assert_same(found.params, expected.params)
+    assert found.fingerprint == expected.fingerprint
+    assert len(found.params["head"].devices()) == mesh().size
+
+
+@pytest.mark.parametrize("file_axes", ["NH D", "D NH", "D N H", "H D N", "HDN", "DNH"])
+def test_any_slice_of_a_leaf_equals_the_slice_of_the_whole(file_axes):
+    rng = np.random.default_rng(0)
+    sizes = {"D": 4, "N": 3, "H": 5, "encoder": 3}
+    letters = file_axes.replace(" ", "")
+    leaf = Leaf(("encoder", "x"), "LDNH", tuple(Piece(f"t{i}", file_axes) for i in range(3)))
+    whole, tensors, read_sizes = np.empty((3, 4, 3, 5), np.float32), {}, []
+    for i in range(3):
+        value = rng.normal(size=[sizes[a] for a in letters]).astype(np.float32)
+        whole[i] = value.transpose([letters.index(a) for a in "DNH"])
+        flat = value.reshape([np.prod([sizes[a] for a in g]) for g in file_axes.split()])
+
+        def read(index, flat=flat):
+            read_sizes.append(flat[index].size)
+            return flat[index]
+
+        tensors[f"t{i}"] = Tensor(f"t{i}", "file", flat.shape, flat.dtype, read)
+    for _ in range(50):
+        bounds = [sorted(rng.integers(0, n + 1, 2)) for n in whole.shape]
+        index = tuple(slice(int(a), int(b)) for a, b in bounds)
+        out = np.empty_like(whole[index])
+        read_sizes.clear()
+        fill(leaf, tensors, sizes, index, out)
+        assert np.array_equal(out, whole[index])
+        assert len(read_sizes) == index[0].stop - index[0].start  # layers outside are never opened
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_again(name, tmp_path):
+    b = load_backbone(str(GOLDENS / name))
+    save_hf(tmp_path / "whole", b.config, b.params)
+    save_hf(tmp_path / "cut", b.config, b.params, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
+    for form in ("whole", "cut"):
+        again = load_backbone(str(tmp_path / form))
+        assert again.config == b.config
+        assert_same(again.params, b.params)
+    original = load_file(GOLDENS / name / "model.safetensors")
+    saved = load_file(tmp_path / "whole" / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(np.array_equal(saved[key], original[key]) for key in saved)
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_bfloat16_is_saved_as_bfloat16(tmp_path):
+    b = load_backbone(str(GOLDENS / "umt5"), dtype="bfloat16")
+    save_hf(tmp_path, b.config, b.params)
+    again = load_backbone(str(tmp_path), dtype="bfloat16")
+    assert_same(again.params, b.params)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "changes, scaled",
+    [
+        ({"model_type": "t5"}, True),  # T5 1.0 says nothing
+        ({"model_type": "t5", "tie_word_embeddings": True}, True),
+        ({"model_type": "t5", "tie_word_embeddings": False}, False),
+        # what transformers 5 writes for T5 1.1 and 1.0
+        ({"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ({"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": True}, True),
+        ({"model_type": "mt5", "tie_word_embeddings": False}, False),
+        ({"model_type": "mt5", "tie_word_embeddings": True}, False),  # as transformers 5 saves it
+        ({"model_type": "umt5", "tie_word_embeddings": False}, False),
+    ],
+)
+def test_when_the_output_is_scaled(changes, scaled, tmp_path):
+    raw = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
+    for tied in (False, True):
+        config = hf.config_from_json(tmp_path / "config.json", tied=tied)
+        assert (config.scale_output, config.tied) == (scaled, tied)
+        assert config.per_layer_bias == (changes["model_type"] == "umt5")
+
+
+@pytest.mark.parametrize(
+    "projection, expected",
+    [
+        (None, (False, "relu")),
+        ("relu", (False, "relu")),
+        ("gated-gelu", (True, "gelu")),
+        ("gated-gelu_new", (True, "gelu")),
+        ("gated-silu", (True, "silu")),
+        ("gated-relu", (True, "relu")),
+    ],
+)
+def test_feed_forward_projections(projection, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "feed_forward_proj": projection}))
+    config = hf.config_from_json(tmp_path / "config.json", tied=False)
+    assert (config.gated, config.activation) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "bart"}, "model_type 'bart' is not supported, only t5, mt5, umt5"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"feed_forward_proj": "gelu"}, "feed_forward_proj 'gelu' is not supported"),
+        ({"d_model": "16"}, "d_model is '16', expected a whole number"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"d_ff": 33}, r"wi_0.* has shape \(32, 16\), the config expects \(33, 16\)"),
+        ({"num_layers": 4}, "of .* tensors are missing .encoder.block.3"),
+        ({"num_layers": 2}, "tensors have no place .*encoder.block.2"),
+        ({"model_type": "umt5"}, "missing .encoder.block.1.*relative_attention_bias"),
+        ({"vocab_size": 100}, r"shared.weight .*has shape \(96, 16\), .* expects \(100, 16\)"),
+    ],
+)
+def test_a_config_that_does_not_fit(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(copy("t5_1_1", tmp_path / "x", **changes)))
+
+
+def rewrite(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+def test_copies_of_the_embedding_are_dropped(tmp_path):
+    def with_copies(tensors):
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+            tensors[f"{name}.weight"] = tensors["shared.weight"].copy()
+
+    def renamed(tensors):
+        tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+
+    expected = load_backbone(str(GOLDENS / "t5_1_0"))
+    for i, change in enumerate((with_copies, renamed)):
+        found = load_backbone(rewrite(copy("t5_1_0", tmp_path / str(i)), change))
+        assert found.config.tied and found.fingerprint == expected.fingerprint
+
+
+def test_a_head_of_its_own_unties_whatever_the_config_says(tmp_path):
+    b = load_backbone(str(copy("t5_1_1", tmp_path / "x", tie_word_embeddings=True)))
+    assert not b.config.tied and b.config.scale_output
+
+
+def test_tensors_that_are_missing_unknown_or_quantised(tmp_path):
+    norm = "decoder.final_layer_norm.weight"
+    for change, message in (
+        (lambda t: t.pop(norm), f"1 of 61 tensors are missing .{norm}"),
+        (lambda t: t.update(extra=t[norm]), "1 tensors have no place .*extra"),
+        (lambda t: t.update({norm: t[norm].astype(np.int8)}), f"{norm} has dtype int8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_backbone(rewrite(copy("t5_1_1", tmp_path / "x"), change))
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("t5_1_1", "model.safetensors"),
+        ("t5_1_0", "flax_model.msgpack"),
+        ("t5_lm_adapt", "pytorch_model.bin"),
+    ],
+)
+def test_truncated_files_are_one_sentence(name, weights, tmp_path):
+    directory = copy(name, tmp_path / "x", weights=weights)
+    raw = (directory / weights).read_bytes()
+    for length in (1, 7, 8, 100, 5000, len(raw) // 2, len(raw) - 1):
+        (directory / weights).write_bytes(raw[:length])
+        with pytest.raises(UserError, match=f"{weights} is (truncated|damaged)") as error:
+            load_backbone(str(directory))
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_safetensors_headers(tmp_path):
+    directory = copy("t5_1_1", tmp_path / "x")
+    path = directory / "model.safetensors"
+    for header in (
+        b"not json",
+        b"[1]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [99], "data_offsets": [0, 396]}}',
+    ):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+        with pytest.raises(UserError, match="model.safetensors is truncated or not a safetensors"):
+            load_backbone(str(directory))
+    header = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(UserError, match="dtype F8_E4M3; weights must be one of"):
+        load_backbone(str(directory))
+
+
+def test_indexes_that_lie(tmp_path):
+    b = load_backbone(str(GOLDENS / "t5_1_1"))
+    save_hf(tmp_path, b.config, b.params, max_shard_bytes=20_000)
+    index = tmp_path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for change, message in (
+        ({"weight_map": {**good["weight_map"], "shared.weight": "../x"}}, "names '../x'"),
+        (
+            {"weight_map": {**good["weight_map"], "ghost": "model-00001-of-00004.safetensors"}},
+            "1 t",
+        ),
+        ({"weight_map": 3}, "has no weight_map"),
+    ):
+        first = sorted(set(good["weight_map"].values()))[0]
+        text = json.dumps({**good, **change}).replace("model-00001-of-00004.safetensors", first)
+        index.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_backbone(str(tmp_path))
+    index.write_text(json.dumps(good))
+    sorted(tmp_path.glob("model-*"))[1].unlink()
+    with pytest.raises(UserError, match="names 'model-00002.*download all shards"):
+        load_backbone(str(tmp_path))
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OfflineModeIsEnabled("offline")
+
+    def uncached(*args, **kwargs):
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", uncached)
+    (tmp_path / "file").touch()
+    for name, message in (
+        ("google/no-such-t5", "no directory google/no-such-t5, and as a hub id it cannot be downl"),
+        (str(tmp_path / "none"), "there is no directory .*none; a backbone is"),
+        ("./none", "there is no directory ./none"),
+        (str(tmp_path / "file"), "is a file; name the directory"),
+        (str(tmp_path), "config.json is missing"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            load_backbone(name)
+        assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(UserError, match="holds no weights: expected model.safetensors"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "flax_model.msgpack").write_bytes(
+        (GOLDENS / "t5_1_0/flax_model.msgpack").read_bytes()
+    )
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(UserError, match="dtype 'int8' is not supported"):
+        load_backbone(str(GOLDENS / "t5_1_1"), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (["model.safetensors", "pytorch_model.bin", "tf_model.h5"], {"model.safetensors"}),
+        (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"], {"pytorch_model.bin"}),
+        (["pytorch_model.bin.index.json"], {"pytorch_model.bin.index.json", "pytorch_model-*.bin"}),
+        (["flax_model.msgpack"], {"flax_model.msgpack"}),
+    ],
+)
+def test_the_hub_is_asked_for_one_format_only(files, expected, monkeypatch):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=set(allow_patterns))
+        return str(GOLDENS / "t5_1_1")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    b = load_backbone("someone/some-t5")
+    assert (b.source, b.path) == ("someone/some-t5", GOLDENS / "t5_1_1")
+    assert asked["name"] == "someone/some-t5" and expected < asked["patterns"]
+    assert {p for p in asked["patterns"] if "model" in p.split(".")[0]} - {"spiece.model"} <= {
+        *expected,
+        "sentencepiece.model",
+    }
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["tf_model.h5"])
+    with pytest.raises(UserError, match="holds no weights"):
+        hub.resolve("someone/some-t5")
