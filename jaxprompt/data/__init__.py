@@ -1,1 +1,1 @@
-"""Data: rows from anywhere, as text, as ids, as batches. NumPy only; nothing here knows a device."""
+"""Data: rows from anywhere, as text, as ids, as batches. NumPy only; no devices."""

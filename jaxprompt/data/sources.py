@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ PACKAGED = Path(__file__).parent.parent / "builtin" / "data"
 def read_rows(source: str | None, split: str) -> Sequence[Row]:
     """Rows of ``split``: a file where ``source`` is None, else a split of the source.
 
-    Sources: ``builtin:NAME``, ``hf:DATASET[/CONFIG]`` (``hf:namespace/name/config`` for names with a
-    namespace, ``hf:namespace/name`` otherwise), ``tfds:NAME[/CONFIG]``.
+    Sources: ``builtin:NAME``; ``hf:DATASET[/CONFIG]``, where DATASET may have a namespace, as in
+    ``hf:nyu-mll/glue/sst2``; ``tfds:NAME[/CONFIG]``.
     """
     kind, colon, name = (source or "").partition(":")
     if source is None:
@@ -46,22 +46,22 @@ def _read_file(path: Path) -> Sequence[Row]:
         raise UserError(f"There is no file {str(path)!r}.")
     try:
         return readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
-        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8.") from None
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})."
+                ) from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object, found {line[:40]!r}.")
             rows.append(row)
@@ -69,21 +69,29 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        header = next(reader, None)
-        if header is None:
-            return []
-        rows = []
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells, and the header has "
-                    f"{len(header)}; quote cells that contain separators or line breaks."
-                )
-            rows.append(dict(zip(header, cells, strict=True)))
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a BOM
+        # strict: a stray quote is an error, where it would silently swallow the rows up to the next
+        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        rows: list[Row] = []
+        header: list[str] | None = None
+        try:
+            for cells in filter(None, reader):
+                if header is None:
+                    header = cells
+                    if len(set(header)) != len(header):
+                        raise UserError(f"{path} has two columns of the same name in {header}.")
+                    continue
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(cells)} cells, and the header has "
+                        f"{len(header)}; quote cells that contain separators or line breaks."
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {reader.line_num}: {error}; quote cells that contain quotes and "
+                "double those quotes, or use .jsonl."
+            ) from None
         return rows
 
 
@@ -92,7 +100,8 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        # no partitioning: a folder named a=b would otherwise add a column
+        return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as parquet: {problem}") from None
@@ -141,10 +150,12 @@ def _read_tfds(name: str, split: str) -> Sequence[Row]:
             f"run: pip install {error.name}."
         ) from None
     except Exception as error:  # likewise
-        problem = " ".join(str(error).split())[:200]
+        # the first line: after it comes a list of all data sets
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"TFDS data set {name!r}, split {split!r}, cannot be read ({problem}); prepare it with "
-            "file_format='array_record' (tfds build), or give local files."
+            f"TFDS data set {name!r}, split {split!r}, cannot be read ({problem}); prepare it once "
+            f"where TensorFlow is installed with 'tfds build {name} --file_format=array_record', "
+            "and set TFDS_DATA_DIR to the folder that holds it."
         ) from None
 
 
@@ -156,6 +167,10 @@ class _Decoded(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __iter__(self) -> Iterator[Row]:
+        # Sequence would stop at IndexError, and the source raises ValueError at its end
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
         return {key: _text(value) for key, value in self._source[index].items()}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxprompt.config import TaskConfig, UserError
 
 _MARKER = re.compile(r"\[prompt(?::(\d+))?\]")
+_NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -25,6 +26,10 @@ class Piece(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def split_template(template: str) -> tuple[Piece, ...]:
     """Pieces of a template in order; without a marker all virtual tokens come first."""
+    _check_braces(template)
+    for nearly in _NEARLY.findall(template):
+        if not _MARKER.fullmatch(nearly):
+            raise UserError(f"Template {template!r} has {nearly!r}; write [prompt] or [prompt:10].")
     pieces, end = [], 0
     for marker in _MARKER.finditer(template):
         pieces.append(Piece(template[end : marker.start()], 0))
@@ -35,7 +40,7 @@ def split_template(template: str) -> tuple[Piece, ...]:
         pieces.insert(0, Piece("", -1))
     if sum(piece.virtual == -1 for piece in pieces) > 1:
         raise UserError(
-            f"Template {template!r} has more than one bare [prompt]; write [prompt:n] for the others."
+            f"Template {template!r} has more than one bare [prompt]; write [prompt:n] for the rest."
         )
     return tuple(p for p in pieces if p.text or p.virtual)
 
@@ -67,9 +72,21 @@ def fill(template: str, row: dict[str, Any], where: str = "the row") -> str:
                 f"Template {template!r} needs column {match[1]!r}, which {where} lacks; it has "
                 f"{', '.join(map(repr, row)) or 'no columns'}."
             )
+        if row[match[1]] is None:
+            raise UserError(f"Column {match[1]!r} is empty (null) in {where}; fill it or drop it.")
         return str(row[match[1]])
 
+    _check_braces(template)
     return _FIELD.sub(value, template)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_braces(template: str) -> None:
+    if set("{}") & set(_FIELD.sub("", template)):
+        raise UserError(
+            f"Template {template!r} has a brace without its partner; write {{{{ or }}}} for a "
+            "brace that is text."
+        )
 
 
 def to_text(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tuple[str, str]:

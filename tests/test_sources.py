@@ -1,0 +1,170 @@
+"""Rows from files, packaged sets, datasets and TFDS, and each way in which they can be bad."""
+
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxprompt.config import UserError
+from jaxprompt.data import sources
+from jaxprompt.data.sources import read_rows
+
+ROWS = [
+    {"text": 'a "quoted", word', "label": "yes"},
+    {"text": "two\nlines\tand é", "label": "no"},
+]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_the_same_rows_come_back_from_every_format(tmp_path):
+    jsonl = write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, ROWS)))
+    cells = '"a ""quoted"", word"{0}yes\r\n\r\n"two\nlines\tand é"{0}no\r\n'
+    csv = write(tmp_path, "a.csv", "\ufefftext,label\r\n" + cells.format(","))
+    tsv = write(tmp_path, "a.tsv", "text\tlabel\r\n" + cells.format("\t"))
+    folder = tmp_path / "rate=0.3"  # pyarrow would make a column of such a name
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet")
+    for path in (jsonl, csv, tsv, str(folder / "a.parquet")):
+        assert list(read_rows(None, path)) == ROWS
+
+
+def test_jsonl_and_parquet_keep_types(tmp_path):
+    row = {"n": 1, "x": 0.5, "b": True, "l": [1, 2], "s": "t"}
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert read_rows(None, path)[0] == row == read_rows(None, str(tmp_path / "a.parquet"))[0]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", "", "holds no rows"),
+        ("a.jsonl", "\n  \n", "holds no rows"),
+        ("a.csv", "", "holds no rows"),
+        ("a.csv", "text,label\n", "holds no rows"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2,}\n', r"a\.jsonl, line 3, column 9: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"line 2: expected an object, found '\[1, 2\]"),
+        ("a.jsonl", b'{"a": "\xff"}\n', r"a\.jsonl is not UTF-8"),
+        ("a.csv", "text,label\na,b\na,b,c\n", "line 3: 3 cells, and the header has 2"),
+        ("a.csv", "text,text\na,b\n", "two columns of the same name"),
+        ("a.tsv", 'text\tlabel\n"Hi" said he\tyes\nok "x"\tno\n', "line 2.*quotes"),
+        ("a.csv", 'text,label\n"never closed,yes\n', "line 2.*quotes"),
+        ("a.parquet", b"PAR1 but no more", r"a\.parquet cannot be read as parquet"),
+        ("a.parquet", b"", r"a\.parquet cannot be read as parquet"),
+        ("a.xlsx", "", r"must end in \.jsonl, \.csv, \.tsv, \.parquet"),
+    ],
+)
+def test_bad_files_are_named_in_one_sentence(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_rows(None, write(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_truncated_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS * 100), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read_rows(None, write(tmp_path, "b.parquet", whole[:-20]))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="There is no file .*none.jsonl"):
+        read_rows(None, str(tmp_path / "none.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match="There is no file"):
+        read_rows(None, str(tmp_path / "folder.jsonl"))
+
+
+def test_unknown_source_and_unknown_packaged_set():
+    with pytest.raises(UserError, match="'ftp:x' is unknown; use builtin:NAME, hf:"):
+        read_rows("ftp:x", "train")
+    with pytest.raises(UserError, match="no built-in split nothing/train; sets are .*supersense"):
+        read_rows("builtin:nothing", "train")
+    with pytest.raises(UserError, match="no built-in split spam/dev"):
+        read_rows("builtin:spam", "dev")
+
+
+@pytest.mark.parametrize("name", ["supersense", "spam"])
+def test_packaged_sets_are_text(name):
+    for split in ("train", "validation", "test"):
+        row = read_rows(f"builtin:{name}", split)[0]
+        assert all(isinstance(value, str) and value for value in row.values())
+
+
+@pytest.mark.parametrize(
+    "name, loadable",
+    [
+        ("imdb", ("imdb", None)),
+        ("aps/super_glue/boolq", ("aps/super_glue", "boolq")),
+        ("glue/sst2", ("glue", "sst2")),
+        ("google/boolq", ("google/boolq", None)),
+    ],
+)
+def test_hugging_face_names(monkeypatch, name, loadable):
+    import datasets
+
+    def load(path, config, *, split):
+        if (path, config, split) != (*loadable, "train"):
+            raise FileNotFoundError(f"no {path}\nin sight")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_rows(f"hf:{name}", "train")) == ROWS
+    with pytest.raises(UserError, match=f"'{name}', split 'dev', cannot be loaded"):
+        read_rows(f"hf:{name}", "dev")
+
+
+def test_hugging_face_out_of_reach():
+    with pytest.raises(UserError, match="cannot be loaded .*check the name and the network"):
+        read_rows("hf:nobody/nothing/here", "train")
+
+
+def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class Little(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            columns = {"text": tfds.features.Text(), "label": tfds.features.Scalar(np.int64)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(columns))
+
+        def _split_generators(self, manager):
+            return {"train": ((i, {"text": f"é {i}", "label": i}) for i in range(5))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    tfds.disable_progress_bar()
+    Little(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    direct = tfds.data_source
+    monkeypatch.setattr(tfds, "data_source", lambda *a, **k: direct(*a, data_dir=tmp_path, **k))
+    rows = read_rows("tfds:little", "train")
+    assert len(rows) == 5
+    # iterating must end at the last row: the source raises no IndexError there
+    assert sorted(row["label"] for row in rows) == [0, 1, 2, 3, 4]
+    assert {row["text"] for row in rows} == {f"é {i}" for i in range(5)}
+    assert rows[0] == next(iter(rows))
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_set_that_is_not_prepared():
+    with pytest.raises(UserError, match="cannot be read .*file_format=array_record") as caught:
+        read_rows("tfds:nothing/of_the_kind", "train")
+    assert len(str(caught.value)) < 400
+
+
+def test_tfds_values_become_plain_text():
+    values = np.array([b"a", b"\xc3\xa9"], object)
+    assert sources._text(values) == ["a", "é"]
+    assert sources._text(np.int64(3)) == 3
