@@ -1,4 +1,4 @@
-"""The schema of a run: YAML plus ``key=value`` overrides. Every configuration error is born here."""
+"""The schema of a run: YAML plus ``key=value`` overrides. Configuration errors are born here."""
 
 import difflib
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -17,13 +17,16 @@ class UserError(ValueError):
     """
 
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
+# steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Rate = Annotated[float, Field(ge=0)]
 
 
 class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskConfig(_Schema):
@@ -34,15 +37,31 @@ class TaskConfig(_Schema):
     train: str | None = None  # a file, or the name of a split where there is a source
     validation: str | None = None
     test: str | None = None
-    template: (
-        str  # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
-    )
+    # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
+    template: str
     target: str = "{label}"
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
     metrics: list[str] = Field(default=["accuracy"], min_length=1)  # the first selects checkpoints
-    max_input_length: Positive = 512  # text tokens with EOS; the prompt comes on top
-    max_target_length: Positive = 64
+    max_input_length: Size = 512  # text tokens with EOS; the prompt comes on top
+    max_target_length: Size = 64
+
+    @model_validator(mode="after")
+    def _can_be_answered(self):
+        labels = self.labels
+        if labels is not None and (not labels or len(set(labels)) < len(labels)):
+            raise ValueError(
+                f"labels are {labels}, and some different ones are needed; leave the key out for "
+                "free generation"
+            )
+        if labels is not None and not all(label.strip() for label in labels):
+            raise ValueError(f"labels are {labels}, and one of them is blank; give it a word")
+        if not re.search(r"\{[^{}]+\}", re.sub(r"\{\{|\}\}", "", self.template)):
+            raise ValueError(
+                f"template {self.template!r} names no column; write one in braces, as in "
+                "'question: {text}'"
+            )
+        return self
 
 
 class ModelConfig(_Schema):
@@ -59,7 +78,7 @@ class ModelConfig(_Schema):
 class PromptConfig(_Schema):
     """Length and start of the soft prompt (Lester et al. 2021, section 3.2)."""
 
-    length: Positive = 100
+    length: Size = 100
     init: Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file"] = "class_labels"
     # uniform: "paper" draws from [-0.5, 0.5], "code" (the authors' gin file) from [0, 0.5)
     uniform: Literal["paper", "code"] = "paper"
@@ -71,12 +90,18 @@ class PromptConfig(_Schema):
     file: str | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
 
+    @model_validator(mode="after")
+    def _start_is_named(self):
+        if self.init in ("text", "file") and not getattr(self, self.init):
+            raise ValueError(f"init={self.init} needs prompt.{self.init}; give it")
+        return self
+
 
 class TrainConfig(_Schema):
     """Optimization. Defaults are the paper's, except where a comment says otherwise."""
 
     steps: Positive = 30_000
-    batch_size: Positive = 32
+    batch_size: Size = 32
     learning_rate: Annotated[float, Field(gt=0)] = 0.3
     # adafactor-t5x: the original's, whose second-moment decay counts from step 1,100,000, the last
     # step of the LM-adapted checkpoint; adafactor: from step 0; adamw
@@ -87,9 +112,9 @@ class TrainConfig(_Schema):
     parameter_scale: bool = False  # Adafactor: multiply the rate by the RMS of the parameters
     clip: Rate = 1.0  # Adafactor: RMS of an update; AdamW: global norm of a gradient; 0: off
     z_loss: Rate = 1e-4  # times log(Z)^2, as in the original
-    seed: int = 0
+    seed: Seed = 0
     evaluate_every: Positive = 1000
-    eval_batch_size: Positive = 64
+    eval_batch_size: Size = 64
     eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
     patience: Positive | None = None  # stop after so many evaluations without a better metric
     checkpoint_every: Positive = 1000
@@ -120,30 +145,53 @@ class RunConfig(_Schema):
 
 
 class _Yaml12(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars: ``yes`` and ``no`` are words and ``3e-4`` is a number."""
+    """SafeLoader with YAML 1.2 scalars: ``yes``, ``1:30``, dates are words, ``3e-4`` a number."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            problem = f"key {twice[0]!r} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes words which only YAML 1.2 reads as numbers."""
+
+
+_YAML_1_1 = tuple(f":{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge"))
 _Yaml12.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith((":bool", ":float"))]
+    first: [pair for pair in pairs if not pair[0].endswith(_YAML_1_1)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.Inf|\.nan|\.NaN)$"
+for _name, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
     ),
-    list("-+.0123456789"),
-)
+):
+    for _class in (_Yaml12, _Dumper):
+        _regexp = re.compile(f"^(?:{_pattern})$")
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _regexp, list(_first))
+
+
+def _integer(loader: _Yaml12, node: yaml.ScalarNode) -> int:
+    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
+
+
+_Yaml12.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML (1.2 scalars) without executing anything; ``where`` names the text in errors."""
     try:
         return yaml.load(text, Loader=_Yaml12)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {problem}.") from None
 
@@ -153,7 +201,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No config file at {str(path)!r}; give the path of a YAML file.")
-    values = read_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys, such as 'task: supersense'.")
     for override in overrides:
@@ -183,30 +235,39 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def parse(schema: type[T], values: Any, prefix: str = "") -> T:
-    """Validate ``values`` against ``schema``; a UserError names the key, the value and what is allowed."""
+    """Validate ``values`` against ``schema``; a UserError names each key, its value and the fix."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = [_sentence(schema, prefix, problem) for problem in error.errors()]
-        raise UserError(" ".join(problems)) from None
+        # a union reports each of its types: the first is enough for a key
+        problems: dict[str, str] = {}
+        for problem in error.errors():
+            key = prefix + ".".join(str(p) for p in problem["loc"] if p not in _UNION)
+            problems.setdefault(key, _problem(schema, key, problem))
+        raise UserError("; ".join(problems.values()) + ".") from None
 
 
-def _sentence(schema: type[BaseModel], prefix: str, problem: Any) -> str:
-    path = [part for part in problem["loc"] if part not in ("str", "dict[str,any]")]
-    key = prefix + ".".join(str(part) for part in path)
+_UNION = ("str", "dict[str,any]", "[key]")  # what pydantic adds to the path of a key
+
+
+def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     value, kind = problem["input"], problem["type"]
     if kind == "extra_forbidden":
-        allowed = _fields(schema, path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}."
+        allowed = _fields(schema, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
         return f"Unknown config key {key!r}; {hint}"
     if kind == "missing":
-        return f"The config lacks {key!r}; add it."
+        return f"The config lacks {key!r}; add it"
+    if kind == "value_error":
+        return f"Config of {key.rstrip('.') or 'the run'!r}: {problem['ctx']['error']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"Config key {key!r} is {value!r}: {message}."
+    if kind in ("string_type", "invalid_key"):
+        message = "input should be text; put it in quotes"
+    return f"Config key {key!r} is {value!r}: {message}"
 
 
-def _fields(schema: Any, path: list[Any]) -> list[str]:
+def _fields(schema: Any, path: Sequence[Any]) -> list[str]:
     for part in path:
         schema = schema.model_fields[part].annotation
     return list(schema.model_fields)
@@ -214,4 +275,4 @@ def _fields(schema: Any, path: list[Any]) -> list[str]:
 
 def dump_yaml(config: BaseModel) -> str:
     """The config as YAML text that ``load_config`` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
