@@ -25,14 +25,20 @@ PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Prompt(NamedTuple):
-    """A tuned prompt: its vectors (float32) and what is known about it (empty for foreign files)."""
+    """A tuned prompt: float32 vectors and what is known about it (little for foreign files)."""
 
     vectors: Float[np.ndarray, "P D"]
     facts: dict[str, Any]
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new directory and put it at ``path``: a crash leaves the old or the new."""
+    """Let ``write`` fill a new directory and put it at ``path``; an error leaves the old one.
+
+    Two renames, for want of a portable exchange of directories: only a kill between them could
+    leave the old directory beside its place, under a name with a dot and ``-old``.
+    """
+    if path.is_file():
+        raise UserError(f"{str(path)!r} is a file and a directory is to be written; name another.")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     old = fresh.with_name(fresh.name + "-old")
@@ -41,7 +47,12 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
         write(fresh)
         if path.exists():
             os.replace(path, old)
-        os.replace(fresh, path)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -55,8 +66,8 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
     def write(folder: Path) -> None:
         save_file({"prompt": np.ascontiguousarray(prompt.vectors, np.float32)}, folder / TENSORS)
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / FACTS).write_text(text + "\n")
-        (folder / CARD).write_text(model_card(facts))
+        (folder / FACTS).write_text(text + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card(facts), encoding="utf-8")
 
     replace_directory(Path(path), write)
 
@@ -109,6 +120,9 @@ def _read_artefact(path: Path) -> Prompt:
         raise UserError(
             f"{path / FACTS} has format {facts.get('format')!r} and this version reads {FORMAT}."
         )
+    for key in ("backbone", "task"):
+        if not isinstance(facts.get(key, {}), dict):
+            raise UserError(f"{path / FACTS} is damaged: {key!r} is {facts[key]!r}, no object.")
     return Prompt(_checked(_read_safetensors(path / TENSORS, "prompt"), path), facts)
 
 
@@ -125,14 +139,23 @@ def _read_peft(path: Path) -> Prompt:
             "that writes safetensors."
         )
     rows = _checked(_read_safetensors(path / PEFT_TENSORS, "prompt_embeddings"), path)
+    length = config.get("num_virtual_tokens")
+    if not isinstance(length, int) or not 0 < length <= len(rows):
+        raise UserError(
+            f"{path / PEFT_CONFIG} has num_virtual_tokens {length!r} and the adapter holds "
+            f"{len(rows)} rows; save it again with PEFT."
+        )
+    facts: dict[str, Any] = {"peft": config}
+    if isinstance(config.get("base_model_name_or_path"), str):
+        facts["backbone"] = {"source": config["base_model_name_or_path"]}
     # PEFT stores a second half of rows for T5 that it never uses: only the first n count
-    return Prompt(rows[: config.get("num_virtual_tokens") or len(rows)], {"peft": config})
+    return Prompt(rows[:length], facts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(facts, dict):
         raise UserError(f"{path} must hold a JSON object.")
@@ -143,7 +166,8 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}.") from None
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged or missing: {problem}.") from None
     if name not in tensors:
         raise UserError(f"{path} holds {sorted(tensors)} and no tensor {name!r}.")
     return tensors[name]
@@ -156,20 +180,25 @@ def _read_npy(path: Path) -> np.ndarray:
                 f"{str(path)!r} is not an .npy file; give an artefact, adapter or .npy."
             )
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read without executing code: {error}") from None
+        # mapped, so that a header that promises terabytes is an error and not an allocation
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a broken header raises whatever NumPy's parser happens to meet
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as an array of numbers: {problem}.") from None
 
 
 def _checked(vectors: np.ndarray, path: Path) -> Float[np.ndarray, "P D"]:
-    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+    number = vectors.dtype.kind == "f" or vectors.dtype.name == "bfloat16"  # of ml_dtypes
+    if vectors.ndim != 2 or not number or 0 in vectors.shape:
         raise UserError(
             f"{path} holds {vectors.dtype} of shape {list(vectors.shape)}; "
             "a prompt is a float array [P, D]."
         )
+    with np.errstate(over="ignore"):  # of float64; found by the next line
+        vectors = np.array(vectors, np.float32)
     if not np.isfinite(vectors).all():
         raise UserError(f"{path} holds values that are not finite; the prompt is unusable.")
-    return vectors.astype(np.float32)
+    return vectors
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -201,5 +230,6 @@ It works with that backbone only.
     jaxprompt eval PATH_OF_THIS_FOLDER
     jaxprompt predict PATH_OF_THIS_FOLDER --input in.jsonl --output out.jsonl
 
-Rows of `in.jsonl` are objects with the columns that the template names, such as `{json.dumps(example)}`.
+Rows of `in.jsonl` are objects with the columns that the template names, such as
+`{json.dumps(example)}`.
 """

@@ -1,0 +1,289 @@
+"""Prompts on disk: ours to the bit, those of others, and every way in which one can be bad."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxprompt.config import UserError
+from jaxprompt.prompts import artefact
+from jaxprompt.prompts.artefact import (
+    Prompt,
+    load_prompt,
+    replace_directory,
+    save_peft,
+    save_prompt,
+)
+
+RELEASED = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "released_prompts"
+FACTS = {
+    "backbone": {"source": "some/t5", "fingerprint": "0123", "num_layers": 2, "num_heads": 3},
+    "task": {"name": "mine", "template": "é: {text}", "labels": ["yes", "no"]},
+    "metrics": {"accuracy": 0.75},
+    "step": 7,
+}
+
+
+def vectors(rows=5, width=4):
+    values = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    values[0, :3] = [np.float32(1e-45), -0.0, np.nextafter(np.float32(1), np.float32(2))]
+    return values
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_prompt(tmp_path / "deep" / "prompt", Prompt(vectors(), FACTS))
+    return tmp_path / "deep" / "prompt"
+
+
+def refused(path, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_prompt(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artefact_comes_back_to_the_bit(saved):
+    prompt = load_prompt(str(saved))
+    assert prompt.vectors.tobytes() == vectors().tobytes() and prompt.vectors.dtype == np.float32
+    assert prompt.facts == {"format": 1, "length": 5, "width": 4} | FACTS
+    assert sorted(os.listdir(saved)) == ["README.md", "prompt.json", "prompt.safetensors"]
+    assert os.listdir(saved.parent) == ["prompt"]
+
+
+def test_vectors_that_are_a_view_are_saved_as_they_look(tmp_path):
+    view = vectors(6, 8)[::2, ::2].T
+    save_prompt(tmp_path / "p", Prompt(view, {}))
+    np.testing.assert_array_equal(load_prompt(tmp_path / "p").vectors, view)
+
+
+def test_the_model_card_says_what_it_is_and_how_good(saved):
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    for text in ("mine", "some/t5", "0123", "é: {text}", "yes, no", "0.7500", "jaxprompt eval"):
+        assert text in card
+
+
+def test_a_save_that_fails_leaves_the_old_prompt_and_nothing_else(saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artefact, "model_card", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_prompt(saved, Prompt(vectors() + 1, FACTS))
+    with pytest.raises(ValueError):
+        save_prompt(saved, Prompt(vectors() + 1, {"metrics": {"accuracy": float("nan")}}))
+    real = os.replace
+
+    def second_fails(source, target):
+        if not str(target).endswith("-old") and not str(source).endswith("-old"):
+            raise OSError("busy")
+        real(source, target)
+
+    monkeypatch.setattr(artefact.os, "replace", second_fails)
+    with pytest.raises(OSError, match="busy"):
+        save_prompt(saved, Prompt(vectors() + 1, FACTS))
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert os.listdir(saved.parent) == ["prompt"]
+
+
+def test_a_directory_does_not_replace_a_file(tmp_path):
+    (tmp_path / "p").write_text("precious")
+    with pytest.raises(UserError, match="is a file"):
+        replace_directory(tmp_path / "p", lambda folder: None)
+    assert (tmp_path / "p").read_text() == "precious"
+
+
+def test_missing_and_empty(tmp_path):
+    refused(tmp_path / "none", "There is no prompt at .*give an artefact, adapter or .npy")
+    refused(tmp_path, "holds neither prompt.json nor adapter_config.json; it is not a prompt")
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 40, -1, -16])
+def test_truncated_safetensors(saved, size):
+    file = saved / "prompt.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size])
+    refused(saved, "prompt.safetensors is damaged or missing")
+
+
+def test_a_header_that_lies(saved):
+    file = saved / "prompt.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[:8] = (2**62).to_bytes(8, "little")
+    file.write_bytes(whole)
+    refused(saved, "prompt.safetensors is damaged or missing")
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        (b"{", "prompt.json cannot be read as JSON"),
+        (b'"\xff"', "prompt.json cannot be read as JSON"),
+        (b"[" * 100_000, "prompt.json cannot be read as JSON"),
+        (b"[]", "prompt.json must hold a JSON object"),
+        (b"{}", "prompt.json has format None and this version reads 1"),
+        (b'{"format": 2}', "has format 2 and this version reads 1"),
+        (b'{"format": 1, "backbone": "t5"}', "'backbone' is 't5', no object"),
+        (b'{"format": 1, "task": []}', "'task' is .., no object"),
+    ],
+)
+def test_damaged_facts(saved, facts, message):
+    (saved / "prompt.json").write_bytes(facts)
+    refused(saved, message)
+
+
+def test_artefact_without_its_tensors(saved):
+    (saved / "prompt.safetensors").unlink()
+    refused(saved, "prompt.safetensors is damaged or missing")
+    save_file({"other": vectors()}, saved / "prompt.safetensors")
+    refused(saved, r"holds \['other'\] and no tensor 'prompt'")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_npy_prompts_become_float32(tmp_path, dtype):
+    values = vectors().astype(dtype)
+    np.save(tmp_path / "p.npy", values)
+    prompt = load_prompt(tmp_path / "p.npy")
+    np.testing.assert_array_equal(prompt.vectors, values.astype(np.float32))
+    assert prompt.vectors.dtype == np.float32 and prompt.facts == {}
+    prompt.vectors[0, 0] = 1  # a copy, not a window into the file
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_pickle_is_ever_executed(tmp_path):
+    trace = tmp_path / "executed"
+    objects = np.empty((2, 2), object)
+    objects[:] = Trap(trace)
+    np.save(tmp_path / "p.npy", objects, allow_pickle=True)
+    refused(tmp_path / "p.npy", "p.npy cannot be read as an array of numbers")
+    (tmp_path / "q.npy").write_bytes(pickle.dumps(Trap(trace)))
+    refused(tmp_path / "q.npy", "is not an .npy file")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (np.array([[1, np.nan]]), "values that are not finite"),
+        (np.array([[1, np.inf]], np.float32), "values that are not finite"),
+        (np.array([[1, 1e300]]), "values that are not finite"),  # is infinite as float32
+        (np.ones((2, 3), np.int32), r"holds int32 of shape \[2, 3\]; a prompt is a float"),
+        (np.ones((2, 3), complex), "holds complex128"),
+        (np.array([["a"]]), "a prompt is a float array"),
+        (np.ones(3), r"float64 of shape \[3\]"),
+        (np.ones((1, 2, 3)), r"of shape \[1, 2, 3\]"),
+        (np.ones((0, 3)), r"of shape \[0, 3\]"),
+        (np.ones(()), r"of shape \[\]"),
+    ],
+)
+def test_arrays_that_are_no_prompt(tmp_path, values, message):
+    np.save(tmp_path / "p.npy", values)
+    refused(tmp_path / "p.npy", message)
+
+
+def test_npy_files_damaged_anywhere(tmp_path):
+    path = tmp_path / "p.npy"
+    np.save(path, vectors())
+    whole = path.read_bytes()
+    for size in (0, 5, 6, 8, 20, 60, 127, 130, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(path, "p.npy")
+    path.write_bytes(whole.replace(b"(5, 4)", b"(9**9,"))
+    refused(path, "cannot be read as an array")
+    huge = whole.replace(b"(5, 4), }" + b" " * 12, b"(1000000000000, 4), }")
+    assert len(huge) == len(whole) and huge != whole
+    path.write_bytes(huge)
+    refused(path, "cannot be read as an array")
+
+
+def write_peft(folder, rows, **config):
+    """The files that PEFT 0.21 writes for a T5."""
+    folder.mkdir()
+    known = {
+        "auto_mapping": None, "base_model_name_or_path": "some/t5", "inference_mode": True,
+        "num_attention_heads": 3, "num_layers": 2, "num_transformer_submodules": 2,
+        "num_virtual_tokens": 3, "peft_type": "PROMPT_TUNING", "peft_version": "0.21.2",
+        "prompt_tuning_init": "RANDOM", "task_type": "SEQ_2_SEQ_LM", "token_dim": 4,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(known | config))
+    save_file(
+        {"prompt_embeddings": rows}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
+def test_of_an_adapter_for_t5_only_the_first_half_counts(tmp_path, kind):
+    rows = vectors(6)
+    prompt = load_prompt(write_peft(tmp_path / "a", rows, peft_type=kind))
+    np.testing.assert_array_equal(prompt.vectors, rows[:3])
+    assert prompt.facts["peft"]["peft_type"] == kind
+    assert prompt.facts["backbone"] == {"source": "some/t5"}
+    single = write_peft(tmp_path / "b", rows[:3], num_transformer_submodules=1)
+    np.testing.assert_array_equal(load_prompt(single).vectors, rows[:3])
+
+
+def test_adapters_in_bfloat16(tmp_path):
+    rows = vectors(6).astype(ml_dtypes.bfloat16)
+    prompt = load_prompt(write_peft(tmp_path / "a", rows))
+    np.testing.assert_array_equal(prompt.vectors, rows[:3].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"peft_type": "LORA"}, "is 'LORA'; prompts are PROMPT_TUNING or P_TUNING"),
+        ({"peft_type": None}, "is None; prompts are"),
+        ({"num_virtual_tokens": 7}, "num_virtual_tokens 7 and the adapter holds 6 rows"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens '3'"),
+        ({"num_virtual_tokens": -1}, "num_virtual_tokens -1"),
+    ],
+)
+def test_adapters_that_are_no_prompt(tmp_path, config, message):
+    refused(write_peft(tmp_path / "a", vectors(6), **config), message)
+
+
+def test_adapter_with_a_pickle_only(tmp_path):
+    folder = write_peft(tmp_path / "a", vectors(6))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, "has no adapter_model.safetensors; save it again")
+
+
+def test_an_exported_adapter_is_what_peft_reads(tmp_path):
+    save_peft(tmp_path / "a", Prompt(vectors(), FACTS))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    # without the task type PEFT ignores the prompt, with two submodules half of it would be dead
+    assert config["task_type"] == "SEQ_2_SEQ_LM" and config["num_transformer_submodules"] == 1
+    assert config["num_virtual_tokens"] == 5 and config["token_dim"] == 4
+    assert (config["num_layers"], config["num_attention_heads"]) == (2, 3)
+    assert config["base_model_name_or_path"] == "some/t5"
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert list(stored) == ["prompt_embeddings"]
+    assert load_prompt(tmp_path / "a").vectors.tobytes() == vectors().tobytes()
+    save_peft(tmp_path / "b", Prompt(vectors(), {}))
+    assert load_prompt(tmp_path / "b").vectors.tobytes() == vectors().tobytes()
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released prompts are not at hand")
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
+def test_the_released_prompts_import(name):
+    file = RELEASED / f"{name}.npy"
+    prompt = load_prompt(file)
+    assert prompt.vectors.shape == (100, 768) and prompt.vectors.dtype == np.float32
+    assert prompt.vectors.tobytes() == file.read_bytes()[-100 * 768 * 4 :]
