@@ -1,4 +1,4 @@
-"""Using tuned prompts: load, evaluate, predict, score, inspect. The command line is a thin shell over it."""
+"""Using tuned prompts: load, evaluate, predict, score, inspect. The command line calls these."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,12 +13,18 @@ from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import resolve_task, tokenize
-from jaxprompt.data.templates import to_text
+from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_prompt, summarize
 from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import Answers, Model, answer, log_likelihoods, measure
+from jaxprompt.evaluate.score import (
+    Answers,
+    Model,
+    answer,
+    check_metrics,
+    log_likelihoods,
+    measure,
+)
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt
 
@@ -86,8 +92,8 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
     if expected is not None and expected != backbone.fingerprint and not any_backbone:
         raise UserError(
             f"The prompt was tuned on {recorded.get('source')!r} with fingerprint {expected} and "
-            f"{backbone.source!r} has {backbone.fingerprint}: other weights; name the right backbone "
-            "with --backbone, or allow this one with --any-backbone."
+            f"{backbone.source!r} has {backbone.fingerprint}: other weights; name the right "
+            "backbone with --backbone, or allow this one with --any-backbone."
         )
 
 
@@ -112,11 +118,15 @@ def answer_rows(
     *,
     batch_size: int = 64,
     progress: Progress = lambda rows: None,
+    origin: str | None = None,
 ) -> Answers:
-    """Predictions for rows with the columns that the task's template names."""
+    """Predictions for rows with the columns that the task's template names.
+
+    ``origin`` (a file) names the rows in errors.
+    """
     examples = tokenize(
         task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
-        need_targets=False,
+        need_targets=False, origin=origin,
     )  # fmt: skip
     return answer(
         session.model, task, examples, session.tokenizer, batch_size=batch_size, progress=progress
@@ -169,9 +179,12 @@ def evaluate(
     name = data if data is not None else getattr(chosen, split)
     if name is None:
         raise UserError(f"Task {chosen.name!r} has no {split} split; give a file with --data.")
+    check_metrics(chosen)
     rows = read_rows(None if data is not None else chosen.source, name)
-    references = [str(to_text(chosen, row)[1]) for row in rows]
-    answers = answer_rows(session, chosen, rows, batch_size=batch_size, progress=progress)
+    references = target_texts(chosen, rows, name)
+    answers = answer_rows(
+        session, chosen, rows, batch_size=batch_size, progress=progress, origin=name
+    )
     return {
         "task": chosen.name,
         "data": data if data is not None else split,
@@ -216,7 +229,7 @@ def score(
 def inspect(
     session: Session, *, nearest: int = 5, figure: str | Path | None = None
 ) -> dict[str, Any]:
-    """Nearest words, norms and similarities of the session's prompt; ``figure`` draws them (.png)."""
+    """Nearest words, norms, similarities of the session's prompt; ``figure`` draws them (.png)."""
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
     tokenizer, vectors = session.tokenizer, session.prompt.vectors

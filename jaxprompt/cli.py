@@ -97,7 +97,7 @@ def predict(
     chosen = api.prompt_task(session.prompt, task)
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
-            session, chosen, rows, batch_size=batch_size, progress=bar.advance
+            session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input)
         )
     write_rows(
         output,
@@ -121,7 +121,7 @@ def score(
     from jaxprompt.progress import Bar
 
     pairs = read_rows(None, str(input))
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs, 1):
         wrong = [name for name in ("input", "target") if not isinstance(pair.get(name), str)]
         if wrong:
             raise UserError(
@@ -160,18 +160,24 @@ def inspect(
 
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written before any work is done."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(
-            f"{str(path)!r} cannot be written: its directory must exist, it must be a file."
+            f"{str(path)!r} cannot be written; name a file in a directory that exists and may be "
+            "written to."
         )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines; a crash leaves no half file."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            # parquet has dates and the like: an answer must not be lost for them
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -180,6 +186,9 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a file without permission
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

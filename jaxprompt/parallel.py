@@ -1,4 +1,4 @@
-"""Meshes and shardings: one device is a mesh of one, a pod slice is a larger mesh, nothing else changes."""
+"""Meshes and shardings: one device is a mesh of one, a pod slice a larger one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,6 @@ from jaxprompt.config import MeshConfig, UserError
 
 # logical axis of a parameter -> mesh axis; what is not named is replicated
 RULES = {"vocab": "model", "heads": "model", "mlp": "model"}
-
-
-def start(coordinator: str | None = None) -> None:
-    """Join the other processes of a multi-host run; does nothing where there is only one.
-
-    On TPU pods, Slurm and Open MPI JAX finds its peers itself, elsewhere pass ``coordinator``
-    (``host:port``) with JAX's own environment variables. Call before anything touches a device.
-    """
-    if coordinator is not None:
-        jax.distributed.initialize(coordinator)
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
@@ -56,8 +46,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Rows of a NumPy batch over the ``data`` axis; each process places only the rows it holds.
 
-    Every process computes the same global batch (a pure function of seed and step), so no host needs
-    to hear from another.
+    Every process computes the same global batch (a pure function of seed and step), so no host
+    needs to hear from another.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
 

@@ -1,4 +1,4 @@
-"""What a person watches: a bar with rates on standard error, or plain lines where it is no terminal."""
+"""What a person watches: a bar on standard error, or plain lines where it is no terminal."""
 
 import time
 

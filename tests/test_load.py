@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxprompt.config import UserError
-from jaxprompt.model import hf, hub, t5
+from jaxprompt.model import hf, hub, load, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.model.tensors import Leaf, Piece, Tensor, fill
 
@@ -75,6 +75,12 @@ def test_fingerprints_tell_backbones_apart():
     assert len(seen) == len(NAMES) and all(len(f) == 16 for f in seen)
     changed = {**params, "head": params["head"].at[0, 0].add(1.0)}
     assert fingerprint(changed) != fingerprint(params)
+
+
+def test_the_fingerprint_is_taken_on_the_device_where_that_is_not_the_host(monkeypatch):
+    b = load_backbone(str(GOLDENS / "umt5"))
+    monkeypatch.setattr(load, "_on_host", lambda leaf: False)
+    assert fingerprint(b.params) == b.fingerprint
 
 
 def mesh():

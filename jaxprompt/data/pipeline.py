@@ -1,5 +1,6 @@
 """From examples to batches. Batch k is a pure function of the seed and k, so resuming is exact."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ class Example(NamedTuple):
 class Batch(NamedTuple):
     """What the model is trained and evaluated on; NumPy until the mesh. Segment 0 is padding.
 
-    Positions are not carried: segments are contiguous, so offsets in the row are enough for relative
-    positions, and the offset from a segment's start can be had from the segments.
+    Positions are not carried: segments are contiguous, so offsets in the row are enough for
+    relative positions, and the offset from a segment's start can be had from the segments.
     """
 
     inputs: Int[np.ndarray, "B S"]
@@ -116,23 +117,20 @@ def first_fit(
 ) -> list[list[Example]]:
     """Pack examples, in order, each into the first row that has room for it."""
     rows: list[list[Example]] = []
-    room: list[list[int]] = []
+    room: list[tuple[int, int]] = []
     for example in examples:
         need = len(example.inputs), len(example.targets)
         if need[0] > input_length or need[1] > target_length:
             raise ValueError(
                 f"An example of {need} tokens does not fit {input_length, target_length}."
             )
-        for row, left in zip(rows, room, strict=True):
-            if need[0] <= left[0] and need[1] <= left[1]:
-                break
-        else:
-            row, left = [], [input_length, target_length]
-            rows.append(row)
-            room.append(left)
-        row.append(example)
-        left[0] -= need[0]
-        left[1] -= need[1]
+        fits = (n for n, (s, t) in enumerate(room) if need[0] <= s and need[1] <= t)
+        number = next(fits, len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append((input_length, target_length))
+        rows[number].append(example)
+        room[number] = room[number][0] - need[0], room[number][1] - need[1]
     return rows
 
 
@@ -148,8 +146,7 @@ def batch_indices(
     count = len(lengths)
     per_epoch = max(count // batch_size, 1)
     epoch, position = divmod(step, per_epoch)
-    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    order = np.resize(rng.permutation(count), max(per_epoch * batch_size, batch_size))
+    order = np.resize(_permutation(count, seed, epoch), per_epoch * batch_size)
     batches = order.reshape(per_epoch, batch_size)
     if window == 0:
         return batches[position]
@@ -157,8 +154,19 @@ def batch_indices(
     chunk = batches[first : first + window].reshape(-1)
     # stable, and the permutation breaks ties: equal lengths stay in random order
     chunk = chunk[np.argsort(lengths[chunk], kind="stable")].reshape(-1, batch_size)
-    shuffle = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, first]))
-    return chunk[shuffle.permutation(len(chunk))[position - first]]
+    return chunk[_random(seed, epoch, stream=first + 1).permutation(len(chunk))[position - first]]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
+    """The order of an epoch; kept, because a large set takes milliseconds and every batch asks."""
+    return _random(seed, epoch, stream=0).permutation(count)
+
+
+def _random(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    """Counter-based, so that epochs and streams are independent without being drawn in order."""
+    key = np.array([seed % 2**64, epoch], np.uint64)  # numpy wants no negative key
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 def training_batches(

@@ -123,7 +123,9 @@ def _read_hugging_face(name: str, split: str) -> Sequence[Row]:
 
     parts = name.split("/")
     # a lone slash is ambiguous: super_glue/boolq is a configuration, google/boolq is a namespace
-    tries = [(name, None)] if len(parts) == 1 else [("/".join(parts[:-1]), parts[-1])]
+    tries: list[tuple[str, str | None]] = (
+        [(name, None)] if len(parts) == 1 else [("/".join(parts[:-1]), parts[-1])]
+    )
     if len(parts) == 2:
         tries.append((name, None))
     problems = []

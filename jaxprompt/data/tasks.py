@@ -1,5 +1,5 @@
-"""Tasks: one entry each. Text forms of the paper's tasks: Lester et al. 2021, section 3 (without the
-task names that T5 puts in front), which are T5's own, Raffel et al. 2020, appendix D.
+"""Tasks: one entry each. Text forms of the paper's tasks: Lester et al. 2021, section 3, which are
+T5's own (Raffel et al. 2020, appendix D) without the task names that T5 puts in front.
 """
 
 import difflib
@@ -23,7 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "supersense": _BUILTIN | {
         "source": "builtin:supersense",
         "template": "{gloss}",
-        "labels": [],
+        "labels": ["object", "person", "animal", "plant", "food", "place"],
         "max_input_length": 64,
     },
     # a mail -> ham or spam (SpamAssassin public corpus)
@@ -76,7 +76,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
-    """A task by name, or from a mapping; a mapping with a known name changes that task's entries."""
+    """A task by name, or from a mapping; with a known name, the mapping changes that task."""
     values = {"name": task} if isinstance(task, str) else dict(task)
     name = values.get("name")
     if name in TASKS:
@@ -85,10 +85,12 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
         if "source" not in values and any(split in values for split in _BUILTIN):
             entry = {k: v for k, v in entry.items() if k not in ("source", *_BUILTIN)}
         values = entry | values
-    elif isinstance(task, str) or values.keys() <= {"name"}:
+    elif name is not None and "template" not in values:
         close = difflib.get_close_matches(str(name), TASKS, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(TASKS)}."
-        raise UserError(f"Task {name!r} is unknown; {hint} A task of your own is a mapping.")
+        raise UserError(
+            f"Task {name!r} is unknown; {hint} A task of your own is a mapping with a template."
+        )
     return parse(TaskConfig, values, "task.")
 
 
@@ -101,29 +103,30 @@ def tokenize(
     *,
     prompt: int = 0,
     need_targets: bool = True,
+    origin: str | None = None,
 ) -> list[Example]:
     """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place and EOS last.
 
     Text is cut from its end to ``max_input_length`` tokens with EOS; virtual tokens are never cut.
-    A target that is too long is an error: a cut target would be a wrong one.
+    A target that is too long is an error: a cut target would be a wrong one. ``origin`` (a file)
+    names the rows in errors, which count from 1.
     """
-    where = f"row {{}} of task {task.name!r}"
     pieces = place_prompt(task.template, prompt_length)
     virtual = virtual_ids(vocab_rows, prompt_length, prompt)
     texts = [
-        fill(piece.text, row, where.format(i)) for i, row in enumerate(rows)
+        fill(piece.text, row, _where(task, origin, i)) for i, row in enumerate(rows)
         for piece in pieces if piece.text
     ]  # fmt: skip
     encoded = iter(tokenizer.encode_all(texts))
     targets: list[list[int]] = [[]] * len(rows)
     if need_targets:
-        words = [to_target(task, row, where.format(i)) for i, row in enumerate(rows)]
+        words = target_texts(task, rows, origin)
         targets = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_all(words)]
         for number, ids in enumerate(targets):
             if len(ids) > task.max_target_length:
                 raise UserError(
-                    f"{where.format(number)} has a target of {len(ids)} tokens and "
-                    f"task.max_target_length is {task.max_target_length}; raise it."
+                    f"The target in {_where(task, origin, number)} has {len(ids)} tokens with EOS "
+                    f"and task.max_target_length is {task.max_target_length}; raise it."
                 )
     return [
         Example(
@@ -132,6 +135,17 @@ def tokenize(
         )
         for target in targets
     ]
+
+
+def target_texts(
+    task: TaskConfig, rows: Sequence[dict[str, Any]], origin: str | None = None
+) -> list[str]:
+    """The target text of each row: what predictions are compared with."""
+    return [to_target(task, row, _where(task, origin, i)) for i, row in enumerate(rows)]
+
+
+def _where(task: TaskConfig, origin: str | None, number: int) -> str:
+    return f"row {number + 1} of {origin or f'task {task.name!r}'}"
 
 
 def _join(pieces: Sequence[Piece], encoded, virtual, limit: int, eos_id: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Tokenizers of transformers, reduced to what the package needs."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ class Tokenizer:
         # pad, eos, unk; sentinels count as vocabulary, as they did in the original
         named = (self.pad_id, self.eos_id, inner.unk_token_id)
         self.special_ids: list[int] = sorted({id for id in named if id is not None})
+        # "</s>" in somebody's mail is not EOS; a space inside keeps it text ("< /s>"). Splitting
+        # of special tokens is no help: they are pieces of the vocabulary as well
+        names = filter(None, inner.convert_ids_to_tokens(self.special_ids))
+        self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without EOS."""
@@ -29,7 +35,8 @@ class Tokenizer:
         """Ids of many texts, faster than one by one."""
         if not texts:
             return []
-        return self._inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        plain = [self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
+        return self._inner(plain, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
@@ -48,6 +55,7 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a directory or of a hub id."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch; we do not
     import transformers
 
     transformers.logging.set_verbosity_error()

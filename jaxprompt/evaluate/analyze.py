@@ -1,4 +1,4 @@
-"""What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, section 7)."""
+"""What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, 7)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ class Neighbours(NamedTuple):
 def nearest_words(
     vectors: Float[np.ndarray, "P D"], table: Float[Array, "V D"], *, pieces: int, count: int = 5
 ) -> Neighbours:
-    """The ``count`` nearest of the first ``pieces`` rows of the table, by cosine as in the paper."""
+    """The ``count`` nearest of the first ``pieces`` rows of the table, by cosine."""
     words = jnp.asarray(table[:pieces], jnp.float32)
     cosines = _unit(jnp.asarray(vectors)) @ _unit(words).T
     best, ids = jax.lax.top_k(cosines, min(count, pieces))
@@ -45,7 +45,7 @@ def summarize(
     word: Callable[[int], str],
     count: int = 5,
 ) -> dict[str, Any]:
-    """A JSON-ready report: per vector its norm and nearest words, and summaries over all of them."""
+    """A JSON-ready report: each vector's norm and nearest words, and summaries over all."""
     near = nearest_words(vectors, table, pieces=pieces, count=count)
     norms = np.linalg.norm(vectors, axis=-1)
     words = np.asarray(jnp.linalg.norm(jnp.asarray(table[:pieces], jnp.float32), axis=-1))

@@ -1,4 +1,4 @@
-"""Metrics on texts: functions of predictions, references and the task's labels; fractions, not per cent."""
+"""Metrics on texts: functions of predictions, references and labels; fractions, not per cent."""
 
 import collections
 import re
@@ -91,5 +91,6 @@ def _class_f1(predictions: Sequence[str], references: Sequence[str], name: str) 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
     if len(predictions) != len(references) or not references:
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references; need as many, and some."
+            f"{len(predictions)} predictions for {len(references)} references; give one for each, "
+            "and at least one."
         )

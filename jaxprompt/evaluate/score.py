@@ -1,8 +1,8 @@
 """From a model and tokenized examples to answers and figures.
 
 A task with labels is answered by rank classification: the input is encoded once, every label is
-scored by the likelihood of its whole token sequence (EOS included), the best one wins. A task without
-labels is answered by greedy generation.
+scored by the likelihood of its whole token sequence (EOS included), the best one wins. A task
+without labels is answered by greedy generation.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def answer(
     batch_size: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Answers:
-    """Answers in the order of ``examples``; ``progress`` hears how many rows each batch finished."""
+    """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     if task.labels is None:
 
         def run(batch):
@@ -100,15 +100,25 @@ def measure(
     task: TaskConfig, predictions: Sequence[str], references: Sequence[str]
 ) -> dict[str, float]:
     """The metrics that the task names."""
+    check_metrics(task)
+    return {
+        name: METRICS[name](list(predictions), list(references), task.labels)
+        for name in task.metrics
+    }
+
+
+def check_metrics(task: TaskConfig) -> None:
+    """Refuse a metric that is unknown or that the task has no labels for."""
     unknown = [name for name in task.metrics if name not in METRICS]
     if unknown:
         raise UserError(
             f"Task {task.name!r} asks for metric {unknown[0]!r}; known are {', '.join(METRICS)}."
         )
-    return {
-        name: METRICS[name](list(predictions), list(references), task.labels)
-        for name in task.metrics
-    }
+    if "f1" in task.metrics and not task.labels:
+        raise UserError(
+            f"Task {task.name!r} asks for metric 'f1', which is that of the last of its labels; "
+            "give task.labels, or ask for 'macro_f1' or 'token_f1'."
+        )
 
 
 def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, "C T"]:

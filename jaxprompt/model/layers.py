@@ -35,8 +35,8 @@ def relative_buckets(
     """Bucket number of each offset (key position - query position).
 
     Half of the buckets are exact distances, the other half grow logarithmically up to
-    ``max_distance``; beyond it everything shares the last bucket. A bidirectional stack gives half of
-    the buckets to keys after the query; a causal one sees only distances to the past.
+    ``max_distance``; beyond it everything shares the last bucket. A bidirectional stack gives half
+    of the buckets to keys after the query; a causal one sees only distances to the past.
     """
     if bidirectional:
         buckets //= 2
@@ -63,7 +63,8 @@ def relative_bias(
     """Attention bias from a table of R buckets, for query and key offsets within a row.
 
     Segments are contiguous, so within a segment the difference of two offsets in the row *is* the
-    relative position: packed rows need no positions of their own and the bias is shared by the batch.
+    relative position: packed rows need no positions of their own and the bias is shared by the
+    batch.
     """
     offsets = keys[None, :] - queries[:, None]
     numbers = relative_buckets(
@@ -73,7 +74,7 @@ def relative_bias(
 
 
 def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-    """True where query and key belong to the same segment; segment 0 is padding and sees nothing."""
+    """True where query and key are in the same segment; segment 0 is padding and sees nothing."""
     same = queries[:, :, None] == keys[:, None, :]
     return (same & (keys[:, None, :] > 0))[:, None]
 

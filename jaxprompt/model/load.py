@@ -216,7 +216,8 @@ def save_hf(
     """Write config.json and safetensors that transformers reads, in the dtype of ``params``.
 
     Above ``max_shard_bytes`` the weights are split over several files with an index. The tokenizer
-    is not part of the parameters: copy its files beside them.
+    is not part of the parameters: copy its files beside them. An mT5 is saved as the T5 1.1 that it
+    is; transformers 5 scales the output of every umT5, there its logits are d_model**-0.5 of ours.
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The T5 family in one ``flax.linen`` module: T5 1.0, 1.1, LM-adapted, Flan, mT5, ByT5, umT5.
 
 Modules own parameters, ``layers.py`` has the maths, and the functions at the end are what the rest
-of the package calls. The parameters are a plain pytree outside the module, layers stacked on axis 0.
-This is the one file that knows Linen's spelling of scan and rematerialisation.
+of the package calls. The parameters are a plain pytree outside the module, layers stacked on axis
+0. This is the one file that knows Linen's spelling of scan and rematerialisation.
 """
 
 import dataclasses
@@ -108,8 +108,8 @@ class Shared(NamedTuple):
 
     queries: Int[Array, " T"]  # offsets in the row
     keys: Int[Array, " S"]
-    bias: Float[Array, "1 N T S"] | None  # None: each layer has its own
     self_mask: Bool[Array, "..."]
+    bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Bool[Array, "..."] | None = None
 
@@ -236,8 +236,9 @@ class TokenEmbedder(nn.Module):
     config: T5Config
 
     def setup(self):
-        shape = (self.config.vocab_size, self.config.d_model)
-        self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
+        c = self.config
+        normal = nn.initializers.normal(1.0)
+        self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
 
     def __call__(self, ids, bank):
         return embed(ids, self.embedding.astype(self.config.dtype), bank)
@@ -258,32 +259,22 @@ class T5(nn.Module):
 
     def encode(self, inputs, segments, bank):
         offsets = jnp.arange(inputs.shape[1])
-        shared = Shared(offsets, offsets, None, layers.segment_mask(segments, segments))
+        shared = Shared(offsets, offsets, layers.segment_mask(segments, segments))
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
     def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
         offsets = jnp.arange(decoder_inputs.shape[1])
         causal = offsets[None, :] <= offsets[:, None]
-        shared = Shared(
-            offsets,
-            offsets,
-            None,
-            layers.segment_mask(target_segments, target_segments) & causal,
-            encoded,
-            layers.segment_mask(target_segments, input_segments),
-        )
+        self_mask = layers.segment_mask(target_segments, target_segments) & causal
+        cross_mask = layers.segment_mask(target_segments, input_segments)
+        shared = Shared(offsets, offsets, self_mask, encoded=encoded, cross_mask=cross_mask)
         return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
 
     def decode_step(self, cache, input_segments, ids, index, bank):
         keys = jnp.arange(cache.self_key.shape[2])
-        shared = Shared(
-            index[None],
-            keys,
-            None,
-            (keys <= index)[None, None, None, :],
-            None,
-            (input_segments > 0)[:, None, None, :],
-        )
+        self_mask = (keys <= index)[None, None, None, :]
+        cross_mask = (input_segments > 0)[:, None, None, :]
+        shared = Shared(index[None], keys, self_mask, cross_mask=cross_mask)
         y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
         return self.logits(y)[:, 0], written
 
@@ -299,7 +290,7 @@ class T5(nn.Module):
 
 
 def init_params(config: T5Config, key: jax.Array) -> Params:
-    """Random parameters with T5's scales (float32): embeddings N(0, 1), everything else by fan-in."""
+    """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
     ids = jnp.ones((1, 2), jnp.int32)
     return T5(config).init({"params": key}, ids, ids, ids)["params"]
 
@@ -327,7 +318,7 @@ _AXES = {
 
 
 def logical_axes(config: T5Config) -> dict[str, Any]:
-    """Names of the axes of every parameter, for sharding rules; stacked leaves start with "layers"."""
+    """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
 
     def name(path, leaf):
         axes = _AXES[path[-1].key]
@@ -351,7 +342,7 @@ def encode(
     *,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B S D"]:
-    """Encoder output for ids that may be virtual; segment 0 is padding, attention stays in segments."""
+    """Encoder output for ids that may be virtual; segment 0 is padding."""
     return _apply(params, config, "encode", inputs, segments, bank, dropout_key=dropout_key)
 
 
@@ -366,7 +357,7 @@ def decode(
     *,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B T V"]:
-    """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right in each segment.
+    """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
 
     The head has V columns, so no virtual id can ever be predicted.
     """
@@ -401,7 +392,7 @@ def decode_step(
     ids: Int[Array, " B"],
     index: Int[Array, ""],
 ) -> tuple[Float[Array, "B V"], LayerCache]:
-    """One decoder position: logits after ``ids`` at position ``index``, and the cache with it filled."""
+    """One decoder position: logits after ``ids`` at ``index``, and the cache with it filled."""
     args = cache, input_segments, ids, index, bank
     logits, (key, value) = _apply(params, config, "decode_step", *args)
     return logits, cache._replace(self_key=key, self_value=value)

@@ -1,4 +1,4 @@
-"""How a soft prompt starts (Lester et al. 2021, section 3.2; behaviour of the authors' code by name)."""
+"""How a soft prompt starts (Lester et al. 2021, 3.2; the authors' code where it differs)."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,8 +26,8 @@ def initial_prompt(
 ) -> Float[np.ndarray, "P D"]:
     """The float32 start of a prompt of ``config.length`` vectors.
 
-    ``encode`` turns text into ids without EOS, ``pieces`` is the tokenizer's size, ``labels`` are the
-    task's label words and ``from_file`` reads the prompt of ``config.file``.
+    ``encode`` turns text into ids without EOS, ``pieces`` is the tokenizer's size, ``labels`` are
+    the task's label words and ``from_file`` reads the prompt of ``config.file``.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     length, width = config.length, table.shape[1]
@@ -55,13 +55,9 @@ def initial_prompt(
             # label i starts position i; the pieces of a label of several are averaged
             return completed([lookup(table, encode(text)).mean(axis=0) for text in labels or ()])
         case "text":
-            if not config.text:
-                raise UserError("prompt.init=text needs the words in prompt.text.")
-            return completed(list(lookup(table, encode(config.text))))
+            return completed(list(lookup(table, encode(config.text or ""))))
         case "file":
-            if not config.file:
-                raise UserError("prompt.init=file needs a prompt in prompt.file.")
-            return resized(from_file(config.file), length, width, config)
+            return resized(from_file(config.file or ""), length, width, config)
 
 
 def lookup(table: Float[Array, "V D"], ids: Sequence[int] | np.ndarray) -> Rows:

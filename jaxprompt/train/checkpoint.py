@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the method's tree, the optimizer and the step. The only file that knows orbax.
+"""Checkpoints of a run: tree, optimizer and step. The only file that knows orbax.
 
 The backbone is never copied: it is recorded by source and fingerprint in the run's files. The data
 position is the step, and random keys are pure functions of seed and step.
@@ -21,7 +21,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(path.absolute(), preservation_policy=policy)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half there."""
+        """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""
         if self.latest_step() == step:
             return
         self._checkpointer.save_checkpointables(step, {"state": state, "progress": progress})

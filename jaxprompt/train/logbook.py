@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: its config, ``metrics.jsonl``, TensorBoard, ``result.json``."""
+"""What a run writes besides checkpoints: config, ``metrics.jsonl``, TensorBoard, result."""
 
 import json
 import os
@@ -27,11 +27,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def open_run(config: RunConfig) -> Path:
-    """Make the run directory, or check that the run in it has the same settings and may go on."""
+def check_run(config: RunConfig) -> Path:
+    """The run directory, if a run may start there or the one in it go on; nothing is written.
+
+    A run that has no checkpoint yet has nothing to lose: its settings may change.
+    """
     folder = Path(config.output)
     file = folder / "config.yaml"
-    if file.is_file():
+    if file.is_file() and any(folder.glob("checkpoints/*")):
         old = _flat(read_yaml(file.read_text(), str(file)))
         new = _flat(yaml.safe_load(dump_yaml(config)))
         free = set(FREE)
@@ -47,11 +50,26 @@ def open_run(config: RunConfig) -> Path:
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
                 "choose another output, or delete that directory to start again."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"Output {str(folder)!r} exists and is not a run; choose another output.")
+    elif folder.exists() and not file.is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(
+                f"Output {str(folder)!r} exists and is not a run; choose another output."
+            )
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"Output {str(folder)!r} cannot be written: {str(there)!r} is no directory that may be "
+            "written to; choose another output."
+        )
+    return folder
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make the run directory, or go on with the run in it."""
+    folder = check_run(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, dump_yaml(config))
+        write_atomically(folder / "config.yaml", dump_yaml(config))
     except OSError as error:
         raise UserError(f"Output {str(folder)!r} cannot be written: {error.strerror}.") from None
     return folder
@@ -66,7 +84,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Logbook:
-    """Appends rows to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go away."""
+    """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go."""
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool):
         self.path = folder / "metrics.jsonl"

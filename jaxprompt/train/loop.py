@@ -15,19 +15,19 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, training_batches
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
 from jaxprompt.data.templates import to_text
-from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import Model, evaluate
+from jaxprompt.evaluate.score import Model, check_metrics, evaluate
 from jaxprompt.model import t5
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, save_prompt
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.checkpoint import Checkpoints
-from jaxprompt.train.logbook import Logbook, open_run, write_atomically
+from jaxprompt.train.logbook import Logbook, check_run, open_run, write_atomically
 from jaxprompt.train.optimizer import make_optimizer, per_prompt
 from jaxprompt.train.step import TrainState, init_state, make_train_step
 
@@ -60,7 +60,8 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
     reporter = reporter or Silent()
     method, settings = METHODS[config.method], config.train
     task = resolve_task(config.task)
-    folder = open_run(config)
+    check_metrics(task)
+    folder = check_run(config)
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
         if result["steps"] >= settings.steps or result["stopped_early"]:
@@ -70,6 +71,12 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     parallel.check_batch_size(settings.eval_batch_size, mesh, "train.eval_batch_size")
+    # before the backbone, which may take minutes: most mistakes are in the data
+    rows = {
+        name: load_rows(task, name, None if name == "train" else settings.eval_rows)
+        for name in ("train", "validation", "test")
+        if name != "test" or task.test
+    }
     reporter.say(f"loading {config.backbone}")
     backbone = load_backbone(
         config.backbone,
@@ -82,14 +89,14 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(backbone.path)
 
     length = config.prompt.length if method.uses_prompt else 0
-    limit = settings.eval_rows
 
-    def split(name: str | None, rows: int | None = None, prompt_length: int = length) -> Split:
-        return load_split(task, name, tokenizer, backbone, prompt_length, rows)
+    def split(name: str, prompt_length: int = length) -> Split:
+        vocabulary, origin = backbone.config.vocab_size, getattr(task, name)
+        examples = tokenize(task, rows[name], tokenizer, prompt_length, vocabulary, origin=origin)
+        return Split(examples, target_texts(task, rows[name], origin))
 
-    training, validation = split(task.train), split(task.validation, limit)
-    if not training.examples:
-        raise UserError(f"Task {task.name!r} has no training rows.")
+    training, validation = split("train"), split("validation")
+    test = split("test") if task.test else None
     reporter.say(
         f"task {task.name}: {len(training.examples)} training rows, "
         f"{len(validation.examples)} validation rows"
@@ -121,6 +128,7 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
             model, task, on.examples, on.references, tokenizer, batch_size=settings.eval_batch_size
         )
 
+    open_run(config)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
     metric = task.metrics[0]
     done, progress = 0, {"best": -math.inf, "best_step": -1, "stale": 0, "seconds": 0.0}
@@ -130,7 +138,7 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
         reporter.say(f"going on from step {done}")
     logbook = Logbook(folder, done, tensorboard=settings.tensorboard)
     if done == 0:
-        plain = split(task.validation, limit, prompt_length=0)
+        plain = split("validation", prompt_length=0)
         untuned = measure(backbone.params, None, plain)[metric]
         majority_score = majority(task.metrics[0], validation.references, task.labels)
         progress |= {"untuned": untuned, "majority": majority_score}
@@ -196,13 +204,13 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
         "prompt": str(folder / "prompt") if method.uses_prompt else None,
         "model": None if method.uses_prompt else str(folder / "model"),
     }
-    if task.test:
+    if test is not None:
         params, bank = backbone.params, None
         if method.uses_prompt:
             bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
         else:
             params = load_backbone(str(folder / "model"), dtype=config.model.dtype).params
-        result["test"] = measure(params, bank, split(task.test, limit))
+        result["test"] = measure(params, bank, test)
     draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     logbook.close()
@@ -251,24 +259,17 @@ def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: st
     reporter.step(step, {"loss": loss, **best, **rates})
 
 
-def load_split(
-    task: TaskConfig,
-    split: str | None,
-    tokenizer: Tokenizer,
-    backbone: Backbone,
-    prompt_length: int,
-    limit: int | None = None,
-) -> Split:
-    """Read, template and tokenize one split of a task; at most ``limit`` rows, evenly spaced."""
-    if split is None:
-        raise UserError(
-            f"Task {task.name!r} names no such split; give task.train and task.validation."
-        )
-    rows = read_rows(task.source, split)
+def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
+    """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
+    name = getattr(task, split)
+    if name is None:
+        raise UserError(f"Task {task.name!r} names no {split} data; give task.{split}.")
+    rows = read_rows(task.source, name)
+    for number, row in enumerate(rows, 1):
+        to_text(task, row, f"row {number} of {name}")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
-    examples = tokenize(task, rows, tokenizer, prompt_length, backbone.config.vocab_size)
-    return Split(examples, [str(to_text(task, row)[1]) for row in rows])
+    return rows
 
 
 def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:

@@ -1,6 +1,7 @@
 """Optimizers by name, built from optax; each is vmapped over the prompts that share a step."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprompt.config import TrainConfig
@@ -23,7 +24,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
             after = optax.cosine_decay_schedule(peak, rest)
         case "rsqrt":
             start = max(warmup, 1)
-            after = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
+            after = lambda step: peak * (start / (start + jnp.maximum(step, 0))) ** 0.5
     if warmup == 0:
         return after
     # step 0 takes 1/warmup of the rate, so that no step is lost

@@ -1,4 +1,4 @@
-"""The train step: pure, jitted once, over a mesh; gradients for the method's tree and nothing else."""
+"""The train step: pure, jitted once, over a mesh; gradients for the method's tree alone."""
 
 import functools
 from collections.abc import Callable

@@ -1,0 +1,31 @@
+# Makes .venv with everything installed; sourced by the other scripts. PYTHON names the interpreter.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Python 3.11 or newer is needed; set PYTHON to its path." >&2
+    return 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python) || exit 2
+    "$python" -m venv .venv
+fi
+
+# install once, and again when the dependencies change
+version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+constraints=scripts/constraints-$version.txt # exact versions that were tested, where there are any
+stamp=$(cat pyproject.toml "$constraints" 2>/dev/null | cksum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+    echo "installing into .venv (a few minutes the first time)" >&2
+    pin=()
+    [ -f "$constraints" ] && pin=(-c "$constraints")
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pin[@]}" \
+        -e ".[test,dev]" >&2
+    echo "$stamp" >.venv/installed
+fi

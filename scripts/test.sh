@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Runs the tests in the same environment: scripts/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+.venv/bin/python -m pytest -n "${WORKERS:-2}" "$@"

@@ -1,0 +1,67 @@
+"""A tiny backbone on disk that learns, and runs of it: what the tests of whole commands share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import yaml
+from helpers_data import make_tokenizer
+
+from jaxprompt.model import t5
+from jaxprompt.model.load import save_hf
+
+CONFIG = t5.T5Config(
+    vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,
+    num_encoder_layers=2, num_decoder_layers=2,
+)  # fmt: skip
+
+
+def make_backbone(folder: Path, *, seed: int = 0, config: t5.T5Config = CONFIG) -> Path:
+    """A Hugging Face directory with random weights and the word tokenizer of ``helpers_data``."""
+    save_hf(folder, config, jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(seed)))
+    make_tokenizer(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_rows(count: int) -> list[dict]:
+    """Sentences whose last word decides their label."""
+    words = [("one", "good", "yes"), ("two three", "bad", "no")]
+    return [
+        {"text": f"{words[i % 2][0]} it was {words[i % 2][1]}", "label": words[i % 2][2]}
+        for i in range(count)
+    ]
+
+
+def run_values(backbone: Path, folder: Path) -> dict:
+    """A run of four steps that takes a second or two; rows are written beside it."""
+    train = write_rows(folder / "train.jsonl", make_rows(24))
+    validation = write_rows(folder / "valid.jsonl", make_rows(8))
+    return {
+        "backbone": str(backbone),
+        "task": {
+            "name": "mine", "train": str(train), "validation": str(validation),
+            "template": "question : {text}", "labels": ["yes", "no"],
+            "max_input_length": 16, "max_target_length": 4,
+        },
+        "model": {"unroll": False},
+        "prompt": {"length": 3},
+        "train": {"steps": 4, "batch_size": 8, "eval_batch_size": 8, "evaluate_every": 2,
+                  "checkpoint_every": 2, "tensorboard": False},
+        "output": str(folder / "run"),
+    }  # fmt: skip
+
+
+def write_run(path: Path, values: dict) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target

@@ -1,0 +1,79 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt.model import generate, t5
+from jaxprompt.model.layers import shift_right
+
+
+def inputs(seed=0, rows=3):
+    ids = np.random.default_rng(seed).integers(3, 61, (rows, 9)).astype(np.int32)
+    segments = np.ones_like(ids)
+    segments[1, 5:] = 0
+    return ids * segments, segments
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def teacher_forced(params, config, ids, segments, targets):
+    ones = jnp.ones_like(targets)
+    encoded = t5.encode(params, None, config, ids, segments)
+    return t5.decode(params, None, config, encoded, segments, shift_right(targets, ones, 0), ones)
+
+
+def test_greedy_ids_are_the_argmax_under_teacher_forcing(tiny):
+    config, params = tiny
+    ids, segments = inputs()
+    out = np.asarray(generate.greedy(params, None, config, ids, segments, 8))
+    best = np.asarray(jnp.argmax(teacher_forced(params, config, ids, segments, out), -1))
+    for row in range(3):
+        end = np.flatnonzero(out[row] == config.eos_id)
+        stop = end[0] + 1 if len(end) else 8
+        np.testing.assert_array_equal(out[row, :stop], best[row, :stop])
+        assert (out[row, stop:] == config.pad_id).all()
+
+
+def test_generation_ends_at_eos_and_early(tiny):
+    """With an EOS that always wins the loop must stop after one step and leave padding."""
+    config, params = tiny
+    ids, segments = inputs()
+    first = int(generate.greedy(params, None, config, ids, segments, 4)[0, 0])
+    eos = dataclasses.replace(config, eos_id=first)
+    out = np.asarray(generate.greedy(params, None, eos, ids, segments, 4))
+    assert out[0].tolist() == [first, 0, 0, 0]
+
+
+def test_an_empty_row_says_nothing(tiny):
+    config, params = tiny
+    ids, segments = inputs()
+    segments[2] = 0
+    out = np.asarray(generate.greedy(params, None, config, ids * segments, segments, 4))
+    assert (out[2] == 0).all() and (out[0] != 0).any()
+
+
+def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny):
+    config, params = tiny
+    ids, segments = inputs()
+    labels = np.array([[7, 1, 0], [9, 11, 1], [30, 1, 0]], np.int32)
+    scores = np.asarray(generate.label_log_likelihoods(params, None, config, ids, segments, labels))
+    for number, label in enumerate(labels):
+        targets = np.tile(label, (3, 1))
+        marks = (targets > 0).astype(np.int32)
+        alone = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
+        np.testing.assert_allclose(scores[:, number], alone, rtol=1e-4)
+
+
+def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
+    config, params = tiny
+    ids, segments = inputs()
+    targets = np.array([[7, 8, 1], [9, 1, 0], [5, 6, 1]], np.int32)
+    marks = (targets > 0).astype(np.int32)
+    got = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
+    logits = np.asarray(teacher_forced(params, config, ids, segments, targets), np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, length in enumerate((3, 2, 3)):
+        expected = sum(logp[row, i, targets[row, i]] for i in range(length))
+        assert float(got[row]) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,206 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import make_backbone, run_values, write_run
+
+from jaxprompt import api
+from jaxprompt.config import RunConfig, UserError, load_config, parse
+from jaxprompt.model.load import fingerprint, load_backbone
+from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.train.loop import Silent, train
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+def config(backbone, folder, **settings) -> RunConfig:
+    folder.mkdir(exist_ok=True)
+    values = run_values(backbone, folder)
+    values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5, "patience": None}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            values[key] = values.get(key, {}) | value
+        else:
+            values[key] = value
+    return parse(RunConfig, values)
+
+
+class Killer(Silent):
+    """Raises at a step, as a kill would."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def step(self, done, rates):
+        if done == self.at:
+            raise KeyboardInterrupt
+
+
+def metrics(folder):
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result = train(config(backbone, folder, train={"tensorboard": True}))
+    return folder / "run", result
+
+
+def test_a_run_leaves_everything_that_it_promises(uninterrupted, backbone):
+    folder, result = uninterrupted
+    needed = (
+        "task metric value majority best_step steps seconds examples_per_second "
+        "trainable_parameters frozen_parameters prompt"
+    ).split()
+    assert all(result[key] is not None for key in needed)
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["trainable_parameters"] == 3 * 16 and result["majority"] == 0.5
+    for name in ("config.yaml", "curves.png", "prompt/README.md", "tensorboard", "checkpoints"):
+        assert (folder / name).exists(), name
+    assert [row["step"] for row in metrics(folder) if "validation/accuracy" in row] == [4, 8, 12]
+    size = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+    assert size < 200_000  # a checkpoint never holds the backbone
+
+
+def test_evaluating_the_artefact_gives_the_figure_of_the_run(uninterrupted):
+    folder, result = uninterrupted
+    report = api.evaluate(folder / "prompt")
+    assert report["metrics"] == {result["metric"]: result["value"]}
+    facts = load_prompt(folder / "prompt").facts
+    assert facts["metrics"] == report["metrics"] and facts["step"] == result["best_step"]
+
+
+def test_training_leaves_the_backbone_alone(uninterrupted, backbone):
+    facts = load_prompt(uninterrupted[0] / "prompt").facts
+    again = load_backbone(str(backbone))
+    assert facts["backbone"]["fingerprint"] == again.fingerprint == fingerprint(again.params)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 11])
+def test_killed_and_started_again_the_prompt_is_bit_identical(
+    uninterrupted, backbone, tmp_path, step
+):
+    run = config(backbone, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Killer(step))
+    result = train(run)
+    whole, again = (load_prompt(f / "prompt") for f in (uninterrupted[0], tmp_path / "run"))
+    np.testing.assert_array_equal(whole.vectors, again.vectors)
+    assert metrics(uninterrupted[0]) == metrics(tmp_path / "run")
+    assert result["value"] == uninterrupted[1]["value"]
+
+
+def test_kill_minus_nine(uninterrupted, backbone, tmp_path):
+    config(backbone, tmp_path)  # writes the rows
+    values = run_values(backbone, tmp_path)
+    values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5}
+    file = write_run(tmp_path / "run.yaml", values)
+    command = [sys.executable, "-m", "jaxprompt.cli", "train", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train(load_config(file))
+    again = load_prompt(tmp_path / "run" / "prompt")
+    np.testing.assert_array_equal(load_prompt(uninterrupted[0] / "prompt").vectors, again.vectors)
+
+
+def test_a_complete_run_is_not_run_again(uninterrupted, backbone):
+    folder, result = uninterrupted
+    before = (folder / "metrics.jsonl").read_text()
+    assert train(load_config(folder / "config.yaml")) == result
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_more_steps_go_on_where_the_run_ended(backbone, tmp_path, uninterrupted):
+    train(config(backbone, tmp_path, train={"steps": 7}))
+    train(config(backbone, tmp_path, train={"steps": 12}))
+    again = load_prompt(tmp_path / "run" / "prompt")
+    if again.facts["step"] == uninterrupted[1]["best_step"]:  # step 7 was evaluated here only
+        np.testing.assert_array_equal(
+            load_prompt(uninterrupted[0] / "prompt").vectors, again.vectors
+        )
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
+
+
+def test_other_settings_are_refused(uninterrupted, backbone):
+    folder, _ = uninterrupted
+    with pytest.raises(UserError, match=r"train.learning_rate was 0.3 and is 0.5"):
+        train(load_config(folder / "config.yaml", ["train.learning_rate=0.5"]))
+
+
+def test_patience_stops_a_run_that_does_not_improve(backbone, tmp_path):
+    stuck = {"learning_rate": 1e-9, "evaluate_every": 1, "patience": 3, "weight_decay": 0.0}
+    result = train(config(backbone, tmp_path, train=stuck))
+    assert result["stopped_early"] and result["best_step"] == 1 and result["steps"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(backbone, tmp_path):
+    with pytest.raises(UserError, match="lower train.learning_rate"):
+        train(config(backbone, tmp_path, train={"learning_rate": 1e38, "clip": 0}))
+
+
+def test_a_tuned_model_is_a_backbone(backbone, tmp_path):
+    tuning = {"optimizer": "adamw", "learning_rate": 1e-2, "steps": 8}
+    result = train(config(backbone, tmp_path, method="model-tuning", train=tuning))
+    assert result["prompt"] is None and result["frozen_parameters"] == 0
+    task = load_config(tmp_path / "run" / "config.yaml").task
+    report = api.evaluate(None, backbone=result["model"], task=task)
+    assert report["metrics"]["accuracy"] == result["value"]
+
+
+def test_a_prompt_starts_from_a_prompt(uninterrupted, backbone, tmp_path):
+    file = {"init": "file", "file": str(uninterrupted[0] / "prompt")}
+    train(config(backbone, tmp_path, prompt=file, train={"steps": 1, "learning_rate": 1e-9}))
+    np.testing.assert_allclose(
+        load_prompt(tmp_path / "run" / "prompt").vectors,
+        load_prompt(uninterrupted[0] / "prompt").vectors,
+        rtol=1e-4,
+    )
+
+
+def test_predict_and_score_agree(uninterrupted):
+    session = api.open_session(uninterrupted[0] / "prompt")
+    rows = [{"text": "one it was good"}, {"text": "two three it was bad"}]
+    found = api.predict(session, rows)
+    pairs = [{"input": f"question : {row['text']}", "target": "yes"} for row in rows]
+    scored = api.score(session, pairs)
+    for answer, row in zip(found, scored, strict=True):
+        assert answer["scores"]["yes"] == pytest.approx(row["log_likelihood"], rel=1e-4)
+        assert answer["prediction"] == max(answer["scores"], key=answer["scores"].get)
+        assert row["tokens"] == 2
+
+
+def test_a_prompt_refuses_another_backbone(uninterrupted, tmp_path):
+    other = make_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="other weights"):
+        api.open_session(uninterrupted[0] / "prompt", str(other))
+    assert api.open_session(uninterrupted[0] / "prompt", str(other), any_backbone=True).length == 3
+
+
+def test_inspect_names_the_words_of_a_prompt_made_of_words(backbone, tmp_path):
+    start = {"init": "text", "text": "good bad yes"}
+    run = config(backbone, tmp_path, prompt=start, train={"steps": 1, "learning_rate": 1e-9})
+    train(run)
+    session = api.open_session(tmp_path / "run" / "prompt")
+    report = api.inspect(session, nearest=2, figure=tmp_path / "figure.png")
+    nearest = [vector["nearest"][0] for vector in report["vectors"]]
+    assert [session.tokenizer.encode(w) for w in ("good", "bad", "yes")] == [
+        [session.tokenizer.encode(entry["word"].lstrip("▁"))[0]] for entry in nearest
+    ]
+    assert all(entry["cosine"] > 0.999 for entry in nearest)
+    assert (tmp_path / "figure.png").stat().st_size > 1000

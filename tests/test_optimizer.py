@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt.config import TrainConfig
+from jaxprompt.train.optimizer import make_optimizer, per_prompt, schedule
+
+
+def t5x_adafactor(prompt, grads, *, first_step):
+    """T5X's Adafactor on one [P, D] prompt, restated in float64 NumPy from its formula.
+
+    beta2 = 1 - (step + 1) ** -0.8; second moment factored where the smaller side is at least 128;
+    update clipped to RMS 1; no momentum, no parameter scale; weight decay 1e-5, not times the rate.
+    """
+    length, width = prompt.shape
+    factored = min(length, width) >= 128
+    row, column, full = np.zeros(length), np.zeros(width), np.zeros((length, width))
+    path = []
+    for number, grad in enumerate(grads):
+        decay = 1 - (first_step + number + 1) ** -0.8
+        square = grad**2 + 1e-30
+        if factored:
+            row = decay * row + (1 - decay) * square.mean(axis=1)
+            column = decay * column + (1 - decay) * square.mean(axis=0)
+            second = np.outer(row / row.mean(), column)
+        else:
+            full = decay * full + (1 - decay) * square
+            second = full
+        update = grad / np.sqrt(second)
+        update /= max(1.0, np.sqrt((update**2).mean()))
+        prompt = prompt * (1 - 1e-5) - 0.3 * update
+        path.append(prompt)
+    return np.array(path)
+
+
+@pytest.mark.parametrize("length", [100, 150])  # 150 is factored, 100 is not
+@pytest.mark.parametrize("name, first_step", [("adafactor-t5x", 1_100_000), ("adafactor", 0)])
+def test_adafactor_follows_the_original_for_400_steps(length, name, first_step):
+    rng = np.random.default_rng(0)
+    start = rng.uniform(-0.5, 0.5, (length, 128))
+    scale = np.geomspace(1, 0.05, 400)[:, None, None]  # gradients that shrink, as they do
+    grads = rng.normal(size=(400, length, 128)) * scale
+    expected = t5x_adafactor(start, grads, first_step=first_step)
+
+    optimizer = make_optimizer(TrainConfig(optimizer=name))
+
+    def step(carry, grad):
+        prompt, state = carry
+        updates, state = optimizer.update(grad, state, prompt)
+        prompt = prompt + updates
+        return (prompt, state), prompt
+
+    prompt = jnp.asarray(start, jnp.float32)
+    run = jax.jit(lambda p, g: jax.lax.scan(step, (p, optimizer.init(p)), g)[1])
+    got = np.asarray(run(prompt, jnp.asarray(grads, jnp.float32)))
+    error = np.linalg.norm(got - expected, axis=(1, 2)) / np.linalg.norm(expected, axis=(1, 2))
+    assert error.max() < 1e-5, error.max()
+
+
+def test_the_originals_updates_stay_clipped_where_those_from_step_0_shrink():
+    """The two forms are different algorithms (reason for offering both by name)."""
+    grad = jnp.ones((4, 8))
+    moves = {}
+    for name in ("adafactor-t5x", "adafactor"):
+        optimizer = make_optimizer(TrainConfig(optimizer=name, weight_decay=0.0))
+        prompt = jnp.zeros((4, 8))
+        state = optimizer.init(prompt)
+        update = jax.jit(optimizer.update)
+        for scale in (1.0, 0.1):
+            updates, state = update(scale * grad, state, prompt)
+        moves[name] = float(jnp.abs(updates).mean())
+    assert moves["adafactor-t5x"] == pytest.approx(0.3, rel=1e-4)
+    assert moves["adafactor"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["adafactor-t5x", "adafactor", "adamw"])
+def test_prompts_updated_together_equal_prompts_updated_alone(name):
+    optimizer = make_optimizer(TrainConfig(optimizer=name, clip=0.5))
+    together = per_prompt(optimizer)
+    rng = np.random.default_rng(0)
+    prompts = jnp.asarray(rng.normal(size=(3, 130, 128)), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=(3, 130, 128)) * [[[1]], [[50]], [[0.01]]], jnp.float32)
+    updates, _ = together.update(grads, together.init(prompts), prompts)
+    for k in range(3):
+        alone, _ = optimizer.update(grads[k], optimizer.init(prompts[k]), prompts[k])
+        np.testing.assert_allclose(updates[k], alone, rtol=1e-5, atol=1e-7)
+
+
+def test_schedules():
+    base = TrainConfig(steps=100, learning_rate=0.3, warmup_steps=10)
+    rates = {
+        name: [float(schedule(base.model_copy(update={"schedule": name}))(s)) for s in range(101)]
+        for name in ("constant", "linear", "cosine", "rsqrt")
+    }
+    for name, rate in rates.items():
+        np.testing.assert_allclose(rate[:10], 0.03 * np.arange(1, 11), rtol=1e-5, err_msg=name)
+        assert rate[10] == pytest.approx(0.3, rel=1e-5), name
+    assert rates["constant"][100] == pytest.approx(0.3)
+    assert rates["linear"][55] == pytest.approx(0.15)
+    assert rates["linear"][100] == pytest.approx(0, abs=1e-8)
+    assert rates["cosine"][100] == pytest.approx(0, abs=1e-8)
+    assert rates["rsqrt"][40] == pytest.approx(0.15)
+
+
+def test_a_clip_of_zero_turns_clipping_off():
+    config = TrainConfig(optimizer="adafactor-t5x", weight_decay=0.0)
+    moved = {}
+    for clip in (0.0, 1.0):
+        optimizer = make_optimizer(config.model_copy(update={"clip": clip}))
+        prompt = jnp.zeros((2, 3))
+        updates, _ = optimizer.update(jnp.ones((2, 3)), optimizer.init(prompt), prompt)
+        moved[clip] = float(jnp.abs(updates).mean())
+    # original.md: the unclipped update of the first step has RMS 261
+    assert moved[1.0] == pytest.approx(0.3, rel=1e-5)
+    assert moved[0.0] == pytest.approx(0.3 * 261, rel=0.01)

@@ -1,0 +1,171 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, TrainConfig, UserError
+from jaxprompt.data.pipeline import Batch, Example, make_batch, pack_batch
+from jaxprompt.model import t5
+from jaxprompt.prompts.methods import METHODS
+from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.step import batch_losses, init_state, make_train_step
+
+V, P, D = 61, 4, 16
+
+
+def examples(count, prompt=0, seed=0):
+    rng = np.random.default_rng([seed, prompt])
+    virtual = np.arange(P) + V + prompt * P
+    return [
+        Example(
+            np.concatenate([virtual, rng.integers(3, V, rng.integers(2, 9)), [1]]).astype(np.int32),
+            np.append(rng.integers(3, V, rng.integers(1, 3)), 1).astype(np.int32),
+        )
+        for _ in range(count)
+    ]
+
+
+def prompts(count):
+    return np.random.default_rng(5).normal(size=(count, P, D)).astype(np.float32)
+
+
+@functools.cache
+def trainer(config, method="prompt-tuning", name="adafactor-t5x", rate=0.3):
+    """An optimizer and its compiled step, shared by the tests."""
+    optimizer = per_prompt(make_optimizer(TrainConfig(optimizer=name, learning_rate=rate)))
+    return optimizer, make_train_step(config, METHODS[method], optimizer, z_loss=1e-4)
+
+
+def concatenated(*batches):
+    return Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+
+
+def run(model, batches, start, *, method="prompt-tuning", put=lambda b: b, **settings):
+    """The state after a step on each batch, and the last losses."""
+    config, params = model
+    optimizer, step = trainer(config, method, **settings)
+    state = init_state(METHODS[method], optimizer, params, start)
+    for batch in batches:
+        state, losses = step(state, params, put(batch))
+        jax.block_until_ready(losses)
+    return state, losses
+
+
+def test_the_gradient_equals_finite_differences(tiny):
+    config, params = tiny
+    batch = make_batch(examples(3))
+    loss = jax.jit(lambda b: batch_losses(params, b, config, batch, prompts=1, z_loss=1e-4)[0])
+    bank = jnp.asarray(prompts(1))
+    direction = jax.random.normal(jax.random.key(1), bank.shape)
+    slope = float((jax.jit(jax.grad(loss))(bank) * direction).sum())
+    eps = 1e-2
+    measured = float(loss(bank + eps * direction) - loss(bank - eps * direction)) / (2 * eps)
+    assert slope == pytest.approx(measured, rel=2e-3)
+
+
+def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(tiny):
+    config, params = tiny
+    before = jax.tree.map(np.array, params)
+    ids = jnp.asarray(make_batch([e._replace(inputs=e.inputs[P:]) for e in examples(4)]).inputs)
+    output = np.array(jax.jit(lambda p: t5.encode(p, None, config, ids, (ids > 0) * 1))(params))
+    batch = make_batch(examples(8))
+    first = float(run(tiny, [batch], prompts(1))[1].loss[0])
+    last = float(run(tiny, [batch] * 60, prompts(1))[1].loss[0])
+    assert last < 0.8 * first
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+    again = np.array(jax.jit(lambda p: t5.encode(p, None, config, ids, (ids > 0) * 1))(params))
+    np.testing.assert_array_equal(output, again)
+
+
+@pytest.mark.parametrize("name", ["adafactor-t5x", "adamw"])
+def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name):
+    """Three prompts with batches of different sizes in one step, against three runs."""
+    counts, starts = (2, 5, 3), prompts(3)
+    together = [
+        concatenated(*(
+            make_batch(
+                examples(n, prompt=k, seed=s), input_length=32, target_length=4, prompt=k
+            )
+            for k, n in enumerate(counts)
+        ))
+        for s in range(4)
+    ]  # fmt: skip
+    settings = {"name": name, "rate": 0.05}
+    tree = run(tiny, together, starts, **settings)[0].tree["prompt"]
+    for k, n in enumerate(counts):
+        alone = []
+        for s in range(4):
+            own = [
+                e._replace(inputs=np.where(e.inputs >= V, e.inputs - k * P, e.inputs))
+                for e in examples(n, prompt=k, seed=s)
+            ]
+            alone.append(make_batch(own, rows=5, input_length=32, target_length=4))
+        single = run(tiny, alone, starts[k : k + 1], **settings)[0].tree["prompt"]
+        np.testing.assert_allclose(tree[k], single[0], rtol=2e-4, atol=2e-4)
+
+
+def test_a_packed_batch_has_the_loss_and_gradient_of_its_unpacked_rows(tiny):
+    config, params = tiny
+    rows = examples(4)
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda bank, batch: batch_losses(params, bank, config, batch, prompts=1)[0]
+        )
+    )
+    plain, packed = make_batch(rows), pack_batch([rows[:2], rows[2:]])
+    (a, grad_a), (b, grad_b) = (value(jnp.asarray(prompts(1)), x) for x in (plain, packed))
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    np.testing.assert_allclose(grad_a, grad_b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape):
+    config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4)
+    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
+    rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs - 1, np.minimum(e.inputs, 59)),
+                       targets=np.minimum(e.targets, 59)) for e in examples(8)]  # fmt: skip
+    batches = [make_batch(rows)] * 3
+    single, _ = run((config, params), batches, prompts(1))
+    mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
+    rule = parallel.parameter_sharding(mesh)
+    axes = t5.logical_axes(config)
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, rule(a)), params, axes)
+    sharded, _ = run(
+        (config, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh)
+    )
+    np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
+
+
+def test_model_tuning_changes_a_copy(tiny):
+    config, params = tiny
+    before = jax.tree.map(np.array, params)
+    plain = [e._replace(inputs=e.inputs[P:]) for e in examples(6)]
+    batches = [make_batch(plain)] * 10
+    none = np.zeros((1, 0, D), np.float32)
+    settings = {"method": "model-tuning", "name": "adafactor", "rate": 1e-2}
+    first = run(tiny, batches[:1], none, **settings)[1]
+    state, last = run(tiny, batches, none, **settings)
+    assert float(last.loss[0]) < float(first.loss[0])
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+    assert jax.tree.structure(state.tree) == jax.tree.structure(params)
+
+
+def test_dropout_is_a_function_of_seed_and_step(tiny):
+    config = dataclasses.replace(tiny[0], dropout=0.2)
+    batches = [make_batch(examples(4))] * 3
+    a, b = (run((config, tiny[1]), batches, prompts(1))[0].tree["prompt"] for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    plain = run(tiny, batches, prompts(1))[0].tree["prompt"]
+    assert np.abs(np.asarray(a - plain)).max() > 1e-3
+
+
+def test_meshes_that_cannot_be():
+    for config in (MeshConfig(data=3), MeshConfig(data=-1, model=-1), MeshConfig(data=0)):
+        with pytest.raises(UserError, match="[Mm]esh"):
+            parallel.make_mesh(config)
+    with pytest.raises(UserError, match="multiple of 4"):
+        parallel.check_batch_size(6, parallel.make_mesh(), "train.batch_size")
