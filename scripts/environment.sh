@@ -1,4 +1,5 @@
-# Makes .venv with everything installed; sourced by the other scripts. PYTHON names the interpreter.
+# Makes .venv with everything installed; sourced by the other scripts.
+# PYTHON names the interpreter, EXTRAS=gpu or EXTRAS=tpu adds the accelerator's JAX.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
@@ -20,12 +21,13 @@ fi
 # install once, and again when the dependencies change
 version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 constraints=scripts/constraints-$version.txt # exact versions that were tested, where there are any
-stamp=$(cat pyproject.toml "$constraints" 2>/dev/null | cksum)
+extras=test,dev${EXTRAS:+,$EXTRAS}
+stamp=$({ echo "$extras"; cat pyproject.toml "$constraints" 2>/dev/null; } | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     echo "installing into .venv (a few minutes the first time)" >&2
     pin=()
     [ -f "$constraints" ] && pin=(-c "$constraints")
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pin[@]}" \
-        -e ".[test,dev]" >&2
+        -e ".[$extras]" >&2
     echo "$stamp" >.venv/installed
 fi
