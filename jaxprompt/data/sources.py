@@ -1,6 +1,7 @@
 """Rows by name: packaged sets, local files, Hugging Face datasets, TFDS. A row is a dict."""
 
 import csv
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def _read_jsonl(path: Path) -> list[Row]:
                 raise UserError(
                     f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})."
                 ) from None
+            except (ValueError, RecursionError) as error:  # endless digits or brackets
+                raise UserError(f"{path}, line {number}: not usable JSON ({error}).") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object, found {line[:40]!r}.")
             rows.append(row)
@@ -70,6 +73,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a BOM
+        csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 KiB of old
         # strict: a stray quote is an error, where it would silently swallow the rows up to the next
         reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         rows: list[Row] = []
@@ -101,7 +105,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         # no partitioning: a folder named a=b would otherwise add a column
-        return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+        return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()  # pyright: ignore[reportArgumentType]
     except (pyarrow.ArrowException, OSError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as parquet: {problem}") from None
@@ -119,8 +123,8 @@ def _read_packaged(name: str, split: str) -> list[Row]:
 
 
 def _read_hugging_face(name: str, split: str) -> Sequence[Row]:
-    import datasets
-
+    if Path(name).is_dir():  # a folder of files that the library can read
+        return _load_dataset([(name, None)], split)
     parts = name.split("/")
     # a lone slash is ambiguous: super_glue/boolq is a configuration, google/boolq is a namespace
     tries: list[tuple[str, str | None]] = (
@@ -128,6 +132,12 @@ def _read_hugging_face(name: str, split: str) -> Sequence[Row]:
     )
     if len(parts) == 2:
         tries.append((name, None))
+    return _load_dataset(tries, split)
+
+
+def _load_dataset(tries: Sequence[tuple[str, str | None]], split: str) -> Sequence[Row]:
+    import datasets
+
     problems = []
     for dataset, config in tries:
         try:
@@ -135,6 +145,7 @@ def _read_hugging_face(name: str, split: str) -> Sequence[Row]:
             return loaded  # pyright: ignore[reportReturnType]
         except Exception as error:  # datasets and its hub client raise dozens of unrelated types
             problems.append(" ".join(str(error).split())[:160])
+    name = "/".join(filter(None, tries[0]))
     raise UserError(
         f"Hugging Face dataset {name!r}, split {split!r}, cannot be loaded ({problems[0]}); check "
         "the name and the network, or give local files in train and validation."
@@ -144,12 +155,17 @@ def _read_hugging_face(name: str, split: str) -> Sequence[Row]:
 def _read_tfds(name: str, split: str) -> Sequence[Row]:
     import tensorflow_datasets as tfds
 
+    for group in ("text", "question_answering", "summarization", "translate"):
+        # without TensorFlow a data set such as glue is known only once its group is imported
+        importlib.import_module(f"tensorflow_datasets.{group}")
     try:
         return _Decoded(tfds.data_source(name, split=split))
     except ImportError as error:
+        package = (error.name or "tensorflow").partition(".")[0]
         raise UserError(
-            f"TFDS data set {name!r} needs {error.name!r} to be read without TensorFlow; "
-            f"run: pip install {error.name}."
+            f"TFDS data set {name!r} is not prepared yet, and TFDS needs {package!r} to prepare it; "
+            f"run 'pip install {package}', or prepare it elsewhere with 'tfds build {name} "
+            "--file_format=array_record' and set TFDS_DATA_DIR to the folder that holds it."
         ) from None
     except Exception as error:  # likewise
         # the first line: after it comes a list of all data sets

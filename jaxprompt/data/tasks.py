@@ -111,6 +111,7 @@ def tokenize(
     A target that is too long is an error: a cut target would be a wrong one. ``origin`` (a file)
     names the rows in errors, which count from 1.
     """
+    _check_labels(task, tokenizer)
     pieces = place_prompt(task.template, prompt_length)
     virtual = virtual_ids(vocab_rows, prompt_length, prompt)
     texts = [
@@ -135,6 +136,20 @@ def tokenize(
         )
         for target in targets
     ]
+
+
+def _check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:
+    """Refuse labels that the tokenizer cannot tell apart, or that leave it nothing to say."""
+    seen: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(task.labels or (), tokenizer.encode_all(task.labels or ()), strict=True):
+        if not set(ids) - set(tokenizer.special_ids):
+            raise UserError(f"Label {label!r} has no token of this backbone; use another word.")
+        other = seen.setdefault(tuple(ids), label)
+        if other != label:
+            raise UserError(
+                f"Labels {other!r} and {label!r} are the same tokens to this backbone; use other "
+                "words, with task.label_map to reach them from the data."
+            )
 
 
 def target_texts(

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxprompt.config import UserError
 
+_SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
+
 
 class Tokenizer:
     """Text to ids and back. Ids of special tokens are never produced by ``encode``."""
@@ -36,7 +38,11 @@ class Tokenizer:
         if not texts:
             return []
         plain = [self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
-        return self._inner(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            return self._inner(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+            bad = next((t for t in plain if any("\ud800" <= c <= "\udfff" for c in t)), "")
+            raise UserError(f"The text {bad[:60]!r} is not Unicode; mend that character.") from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
@@ -59,6 +65,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if Path(path).is_dir() and not _has_tokenizer(Path(path)):
+        # transformers would make up an empty vocabulary for a T5
+        raise UserError(
+            f"There is no tokenizer at {str(path)!r}; put tokenizer.json or spiece.model beside "
+            "the weights."
+        )
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(path)))
     except Exception as error:  # transformers raises many unrelated types for missing files
@@ -67,3 +79,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"There is no tokenizer that can be read at {str(path)!r} ({problem}); put "
             "tokenizer.json or spiece.model beside the weights."
         ) from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("tokenizer.json", *_SENTENCEPIECE)):
+        return True
+    config = folder / "tokenizer_config.json"  # bytes need no vocabulary
+    return config.is_file() and b"ByT5" in config.read_bytes()

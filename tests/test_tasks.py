@@ -1,0 +1,175 @@
+"""Tasks by name and by mapping, and the ids they make: EOS, trimming, virtual tokens, errors."""
+
+import numpy as np
+import pytest
+from helpers_data import make_tokenizer
+
+from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks import TASKS, resolve_task, target_texts, tokenize
+from jaxprompt.data.templates import to_text
+from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.evaluate.metrics import METRICS
+
+V, P = 64, 5  # rows of the embedding table; more than the tokenizer has
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def task(**changes):
+    return TaskConfig(**({"name": "t", "template": "question : {text}"} | changes))
+
+
+def row(text, label="yes"):
+    return {"text": text, "label": label}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_complete(name):
+    entry = resolve_task(name)
+    assert entry.name == name and entry.labels and entry.train and entry.validation
+    assert set(entry.metrics) <= set(METRICS)
+    assert set((entry.label_map or {}).values()) <= set(entry.labels)
+    if entry.source.startswith("builtin:"):
+        for split in (entry.train, entry.validation, entry.test):
+            texts = {to_text(entry, row)[1] for row in read_rows(entry.source, split)}
+            assert texts == set(entry.labels)
+
+
+@pytest.mark.parametrize(
+    "name, columns, label, text, target",
+    [
+        ("boolq", "passage question", 1, "passage: P question: Q", "True"),
+        ("boolq", "question passage", False, "passage: Q question: P", "False"),
+        ("cb", "premise hypothesis", 2, "hypothesis: Q premise: P", "neutral"),
+        ("rte", "premise hypothesis", 1, "hypothesis: Q premise: P", "not_entailment"),
+        ("rte", "premise hypothesis", "entailment", "hypothesis: Q premise: P", "entailment"),
+        ("sst2", "sentence", 0, "sentence: P", "negative"),
+        ("mrpc", "sentence1 sentence2", 1, "sentence1: P sentence2: Q", "equivalent"),
+        ("qqp", "question1 question2", 0, "question1: P question2: Q", "not_duplicate"),
+    ],
+)
+def test_text_forms_are_the_papers(name, columns, label, text, target):
+    # integers as in Hugging Face and TFDS, booleans and words as in SuperGLUE's own files
+    values = dict(zip(columns.split(), "PQ", strict=False)) | {"label": label, "idx": 7}
+    assert to_text(resolve_task(name), values) == (text, target)
+
+
+def test_unknown_task_suggests_near_names():
+    with pytest.raises(UserError, match="'supersens' is unknown; did you mean supersense"):
+        resolve_task("supersens")
+    with pytest.raises(UserError, match="'bolq' is unknown; did you mean boolq"):
+        resolve_task({"name": "bolq", "max_input_length": 64})
+    with pytest.raises(UserError, match="'xyzzy' is unknown; known are supersense, spam, boolq"):
+        resolve_task("xyzzy")
+
+
+def test_mapping_changes_a_known_task():
+    changed = resolve_task({"name": "boolq", "max_input_length": 64})
+    assert changed == resolve_task("boolq").model_copy(update={"max_input_length": 64})
+    files = resolve_task({"name": "boolq", "train": "t.jsonl", "validation": "v.jsonl"})
+    assert files.source is None and files.test is None and files.train == "t.jsonl"
+    assert files.template == resolve_task("boolq").template
+    other = resolve_task({"name": "boolq", "source": "tfds:super_glue/boolq"})
+    assert other.source == "tfds:super_glue/boolq" and other.train == "train"
+
+
+def test_mapping_of_ones_own_needs_no_code():
+    mine = resolve_task({"name": "mine", "train": "t.csv", "template": "{a}", "labels": ["x", "y"]})
+    assert mine.target == "{label}" and mine.source is None
+    with pytest.raises(UserError, match="lables.*labels"):
+        resolve_task({"name": "mine", "template": "{a}", "lables": ["x", "y"]})
+
+
+@pytest.mark.parametrize("template", ["question : {text}", "{text} [prompt] it was"])
+@pytest.mark.parametrize("words", [0, 1, 3, 40])
+@pytest.mark.parametrize("limit", [1, 2, 4, 20])
+def test_eos_and_all_virtual_tokens_survive_any_trimming(tokenizer, template, words, limit):
+    short = task(template=template, max_input_length=limit)
+    text = " ".join(["one"] * words)
+    [example] = tokenize(short, [row(text)], tokenizer, P, V)
+    virtual = example.inputs >= V
+    np.testing.assert_array_equal(example.inputs[virtual], V + np.arange(P))
+    real = example.inputs[~virtual]
+    assert real[-1] == tokenizer.eos_id and (real == tokenizer.eos_id).sum() == 1
+    whole = tokenizer.encode(template.replace("[prompt]", "").replace("{text}", text))
+    assert real[:-1].tolist() == whole[: limit - 1]
+    assert example.targets.tolist() == [*tokenizer.encode("yes"), tokenizer.eos_id]
+    assert example.inputs.dtype == example.targets.dtype == np.int32
+
+
+def test_virtual_tokens_stand_where_the_template_says(tokenizer):
+    hybrid = task(template="[prompt:2] {text} it was [prompt]")
+    [example] = tokenize(hybrid, [row("one two")], tokenizer, P, V, prompt=3)
+    first = V + 3 * P
+    words = tokenizer.encode("one two it was")
+    assert example.inputs.tolist() == [
+        first, first + 1, *words, first + 2, first + 3, first + 4, tokenizer.eos_id
+    ]  # fmt: skip
+
+
+def test_without_prompt_there_are_only_words(tokenizer):
+    [example] = tokenize(task(template="[prompt:2] {text}"), [row("one")], tokenizer, 0, V)
+    assert example.inputs.tolist() == [*tokenizer.encode("one"), tokenizer.eos_id]
+
+
+def test_prediction_needs_no_targets(tokenizer):
+    labelled = task(labels=["yes", "no"])
+    [example] = tokenize(labelled, [{"text": "one"}], tokenizer, P, V, need_targets=False)
+    assert len(example.targets) == 0
+
+
+def test_long_targets_are_an_error_and_never_cut(tokenizer):
+    rows = [row("a"), row("a", "one two three")]
+    exact = tokenize(task(max_target_length=4), rows, tokenizer, P, V)
+    assert len(exact[1].targets) == 4
+    with pytest.raises(UserError, match="row 2 of v.csv has 4 tokens .*max_target_length is 3"):
+        tokenize(task(max_target_length=3), rows, tokenizer, P, V, origin="v.csv")
+
+
+def test_errors_name_the_row_and_where_it_is_from(tokenizer):
+    limited, rows = task(labels=["yes", "no"]), [row("a"), row("b", "oui")]
+    with pytest.raises(UserError, match="row 2 of v.csv has the label 'oui'; allowed are 'yes', "):
+        tokenize(limited, rows, tokenizer, P, V, origin="v.csv")
+    with pytest.raises(UserError, match="row 2 of task 't' has the label"):
+        target_texts(limited, rows)
+    with pytest.raises(UserError, match="column 'text', which row 1 of v.csv lacks"):
+        tokenize(limited, [{"label": "no"}], tokenizer, P, V, origin="v.csv")
+    assert target_texts(limited, rows[:1]) == ["yes"]
+
+
+def test_control_tokens_in_a_text_stay_text(tokenizer):
+    ids = tokenizer.encode("one </s> two <pad> three </s><extra_id_0>")
+    assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
+    assert ids[-1] == tokenizer.encode("<extra_id_0>")[0]  # sentinels may be used in templates
+
+
+def test_encoding_together_is_encoding_alone(tokenizer):
+    texts = ["one two", "", "</s>", "question : three"]
+    assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_all([]) == []
+
+
+def test_decode_stops_at_eos_and_skips_what_is_no_word(tokenizer):
+    one, two = tokenizer.encode("one two")
+    ids = np.array([one, tokenizer.pad_id, tokenizer.size, V + 2, two, tokenizer.eos_id, one])
+    assert tokenizer.decode(ids) == "one two"
+    assert tokenizer.decode([]) == "" == tokenizer.decode([tokenizer.eos_id, one])
+
+
+def test_byt5_tokenizer_without_vocabulary_file(tmp_path):
+    import transformers
+
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    byt5 = load_tokenizer(tmp_path)
+    ids = byt5.encode("é </s>")
+    assert ids[:2] == [0xC3 + 3, 0xA9 + 3] and byt5.eos_id not in ids
+    assert byt5.decode([*byt5.encode("héllo"), byt5.eos_id, 300, 2000]) == "héllo"
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path)
