@@ -163,7 +163,7 @@ def _read_tfds(name: str, split: str) -> Sequence[Row]:
     except ImportError as error:
         package = (error.name or "tensorflow").partition(".")[0]
         raise UserError(
-            f"TFDS data set {name!r} is not prepared yet, and TFDS needs {package!r} to prepare it; "
+            f"TFDS data set {name!r} is not prepared yet, and TFDS needs {package!r} for that; "
             f"run 'pip install {package}', or prepare it elsewhere with 'tfds build {name} "
             "--file_format=array_record' and set TFDS_DATA_DIR to the folder that holds it."
         ) from None

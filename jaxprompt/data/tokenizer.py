@@ -68,8 +68,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         # transformers would make up an empty vocabulary for a T5
         raise UserError(
-            f"There is no tokenizer at {str(path)!r}; put tokenizer.json or spiece.model beside "
-            "the weights."
+            f"There is no tokenizer that can be read at {str(path)!r}; put tokenizer.json or "
+            "spiece.model beside the weights."
         )
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(path)))

@@ -37,6 +37,11 @@ def initial_prompt(
         size = min(config.vocabulary or pieces, pieces)
         excluded = () if config.special_ids == "code" else special_ids
         candidates = np.setdiff1d(np.arange(size), np.asarray(excluded, int))
+        if count and not len(candidates):
+            raise UserError(
+                f"prompt.vocabulary is {size}, all of them special ids; raise it, or set "
+                "prompt.special_ids=code."
+            )
         drawn = rng.choice(candidates, count, replace=count > len(candidates))
         return lookup(table, drawn)
 
