@@ -168,3 +168,51 @@ def test_tfds_values_become_plain_text():
     values = np.array([b"a", b"\xc3\xa9"], object)
     assert sources._text(values) == ["a", "é"]
     assert sources._text(np.int64(3)) == 3
+
+
+def test_a_local_folder_is_a_hugging_face_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "train.parquet")
+    assert list(read_rows(f"hf:{folder}", "train")) == ROWS
+    assert list(read_rows(f"hf:{folder}", "train[:50%]")) == ROWS[:1]
+    with pytest.raises(UserError, match="split 'dev', cannot be loaded"):
+        read_rows(f"hf:{folder}", "dev")
+
+
+def test_json_without_end_and_texts_without_measure(tmp_path):
+    deep = write(tmp_path, "deep.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"deep.jsonl, line 2: not usable JSON"):
+        read_rows(None, deep)
+    digits = write(tmp_path, "digits.jsonl", '{"a": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"digits.jsonl, line 1: not usable JSON"):
+        read_rows(None, digits)
+    text = "word " * 50_000  # beyond the csv module's old limit
+    assert read_rows(None, write(tmp_path, "a.csv", f"text\n{text}\n"))[0]["text"] == text
+
+
+def test_tfds_that_cannot_prepare_says_what_it_needs(monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def needs(package):
+        def raise_it(*_, **__):
+            raise ModuleNotFoundError(f"No module named {package}", name=package)
+
+        return raise_it
+
+    monkeypatch.setattr(tfds, "data_source", needs("tensorflow.io"))
+    with pytest.raises(UserError, match="needs 'tensorflow' for that; run 'pip install tensorf"):
+        read_rows("tfds:glue/sst2", "train")
+    monkeypatch.setattr(tfds, "data_source", needs(None))
+    with pytest.raises(UserError, match="needs 'tensorflow'.*file_format=array_record"):
+        read_rows("tfds:glue/sst2", "train")
+
+
+def test_tfds_knows_its_text_sets_without_tensorflow():
+    import tensorflow_datasets as tfds
+
+    with pytest.raises(UserError):
+        read_rows("tfds:nothing", "train")
+    assert tfds.builder_cls("super_glue").name == "super_glue"
+    assert "tensorflow" not in sys.modules
