@@ -61,13 +61,14 @@ def _download(name: str) -> str:
 
     # HTTPError is that of the HTTP client the hub package happens to use; LocalEntryNotFoundError
     # (an OSError) means neither reachable nor in the cache
-    failures = (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError)
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    failures = (errors.HfHubHTTPError, http_error, OSError, ValueError)
     try:
         try:
             files = huggingface_hub.list_repo_files(name)
         except errors.HfHubHTTPError:  # the hub answered: unknown, gated or private
             raise
-        except (errors.HTTPError, OSError):  # unreachable: only an earlier download can help
+        except (http_error, OSError):  # unreachable: only an earlier download can help
             return huggingface_hub.snapshot_download(name, local_files_only=True)
         patterns = weight_patterns(files)
         if not patterns:

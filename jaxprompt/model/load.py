@@ -143,7 +143,8 @@ def _load_leaf(
     if sharding is None:
         # a leaf that only this function knows may be adopted by the device instead of copied
         return jax.device_put(read(tuple(slice(0, n) for n in shape)), may_alias=True)
-    return jax.make_array_from_callback(shape, sharding, read)
+    # the index is None only for scalars, and there are none
+    return jax.make_array_from_callback(shape, sharding, read)  # pyright: ignore[reportArgumentType]
 
 
 def _aligned(shape: list[int], dtype: np.dtype, to: int = 64) -> np.ndarray:
