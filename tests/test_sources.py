@@ -1,5 +1,6 @@
 """Rows from files, packaged sets, datasets and TFDS, and each way in which they can be bad."""
 
+import importlib
 import json
 import sys
 
@@ -133,7 +134,7 @@ def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
 
     class Little(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = tmp_path
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="boolq")]
 
         def _info(self):
             columns = {"text": tfds.features.Text(), "label": tfds.features.Scalar(np.int64)}
@@ -146,16 +147,20 @@ def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
             raise NotImplementedError
 
     tfds.disable_progress_bar()
-    Little(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    direct = tfds.data_source
-    monkeypatch.setattr(tfds, "data_source", lambda *a, **k: direct(*a, data_dir=tmp_path, **k))
-    rows = read_rows("tfds:little", "train")
+    # as a set whose own code needs TensorFlow even to read its files
+    Little.name = "super_glue"
+    Little(data_dir=tmp_path, config="boolq", file_format="array_record").download_and_prepare()
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    importlib.import_module("tensorflow_datasets.text")
+    rows = read_rows("tfds:super_glue/boolq", "train")
     assert len(rows) == 5
     # iterating must end at the last row: the source raises no IndexError there
     assert sorted(row["label"] for row in rows) == [0, 1, 2, 3, 4]
     assert {row["text"] for row in rows} == {f"é {i}" for i in range(5)}
     assert rows[0] == next(iter(rows))
     assert "tensorflow" not in sys.modules
+    with pytest.raises(UserError, match="split 'dev', cannot be read"):
+        read_rows("tfds:super_glue/boolq", "dev")
 
 
 def test_tfds_set_that_is_not_prepared():

@@ -154,7 +154,17 @@ def _load_dataset(tries: Sequence[tuple[str, str | None]], split: str) -> Sequen
 
 def _read_tfds(name: str, split: str) -> Sequence[Row]:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming, read_only_builder
 
+    try:
+        # files first: they need no TensorFlow, and the code of super_glue does even to read them
+        plain, options = naming.parse_builder_name_kwargs(name)
+        builder = read_only_builder.builder_from_files(str(plain), **options)
+        return _Decoded(builder.as_data_source(split=split))
+    except tfds.core.DatasetNotFoundError:
+        pass
+    except Exception as error:  # TFDS raises many unrelated types
+        raise _unreadable(name, split, error) from None
     for group in ("text", "question_answering", "summarization", "translate"):
         # without TensorFlow a data set such as glue is known only once its group is imported
         importlib.import_module(f"tensorflow_datasets.{group}")
@@ -167,14 +177,18 @@ def _read_tfds(name: str, split: str) -> Sequence[Row]:
             f"run 'pip install {package}', or prepare it elsewhere with 'tfds build {name} "
             "--file_format=array_record' and set TFDS_DATA_DIR to the folder that holds it."
         ) from None
-    except Exception as error:  # likewise
-        # the first line: after it comes a list of all data sets
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"TFDS data set {name!r}, split {split!r}, cannot be read ({problem}); prepare it once "
-            f"where TensorFlow is installed with 'tfds build {name} --file_format=array_record', "
-            "and set TFDS_DATA_DIR to the folder that holds it."
-        ) from None
+    except Exception as error:
+        raise _unreadable(name, split, error) from None
+
+
+def _unreadable(name: str, split: str, error: Exception) -> UserError:
+    # the first line: after it comes a list of all data sets
+    problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(
+        f"TFDS data set {name!r}, split {split!r}, cannot be read ({problem}); prepare it once "
+        f"where TensorFlow is installed with 'tfds build {name} --file_format=array_record', and "
+        "set TFDS_DATA_DIR to the folder that holds it."
+    )
 
 
 class _Decoded(Sequence[Row]):
