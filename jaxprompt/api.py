@@ -49,13 +49,14 @@ def open_session(
     prompt: str | Path | Prompt | None = None,
     backbone: str | Backbone | None = None,
     *,
+    tokenizer: str | None = None,
     dtype: str = "float32",
     any_backbone: bool = False,
 ) -> Session:
     """Load a prompt (or none) with its backbone, and refuse a pair that does not belong together.
 
-    ``backbone`` defaults to the one that the prompt records; ``any_backbone`` allows another one of
-    the same width.
+    ``backbone`` and ``tokenizer`` default to those that the prompt records, the tokenizer then to the
+    one beside the weights; ``any_backbone`` allows other weights of the same width.
     """
     if isinstance(prompt, str | Path):
         prompt = load_prompt(prompt)
@@ -76,7 +77,8 @@ def open_session(
         bank = jnp.asarray(prompt.vectors)[None]
     # rows go to one place: prediction batches need not divide the devices
     model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
-    return Session(backbone, load_tokenizer(backbone.path), prompt, model)
+    words = tokenizer or recorded.get("tokenizer") or backbone.path
+    return Session(backbone, load_tokenizer(words), prompt, model)
 
 
 def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -> None:

@@ -27,6 +27,10 @@ BackboneOption = Annotated[
     str | None,
     typer.Option(help="hub id, directory, T5X checkpoint or 'builtin'; default: the prompt's own"),
 ]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(help="hub id or directory; default: the prompt's, or beside the weights"),
+]
 TaskOption = Annotated[str | None, typer.Option(help="a built-in task; default: the prompt's own")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows in a batch")]
 PromptArgument = Annotated[Path, typer.Argument(help="artefact, PEFT adapter or .npy")]
@@ -58,6 +62,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="a file with the task's columns")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "validation",
     backbone: BackboneOption = None,
+    tokenizer: TokenizerOption = None,
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
 ) -> None:
@@ -67,7 +72,7 @@ def evaluate(
     from jaxprompt import api
     from jaxprompt.progress import Bar
 
-    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     with Bar("evaluating", 0) as bar:
         bar.total = None
         report = api.evaluate(
@@ -83,6 +88,7 @@ def predict(
     output: Annotated[Path, typer.Option(help="rows with a prediction each (.jsonl)")],
     task: TaskOption = None,
     backbone: BackboneOption = None,
+    tokenizer: TokenizerOption = None,
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
 ) -> None:
@@ -93,7 +99,7 @@ def predict(
 
     rows = read_rows(None, str(input))
     check_output(output)
-    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     chosen = api.prompt_task(session.prompt, task)
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
@@ -111,6 +117,7 @@ def score(
     output: Annotated[Path, typer.Option(help="rows with log_likelihood and tokens (.jsonl)")],
     prompt: Annotated[Path | None, typer.Option(help="artefact, PEFT adapter or .npy")] = None,
     backbone: BackboneOption = None,
+    tokenizer: TokenizerOption = None,
     max_input_length: Annotated[int, typer.Option(min=1, help="text tokens with EOS")] = 512,
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
@@ -129,7 +136,7 @@ def score(
                 "'input' and 'target' are needed."
             )
     check_output(output)
-    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     with Bar("scoring", len(pairs)) as bar:
         rows = api.score(
             session,
@@ -145,6 +152,7 @@ def score(
 def inspect(
     prompt: PromptArgument,
     backbone: BackboneOption = None,
+    tokenizer: TokenizerOption = None,
     nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
     figure: Annotated[Path | None, typer.Option(help="also draw a .png")] = None,
     any_backbone: AnyBackbone = False,
@@ -154,7 +162,7 @@ def inspect(
 
     if figure is not None:
         check_output(figure)
-    session = api.open_session(prompt, backbone, any_backbone=any_backbone)
+    session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     print(json.dumps(api.inspect(session, nearest=nearest, figure=figure), ensure_ascii=False))
 
 

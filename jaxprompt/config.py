@@ -135,6 +135,7 @@ class RunConfig(_Schema):
     """Everything about a run; written to its directory as ``config.yaml``."""
 
     backbone: str = "builtin"
+    tokenizer: str | None = None  # hub id or directory; None: the one beside the weights
     task: str | dict[str, Any]
     method: Literal["prompt-tuning", "model-tuning"] = "prompt-tuning"
     model: ModelConfig = ModelConfig()

@@ -327,7 +327,7 @@ def logical_axes(config: T5Config) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(name, abstract_params(config))
 
 
-def _apply(params, config, method, *args, dropout_key=None):
+def _apply(params, config, method, *args, dropout_key=None) -> Any:
     module = T5(config, deterministic=dropout_key is None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return module.apply({"params": params}, *args, rngs=rngs, method=method)

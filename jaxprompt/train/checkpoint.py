@@ -17,8 +17,11 @@ class Checkpoints:
     """The checkpoints in one directory; the newest ``keep`` are kept."""
 
     def __init__(self, path: Path, keep: int):
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(path.absolute(), preservation_policy=policy)
+        # orbax 0.12.8 declares a protocol that its own policies do not match
+        policy: Any = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            str(path.absolute()), preservation_policy=policy
+        )
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""

@@ -86,7 +86,7 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
         unroll=config.model.unroll,
         remat=config.model.remat,
     )
-    tokenizer = load_tokenizer(backbone.path)
+    tokenizer = load_tokenizer(config.tokenizer or backbone.path)
 
     length = config.prompt.length if method.uses_prompt else 0
 
@@ -282,6 +282,7 @@ def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows:
         "backbone": {
             "source": config.backbone,
             "fingerprint": backbone.fingerprint,
+            "tokenizer": config.tokenizer,
             "d_model": shape.d_model,
             "vocab_size": shape.vocab_size,
             "num_layers": shape.num_encoder_layers,

@@ -45,25 +45,30 @@ def batch_losses(
     A prompt's mean is over its own target tokens, so its gradient does not depend on what else
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
     """
+    inputs, segments, targets, target_segments, owners, weights = map(jnp.asarray, batch)
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    encoded = t5.encode(
-        params, bank, config, batch.inputs, batch.input_segments, dropout_key=keys[0]
-    )
-    decoder_inputs = shift_right(batch.targets, batch.target_segments, config.decoder_start_id)
+    encoded = t5.encode(params, bank, config, inputs, segments, dropout_key=keys[0])
+    decoder_inputs = shift_right(targets, target_segments, config.decoder_start_id)
     logits = t5.decode(
-        params, bank, config, encoded, batch.input_segments, decoder_inputs,
-        batch.target_segments, dropout_key=keys[1],
-    )  # fmt: skip
+        params,
+        bank,
+        config,
+        encoded,
+        segments,
+        decoder_inputs,
+        target_segments,
+        dropout_key=keys[1],
+    )
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_z - picked
-    right = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
     def mean(values):
-        owner = batch.target_prompts.reshape(-1)
-        weights = batch.loss_weights.reshape(-1)
+        owner = owners.reshape(-1)
         add = functools.partial(jax.ops.segment_sum, segment_ids=owner, num_segments=prompts)
-        return add(values.reshape(-1) * weights) / jnp.maximum(add(weights), 1.0)
+        total = add((values * weights).reshape(-1))
+        return total / jnp.maximum(add(weights.reshape(-1)), 1.0)
 
     losses = Losses(mean(nll), mean(right))
     return jnp.sum(losses.loss + z_loss * mean(jnp.square(log_z))), losses
