@@ -55,8 +55,8 @@ def open_session(
 ) -> Session:
     """Load a prompt (or none) with its backbone, and refuse a pair that does not belong together.
 
-    ``backbone`` and ``tokenizer`` default to those that the prompt records, the tokenizer then to the
-    one beside the weights; ``any_backbone`` allows other weights of the same width.
+    ``backbone`` and ``tokenizer`` default to those that the prompt records, the tokenizer then to
+    the one beside the weights; ``any_backbone`` allows other weights of the same width.
     """
     if isinstance(prompt, str | Path):
         prompt = load_prompt(prompt)
