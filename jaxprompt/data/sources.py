@@ -160,7 +160,7 @@ def _read_tfds(name: str, split: str) -> Sequence[Row]:
         # files first: they need no TensorFlow, and the code of super_glue does even to read them
         plain, options = naming.parse_builder_name_kwargs(name)
         builder = read_only_builder.builder_from_files(str(plain), **options)
-        return _Decoded(builder.as_data_source(split))
+        return _Decoded(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
     except tfds.core.DatasetNotFoundError:
         pass
     except Exception as error:  # TFDS raises many unrelated types
