@@ -49,8 +49,12 @@ def train(
     from jaxprompt.progress import Bar, show_result
     from jaxprompt.train.loop import train as run_training
 
-    with Bar("training", run.train.steps) as bar:
-        result = run_training(run, bar)
+    try:
+        with Bar("training", run.train.steps) as bar:
+            result = run_training(run, bar)
+    except KeyboardInterrupt:  # typer would end without a word
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
     show_result(result)
     print(json.dumps(result))
 
@@ -198,9 +202,6 @@ def main() -> None:
     except OSError as error:  # a full disk, a file without permission
         print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,435 @@
+"""The command line as a person uses it: results on standard output, mistakes as one sentence.
+
+Whatever is wrong, the exit code is 2, the last line of standard error says what to mend, nothing is
+on standard output, no file is left half-written, and none that was there is lost.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import CONFIG, copy, make_backbone, make_rows, run_values, write_rows, write_run
+from safetensors.numpy import load_file, save_file
+
+from jaxprompt import cli
+from jaxprompt.config import load_config
+from jaxprompt.model.load import load_backbone
+from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.train.logbook import open_run
+
+COMMAND = Path(sys.executable).parent / "jaxprompt"
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompt(backbone, tmp_path_factory):
+    """An artefact for the tiny backbone, as training would leave it."""
+    folder = tmp_path_factory.mktemp("prompt")
+    task = run_values(backbone, folder)["task"]
+    known = {"source": str(backbone), "fingerprint": load_backbone(str(backbone)).fingerprint}
+    vectors = np.random.default_rng(0).normal(size=(3, CONFIG.d_model)).astype(np.float32)
+    save_prompt(folder / "prompt", Prompt(vectors, {"backbone": known, "task": task}))
+    return folder / "prompt"
+
+
+@pytest.fixture
+def values(backbone, tmp_path):
+    return run_values(backbone, tmp_path)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command in this process; (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Expect a mistake; return its sentence, having checked how it was told and what was left."""
+
+    def files():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def run(*arguments):
+        before = files()
+        code, out, err = call(*arguments)
+        *progress, last = err.strip().splitlines()
+        assert code == 2 and out == "", (code, out, err)
+        assert last.startswith("error: ") and "Traceback" not in err, err
+        assert sum("error" in line for line in progress) == 0, err
+        assert files() == before
+        return last
+
+    return run
+
+
+def train(values, tmp_path, *overrides):
+    return "train", write_run(tmp_path / "run.yaml", values), *overrides
+
+
+# -- what works ------------------------------------------------------------------------------------
+
+
+def test_train_eval_predict_score_inspect(call, values, tmp_path):
+    values["task"]["test"] = values["task"]["validation"]
+    code, out, err = call(*train(values, tmp_path, "train.steps=2"))
+    assert code == 0, err
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 2 and result["test"]["accuracy"] == result["value"]
+    assert "majority class" in err and "validation accuracy" in err
+    prompt = tmp_path / "run" / "prompt"
+
+    code, out, err = call("eval", prompt, "--batch-size", 4)
+    assert code == 0 and json.loads(out)["metrics"] == {"accuracy": result["value"]}, err
+
+    rows = [{**row, "label": None, "kept": "é"} for row in make_rows(3)]  # answers are not needed
+    source, answers = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    code, out, err = call(
+        "predict", prompt, "--input", source, "--output", answers, "--batch-size", 4
+    )
+    assert (code, out) == (0, ""), err
+    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert [row["text"] for row in found] == [row["text"] for row in rows]
+    assert all(row["kept"] == "é" and row["prediction"] in ("yes", "no") for row in found)
+
+    pairs = [{"input": "it was good", "target": "yes"}, {"input": "it", "target": ""}]
+    source, scores = write_rows(tmp_path / "pairs.jsonl", pairs), tmp_path / "scores.jsonl"
+    for options in (("--prompt", prompt), ("--backbone", values["backbone"])):
+        code, out, err = call(
+            "score", *options, "--input", source, "--output", scores, "--batch-size", 4
+        )
+        assert (code, out) == (0, ""), err
+        found = [json.loads(line) for line in scores.read_text().splitlines()]
+        assert [row["tokens"] for row in found] == [2, 1]
+        assert all(row["log_likelihood"] < 0 for row in found)
+
+    code, out, err = call("inspect", prompt, "--nearest", 1)
+    assert code == 0 and json.loads(out)["length"] == 3, err
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_the_installed_command_answers_without_heavy_libraries():
+    if not COMMAND.exists():
+        pytest.skip("the package is not installed as a command beside this Python")
+    found = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0
+    for name in ("train", "eval", "predict", "score", "inspect"):
+        assert name in found.stdout
+    light = "import sys, jaxprompt.cli; print(sorted({'jax', 'datasets', 'transformers'} & "
+    light += "set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "none.yaml"], "error: No config file at 'none.yaml'; give the path of a YAML"),
+        (["eval", "none"], "error: There is no prompt at 'none'"),
+        (["train", "a.yaml", "--fast"], "No such option"),
+        (["tune", "a.yaml"], "No such command 'tune'"),
+        (["score", "--input", "a.jsonl"], "Missing option '--output'"),
+        (["eval", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+    ],
+)
+def test_as_a_process_of_its_own(arguments, words, tmp_path):
+    if "none" in arguments[1] or arguments[0] == "tune":
+        if not COMMAND.exists():
+            pytest.skip("the package is not installed as a command beside this Python")
+        command = [COMMAND, *arguments]
+    else:
+        command = [sys.executable, "-m", "jaxprompt.cli", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert found.returncode == 2 and found.stdout == ""
+    assert words in found.stderr and "Traceback" not in found.stderr
+    if words.startswith("error"):
+        assert len(found.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
+# -- configuration and data ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.step=3", "Unknown config key 'train.step'; did you mean 'steps'"),
+        ("train.steps=many", "Config key 'train.steps' is 'many': input should be a valid integer"),
+        ("train.seed=-1", "Config key 'train.seed' is -1"),
+        ("train.batch_size=1000000000", "Config key 'train.batch_size' is 1000000000"),
+        ("task.metrics=[accuracy, bleu]", "asks for metric 'bleu'; known are accuracy, f1"),
+        ("task.labels=[]", "different ones are needed"),
+        ("task.labels=[yes, no, yes]", "different ones are needed"),
+        ("task.template=hello", "template 'hello' names no column"),
+        ("task.template='{text} {'", "a brace without its partner"),
+        ("task.template='{sentence}'", "needs column 'sentence', which row 1 of "),
+        ("task.target='{answer}'", "needs column 'answer', which row 1 of "),
+        ("task.labels=[yes, maybe]", "has the label 'no'; allowed are 'yes', 'maybe'"),
+        ("task.train=", "names no train data; give task.train"),
+        ("task.validation=", "names no validation data; give task.validation"),
+        ("task.validation=none.jsonl", "There is no file 'none.jsonl'"),
+        ("task.test=none.jsonl", "There is no file 'none.jsonl'"),
+        ("task.source=builtin:none", "no built-in split none/"),
+        ("task=xyzzy", "Task 'xyzzy' is unknown; known are"),
+        ("prompt.init=file", "init=file needs prompt.file; give it"),
+        ("train.batch_size=6", "train.batch_size is 6, which 4 data-parallel devices do not"),
+        ("train.eval_batch_size=9", "train.eval_batch_size is 9, which 4"),
+        ("mesh.data=3", "does not cover 4 device(s)"),
+        ("backbone=./nowhere", "there is no directory ./nowhere"),
+    ],
+)
+def test_mistakes_in_a_run_are_told_before_it_starts(refused, values, tmp_path, override, words):
+    sentence = refused(*train(values, tmp_path, override))
+    assert words in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("task.labels=[yes, no, zzz]", "Label 'zzz' has no token of this backbone"),
+        ("task.max_target_length=1", "has 2 tokens with EOS and task.max_target_length is 1"),
+        ("task.template='[prompt:2] {text}'", "places 2 virtual tokens and the prompt has 3"),
+        ("prompt={init: file, file: none}", "There is no prompt at 'none'"),
+        ("prompt={init: sampled_vocabulary, vocabulary: 2}", "all of them special ids"),
+    ],
+)
+def test_mistakes_that_only_the_backbone_reveals(refused, values, tmp_path, override, words):
+    assert words in refused(*train(values, tmp_path, override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_of_another_length_does_not_start_a_run(refused, values, prompt, tmp_path):
+    values["prompt"] = {"length": 5, "init": "file", "file": str(prompt)}
+    sentence = refused(*train(values, tmp_path))
+    assert "has 3 vectors and prompt.length is 5; set prompt.length=3, or" in sentence
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", "a.jsonl holds no rows"),
+        ("a.jsonl", b'{"text": "a", "label": "yes"}\n{"text": ', "a.jsonl, line 2, column 10: not"),
+        ("a.jsonl", b"[]\n", "a.jsonl, line 1: expected an object"),
+        ("a.jsonl", b"\xff\xfe\n", "a.jsonl is not UTF-8"),
+        ("a.csv", b"text,label\nx\n", "a.csv, line 2: 1 cells, and the header has 2"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet"),
+        ("a.txt", b"hello\n", "must end in .jsonl"),
+        ("a.jsonl", b'{"text": null, "label": "yes"}\n', "'text' is empty (null) in row 1 of"),
+        ("a.jsonl", b'{"text": "\\ud800", "label": "yes"}\n', "is not Unicode"),
+        ("a.jsonl", b'{"text": "a", "label": "oui"}\n', "row 1 of"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_bad_data_stops_a_run_before_it_starts(
+    refused, values, tmp_path, name, content, words, split
+):
+    (tmp_path / name).write_bytes(content)
+    values["task"][split] = str(tmp_path / name)
+    assert words in refused(*train(values, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+# -- where a run goes ------------------------------------------------------------------------------
+
+
+def test_an_output_that_is_something_else_is_left_alone(refused, values, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "exists and is not a run; choose another output" in refused(*train(values, tmp_path))
+    values["output"] = str(tmp_path / "train.jsonl")
+    assert "exists and is not a run" in refused(*train(values, tmp_path))
+    values["output"] = str(tmp_path / "train.jsonl" / "run")
+    assert "cannot be written" in refused(*train(values, tmp_path))
+
+
+def test_a_run_with_other_settings_is_left_alone(refused, values, tmp_path):
+    file = write_run(tmp_path / "run.yaml", values)
+    folder = open_run(load_config(file))
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    sentence = refused("train", file, "train.learning_rate=0.5", "task.name=other")
+    assert "task.name was 'mine' and is 'other'; train.learning_rate was 0.3 and is 0.5" in sentence
+    (folder / "config.yaml").write_text("task: [")
+    assert "config.yaml is not valid YAML" in refused("train", file)
+
+
+def test_a_run_that_never_started_may_change_its_settings(values, tmp_path):
+    file = write_run(tmp_path / "run.yaml", values)
+    open_run(load_config(file))
+    changed = load_config(file, ["train.learning_rate=0.5"])
+    assert load_config(open_run(changed) / "config.yaml") == changed
+
+
+# -- backbones and prompts -------------------------------------------------------------------------
+
+
+def predict(prompt, tmp_path, *options):
+    source = write_rows(tmp_path / "in.jsonl", make_rows(2))
+    (tmp_path / "out.jsonl").write_text("answers of yesterday\n")
+    return "predict", prompt, "--input", source, "--output", tmp_path / "out.jsonl", *options
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_backbone(refused, values, backbone, tmp_path, size):
+    broken = copy(backbone, tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    values["backbone"] = str(broken)
+    assert "model.safetensors" in refused(*train(values, tmp_path))
+
+
+def test_backbone_of_other_shapes(refused, values, backbone, tmp_path):
+    broken = copy(backbone, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["shared.weight"] = tensors["shared.weight"][:, :-1].copy()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    values["backbone"] = str(broken)
+    assert "shared.weight" in refused(*train(values, tmp_path))
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_is_refused_and_not_executed(refused, values, backbone, tmp_path, zipped):
+    trace = tmp_path / "executed"
+    broken = copy(backbone, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    data = pickle.dumps({"shared.weight": Trap(trace)}, protocol=2)
+    if zipped:
+        with zipfile.ZipFile(broken / "pytorch_model.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3\n")
+    else:
+        (broken / "pytorch_model.bin").write_bytes(data)
+    values["backbone"] = str(broken)
+    assert "pytorch_model.bin" in refused(*train(values, tmp_path))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_backbone(refused, values, backbone, tmp_path, missing):
+    broken = copy(backbone, tmp_path / "broken")
+    (broken / missing).unlink()
+    values["backbone"] = str(broken)
+    sentence = refused(*train(values, tmp_path))
+    assert str(broken) in sentence
+    assert (missing in sentence) or missing == "model.safetensors"
+
+
+def test_truncated_prompt(refused, prompt, tmp_path):
+    broken = copy(prompt, tmp_path / "prompt")
+    file = broken / "prompt.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert "prompt.safetensors is damaged or missing" in refused(*predict(broken, tmp_path))
+
+
+def test_wrong_backbone_for_a_prompt(refused, prompt, tmp_path):
+    other = make_backbone(tmp_path / "other", seed=1)
+    sentence = refused(*predict(prompt, tmp_path, "--backbone", other))
+    assert "other weights; name the right backbone with --backbone, or allow" in sentence
+
+
+def test_prompt_of_another_width_is_refused_even_by_force(refused, prompt, backbone, tmp_path):
+    facts = load_prompt(prompt).facts
+    save_prompt(tmp_path / "wide", Prompt(np.ones((3, 20), np.float32), facts))
+    sentence = refused(*predict(tmp_path / "wide", tmp_path, "--any-backbone"))
+    assert "vectors of 20 numbers" in sentence and "d_model 16" in sentence
+
+
+def test_foreign_prompts_need_a_backbone_and_a_task(refused, backbone, tmp_path):
+    np.save(tmp_path / "p.npy", np.ones((3, CONFIG.d_model), np.float32))
+    sentence = refused(*predict(tmp_path / "p.npy", tmp_path))
+    assert "name it with --backbone" in sentence
+    sentence = refused(*predict(tmp_path / "p.npy", tmp_path, "--backbone", backbone))
+    assert "name one with --task" in sentence
+
+
+def test_predict_checks_its_input_and_output_first(refused, prompt, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", make_rows(2))
+    sentence = refused(
+        "predict", prompt, "--input", source, "--output", tmp_path / "no" / "o.jsonl"
+    )
+    assert "cannot be written; name a file in a directory that exists" in sentence
+    sentence = refused("predict", prompt, "--input", source, "--output", tmp_path)
+    assert "cannot be written" in sentence
+    sentence = refused("predict", prompt, "--input", tmp_path / "x.jsonl", "--output", "o.jsonl")
+    assert "There is no file" in sentence
+    write_rows(source, [{"text": "a"}, {"txt": "a"}])
+    sentence = refused("predict", prompt, "--input", source, "--output", tmp_path / "o.jsonl")
+    assert "needs column 'text', which row 2 of " in sentence and "it has 'txt'" in sentence
+
+
+def test_eval_and_score_name_what_is_wrong(refused, prompt, tmp_path):
+    assert "--split is 'dev'; allowed are train" in refused("eval", prompt, "--split", "dev")
+    assert "has no test split; give a file with --data" in refused(
+        "eval", prompt, "--split", "test"
+    )
+    bad = write_rows(tmp_path / "bad.jsonl", [{"text": "a", "label": "oui"}])
+    sentence = refused("eval", prompt, "--data", bad)
+    assert f"row 1 of {bad} has the label 'oui'" in sentence
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"input": "a", "target": "b"}, {"input": 3}])
+    sentence = refused("score", "--prompt", prompt, "--input", pairs, "--output", tmp_path / "o")
+    assert "Row 2 of" in sentence and "has no text in 'input'" in sentence
+    assert "Task 'supersens' is unknown; did" in refused("eval", prompt, "--task", "supersens")
+
+
+def test_answers_that_cannot_be_written_leave_no_part(call, prompt, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "out.jsonl")
+
+    monkeypatch.setattr(cli.os, "replace", full)
+    code, out, err = call(*predict(prompt, tmp_path))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "error: No space left on device: out.jsonl"
+    assert (tmp_path / "out.jsonl").read_text() == "answers of yesterday\n"
+    assert not (tmp_path / ".out.jsonl.part").exists()
+
+
+def test_rows_with_dates_can_be_written(tmp_path):
+    import datetime
+
+    cli.write_rows(tmp_path / "o.jsonl", [{"day": datetime.date(2020, 1, 2), "text": "é"}])
+    written = (tmp_path / "o.jsonl").read_text(encoding="utf-8")
+    assert written == '{"day": "2020-01-02", "text": "é"}\n'
+
+
+def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
+    from jaxprompt.train import loop
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, train(values, tmp_path))])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
