@@ -1,5 +1,6 @@
 """A run from top to bottom: backbone, data, prompt, steps, evaluations, checkpoints, result."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -57,7 +58,11 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
     Killed at any moment and called again, it ends with a bit-identical prompt: batch k is a pure
     function of seed and k, and so is all randomness.
     """
-    reporter = reporter or Silent()
+    with contextlib.ExitStack() as open_files:  # closed also where the run is interrupted
+        return _train(config, reporter or Silent(), open_files)
+
+
+def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -> dict[str, Any]:
     method, settings = METHODS[config.method], config.train
     task = resolve_task(config.task)
     check_metrics(task)
@@ -130,6 +135,7 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
 
     open_run(config)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    open_files.callback(checkpoints.close)
     metric = task.metrics[0]
     done, progress = 0, {"best": -math.inf, "best_step": -1, "stale": 0, "seconds": 0.0}
     if checkpoints.latest_step() is not None:
@@ -137,6 +143,7 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
         done = int(state.step)
         reporter.say(f"going on from step {done}")
     logbook = Logbook(folder, done, tensorboard=settings.tensorboard)
+    open_files.callback(logbook.close)
     if done == 0:
         plain = split("validation", prompt_length=0)
         untuned = measure(backbone.params, None, plain)[metric]
@@ -213,8 +220,6 @@ def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
         result["test"] = measure(params, bank, test)
     draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    logbook.close()
-    checkpoints.close()
     return result
 
 
