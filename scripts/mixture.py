@@ -69,6 +69,11 @@ SHARES = {  # of examples
     "genus": 0.16, "field": 0.09, "topic": 0.02, "part": 0.02, "source": 0.04, "options": 0.10,
     "yes_no": 0.04, "renamed": 0.04, "unscramble": 0.01, "occurs": 0.02, "micro": 0.15,
 }  # fmt: skip
+LATE_SHARES = {  # the last part of the training: answers that stand in the instruction
+    "span": 0.03, "prefix": 0.01, "define_span": 0.04, "headword": 0.06, "definition": 0.01,
+    "genus": 0.12, "field": 0.06, "topic": 0.02, "part": 0.01, "source": 0.03, "options": 0.17,
+    "yes_no": 0.03, "renamed": 0.12, "unscramble": 0.01, "occurs": 0.09, "micro": 0.19,
+}  # fmt: skip
 OBJECTIVES = tuple(SHARES)
 LONG = ("span", "prefix")  # of these, more than 50 tokens of text are kept
 WORDINGS = {
@@ -493,13 +498,15 @@ def main() -> None:
         "--tokens", type=float, default=25e6, help="filled positions, inputs and targets"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--late", action="store_true", help="the shares of the last part")
     parser.add_argument("--show", type=int, default=0, help="print so many examples and stop")
     args = parser.parse_args()
 
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     mixture = Mixture(args.corpus, args.seed)
     rng = mixture.rng
-    names, shares = list(SHARES), np.array(list(SHARES.values()))
+    wanted = LATE_SHARES if args.late else SHARES
+    names, shares = list(wanted), np.array(list(wanted.values()))
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
         e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)
     ]

@@ -30,6 +30,7 @@ OBJECTIVES = (
     "source", "options", "yes_no", "renamed", "unscramble", "occurs", "micro",
 )  # fmt: skip
 PROMPTS, PROMPT = len(OBJECTIVES) + 96, 50  # the bank of scripts/mixture.py
+COPY_GAIN = 3.0  # RMS of a copied word in the decoder, whose own vectors have RMS 1 to 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -55,6 +56,40 @@ def losses(params: dict, batch: dict, config: t5.T5Config) -> tuple[jax.Array, j
     kinds = jax.nn.one_hot(batch["objectives"], len(OBJECTIVES))
     sums = jnp.einsum("bto,btc->oc", kinds, jnp.stack([each * real, real], -1))
     return jnp.sum(each * weights) / jnp.sum(weights), sums
+
+
+def open_copy_path(params: dict, config: t5.T5Config, rows: dict) -> dict:
+    """Turn half of the heads of the last cross-attention into a path that copies input words.
+
+    Values and output are set so that what the encoder says about a position becomes, as well as the
+    half rank allows, the vector of the word that stands there (least squares over 64 rows), which
+    the head maps to that word; queries start again small, so that all positions count alike. From
+    random values it takes T5 many millions of tokens to discover that inputs can be copied.
+    """
+    model = params["model"]
+    ids, segments = (rows[n][:64].astype(np.int32) for n in ("inputs", "input_segments"))
+    encoded = np.asarray(t5.encode(model, params["bank"], config, ids, segments))
+    words = (segments > 0) & (ids < config.vocab_size)
+    table = np.asarray(model["token_embedder"]["embedding"])
+    x, y = encoded[words], np.asarray(model["head"]).T[ids[words]]
+    linear = np.linalg.lstsq(x, y - y.mean(0), rcond=None)[0]
+    u, s, v = np.linalg.svd(linear)
+    heads = config.num_heads // 2
+    rank = heads * config.head_dim
+    gain = COPY_GAIN / np.std(x @ linear)
+    value = (u[:, :rank] * np.sqrt(s[:rank] * gain)).reshape(-1, heads, config.head_dim)
+    out = (np.sqrt(s[:rank] * gain)[:, None] * v[:rank]).reshape(heads, config.head_dim, -1)
+    fit = 1 - np.var(y - y.mean(0) - x @ linear) / np.var(y)
+    print(f"copy path: {fit:.2f} of the words' variance explained, {table.shape[1]} dimensions")
+    attention = model["decoder"]["layers"]["cross_attention"]
+    small = (
+        jax.random.normal(jax.random.key(1), value.shape)
+        * (config.d_model * config.head_dim) ** -0.5
+    )
+    attention["value"] = attention["value"].at[-1, :, heads:].set(value)
+    attention["out"] = attention["out"].at[-1, heads:].set(out)
+    attention["query"] = attention["query"].at[-1, :, heads:].set(small)
+    return params
 
 
 def transform() -> optax.GradientTransformation:
@@ -112,6 +147,8 @@ def main() -> None:
         "--embeddings", type=Path, help="[V, D] start vectors (scripts/init_embeddings.py)"
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="checkpoint.npz of an earlier part")
+    parser.add_argument("--copy-path", action="store_true", help="see open_copy_path")
     parser.add_argument("--steps", type=int, help="length of the schedule in steps")
     parser.add_argument("--minutes", type=float, help="or in minutes of training")
     parser.add_argument("--batch-rows", type=int, default=16)
@@ -147,12 +184,17 @@ def main() -> None:
     state = transform().init(params)
     progress = {"step": 0, "tokens": 0, "seconds": 0.0}
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "checkpoint.npz").exists():
-        with np.load(args.out / "checkpoint.npz") as saved:
-            progress = json.loads(str(saved["progress"]))
-            count = len(jax.tree.leaves((params, state)))
-            leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(count)]
-        params, state = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
+    resumed = args.out / "checkpoint.npz"
+    for path in (resumed, args.start):
+        if path is not None and path.exists():
+            with np.load(path) as saved:
+                count = len(jax.tree.leaves((params, state)))
+                leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(count)]
+                progress = json.loads(str(saved["progress"])) if path == resumed else progress
+            params, state = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
+            break
+    if args.copy_path and not resumed.exists():
+        params = open_copy_path(params, config, rows)
     size = sum(x.size for x in jax.tree.leaves(params["model"]))
     print(f"{size:,} parameters, {len(order):,} rows, from step {progress['step']}", flush=True)
 
