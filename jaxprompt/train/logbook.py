@@ -95,7 +95,7 @@ class Logbook:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            purge = step + 1 if step else None
+            purge = step + 1 if step >= 0 else None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -142,9 +142,10 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         state, progress = checkpoints.restore(state)
         done = int(state.step)
         reporter.say(f"going on from step {done}")
-    logbook = Logbook(folder, done, tensorboard=settings.tensorboard)
+    fresh = "untuned" not in progress
+    logbook = Logbook(folder, -1 if fresh else done, tensorboard=settings.tensorboard)
     open_files.callback(logbook.close)
-    if done == 0:
+    if fresh:
         plain = split("validation", prompt_length=0)
         untuned = measure(backbone.params, None, plain)[metric]
         majority_score = majority(task.metrics[0], validation.references, task.labels)
