@@ -7,7 +7,6 @@ on standard output, no file is left half-written, and none that was there is los
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import zipfile
@@ -425,7 +424,7 @@ def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
     from jaxprompt.train import loop
 
     def interrupted(*_):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", interrupted)
     monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, train(values, tmp_path))])
