@@ -77,8 +77,7 @@ def evaluate(
     from jaxprompt.progress import Bar
 
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
-    with Bar("evaluating", 0) as bar:
-        bar.total = None
+    with Bar("evaluating", None) as bar:
         report = api.evaluate(
             session, task=task, data=data, split=split, batch_size=batch_size, progress=bar.advance
         )

@@ -12,7 +12,7 @@ LINES_EVERY = 10.0  # seconds between lines where there is no terminal
 class Bar:
     """Progress of a known amount of work; use it as a context manager."""
 
-    def __init__(self, title: str, total: int):
+    def __init__(self, title: str, total: int | None):
         self.console = Console(stderr=True)
         self.live = self.console.is_terminal
         self.title, self.total, self.last, self.done = title, total, time.monotonic(), 0
@@ -44,6 +44,9 @@ class Bar:
         if not self.live and (now - self.last >= LINES_EVERY or done == self.total):
             self.last = now
             speed = (done - self.begin[1]) / max(now - self.begin[0], 1e-9)
+            if self.total is None:
+                self.say(f"{self.title} {done}  {text}")
+                return
             left = f"  {(self.total - done) / speed:.0f} s left" if speed > 0 else ""
             self.say(f"{self.title} {done}/{self.total}  {text}{left}")
 

@@ -206,7 +206,7 @@ class Stack(nn.Module):
     def setup(self):
         c = self.config
         layer = nn.remat(self.layer, prevent_cse=False) if c.remat else self.layer
-        inputs = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
+        inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -292,7 +292,8 @@ class T5(nn.Module):
 def init_params(config: T5Config, key: jax.Array) -> Params:
     """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
     ids = jnp.ones((1, 2), jnp.int32)
-    return T5(config).init({"params": key}, ids, ids, ids)["params"]
+    variables: Any = T5(config).init({"params": key}, ids, ids, ids)
+    return variables["params"]
 
 
 def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
