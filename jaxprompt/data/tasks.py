@@ -31,6 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "source": "builtin:spam",
         "template": "subject: {subject} text: {text}",
         "labels": ["ham", "spam"],
+        "metrics": ["accuracy", "macro_f1"],
         "max_input_length": 192,
     },
     "boolq": _GLUE | {

@@ -75,6 +75,7 @@ def summarize(
 def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path: Path) -> None:
     """A figure: norms beside the vocabulary's, and the similarity of every pair of vectors."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -86,6 +87,8 @@ def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path:
     left.legend()
     image = right.imshow(similarities(vectors), vmin=-1, vmax=1, cmap="RdBu_r")
     right.set(xlabel="position", ylabel="position", title="Cosine similarity of the vectors")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right)
     figure.savefig(path, dpi=120)
 
