@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import Model, check_metrics, evaluate
 from jaxprompt.model import t5
+from jaxprompt.model.hf import read_json
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, save_prompt
 from jaxprompt.prompts.init import initial_prompt
@@ -68,8 +69,8 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     check_metrics(task)
     folder = check_run(config)
     if (folder / "result.json").is_file():
-        result = json.loads((folder / "result.json").read_text())
-        if result["steps"] >= settings.steps or result["stopped_early"]:
+        result = read_json(folder / "result.json")
+        if result.get("steps", 0) >= settings.steps or result.get("stopped_early"):
             reporter.say(f"{folder} is complete; delete it to start again.")
             return result
 
@@ -331,6 +332,3 @@ def save_tuned(
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     replace_directory(folder / "model", write)
-
-
-Reporter = Callable[..., Any]
