@@ -1,4 +1,4 @@
-"""``jaxprompt train | eval | predict | score | inspect``.
+"""``jaxprompt pretrain | train | eval | predict | score | inspect``.
 
 Machine output goes to standard output or a file, everything a person watches to standard error.
 A user's mistake is one sentence and exit code 2. Heavy libraries are imported by the command that
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxprompt.config import UserError, load_config
+from jaxprompt.config import PretrainConfig, UserError, load_config, parse, read_config
 
 app = typer.Typer(
     help="Soft prompt tuning of frozen T5 models in JAX.",
@@ -56,6 +56,28 @@ def train(
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
     show_result(result)
+    print(json.dumps(result))
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
+    ] = None,
+) -> None:
+    """Pre-train a backbone on text, or adapt one; goes on with the run in its output directory."""
+    run = parse(PretrainConfig, read_config(config, overrides or []))
+    from jaxprompt.progress import Bar, show_pretraining
+    from jaxprompt.train.pretrain import pretrain as run_pretraining
+
+    try:
+        with Bar("pre-training", run.train.steps) as bar:
+            result = run_pretraining(run, bar)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show_pretraining(result)
     print(json.dumps(result))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxprompt import yaml12
 
 
 class UserError(ValueError):
@@ -23,6 +24,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Rate = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class _Schema(BaseModel):
@@ -97,8 +99,8 @@ class PromptConfig(_Schema):
         return self
 
 
-class TrainConfig(_Schema):
-    """Optimization. Defaults are the paper's, except where a comment says otherwise."""
+class Optimization(_Schema):
+    """How any run descends, and what it keeps. Defaults are those of prompt tuning in the paper."""
 
     steps: Positive = 30_000
     batch_size: Size = 32
@@ -108,20 +110,27 @@ class TrainConfig(_Schema):
     optimizer: Literal["adafactor-t5x", "adafactor", "adamw"] = "adafactor-t5x"
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"
     warmup_steps: Count = 0
+    cooldown_steps: Count = 0  # at the end of any schedule: linearly down to 0
     weight_decay: Rate = 1e-5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Adafactor: of the update, 0: none
     parameter_scale: bool = False  # Adafactor: multiply the rate by the RMS of the parameters
     clip: Rate = 1.0  # Adafactor: RMS of an update; AdamW: global norm of a gradient; 0: off
     z_loss: Rate = 1e-4  # times log(Z)^2, as in the original
     seed: Seed = 0
     evaluate_every: Positive = 1000
+    checkpoint_every: Positive = 1000
+    keep: Positive = 2
+    tensorboard: bool = True
+
+
+class TrainConfig(Optimization):
+    """Tuning. Defaults are the paper's, except where a comment says otherwise."""
+
     eval_batch_size: Size = 64
     eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
     patience: Positive | None = None  # stop after so many evaluations without a better metric
-    checkpoint_every: Positive = 1000
-    keep: Positive = 2
     # rows of similar length share a batch, within windows of so many batches; 0: plain random ones
     length_window: Count = 16
-    tensorboard: bool = True
 
 
 class MeshConfig(_Schema):
@@ -145,60 +154,134 @@ class RunConfig(_Schema):
     output: str
 
 
-class _Yaml12(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars: ``yes``, ``1:30``, dates are words, ``3e-4`` a number."""
+class TextSource(_Schema):
+    """Running text: a .txt file with a document a line, or a text column of any task source."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+    name: str
+    source: str | None = None  # hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: a file
+    train: str  # a file, or the name of a split where there is a source
+    column: str = "text"  # where the rows have columns
+    weight: Weight = 1.0  # examples are drawn from the sources in proportion to it
+
+
+class PairSource(_Schema):
+    """Supervised text: rows with `input`, `target` and, if they have virtual tokens, `prompt`."""
+
+    name: str
+    source: str | None = None
+    train: str
+    weight: Weight = 1.0
+
+
+class ShapeConfig(_Schema):
+    """Size of a new T5 1.1."""
+
+    d_model: Size = 512
+    num_heads: Size = 6
+    head_dim: Size = 64
+    d_ff: Size = 1024
+    num_encoder_layers: Size = 8
+    num_decoder_layers: Size = 8
+
+
+class TokenizerConfig(_Schema):
+    """A unigram tokenizer to be trained on the run's own text, laid out as T5's."""
+
+    vocabulary: Size = 32_000  # rows with pad, eos, unk and the sentinels
+    sentinels: Size = 100
+    characters: Positive = 50_000_000  # of text to learn from, in equal shares of the sources
+
+
+class VirtualConfig(_Schema):
+    """Virtual tokens that are trained along with the backbone and thrown away with the run."""
+
+    count: Size  # prompts, numbered from 0 in the column `prompt` of the pairs
+    lengths: list[Size] = Field(default=[20], min_length=1)  # one is drawn for each use
+
+
+class PretrainOptimization(Optimization):
+    """T5's: Adafactor, relative to the parameters' scale, inverse square root decay."""
+
+    steps: Positive = 100_000
+    batch_size: Size = 128  # packed rows
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "rsqrt"
+    warmup_steps: Count = 1000
+    weight_decay: Rate = 0.0
+    parameter_scale: bool = True
+    evaluate_batches: Positive = 4  # of each held-out set
+
+
+class PretrainConfig(_Schema):
+    """Everything about a pre-training or adaptation run."""
+
+    start: str | None = None  # a backbone to go on from; None: random weights of `shape`
+    shape: ShapeConfig = ShapeConfig()
+    # hub id or directory, or how to train one; None: the one beside the weights of `start`
+    tokenizer: str | TokenizerConfig | None = None
+    text: list[TextSource] = []
+    pairs: list[PairSource] = []
+    # share of the examples of each; spans as in Raffel et al. 2020, section 3.1.4, prefix-LM as in
+    # Lester et al. 2021, section 3.1
+    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs"], Weight] = Field(
+        default={"span_corruption": 1.0}, min_length=1
+    )
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    input_length: Size = 512  # of a packed row
+    target_length: Size = 128
+    # tokens of running text in an example, drawn evenly between the two; None: a full row
+    text_length: tuple[Size, Size] | None = None
+    # a target of n tokens counts as n^(1 - balance) tokens: 0 weighs tokens alike, 1 examples
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.01  # held-out share of each source
+    virtual: VirtualConfig | None = None
+    model: ModelConfig = ModelConfig()
+    train: PretrainOptimization = PretrainOptimization()
+    mesh: MeshConfig = MeshConfig()
+    output: str
+
+    @model_validator(mode="after")
+    def _has_what_it_reads(self):
+        for objective in self.objectives:
+            kind = "pairs" if objective == "pairs" else "text"
+            if not getattr(self, kind):
+                raise ValueError(f"objective {objective!r} reads {kind}, and none is given; add it")
+        names = [s.name for s in (*self.text, *self.pairs)]
+        twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            problem = f"key {twice[0]!r} is given twice"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes words which only YAML 1.2 reads as numbers."""
-
-
-_YAML_1_1 = tuple(f":{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge"))
-_Yaml12.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith(_YAML_1_1)]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    for _class in (_Yaml12, _Dumper):
-        _regexp = re.compile(f"^(?:{_pattern})$")
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _regexp, list(_first))
-
-
-def _integer(loader: _Yaml12, node: yaml.ScalarNode) -> int:
-    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
-
-
-_Yaml12.add_constructor("tag:yaml.org,2002:int", _integer)
+            raise ValueError(f"two sources are named {twice[0]!r}; give each its own name")
+        if self.start is None and self.tokenizer is None:
+            raise ValueError(
+                "a new backbone needs a tokenizer; name one, or give tokenizer.vocabulary to train "
+                "one on the text"
+            )
+        if self.start is not None and isinstance(self.tokenizer, TokenizerConfig):
+            raise ValueError("the weights of start have a tokenizer; leave tokenizer out")
+        if self.text_length is not None and not 4 <= self.text_length[0] <= self.text_length[1]:
+            raise ValueError(
+                f"text_length is {list(self.text_length)}; give [shortest, longest] from 4 on"
+            )
+        return self
 
 
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML (1.2 scalars) without executing anything; ``where`` names the text in errors."""
     try:
-        return yaml.load(text, Loader=_Yaml12)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml12.load(text)
+    except (yaml12.Error, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {problem}.") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run from a YAML file and apply ``key=value`` overrides such as ``train.steps=100``."""
+    return parse(RunConfig, read_config(path, overrides))
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a YAML file with ``key=value`` overrides applied, not yet validated."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No config file at {str(path)!r}; give the path of a YAML file.")
@@ -211,7 +294,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path} must hold a mapping of keys, such as 'task: supersense'.")
     for override in overrides:
         _set(values, override)
-    return parse(RunConfig, values)
+    return values
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -276,4 +359,4 @@ def _fields(schema: Any, path: Sequence[Any]) -> list[str]:
 
 def dump_yaml(config: BaseModel) -> str:
     """The config as YAML text that ``load_config`` reads back to an equal object."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml12.dump(config.model_dump())

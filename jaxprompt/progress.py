@@ -82,3 +82,20 @@ def show_result(result: dict) -> None:
         f"{result['steps']} steps in {result['seconds']:.0f} s; tuned weights: {where}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def show_pretraining(result: dict) -> None:
+    """Held-out quality of a pre-trained backbone by source, on standard error."""
+    table = Table(title="Held-out text, a target token")
+    for name in ("objective and source", "loss", "perplexity", "right", "tokens"):
+        table.add_column(name, justify="left" if name.startswith("objective") else "right")
+    for name, score in result["held_out"].items():
+        table.add_row(
+            name, f"{score['loss']:.3f}", f"{score['perplexity']:,.1f}",
+            f"{score['token_accuracy']:.1%}", f"{score['tokens']:,}",
+        )  # fmt: skip
+    Console(stderr=True).print(table)
+    Console(stderr=True).print(
+        f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s; "
+        f"backbone: {result['model']}", highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip

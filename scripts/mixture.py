@@ -1,174 +1,116 @@
-"""Turn the corpus into packed rows of a text-to-text mixture whose instructions stand in front.
+"""Draw the supervised part of the built-in backbone's pre-training mixture from the corpus.
 
-Objectives: span corruption, prefix language modelling, dictionary definition <-> headword, masked
-or plain genus word of a definition, field, part of speech, topic and source labels (open, among
-listed options, yes/no, or renamed to arbitrary words), unscrambling, "which word occurs". The
-instruction is worded in several ways, padded with stray words, left away, or replaced by virtual
-tokens: every task, and each of many random "micro tasks" (a few classes of one labelling, renamed
-or not), owns trainable vectors in a bank that is thrown away after pre-training. It makes the
-backbone used to being told what to do by vectors in front of its input, which is all that a soft
-prompt can do.
+Objectives: dictionary definition <-> headword, masked or plain genus word of a definition, field,
+part of speech, topic and source labels (open, among listed options, yes/no, or renamed to
+arbitrary words), unscrambling, "which word occurs". The instruction is worded in several ways,
+padded with stray words, left away, or replaced by virtual tokens: every objective, and each of
+many random "micro tasks" (some classes of one labelling, one class against the rest, or a
+yes/no question about two texts), owns a prompt in a bank that is thrown away after pre-training.
+It makes the backbone used to being told what to do by vectors in front of its input, which is all
+that a soft prompt can do.
 
-Rows: `inputs, input_segments [n, S]`, `targets, target_segments, weights, objectives [n, T]`. A
-target token weighs 1/sqrt(length of its target), so that labels are not drowned by long targets.
+Writes into OUT: `pairs.jsonl` (rows `{"input", "target", "prompt" or none}`, the pairs source of
+`jaxprompt pretrain`), `definitions.txt` ("headword: definition" a line, a text source for span
+corruption) and `mixture.json` (rows of each objective, number of prompts, seed). All is a pure
+function of the corpus and the seed.
 
-    python scripts/mixture.py --corpus corpus --tokens 14e6 \
-        --tokenizer jaxprompt/builtin/backbone --out rows.npz
+    python scripts/mixture.py --corpus corpus --out mix [--rows 600000] [--seed 0] [--show 3]
 """
 
 import argparse
+import itertools
 import json
 import re
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
-import numpy as np
-from tokenizers import Tokenizer
+import mixture_tables as tables
 
-VOCABULARY, SENTINEL_0, EOS = 8192, 8191, 1
-INPUT, TARGET = 128, 24  # S and T of a row
-PROMPT, MICRO_TASKS = 50, 96  # vectors a prompt, number of micro tasks
-
-FIELDS = {
-    "Zool.": "zoology", "Bot.": "botany", "Chem.": "chemistry", "Med.": "medicine",
-    "Anat.": "anatomy",
-    "Naut.": "seafaring", "Law": "law", "Min.": "minerals", "Biol.": "biology", "Mus.": "music",
-    "Music": "music", "Arch.": "architecture", "Mil.": "war", "Physiol.": "physiology",
-    "Math.": "mathematics", "Physics": "physics", "Astron.": "astronomy", "Geol.": "geology",
-    "Mach.": "machines", "Geom.": "geometry", "Her.": "heraldry", "Mining": "mining",
-    "Elec.": "electricity", "Gram.": "grammar", "Eccl.": "church", "Mech.": "mechanics",
-    "Paleon.": "fossils", "Surg.": "surgery", "Print.": "printing", "R. C. Ch.": "church",
-    "Ethnol.": "peoples", "Fort.": "fortification", "Com.": "commerce", "Computers": "computers",
-    "Logic": "logic", "Rhet.": "rhetoric", "Theol.": "religion", "Metal.": "metals",
-    "Opt.": "optics",
-    "Far.": "horses", "Cookery": "cooking", "Carp.": "carpentry", "Fine Arts": "art",
-    "Shipbuilding": "ships", "Baseball": "sport", "Golf": "sport", "Football": "sport",
-    "Cricket": "sport", "Sports": "sport", "Photog.": "photography", "Paint.": "painting",
-    "Card Playing": "games", "Agric.": "farming", "Hort.": "gardening", "Railroad": "railways",
-    "Railroads": "railways", "Geography": "geography", "Geog.": "geography", "Weaving": "weaving",
-    "Class. Myth.": "myth", "Gr. Myth.": "myth", "Myth.": "myth", "Falconry": "hunting",
-    "Meteor.": "weather", "Pharm.": "drugs", "Finance": "money", "Stock Exchange": "money",
-    "Gun.": "weapons", "Firearms": "weapons", "Masonry": "building", "Pros.": "poetry",
-}  # fmt: skip
-# "film essay" is a misnomer (cfi-en is about hacker culture), kept as it was trained.
-SOURCES = {
-    "anarchism": "politics", "bible_kjv": "scripture", "brown": "press", "janeaustenr": "novel",
-    "crawl-common": "quotation", "endless-sky-data": "space story", "fortunes": "saying",
-    "mh-book": "mail manual", "debian_descriptions": "software", "debian-handbook": "handbook",
-    "jargon-text": "slang", "gnome-user-docs": "help page", "cfi-en": "film essay",
-}  # fmt: skip
-PROSE = {
-    "anarchism": 5, "bible_kjv": 3, "brown": 8, "janeaustenr": 4, "crawl-common": 1,
-    "endless-sky-data": 1.5, "fortunes": 2, "mh-book": 1, "debian_descriptions": 4,
-    "debian-handbook": 0.6, "jargon-text": 0.7, "gnome-user-docs": 0.3, "cfi-en": 0.4,
-}  # fmt: skip
-SHARES = {  # of examples
-    "span": 0.05, "prefix": 0.03, "define_span": 0.08, "headword": 0.12, "definition": 0.03,
-    "genus": 0.16, "field": 0.09, "topic": 0.02, "part": 0.02, "source": 0.04, "options": 0.10,
-    "yes_no": 0.04, "renamed": 0.04, "unscramble": 0.01, "occurs": 0.02, "micro": 0.15,
-}  # fmt: skip
-LATE_SHARES = {  # the last part of the training: answers that stand in the instruction
-    "span": 0.03, "prefix": 0.01, "define_span": 0.04, "headword": 0.06, "definition": 0.01,
-    "genus": 0.12, "field": 0.06, "topic": 0.02, "part": 0.01, "source": 0.03, "options": 0.17,
-    "yes_no": 0.03, "renamed": 0.12, "unscramble": 0.01, "occurs": 0.09, "micro": 0.19,
-}  # fmt: skip
-OBJECTIVES = tuple(SHARES)
-LONG = ("span", "prefix")  # of these, more than 50 tokens of text are kept
-WORDINGS = {
-    "span": [
-        "Fill in the blanks:",
-        "Restore the missing words:",
-        "What is missing?",
-        "Complete the gaps in this text:",
-    ],
-    "prefix": ["Continue the text:", "What comes next?", "Go on:", "Write the rest of this:"],
-    "define_span": ["Fill in the blanks:", "Complete the dictionary entry:", "What is missing?"],
-    "headword": [
-        "Which word is defined?",
-        "Name the word that means:",
-        "What is the word for this?",
-        "Give the headword:",
-    ],
-    "definition": [
-        "Define the word:",
-        "What does this word mean?",
-        "Give a definition of:",
-        "Explain:",
-    ],
-    "genus": [
-        "What kind of thing is this?",
-        "Name the kind of thing:",
-        "It is a kind of what?",
-        "Give the general word:",
-    ],
-    "field": [
-        "Which field is this from?",
-        "Name the subject:",
-        "What branch of knowledge uses this word?",
-        "Subject area?",
-    ],
-    "topic": [
-        "What is the topic?",
-        "Name the computing topic:",
-        "Which topic does this belong to?",
-    ],
-    "part": [
-        "What part of speech is defined?",
-        "Part of speech?",
-        "Is it a noun, verb, adjective or adverb?",
-    ],
-    "source": [
-        "Where is this text from?",
-        "What kind of writing is this?",
-        "Name the type of text:",
-    ],
-    "unscramble": [
-        "Put the words in order:",
-        "Unscramble:",
-        "Write the words in their right order:",
-    ],
-    "occurs": [
-        "Which of these words occurs in the text?",
-        "Which word is in the text?",
-        "Find the word that is mentioned.",
-    ],
-}
-LISTING = ["{q} {o}.", "{q} Choose from: {o}.", "{q} Options: {o}.", "Choose one of {o}. {q}"]
-
-
-class Labelled(NamedTuple):
-    """A labelling of texts: `classes[c]` are the texts of class c; `task` asks for it in words."""
-
-    task: str
-    classes: dict[str, list[str]]
+BODY, DEFINITION = 38, 16  # words of a text that are kept, and of a definition to be written
+MICRO_TASKS = 128
+PROMPTS = {
+    name: k for k, name in enumerate(n for n in tables.SHARES if n != "micro")
+}  # micro tasks next
+QUESTIONS = ("contains", "match", "same")  # micro tasks about two texts
 
 
 class Draft(NamedTuple):
-    """An example before tokenization; `blank`: noise spans are cut after it."""
+    """An example before it is decided what stands in front of its text."""
 
-    objective: str
-    prompt: int  # number of the bank's prompt
+    prompt: int
     instruction: str | None  # None: virtual tokens are the only way to know
     text: str
-    target: str | None  # None: made from the text's tokens (span corruption, prefix)
+    target: str
 
 
-def clean(definition: str, rng: np.random.Generator) -> str:
-    """A definition as people print them: its first sentence, mostly without capital and dot."""
+class Micro(NamedTuple):
+    """A micro task: what to answer for each class of a labelling.
+
+    rest: answer for all classes that are not in ``labels``, if there is one.
+    question: instead ask it about two texts, with answers ``labels["yes"]`` and ``labels["no"]``.
+    """
+
+    kind: str
+    labels: dict[str, str]
+    rest: str | None = None
+    question: str | None = None
+
+
+def tidy_definition(text: str) -> str:
+    """A definition without marks: language, acronym, author, rarity, field (a giveaway)."""
+    text = re.sub(r"\([A-Z][A-Za-z&. ]{0,14}\.\)|^Hence[:,] ", "", text)
+    text = re.sub(r"^[ .]*(pl|F|N?L|LL|It|Sp|G|OF|Ar|Pg|D|R|OE|Ir)\.? +(?=[A-Z(])", "", text)
+    text = re.sub(r"^[ ,.:]*(\([^)]*\)[ ,.;:]*)*", "", text)
+    return " ".join(re.sub(r"\s+R$|\s--[A-Z][\w. ]*$", "", text).split())
+
+
+def tidy_prose(text: str) -> str:
+    """Running text without the marks of its package, which would give its source away."""
+    text = text.replace("``", '"').replace("''", '"')
+    text = re.sub(r" ([.,;:?!])(?= |$)", r"\1", text)  # one package separates punctuation
+    return re.sub(r"\s+", " ", re.sub(r"%+", " ", text)).strip()
+
+
+def tidy_passages(text: str, name: str) -> list[str]:
+    """The passages of one line; collections of quotations separate theirs by percent signs."""
+    parts = text.split(" % ") if name == "fortunes" else text.split("%%%%")
+    return [p for p in map(tidy_prose, parts) if p.count(" ") > 5]
+
+
+def first_sentence(definition: str, rng: Random) -> str:
+    """A definition as people print them: mostly its first sentence, without capital and dot."""
     if rng.random() < 0.8:
-        definition = re.split(r"(?<=[a-z)]{2})\. (?=[A-Z])|; -- | -- ", definition)[0]
+        definition = re.split(r'(?<=[a-z)]{2})(?<! esp)(?<! etc)\. (?=["A-Z])|;? -- ', definition)[
+            0
+        ]
     if rng.random() < 0.3:
         definition = definition.split(";")[0]
     if rng.random() < 0.6:
         definition = definition[:1].lower() + definition[1:].rstrip(" .;")
-    return definition[:500]
+    return cut(definition)
 
 
-NOT_GENUS = set(
-    "one any kind sort species genus act state quality name part same person form that".split()
-)
+def cut(text: str, words: int = BODY) -> str:
+    return " ".join(text.split()[:words])
+
+
+def snippet(text: str, rng: Random) -> str:
+    """10 to BODY words from anywhere in a text."""
+    words = text.split()
+    size = rng.randint(10, BODY)
+    start = rng.randrange(max(1, len(words) - size + 1))
+    return " ".join(words[start : start + size])
+
+
+def content_words(text: str) -> list[str]:
+    return re.findall(r"\b[a-z]{4,}\b", text)
+
+
+def hide(text: str, word: str) -> str:
+    return re.sub(rf"\b{re.escape(word)}(e?s)?\b", "thing", text)
 
 
 def genus(definition: str) -> str | None:
@@ -180,375 +122,276 @@ def genus(definition: str) -> str | None:
         definition,
     )
     word = match[1].split()[-1].strip(",") if match else ""
-    return (
-        word if len(word) > 2 and word not in NOT_GENUS and word[-2:] not in ("ed", "ly") else None
-    )
+    plain = len(word) > 2 and word not in tables.NOT_GENUS and word[-2:] not in ("ed", "ly")
+    return word if plain else None
 
 
-def balanced(counts: dict[str, list[str]], rng: np.random.Generator, power: float = 0.5) -> str:
-    """A class drawn with probability proportional to its size to the given power."""
-    names = list(counts)
-    sizes = np.array([len(counts[n]) for n in names], float) ** power
-    return names[rng.choice(len(names), p=sizes / sizes.sum())]
+class Classes:
+    """Texts by class; ``draw`` takes a class with probability proportional to its size ** 0.6."""
+
+    def __init__(self, texts: dict[str, list[str]], least: int = 1):
+        self.texts = {name: t for name, t in texts.items() if len(t) >= least}
+        self.names = list(self.texts)
+        self.edges = list(itertools.accumulate(len(t) ** 0.6 for t in self.texts.values()))
+
+    def draw(self, rng: Random) -> str:
+        at = bisect(self.edges, rng.random() * self.edges[-1])
+        return self.names[min(at, len(self.names) - 1)]
+
+    def draw_other(self, rng: Random, than) -> str:
+        """A class that is not in ``than``."""
+        while (name := self.draw(rng)) in than:
+            pass
+        return name
 
 
 class Mixture:
-    """All texts, and one method for each objective that drafts a random example."""
+    """All texts, and one method for each family of objectives that drafts a random example."""
 
     def __init__(self, corpus: Path, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.prose = {n: (corpus / "text" / f"{n}.txt").read_text().splitlines() for n in PROSE}
-        self.senses = [json.loads(line) for line in open(corpus / "gcide.jsonl")]
-        foldoc = [json.loads(line) for line in open(corpus / "foldoc.jsonl")]
-        groups: dict[str, dict[str, list[str]]] = {
-            k: {} for k in ("field", "part", "topic", "genus")
+        self.rng = Random(f"examples {seed}")
+        lines = lambda name: (corpus / "text" / f"{name}.txt").read_text("utf-8").splitlines()
+        self.prose = {
+            n: [passage for line in lines(n) for passage in tidy_passages(line, n)]
+            for n in tables.PROSE
         }
-        for sense in self.senses:
-            text = sense["definition"]
-            if (field := FIELDS.get(sense["field"])) is not None:
-                groups["field"].setdefault(field, []).append(text)
-            if sense["part"] in ("noun", "verb", "adjective", "adverb"):
-                groups["part"].setdefault(sense["part"], []).append(text)
-            if (word := genus(text)) is not None:
-                groups["genus"].setdefault(word, []).append(text)
-        for row in foldoc:
-            if row["topic"]:
-                groups["topic"].setdefault(row["topic"], []).append(row["definition"])
-        least = {"field": 40, "part": 1, "topic": 40, "genus": 25}
-        self.labelled = {
-            k: Labelled(k, {n: t for n, t in g.items() if len(t) >= least[k]})
-            for k, g in groups.items()
-        }
-        self.all_genus = groups["genus"]
-        self.labelled["source"] = Labelled("source", {SOURCES[n]: t for n, t in self.prose.items()})
-        self.definitions = [(s["headword"], s["definition"]) for s in self.senses] + [
-            (r["headword"], r["definition"]) for r in foldoc
-        ]
-        words = Counter(
-            w
-            for n in ("brown", "janeaustenr")
-            for p in self.prose[n][:6000]
-            for w in re.findall(r"\b[a-z]{3,8}\b", p)
+        self.definitions: list[tuple[str, str]] = []
+        self.read_dictionaries(corpus)
+        counts = Counter(
+            word
+            for name in ("brown", "janeaustenr")
+            for passage in self.prose[name][:6000]
+            for word in re.findall(r"\b[a-z]{3,8}\b", passage)
         )
-        self.words = [w for w, _ in words.most_common(3000)[150:]]
-        # The micro tasks are fixed by their own seed: all shards of the data must agree about them.
-        fixed = np.random.default_rng(1234)
+        self.words = [word for word, _ in counts.most_common(3000)[150:]]
+        fixed = Random(f"micro tasks {seed}")  # they do not depend on how many rows are drawn
         self.micro = [self.new_micro(fixed) for _ in range(MICRO_TASKS)]
 
-    def new_micro(self, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-        kind = ("field", "genus", "source", "topic", "part", "field", "genus", "genus")[
-            rng.integers(8)
+    def read_dictionaries(self, corpus: Path) -> None:
+        rows = [
+            json.loads(line)
+            for name in ("gcide", "foldoc")
+            for line in (corpus / f"{name}.jsonl").read_text("utf-8").splitlines()
         ]
-        names = list(self.labelled[kind].classes)
-        if kind == "genus":  # frequent ones carry enough texts to be learned
-            names = sorted(names, key=lambda n: -len(self.labelled[kind].classes[n]))[:80]
-        chosen = rng.permutation(names)[: rng.integers(2, 8)]
-        renamed = rng.permutation(self.words)[: len(chosen)] if rng.random() < 0.5 else chosen
-        return kind, {str(a): str(b) for a, b in zip(chosen, renamed, strict=True)}
+        nouns = {row["headword"].lower() for row in rows if row.get("part") == "noun"}
+        groups: dict[str, dict[str, list[str]]] = {}
+        for row in rows:
+            headword, text = row["headword"], tidy_definition(row["definition"])
+            # Left out: references to other entries, the dictionaries' words about themselves.
+            if re.match(r"[Ss]ame as |See |of [A-Z]", text) or len(text) < 8:
+                continue
+            if not headword[:1].isalpha() or "%" in headword:
+                continue
+            self.definitions.append((headword, text))
+            part, noun = row.get("part"), genus(text)
+            labels = {
+                "field": tables.FIELDS.get(row.get("field")),
+                "part": None if part == "preposition" else part,
+                "topic": row.get("topic"),
+                "genus": noun if part and noun in nouns else None,
+            }
+            for kind, label in labels.items():
+                if label:
+                    groups.setdefault(kind, {}).setdefault(label, []).append(text)
+        self.all_genus = Classes(groups["genus"])
+        least = {"field": 40, "part": 1, "topic": 40, "genus": 25}
+        self.labelled = {k: Classes(texts, least[k]) for k, texts in groups.items()}
+        self.labelled["source"] = Classes({tables.SOURCES[n]: t for n, t in self.prose.items()})
 
-    def word(self) -> str:
-        return self.words[self.rng.integers(len(self.words))]
+    def new_micro(self, rng: Random) -> Micro:
+        """Half tell classes apart, most others one class from the rest, some ask a question."""
+        form = rng.random()
+        arbitrary = rng.sample(self.words, 7)
+        yes, no = rng.choice(tables.ANSWERS) if rng.random() < 0.6 else arbitrary[:2]
+        yes, no = (no, yes) if rng.random() < 0.25 else (yes, no)  # some are negated
+        if form < 0.15:
+            kind = rng.choice(("field", "genus", "source", "topic"))
+            return Micro(kind, {"yes": yes, "no": no}, question=rng.choice(QUESTIONS))
+        kinds = {"field": 2, "genus": 3, "source": 2, "topic": 1, "part": 1}
+        (kind,) = rng.choices(list(kinds), list(kinds.values()))
+        texts = self.labelled[kind].texts
+        names = sorted(texts, key=lambda n: -len(texts[n]))[:80]  # enough of each to be learned
+        if form < 0.5:
+            count = 1 if kind == "part" else rng.choice((1, 1, 1, 2, 3))
+            return Micro(kind, dict.fromkeys(rng.sample(names, count), yes), no)
+        chosen = rng.sample(names, min(rng.randint(2, 7), len(names)))
+        renamed = arbitrary if rng.random() < 0.5 else chosen
+        return Micro(kind, dict(zip(chosen, renamed, strict=False)))
 
-    def wording(self, task: str) -> str:
-        return WORDINGS[task][self.rng.integers(len(WORDINGS[task]))]
+    def passage(self) -> str:
+        (name,) = self.rng.choices(list(tables.PROSE), list(tables.PROSE.values()))
+        return snippet(self.rng.choice(self.prose[name]), self.rng)
 
-    def passage(self) -> tuple[str, str]:
-        """A prose source and 15 to 70 words of one or more of its paragraphs."""
-        names = list(PROSE)
-        weights = np.array(list(PROSE.values()))
-        name = names[self.rng.choice(len(names), p=weights / weights.sum())]
-        lines = self.prose[name]
-        at = int(self.rng.integers(len(lines)))
-        size = int(self.rng.integers(15, 70))
-        words = lines[at].split()
-        while len(words) < size and at + 1 < len(lines):
-            at += 1
-            words += lines[at].split()
-        start = (
-            0 if self.rng.random() < 0.5 else int(self.rng.integers(max(1, len(words) - size + 1)))
-        )
-        return name, " ".join(words[start : start + size])
-
-    def one_of(self, kind: str, name: str) -> str:
-        texts = self.labelled[kind].classes[name]
-        text = texts[self.rng.integers(len(texts))]
+    def text_of(self, kind: str, name: str) -> str:
+        """A text of a class; half of those that name their genus have it hidden."""
+        text = self.rng.choice(self.labelled[kind].texts[name])
         if kind == "source":
-            words = text.split()
-            size = int(self.rng.integers(10, 45))
-            start = int(self.rng.integers(max(1, len(words) - size + 1)))
-            return " ".join(words[start : start + size])
-        if kind == "genus" and self.rng.random() < 0.5:
-            return self.hide(clean(text, self.rng), name)
-        return clean(text, self.rng)
+            return snippet(text, self.rng)
+        text = first_sentence(text, self.rng)
+        return hide(text, name) if kind == "genus" and self.rng.random() < 0.5 else text
 
-    def hide(self, text: str, word: str) -> str:
-        return re.sub(rf"\b{re.escape(word)}(e?s)?\b", "thing", text)
+    def text_with_words(self) -> tuple[str, str, list[str]]:
+        """A text, a word in it, and words of another text that are not in it."""
+        definition = lambda: first_sentence(self.rng.choice(self.definitions)[1], self.rng)
+        draw = lambda: self.passage() if self.rng.random() < 0.5 else definition()
+        while True:
+            text, other = draw(), draw()
+            inside = content_words(text)
+            outside = [w for w in dict.fromkeys(content_words(other)) if w not in text]
+            if inside and outside:
+                self.rng.shuffle(outside)
+                return text, self.rng.choice(inside), outside
 
     def draft(self, objective: str) -> Draft:
-        rng, number = self.rng, OBJECTIVES.index(objective)
-        if objective in ("span", "prefix"):
-            return Draft(objective, number, self.wording(objective), self.passage()[1], None)
-        if objective in ("define_span", "headword", "definition"):
-            headword, text = self.definitions[rng.integers(len(self.definitions))]
-            headword = headword.lower() if rng.random() < 0.8 else headword
-            text = clean(text, rng)
-            ask = self.wording(objective)
-            if objective == "define_span":
-                return Draft(objective, number, ask, f"{headword}: {text}", None)
-            if objective == "headword":
-                return Draft(objective, number, ask, text, headword)
-            return Draft(objective, number, ask, headword, text)
-        if objective == "genus":
-            name = balanced_cached(self, "all_genus")
-            text = self.all_genus[name][rng.integers(len(self.all_genus[name]))]
-            text = clean(text, rng)
-            text = self.hide(text, name) if rng.random() < 0.75 else text
-            return Draft(objective, number, self.wording("genus"), text, name)
-        if objective in ("field", "topic", "part", "source"):
-            name = balanced_cached(self, objective)
-            return Draft(
-                objective, number, self.wording(objective), self.one_of(objective, name), name
-            )
-        if objective == "unscramble":
-            sentence = re.split(r"(?<=[.;?!])\s", self.passage()[1])[0].split()[:12]
-            mixed = " ".join(rng.permutation(sentence))
-            return Draft(objective, number, self.wording(objective), mixed, " ".join(sentence))
-        if objective == "occurs":
-            _, text = (
-                self.passage()
-                if rng.random() < 0.5
-                else ("", clean(self.definitions[rng.integers(len(self.definitions))][1], rng))
-            )
-            inside = [w for w in re.findall(r"\b[a-z]{4,}\b", text)] or [self.word()]
-            answer = inside[rng.integers(len(inside))]
-            options = [answer] + [
-                w for w in (self.word() for _ in range(rng.integers(1, 5))) if w not in text
-            ]
-            return Draft(
-                objective, number, self.listed(self.wording("occurs"), options), text, answer
-            )
         if objective == "micro":
-            k = int(rng.integers(MICRO_TASKS))
-            kind, labels = self.micro[k]
-            name = list(labels)[rng.integers(len(labels))]
-            return Draft(
-                objective, len(OBJECTIVES) + k, None, self.one_of(kind, name), labels[name]
-            )
-        # options, yes_no, renamed: the same labellings, with the classes named in the instruction
-        kind = ("field", "genus", "source", "topic", "part")[
-            rng.choice(5, p=[0.35, 0.35, 0.14, 0.08, 0.08])
-        ]
-        name = balanced_cached(self, kind)
-        text = self.one_of(kind, name)
-        others = [n for n in self.labelled[kind].classes if n != name]
+            return self.draft_micro()
+        if objective in ("headword", "definition", "genus"):
+            instruction, text, target = self.dictionary(objective)
+        elif objective in ("options", "yes_no", "renamed"):
+            instruction, text, target = self.listed_classes(objective)
+        elif objective == "unscramble":
+            instruction, text, target = self.unscramble()
+        elif objective == "occurs":
+            text, target, others = self.text_with_words()
+            options = [target, *others[: self.rng.randint(1, 4)]]
+            instruction = self.listed(self.wording("occurs"), options)
+        else:  # a label, asked for openly
+            target = self.labelled[objective].draw(self.rng)
+            instruction, text = self.wording(objective), self.text_of(objective, target)
+        return Draft(PROMPTS[objective], instruction, text, target)
+
+    def dictionary(self, objective: str) -> tuple[str, str, str]:
+        rng = self.rng
+        if objective == "genus":
+            name = self.all_genus.draw(rng)
+            text = first_sentence(rng.choice(self.all_genus.texts[name]), rng)
+            return self.wording("genus"), hide(text, name) if rng.random() < 0.5 else text, name
+        headword, text = rng.choice(self.definitions)
+        headword = headword.lower() if rng.random() < 0.8 else headword
+        text = first_sentence(text, rng)
+        if objective == "headword":
+            return self.wording(objective), text, headword
+        return self.wording(objective), headword, cut(text, DEFINITION)
+
+    def listed_classes(self, objective: str) -> tuple[str, str, str]:
+        """The labellings once more, with classes named in the instruction."""
+        rng = self.rng
+        kinds = {"field": 0.35, "genus": 0.35, "source": 0.14, "topic": 0.08, "part": 0.08}
+        (kind,) = rng.choices(list(kinds), list(kinds.values()))
+        classes = self.labelled[kind]
+        name = classes.draw(rng)
+        text = self.text_of(kind, name)
+        others = [n for n in rng.sample(classes.names, min(6, len(classes.names))) if n != name]
         if objective == "yes_no":
-            yes = rng.random() < 0.5
-            asked = name if yes else others[rng.integers(len(others))]
-            ask = [
-                f"{self.wording(kind)} Is it {asked}?",
-                f"Is this {asked}? Answer yes or no.",
-                f"{asked}, yes or no?",
-            ]
-            return Draft(objective, number, ask[rng.integers(3)], text, "yes" if yes else "no")
-        options = [name, *rng.permutation(others)[: rng.integers(1, 6)]]
+            asked, target = (name, "yes") if rng.random() < 0.5 else (others[0], "no")
+            return rng.choice(tables.ASK_YES_NO).format(q=self.wording(kind), c=asked), text, target
+        options = [name, *others[: rng.randint(1, 5 if objective == "options" else 3)]]
         if objective == "options":
-            return Draft(objective, number, self.listed(self.wording(kind), options), text, name)
-        options = options[:4]
-        words = rng.permutation(self.words)[: len(options)]
-        order = rng.permutation(len(options))
-        form = ("{} = {}", "{}: {}", "say {1} for {0}", "if {} then {}")[rng.integers(4)]
-        rules = ", ".join(form.format(options[i], words[i]) for i in order)
-        return Draft(objective, number, f"{rules}.", text, str(words[0]))
+            return self.listed(self.wording(kind), options), text, name
+        renamed = dict(zip(options, rng.sample(self.words, len(options)), strict=True))
+        rng.shuffle(options)
+        form = rng.choice(tables.RENAMING)
+        rules = ", ".join(form.format(c=option, w=renamed[option]) for option in options)
+        return f"{rules}.", text, renamed[name]
+
+    def unscramble(self) -> tuple[str, str, str]:
+        words: list[str] = []
+        while len(words) < 3:
+            words = re.split(r"(?<=[.;?!])\s", self.passage())[0].split()[:12]
+        mixed = " ".join(self.rng.sample(words, len(words)))
+        return self.wording("unscramble"), mixed, " ".join(words)
+
+    def draft_micro(self) -> Draft:
+        rng, number = self.rng, self.rng.randrange(MICRO_TASKS)
+        task = self.micro[number]
+        if task.question:
+            true = rng.random() < 0.5
+            text, target = self.two_texts(task, true), task.labels["yes" if true else "no"]
+        else:
+            name = rng.choice(list(task.labels))
+            target = task.labels[name]
+            if task.rest and rng.random() < 0.5:
+                name = self.labelled[task.kind].draw_other(rng, task.labels)
+                target = task.rest
+            text = self.text_of(task.kind, name)
+        return Draft(len(PROMPTS) + number, None, text, target)
+
+    def two_texts(self, task: Micro, true: bool) -> str:
+        rng = self.rng
+        if task.question == "contains":  # does the word occur in the text?
+            text, inside, outside = self.text_with_words()
+            return f"{inside if true else outside[0]}: {text}"
+        if task.question == "match":  # is the word defined by the text?
+            headword, text = rng.choice(self.definitions)
+            text = text if true else rng.choice(self.definitions)[1]
+            return f"{headword.lower()}: {first_sentence(text, rng)}"
+        classes = self.labelled[task.kind]  # "same": are both texts of one class?
+        first = classes.draw(rng)
+        second = first if true else classes.draw_other(rng, (first,))
+        return " / ".join(cut(self.text_of(task.kind, n), BODY // 2) for n in (first, second))
+
+    def wording(self, task: str) -> str:
+        return self.rng.choice(tables.WORDINGS[task])
 
     def listed(self, question: str, options: list[str]) -> str:
-        shuffled = [str(o) for o in self.rng.permutation(options)]
-        joined = (", ".join(shuffled), " or ".join(shuffled))[self.rng.integers(2)]
-        return LISTING[self.rng.integers(len(LISTING))].format(q=question, o=joined)
+        joined = self.rng.choice((", ", " or ")).join(self.rng.sample(options, len(options)))
+        return self.rng.choice(tables.LISTING).format(q=question, o=joined)
+
+    def row(self, objective: str) -> dict:
+        """An example with what stands in front: words, virtual tokens, nothing, stray words."""
+        rng, draft = self.rng, self.draft(objective)
+        front, prompt = draft.instruction or "", None
+        choice = rng.random()
+        if draft.instruction is None:
+            prompt = draft.prompt
+        elif choice < 0.3:
+            prompt = draft.prompt
+            front = front if objective in tables.LISTS_LABELS else ""
+        elif choice < 0.4 and objective in tables.BARE:
+            front = ""
+        if rng.random() < 0.06:  # position and surprise must not matter
+            front = " ".join([*rng.choices(self.words, k=rng.randint(3, 30)), front])
+        row = {"input": f"{front.strip()} {draft.text}".strip(), "target": draft.target}
+        return row if prompt is None else {**row, "prompt": prompt}
 
 
-def balanced_cached(mixture: Mixture, kind: str) -> str:
-    """`balanced` over a labelling, its probabilities computed once."""
-    cache = mixture.__dict__.setdefault("_cache", {})
-    if kind not in cache:
-        classes = mixture.all_genus if kind == "all_genus" else mixture.labelled[kind].classes
-        sizes = np.array([len(t) for t in classes.values()], float) ** 0.6
-        cache[kind] = list(classes), np.cumsum(sizes / sizes.sum())
-    names, cumulative = cache[kind]
-    return names[min(int(np.searchsorted(cumulative, mixture.rng.random())), len(names) - 1)]
-
-
-def corrupt(
-    ids: np.ndarray, rng: np.random.Generator, rate: float = 0.15, mean: float = 3.0
-) -> tuple[list[int], list[int]]:
-    """T5's span corruption: inputs with sentinels in place of spans, targets with the spans."""
-    noisy = max(1, round(len(ids) * rate))
-    spans = max(1, min(round(noisy / mean), len(ids) - noisy))
-    cuts = (
-        lambda total, parts: np.diff(  # a random composition
-            np.concatenate([[0], np.sort(rng.permutation(total - 1)[: parts - 1]) + 1, [total]])
-        )
-    )
-    noise, kept = cuts(noisy, spans), cuts(max(len(ids) - noisy, spans), spans)
-    inputs: list[int] = []
-    targets: list[int] = []
-    at = 0
-    for number, (k, n) in enumerate(zip(kept, noise, strict=True)):
-        inputs += [*ids[at : at + k], SENTINEL_0 - number]
-        targets += [SENTINEL_0 - number, *ids[at + k : at + k + n]]
-        at += k + n
-    return inputs, targets
-
-
-def virtual(prompt: int, rng: np.random.Generator) -> list[int]:
-    """Ids of the first n vectors of a prompt; n is mostly 20."""
-    n = (5, 20, PROMPT)[rng.choice(3, p=[0.15, 0.65, 0.2])]
-    return list(range(VOCABULARY + prompt * PROMPT, VOCABULARY + prompt * PROMPT + n))
-
-
-def finish(
-    draft: Draft, front: list[int], body: list[int], target: list[int], rng: np.random.Generator
-) -> tuple[list[int], list[int]]:
-    """Ids of one example: what stands in front (words, virtual tokens, noise), text, target."""
-    if draft.objective == "prefix":
-        body = body[:90]
-        cut = int(rng.integers(len(body) // 3, max(len(body) // 3 + 1, 2 * len(body) // 3)))
-        body, target = body[: max(1, cut)], body[max(1, cut) : cut + TARGET - 1]
-    elif target is None:
-        body, target = (
-            corrupt(np.array(body[: 85 if draft.objective == "span" else 50]), rng)
-            if len(body) > 4
-            else (body, body)
-        )
-    choice = rng.random()
-    listed = draft.objective in ("options", "yes_no", "renamed", "occurs")  # words are needed
-    if draft.instruction is None:
-        before = virtual(draft.prompt, rng)
-    elif choice < 0.3:
-        before = virtual(draft.prompt, rng) + (front if listed else [])
-    elif choice < 0.4:
-        before = [] if draft.objective in ("span", "define_span", "prefix", "headword") else front
-    else:
-        before = front
-    if rng.random() < 0.06:  # stray tokens in front: position and surprise must not matter
-        before = list(rng.integers(100, VOCABULARY - 100, rng.integers(4, 50))) + before
-    room = INPUT - 1 - len(before)
-    return [*before, *body[: min(room, 90 if draft.objective in LONG else 50)], EOS], [
-        *target[: TARGET - 1],
-        EOS,
-    ]
-
-
-class Packer:
-    """First fit into a bounded set of open rows; a row that is nearly full, or old, is written."""
-
-    def __init__(self, open_rows: int = 48):
-        self.open: list[list[tuple[int, list[int], list[int]]]] = []
-        self.room: list[list[int]] = []
-        self.done: list[list[tuple[int, list[int], list[int]]]] = []
-        self.limit = open_rows
-
-    def add(self, objective: int, inputs: list[int], targets: list[int]) -> None:
-        for i, (s, t) in enumerate(self.room):  # noqa: B007 - i is where the search stopped
-            if len(inputs) <= s and len(targets) <= t:
-                break
-        else:
-            i = len(self.open)
-            self.open.append([])
-            self.room.append([INPUT, TARGET])
-        self.open[i].append((objective, inputs, targets))
-        self.room[i][0] -= len(inputs)
-        self.room[i][1] -= len(targets)
-        full = self.room[i][0] < 12 or self.room[i][1] < 2
-        if full or len(self.open) > self.limit:
-            i = i if full else 0
-            self.done.append(self.open.pop(i))
-            self.room.pop(i)
-
-
-def to_arrays(rows: list) -> dict[str, np.ndarray]:
-    n = len(rows)
-    out = {
-        "inputs": np.zeros((n, INPUT), np.uint16),
-        "input_segments": np.zeros((n, INPUT), np.uint8),
-        "targets": np.zeros((n, TARGET), np.uint16),
-        "target_segments": np.zeros((n, TARGET), np.uint8),
-        "weights": np.zeros((n, TARGET), np.float16),
-        "objectives": np.zeros((n, TARGET), np.uint8),
-    }
-    for r, row in enumerate(rows):
-        s = t = 0
-        for number, (objective, inputs, targets) in enumerate(row, 1):
-            a, b = slice(s, s + len(inputs)), slice(t, t + len(targets))
-            out["inputs"][r, a], out["input_segments"][r, a] = inputs, number
-            out["targets"][r, b], out["target_segments"][r, b] = targets, number
-            out["weights"][r, b] = len(targets) ** -0.5
-            out["objectives"][r, b] = objective
-            s, t = s + len(inputs), t + len(targets)
-    return out
+def dictionary_lines(mixture: Mixture, seed: int) -> list[str]:
+    """ "headword: definition", shuffled, since neighbours in a dictionary resemble each other."""
+    rng = Random(f"definitions {seed}")
+    spell = lambda headword: headword.lower() if rng.random() < 0.8 else headword
+    lines = [f"{spell(headword)}: {text}" for headword, text in mixture.definitions]
+    return rng.sample(lines, len(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--tokens", type=float, default=25e6, help="filled positions, inputs and targets"
-    )
+    parser.add_argument("--rows", type=int, default=600_000, help="supervised examples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--late", action="store_true", help="the shares of the last part")
-    parser.add_argument("--show", type=int, default=0, help="print so many examples and stop")
+    parser.add_argument("--show", type=int, default=0, help="print so many of each objective, stop")
     args = parser.parse_args()
 
-    tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     mixture = Mixture(args.corpus, args.seed)
-    rng = mixture.rng
-    wanted = LATE_SHARES if args.late else SHARES
-    names, shares = list(wanted), np.array(list(wanted.values()))
-    encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
-        e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)
-    ]
-    packer, total, counts = Packer(), 0, Counter()
-    while total < args.tokens:
-        picks = rng.choice(len(names), size=args.show or 4096, p=shares / shares.sum())
-        drafts = [mixture.draft(names[i]) for i in picks]
-        fronts = encode([d.instruction or "" for d in drafts])
-        bodies = encode([d.text for d in drafts])
-        targets = encode([d.target or "" for d in drafts])
-        for draft, front, body, target in zip(drafts, fronts, bodies, targets, strict=True):
-            ids = finish(draft, front, body, target if draft.target is not None else None, rng)
-            if args.show:
-                text = [
-                    tokenizer.decode([i for i in x if i < VOCABULARY], skip_special_tokens=False)
-                    for x in ids
-                ]
-                print(
-                    draft.objective,
-                    sum(i >= VOCABULARY for i in ids[0]),
-                    "|",
-                    text[0],
-                    "=>",
-                    text[1],
-                )
-                continue
-            packer.add(OBJECTIVES.index(draft.objective), *ids)
-            total += len(ids[0]) + len(ids[1])
-            counts[draft.objective] += len(ids[0]) + len(ids[1])
-        if args.show:
-            return
-    arrays = to_arrays(packer.done)
-    order = rng.permutation(len(packer.done))
-    np.savez(args.out, **{k: v[order] for k, v in arrays.items()})
-    fill = [(arrays[k] > 0).mean().round(3) for k in ("input_segments", "target_segments")]
+    if args.show:
+        for objective in tables.SHARES:
+            for _ in range(args.show):
+                print(objective, json.dumps(mixture.row(objective), ensure_ascii=False))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    picks = mixture.rng.choices(list(tables.SHARES), list(tables.SHARES.values()), k=args.rows)
+    with open(args.out / "pairs.jsonl", "w", encoding="utf-8") as file:
+        for objective in picks:
+            file.write(json.dumps(mixture.row(objective), ensure_ascii=False) + "\n")
+    lines = dictionary_lines(mixture, args.seed)
+    (args.out / "definitions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     report = {
-        "rows": len(order),
-        "tokens": total,
-        "fill": [float(f) for f in fill],
-        "tokens_by_objective": dict(counts),
+        "rows": {name: picks.count(name) for name in tables.SHARES},
+        "prompts": len(PROMPTS) + MICRO_TASKS,  # virtual.count
+        "definitions": len(lines),
+        "seed": args.seed,
     }
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "mixture.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 

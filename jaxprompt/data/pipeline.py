@@ -169,6 +169,11 @@ def _random(seed: int, epoch: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
+def random_stream(seed: int, step: int) -> np.random.Generator:
+    """The random numbers of batch ``step``, independent of those of every other batch."""
+    return _random(seed, step, stream=2**40)
+
+
 def training_batches(
     examples: Sequence[Example], *, batch_size: int, seed: int, start: int = 0, window: int = 16
 ) -> Iterator[Batch]:

@@ -1,7 +1,10 @@
 """Tokenizers of transformers, reduced to what the package needs."""
 
+import hashlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import numpy as np
 from jaxprompt.config import UserError
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", *_SENTENCEPIECE)  # fmt: skip
 
 
 class Tokenizer:
@@ -24,6 +29,7 @@ class Tokenizer:
         # pad, eos, unk; sentinels count as vocabulary, as they did in the original
         named = (self.pad_id, self.eos_id, inner.unk_token_id)
         self.special_ids: list[int] = sorted({id for id in named if id is not None})
+        self.sentinel_ids: list[int] = _sentinels(inner)  # <extra_id_0>, <extra_id_1>, ...
         # "</s>" in somebody's mail is not EOS; a space inside keeps it text ("< /s>"). Splitting
         # of special tokens is no help: they are pieces of the vocabulary as well
         names = filter(None, inner.convert_ids_to_tokens(self.special_ids))
@@ -54,9 +60,27 @@ class Tokenizer:
                 kept.append(id)
         return self._inner.decode(kept, skip_special_tokens=True).strip()
 
+    def fingerprint(self) -> str:
+        """Hex digits that change with the vocabulary and with how a sample of text is cut."""
+        names = self._inner.convert_ids_to_tokens(list(range(self.size)))
+        sample = self.encode("The quick brown fox -- 12.5% of it -- jumps, doesn't it?")
+        return hashlib.sha256(json.dumps([names, sample]).encode()).hexdigest()
+
+    def show(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text with its special tokens, for people to read."""
+        kept = [int(id) for id in ids if id != self.pad_id and id < self.size]
+        return self._inner.decode(kept, skip_special_tokens=False).strip()
+
     def piece(self, id: int) -> str:
         """The piece with this id, as a person would read it."""
         return str(self._inner.convert_ids_to_tokens(id))
+
+
+def _sentinels(inner: Any) -> list[int]:
+    vocabulary, ids = inner.get_vocab(), []
+    while (name := f"<extra_id_{len(ids)}>") in vocabulary:
+        ids.append(vocabulary[name])
+    return ids
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -79,6 +103,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"There is no tokenizer that can be read at {str(path)!r} ({problem}); put "
             "tokenizer.json or spiece.model beside the weights."
         ) from None
+
+
+def copy_tokenizer(source: str | Path, to: Path) -> None:
+    """Put the tokenizer files of a directory beside weights written at ``to``."""
+    for name in _FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, to / name)
 
 
 def _has_tokenizer(folder: Path) -> bool:

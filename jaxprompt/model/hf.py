@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt.config import UserError
+from jaxprompt.model.int8 import dequantised
 from jaxprompt.model.msgpack_file import read_msgpack
 from jaxprompt.model.pickle_reader import read_torch
 from jaxprompt.model.safetensors_file import read_safetensors
@@ -247,7 +248,7 @@ def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], boo
 
     The embedding may stand under the stacks' names, and a tied model may carry it as lm_head too.
     """
-    tensors = {name: t for name, t in tensors.items() if name not in _IGNORED}
+    tensors = {n: t for n, t in dequantised(tensors).items() if n not in _IGNORED}
     embeddings, head = _EMBEDDINGS, _HEAD
     if flax:
         embeddings = tuple(

@@ -6,6 +6,13 @@ from pathlib import Path
 
 from jaxprompt.config import UserError
 
+# LM-adapted and not, in two sizes; builtin/backbones/PROVENANCE.md
+BUILTIN = {
+    "builtin": "base",
+    "builtin-span": "base-span",
+    "builtin-small": "small",
+    "builtin-small-span": "small-span",
+}
 _SMALL = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.model"),
@@ -23,8 +30,12 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 def resolve(name: str) -> str:
     """The directory (or gs:// URL) of a backbone, downloaded if it has to be; UserError if none."""
-    if name == "builtin":
-        return str(Path(__file__).parent.parent / "builtin" / "backbone")
+    if name.startswith("builtin") and not Path(name).is_dir():
+        if name not in BUILTIN:
+            raise UserError(
+                f"there is no built-in backbone {name!r}; there are {', '.join(BUILTIN)}"
+            )
+        return str(Path(__file__).parent.parent / "builtin" / "backbones" / BUILTIN[name])
     if name.startswith("gs://"):
         return name
     path = Path(name).expanduser()

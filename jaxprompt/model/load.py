@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxprompt.config import UserError
 from jaxprompt.model import hf, hub, t5x
+from jaxprompt.model.int8 import quantised
 from jaxprompt.model.safetensors_file import Output, write_sharded
 from jaxprompt.model.t5 import Params, T5Config, logical_axes
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
@@ -212,19 +213,28 @@ def _gather(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def save_hf(
-    path: str | Path, config: T5Config, params: Params, *, max_shard_bytes: int = 5 * 10**9
+    path: str | Path,
+    config: T5Config,
+    params: Params,
+    *,
+    int8: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write config.json and safetensors that transformers reads, in the dtype of ``params``.
 
     Above ``max_shard_bytes`` the weights are split over several files with an index. The tokenizer
     is not part of the parameters: copy its files beside them. An mT5 is saved as the T5 1.1 that it
     is; transformers 5 scales the output of every umT5, there its logits are d_model**-0.5 of ours.
+    With ``int8`` matrices are stored as in model/int8.py, which transformers does not read.
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     outputs = [out for leaf in hf.leaves(config) for out in _outputs(leaf, config, params)]
+    dtype = outputs[0].dtype.name
+    if int8:
+        outputs = [part for out in outputs for part in quantised(out)]
     write_sharded(directory, outputs, max_bytes=max_shard_bytes)
-    described = hf.config_to_json(config, outputs[0].dtype.name)
+    described = hf.config_to_json(config, dtype)
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 

@@ -18,7 +18,7 @@ from jaxprompt.config import UserError
 from jaxprompt.model.tensors import DTYPES, Tensor, mapped
 
 _CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NAMES = {name: code for code, name in _CODES.items()}
+_NAMES = {name: code for code, name in _CODES.items()} | {"int8": "I8"}
 _OTHER = {
     f"{c}{bits}": f"{n}{bits}" for c, n in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }

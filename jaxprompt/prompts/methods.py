@@ -33,6 +33,19 @@ def _tune_model(params: Params, prompts: Float[np.ndarray, "K P D"]) -> Tree:
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True)[None], params)
 
 
+def _train_both(params: Params, prompts: Float[np.ndarray, "K P D"]) -> Tree:
+    virtual = _tune_prompt(params, prompts) if prompts.size else {}
+    return {"model": _tune_model(params, prompts), **virtual}
+
+
+def _use_both(tree: Tree, params: Params) -> tuple[Params, Array | None]:
+    return jax.tree.map(lambda x: x[0], tree["model"]), tree.get("prompt")
+
+
+# pre-training: the backbone and, where the mixture has them, virtual tokens. Not among METHODS: its
+# result is a backbone, not something tuned on one
+PRETRAINING = Method(_train_both, _use_both, True)
+
 METHODS = {
     # Lester et al. 2021: the prompt is the only trainable thing
     "prompt-tuning": Method(_tune_prompt, lambda tree, params: (params, tree["prompt"]), True),

@@ -1,13 +1,17 @@
 """What a run writes besides checkpoints: config, ``metrics.jsonl``, TensorBoard, result."""
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxprompt.config import RunConfig, UserError, dump_yaml, read_yaml
+from jaxprompt.config import PretrainConfig, RunConfig, UserError, dump_yaml, read_yaml
+
+LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
 # settings that a run may change when it goes on
 FREE = {
@@ -27,7 +31,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def check_run(config: RunConfig) -> Path:
+def check_run(config: RunConfig | PretrainConfig) -> Path:
     """The run directory, if a run may start there or the one in it go on; nothing is written.
 
     A run that has no checkpoint yet has nothing to lose: its settings may change.
@@ -39,7 +43,8 @@ def check_run(config: RunConfig) -> Path:
         new = _flat(yaml.safe_load(dump_yaml(config)))
         free = set(FREE)
         if config.train.schedule in ("constant", "rsqrt"):
-            free.add("train.steps")  # these schedules do not depend on the number of steps
+            # these schedules do not depend on the number of steps, and a cool-down is yet to come
+            free |= {"train.steps", "train.cooldown_steps"}
         changed = [
             f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
             for key in sorted({*old, *new} - free)
@@ -64,7 +69,7 @@ def check_run(config: RunConfig) -> Path:
     return folder
 
 
-def open_run(config: RunConfig) -> Path:
+def open_run(config: RunConfig | PretrainConfig) -> Path:
     """Make the run directory, or go on with the run in it."""
     folder = check_run(config)
     try:
@@ -121,3 +126,48 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # the last line of a killed run may be half there
             break
     return rows
+
+
+class Clock:
+    """Training time of a run over all its starts, and throughput of this one."""
+
+    def __init__(self, earlier: float):
+        self.earlier, self.start = earlier, time.monotonic()
+        self.examples = self.tokens = 0
+        self.first: float | None = None  # after the first step, so that compilation does not count
+
+    def count(self, batch) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+            return
+        self.examples += len(batch.inputs)
+        self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.start
+
+    def rates(self) -> dict[str, float]:
+        passed = max(time.monotonic() - (self.first or self.start), 1e-9)
+        return {
+            "examples_per_second": round(self.examples / passed, 2),
+            "tokens_per_second": round(self.tokens / passed, 1),
+        }
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Refuse to go on with a loss that is no number."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} at step {step}; lower train.learning_rate, or use "
+            "model.dtype=float32. The checkpoint before it is intact."
+        )
+
+
+class Silent:
+    """A reporter that shows nothing; ``progress.py`` has the one that draws a bar."""
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+
+    def step(self, done: int, rates: dict[str, float]) -> None:
+        """``done`` steps are complete."""

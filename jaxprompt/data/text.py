@@ -1,0 +1,321 @@
+"""Packed pre-training batches from running text and supervised pairs.
+
+Batch k is a pure function of the seed and k: examples are drawn with replacement, so there is no
+position to store and resuming is exact.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprompt.bank import virtual_ids
+from jaxprompt.config import PairSource, PretrainConfig, TextSource, UserError
+from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
+from jaxprompt.data.pipeline import Batch, Example, pack_batch, random_stream
+from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tokenizer import Tokenizer
+
+BLOCK = 50  # consecutive documents that are held out together: neighbours often continue each other
+MISSES = 8  # a batch is full when so many examples in a row found no room
+CHUNK = 10_000  # texts tokenized at a time
+
+
+class Ragged(NamedTuple):
+    """Sequences of ids end to end: number i is ``ids[starts[i]:starts[i + 1]]``."""
+
+    ids: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " m"]
+
+    def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return len(self.starts) - 1
+
+    def at(self, number: int) -> Int[np.ndarray, " s"]:
+        """Sequence ``number``."""
+        return self.ids[self.starts[number] : self.starts[number + 1]]
+
+
+class Stream(NamedTuple):
+    """One source under one objective: ``draw`` makes a random example."""
+
+    name: str  # "span_corruption/brown"
+    weight: float  # of its examples among those of its objective
+    draw: Callable[[np.random.Generator], Example]
+
+
+class Streams(NamedTuple):
+    """What a run reads: for training, and the held-out part of the same sources."""
+
+    train: list[Stream]
+    held_out: list[Stream]
+    texts: dict[str, Ragged]  # held-out documents by source
+    tokens: dict[str, int]  # of the training part by source
+
+
+def read_documents(source: TextSource) -> list[str]:
+    """The texts of a source, empty ones left out."""
+    if source.source is None and Path(source.train).suffix == ".txt":
+        path = Path(source.train)
+        if not path.is_file():
+            raise UserError(f"There is no file {str(path)!r} (text source {source.name!r}).")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8.") from None
+        texts = [line for line in lines if line.strip()]
+    else:
+        rows = read_rows(source.source, source.train)
+        texts = [_text(row, source.column, number, source) for number, row in enumerate(rows, 1)]
+        texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"Text source {source.name!r} ({source.train}) holds no text.")
+    return texts
+
+
+def _text(row, column: str, number: int, source: TextSource | PairSource) -> str:
+    if not isinstance(row.get(column), str):
+        raise UserError(
+            f"Row {number} of {source.train} (source {source.name!r}) has no text in {column!r}; "
+            f"it has {sorted(row)}."
+        )
+    return row[column]
+
+
+def open_streams(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    vocab_rows: int,
+    cache: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> Streams:
+    """Tokenize all sources, or take their tokens from ``cache``, and split off what is held out.
+
+    ``vocab_rows``: V of the backbone, above which virtual tokens have their ids.
+    """
+    streams = Streams([], [], {}, {})
+    for source in config.text:
+        documents = read_documents(source)
+        say(f"{source.name}: {len(documents):,} documents")
+        parts = _split(_tokenized(documents, tokenizer, cache), config.validation, source.name)
+        streams.texts[source.name] = parts[1]
+        streams.tokens[source.name] = len(parts[0].ids)
+        for objective in ("span_corruption", "prefix_lm"):
+            if objective in config.objectives:
+                for target, part in zip(streams[:2], parts, strict=True):
+                    draw = _draw_text(part, objective, config, tokenizer)
+                    target.append(Stream(f"{objective}/{source.name}", source.weight, draw))
+    for source in config.pairs if "pairs" in config.objectives else ():
+        rows = read_rows(source.source, source.train)
+        say(f"{source.name}: {len(rows):,} pairs")
+        prompts = _prompt_numbers(rows, config, source)
+        inputs, outputs = (
+            _tokenized([_text(r, c, n, source) for n, r in enumerate(rows, 1)], tokenizer, cache)
+            for c in ("input", "target")
+        )
+        held = _held_out(len(rows), config.validation, source.name)
+        streams.tokens[source.name] = len(inputs.ids) + len(outputs.ids)
+        for target, numbers in zip(streams[:2], (~held, held), strict=True):
+            draw = _draw_pair(
+                inputs,
+                outputs,
+                prompts,
+                np.flatnonzero(numbers),
+                config,
+                tokenizer,
+                vocab_rows,
+            )
+            target.append(Stream(f"pairs/{source.name}", source.weight, draw))
+    return streams
+
+
+def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
+    numbers = [row.get("prompt") for row in rows]
+    count = config.virtual.count if config.virtual else 0
+    for at, number in enumerate(numbers, 1):
+        if number is not None and (not isinstance(number, int) or not 0 <= number < count):
+            raise UserError(
+                f"Row {at} of {source.train} has prompt {number!r}, and virtual.count allows "
+                f"{f'0 to {count - 1}' if count else 'none'}; set virtual.count."
+            )
+    return np.array([-1 if number is None else number for number in numbers], np.int32)
+
+
+def _tokenized(texts: Sequence[str], tokenizer: Tokenizer, cache: Path) -> Ragged:
+    """Ids of ``texts`` without EOS; kept in ``cache`` under a hash of texts and tokenizer."""
+    digest = hashlib.sha256(tokenizer.fingerprint().encode())
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    file = cache / f"{digest.hexdigest()[:24]}.npz"
+    if file.is_file():
+        with np.load(file) as saved:
+            return Ragged(saved["ids"], saved["starts"])
+    lengths, pieces = [0], []
+    for start in range(0, len(texts), CHUNK):
+        for ids in tokenizer.encode_all(texts[start : start + CHUNK]):
+            lengths.append(len(ids))
+            pieces.append(np.array(ids, np.uint16 if tokenizer.size <= 2**16 else np.int32))
+    ragged = Ragged(np.concatenate(pieces), np.cumsum(lengths))
+    cache.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part.npz")
+    np.savez(part, ids=ragged.ids, starts=ragged.starts)
+    part.rename(file)
+    return ragged
+
+
+def _held_out(count: int, share: float, name: str) -> np.ndarray:
+    """Which of ``count`` documents are held out: evenly spaced blocks, about ``share`` of all."""
+    block = min(BLOCK, max(1, int(count * share)))
+    every = max(2, round(1 / share))
+    held = (np.arange(count) // block) % every == every // 2
+    if not held.any():
+        held[-1:] = True  # fewer than half a period of documents
+    if held.all():
+        raise UserError(f"Source {name!r} has {count} document; at least 2 are needed.")
+    return held
+
+
+def _split(texts: Ragged, share: float, name: str) -> tuple[Ragged, Ragged]:
+    """Training and held-out documents."""
+    held = _held_out(len(texts), share, name)
+    lengths = np.diff(texts.starts)
+    tokens = np.repeat(held, lengths)
+    parts = [
+        Ragged(texts.ids[keep], np.concatenate([[0], np.cumsum(lengths[documents])]))
+        for keep, documents in ((~tokens, ~held), (tokens, held))
+    ]
+    for part in parts:
+        if len(part.ids) < 4:
+            raise UserError(f"Source {name!r} has too little text; at least 4 tokens are needed.")
+    return parts[0], parts[1]
+
+
+def _draw_text(texts: Ragged, objective: str, config: PretrainConfig, tokenizer: Tokenizer):
+    """Cut a random stretch out of ``texts``, across their borders, and apply the objective.
+
+    Half of the stretches start where a document does, the others anywhere.
+    """
+    room, depth = config.input_length, config.target_length
+    noise = {"noise_density": config.noise_density, "mean_span": config.mean_span}
+    if objective == "span_corruption":
+        fits = lambda n: all(
+            a <= b for a, b in zip(span_lengths(n, **noise), (room, depth), strict=True)
+        )
+    else:
+        fits = lambda n: n <= room - 1
+    largest = max((n for n in range(2, room + depth) if fits(n)), default=0)
+    if largest < 4:
+        raise UserError(
+            f"Rows of {room} input and {depth} target tokens are too short for {objective}; "
+            "raise input_length or target_length."
+        )
+    low, high = config.text_length or (largest, largest)
+    low, high = min(low, largest), min(high, largest)
+    sentinels = np.array(tokenizer.sentinel_ids, texts.ids.dtype)
+    if objective == "span_corruption" and not len(sentinels):
+        raise UserError("Span corruption needs sentinels (<extra_id_0>, ...) in the tokenizer.")
+
+    def draw(rng: np.random.Generator) -> Example:
+        size = min(int(rng.integers(low, high + 1)), len(texts.ids))
+        anywhere = int(rng.integers(len(texts.ids)))
+        if rng.random() < 0.5:
+            anywhere = int(texts.starts[np.searchsorted(texts.starts, anywhere, "right") - 1])
+        start = min(anywhere, len(texts.ids) - size)
+        ids = texts.ids[start : start + size]
+        if objective == "span_corruption":
+            return span_corruption(ids, rng, sentinels=sentinels, eos=tokenizer.eos_id, **noise)
+        return prefix_lm(ids, rng, eos=tokenizer.eos_id, longest_target=depth)
+
+    return draw
+
+
+def _draw_pair(
+    inputs: Ragged, targets: Ragged, prompts, numbers, config: PretrainConfig,
+    tokenizer: Tokenizer, vocab_rows: int,
+):  # fmt: skip
+    """A random one of the pairs ``numbers``: virtual tokens, input and EOS, cut to fit a row."""
+    lengths = config.virtual.lengths if config.virtual else [0]
+    longest = max(lengths)
+
+    def draw(rng: np.random.Generator) -> Example:
+        number = int(numbers[rng.integers(len(numbers))])
+        front = np.zeros(0, np.int32)
+        if prompts[number] >= 0:
+            size = lengths[rng.integers(len(lengths))]
+            front = virtual_ids(vocab_rows, longest, int(prompts[number]))[:size]
+        text = inputs.at(number)[: config.input_length - 1 - len(front)]
+        end = np.array([tokenizer.eos_id], np.int32)
+        return Example(
+            np.concatenate([front, text, end]),
+            np.concatenate([targets.at(number)[: config.target_length - 1], end]),
+        )
+
+    return draw
+
+
+def packed_batch(
+    config: PretrainConfig,
+    streams: Sequence[Stream],
+    shares: Sequence[float],
+    rng: np.random.Generator,
+) -> Batch:
+    """Rows filled first-fit with examples of random streams.
+
+    ``shares``: probability of each stream. Examples that find no room are dropped, and the batch
+    is done after a few of them in a row; long examples are thus drawn slightly too rarely.
+    """
+    rows: list[list[Example]] = [[] for _ in range(config.train.batch_size)]
+    room = np.tile([config.input_length, config.target_length], (len(rows), 1))
+    cumulative = np.cumsum(shares)
+    misses = 0
+    while misses < MISSES:
+        number = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], "right"))
+        example = streams[min(number, len(streams) - 1)].draw(rng)
+        need = len(example.inputs), len(example.targets)
+        fitting = np.flatnonzero((room >= need).all(axis=1))
+        if not len(fitting):
+            misses += 1
+            continue
+        misses = 0
+        rows[fitting[0]].append(example)
+        room[fitting[0]] -= need
+    batch = pack_batch(rows, input_length=config.input_length, target_length=config.target_length)
+    if config.balance == 0:
+        return batch
+    weights = np.zeros_like(batch.loss_weights)
+    for at, row in enumerate(rows):
+        sizes = np.array([len(example.targets) for example in row])
+        weights[at, : sizes.sum()] = np.repeat(sizes**-config.balance, sizes)
+    return batch._replace(loss_weights=weights)
+
+
+def stream_shares(config: PretrainConfig, streams: Sequence[Stream]) -> list[float]:
+    """Probability of each stream: its objective's share times its weight within the objective."""
+    total = sum(config.objectives.values())
+    within: dict[str, float] = {}
+    for stream in streams:
+        kind = stream.name.partition("/")[0]
+        within[kind] = within.get(kind, 0) + stream.weight
+    return [
+        config.objectives[kind] / total * stream.weight / within[kind]  # pyright: ignore[reportArgumentType]
+        for stream in streams
+        for kind in [stream.name.partition("/")[0]]
+    ]
+
+
+def packed_batches(
+    config: PretrainConfig, streams: Sequence[Stream], start: int = 0
+) -> Iterator[Batch]:
+    """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads."""
+    import grain
+
+    shares = stream_shares(config, streams)
+    steps = grain.MapDataset.range(2**31 - 1 - start).map(
+        lambda step: packed_batch(
+            config, streams, shares, random_stream(config.train.seed, start + int(step))
+        )
+    )
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(steps.to_iter_dataset(options))

@@ -1,0 +1,76 @@
+"""Training of a unigram tokenizer laid out as T5's."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxprompt.config import TokenizerConfig, UserError
+
+PIECE_LENGTH = 16  # characters of the longest piece
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> None:
+    """Write ``tokenizer.json`` and its configuration into ``out``.
+
+    Rows are in T5's order: pad 0, eos 1, unk 2, pieces, and at the very end ``<extra_id_99>`` to
+    ``<extra_id_0>`` (the last id). Case is kept; every text gets an EOS from the post-processor.
+    Raises UserError where the text is too little for so many pieces.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+    from tokenizers.processors import TemplateProcessing
+
+    pieces = config.vocabulary - config.sentinels
+    if pieces < 128:
+        raise UserError(
+            f"tokenizer.vocabulary is {config.vocabulary}, of which {config.sentinels} are "
+            "sentinels; leave at least 128 rows for pieces."
+        )
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\n", " "), normalizers.Replace("\t", " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=pieces,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        max_piece_length=PIECE_LENGTH,
+        initial_alphabet=[chr(c) for c in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != pieces:
+        raise UserError(
+            f"The text yields {found} pieces, and tokenizer.vocabulary asks for {pieces} beside "
+            f"{config.sentinels} sentinels; set it to {found + config.sentinels} or give more text."
+        )
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(config.sentinels))]
+    tokenizer.add_special_tokens(
+        [AddedToken(s, special=True, normalized=False, lstrip=True) for s in sentinels]
+    )
+    tokenizer.save(str(out / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    extra = {"additional_special_tokens": sentinels[::-1]}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+        "extra_ids": config.sentinels,
+        **names,
+        **extra,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "special_tokens_map.json").write_text(json.dumps(names | extra, indent=1) + "\n")

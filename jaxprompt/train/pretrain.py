@@ -1,0 +1,325 @@
+"""Pre-training and adaptation of a backbone: the loop around the same train step."""
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprompt import parallel
+from jaxprompt.config import PretrainConfig, TokenizerConfig, UserError
+from jaxprompt.data.pipeline import Batch, make_batch, random_stream
+from jaxprompt.data.text import (
+    Stream,
+    Streams,
+    open_streams,
+    packed_batch,
+    packed_batches,
+    read_documents,
+)
+from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer_training import train_tokenizer
+from jaxprompt.evaluate.analyze import draw_losses
+from jaxprompt.model import generate, hub, t5
+from jaxprompt.model.hf import read_json
+from jaxprompt.model.load import fingerprint, load_backbone, save_hf
+from jaxprompt.prompts.artefact import replace_directory
+from jaxprompt.prompts.methods import PRETRAINING
+from jaxprompt.train.checkpoint import Checkpoints
+from jaxprompt.train.logbook import (
+    LOG_EVERY,
+    Clock,
+    Logbook,
+    Silent,
+    check_loss,
+    check_run,
+    open_run,
+    write_atomically,
+)
+from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.step import TrainState, batch_losses, init_state, make_train_step
+
+SAMPLES = 3  # fill-in-the-blank samples of each held-out source
+HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
+
+
+def pretrain(config: PretrainConfig, reporter: Any = None) -> dict[str, Any]:
+    """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
+
+    The directory gets ``model`` (a Hugging Face directory with tokenizer, usable as a backbone),
+    ``metrics.jsonl``, ``losses.png``, ``samples.jsonl`` and ``checkpoints``. Killed at any moment
+    and called again, it ends with bit-identical weights.
+    """
+    with contextlib.ExitStack() as open_files:
+        return _pretrain(config, reporter or Silent(), open_files)
+
+
+def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.ExitStack):
+    settings, folder = config.train, check_run(config)
+    if (folder / "result.json").is_file():
+        result = read_json(folder / "result.json")
+        if result.get("steps", 0) >= settings.steps:
+            reporter.say(f"{folder} is complete; delete it to start again.")
+            return result
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
+    shape, params = _start(config, reporter)
+    place = _tokenizer_place(config, folder, reporter)
+    tokenizer = load_tokenizer(place)
+    if shape is None:
+        shape = _shape(config, tokenizer.size)
+    if tokenizer.size > shape.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.size} pieces and the backbone {shape.vocab_size} rows; "
+            "use the tokenizer that belongs to it."
+        )
+    if params is None:
+        params = t5.init_params(shape, jax.random.key(settings.seed))
+    open_run(config)
+    reporter.say("tokenizing")
+    streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
+    sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
+    reporter.say(f"tokens for training: {sizes}")
+
+    bank = _virtual(config, params, tokenizer, shape.d_model)
+    optimizer = per_prompt(make_optimizer(settings))
+    state = init_state(PRETRAINING, optimizer, params, bank)
+    state = jax.device_put(state, parallel.replicated(mesh))
+    train_step = make_train_step(
+        shape, PRETRAINING, optimizer, seed=settings.seed, z_loss=settings.z_loss
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    open_files.callback(checkpoints.close)
+    done, progress = 0, {"seconds": 0.0, "tokens": 0}
+    if checkpoints.latest_step() is not None:
+        state, progress = checkpoints.restore(state)
+        done = int(state.step)
+        reporter.say(f"going on from step {done}")
+    logbook = Logbook(folder, done if done else -1, tensorboard=settings.tensorboard)
+    open_files.callback(logbook.close)
+    checks = held_out_batches(config, streams)
+
+    def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
+        put = functools.partial(parallel.put_batch, mesh=mesh)
+        return held_out_scores(state.tree, checks, shape, put)
+
+    def log_scores(step: int, scores) -> None:
+        row = {f"held_out/{name}/loss": s["loss"] for name, s in scores.items()}
+        logbook.write({"step": step, "tokens": progress["tokens"], **row})
+        mean = np.mean([s["loss"] for s in scores.values()])
+        reporter.say(f"step {step}: held-out loss {mean:.4f} (mean of {len(scores)} sets)")
+
+    def log(pending) -> None:
+        step, losses = pending
+        loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
+        check_loss(loss, step)
+        rates = clock.rates()
+        if step % LOG_EVERY == 0:
+            row = {"loss": loss, "token_accuracy": accuracy, "tokens": progress["tokens"], **rates}
+            logbook.write({"step": step, **row})
+        reporter.step(step, {"loss": loss, **rates})
+
+    if done == 0:
+        log_scores(0, evaluate(state))
+    batches = packed_batches(config, streams.train, done)
+    clock, pending, scores = Clock(progress["seconds"]), None, None
+    while done < settings.steps:
+        batch = next(batches)
+        state, losses = train_step(state, {}, parallel.put_batch(batch, mesh))
+        done += 1
+        clock.count(batch)
+        progress["tokens"] += _size(batch)
+        if pending is not None:
+            log(pending)
+        pending = done, losses
+        evaluating = done % settings.evaluate_every == 0 or done == settings.steps
+        saving = done % settings.checkpoint_every == 0 or done == settings.steps
+        if not (evaluating or saving):
+            continue
+        log(pending)
+        pending = None
+        if evaluating:
+            scores = evaluate(state)
+            log_scores(done, scores)
+        if saving:
+            progress["seconds"] = clock.seconds()
+            save_model(folder, shape, state, place)
+            checkpoints.save(done, state, progress)
+
+    scores = scores or evaluate(state)
+    trained: t5.Params = jax.tree.map(lambda x: x[0], state.tree["model"])
+    samples = fill_in(config, shape, trained, streams, tokenizer)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    write_atomically(folder / "samples.jsonl", lines)
+    draw_losses(logbook.rows, folder / "losses.png")
+    result = {
+        "steps": done,
+        "tokens": progress["tokens"],
+        "seconds": round(clock.seconds(), 3),
+        "tokens_per_second": clock.rates()["tokens_per_second"],
+        "parameters": sum(x.size for x in jax.tree.leaves(trained)),
+        "fingerprint": fingerprint(trained),
+        "start": config.start,
+        "loss": float(np.mean([s["loss"] for s in scores.values()])),
+        "held_out": scores,
+        "source_tokens": streams.tokens,
+        "model": str(folder / "model"),
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _start(config: PretrainConfig, reporter) -> tuple[t5.T5Config | None, t5.Params | None]:
+    if config.start is None:
+        return None, None
+    reporter.say(f"loading {config.start}")
+    model = config.model
+    backbone = load_backbone(
+        config.start, dropout=model.dropout, unroll=model.unroll, remat=model.remat
+    )
+    return t5.dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
+
+
+def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
+    """A T5 1.1 for a vocabulary of ``pieces``, rounded up to a multiple of 128."""
+    model = config.model
+    return t5.T5Config(
+        vocab_size=-(-pieces // 128) * 128,
+        **config.shape.model_dump(),
+        dtype=model.dtype,
+        dropout=model.dropout,
+        unroll=model.unroll,
+        remat=model.remat,
+    )
+
+
+def _tokenizer_place(config: PretrainConfig, folder: Path, reporter) -> str:
+    """Where the tokenizer is; one that the config asks to train is trained first, once."""
+    if isinstance(config.tokenizer, str):
+        return config.tokenizer
+    if config.tokenizer is None:
+        return hub.resolve(str(config.start))
+    place = folder / "tokenizer"
+    if not (place / "tokenizer.json").is_file():
+        open_run(config)
+        reporter.say(f"training a tokenizer of {config.tokenizer.vocabulary} rows")
+        settings: TokenizerConfig = config.tokenizer
+        share = settings.characters // len(config.text) if config.text else 0
+        texts = (text for source in config.text for text in _some(read_documents(source), share))
+        replace_directory(place, lambda path: train_tokenizer(texts, settings, path))
+    return str(place)
+
+
+def _some(texts: list[str], characters: int) -> list[str]:
+    """Evenly spaced ones of the texts, of about so many characters together."""
+    step = max(1, -(-sum(map(len, texts)) // max(characters, 1)))
+    return texts[::step]
+
+
+def _virtual(
+    config: PretrainConfig, params: t5.Params, tokenizer: Tokenizer, d_model: int
+) -> Float[np.ndarray, "1 n D"]:
+    """Vectors of all virtual tokens as one long prompt, each a random word's to begin with."""
+    if config.virtual is None:
+        return np.zeros((1, 0, d_model), np.float32)
+    count = config.virtual.count * max(config.virtual.lengths)
+    rng = np.random.default_rng(config.train.seed)
+    special = {*tokenizer.special_ids, *tokenizer.sentinel_ids}
+    words = [id for id in range(tokenizer.size) if id not in special]
+    table = np.asarray(params["token_embedder"]["embedding"], np.float32)
+    return table[rng.choice(words, count)][None]
+
+
+def held_out_batches(config: PretrainConfig, streams: Streams) -> dict[str, list[Batch]]:
+    """A few packed batches of each held-out stream."""
+    return {
+        stream.name: [
+            packed_batch(config, [stream], [1.0], random_stream(HELD_OUT_SEED, number))
+            for number in range(config.train.evaluate_batches)
+        ]
+        for stream in streams.held_out
+    }
+
+
+def held_out_scores(
+    tree: Any,
+    checks: dict[str, list[Batch]],
+    config: t5.T5Config,
+    put: Callable[[Batch], Any] = lambda batch: batch,
+) -> dict[str, dict[str, float]]:
+    """Loss in nats a target token, perplexity, share of right tokens and their number by set."""
+    scores = {}
+    for name, batches in checks.items():
+        found = [np.asarray(_sums(tree, put(batch), config=config)) for batch in batches]
+        nll, right, count = (float(x) for x in np.sum(found, axis=0))
+        scores[name] = {
+            "loss": nll / count,
+            "perplexity": math.exp(min(nll / count, 700)),
+            "token_accuracy": right / count,
+            "tokens": int(count),
+        }
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _sums(tree, batch: Batch, *, config: t5.T5Config) -> Float[Array, " 3"]:
+    """Sums over target tokens of negative log-likelihood, of correct ones, and of ones."""
+    params, bank = PRETRAINING.apply(tree, {})
+    flat = batch._replace(loss_weights=(batch.target_segments > 0).astype(jnp.float32))
+    _, losses = batch_losses(params, bank, config, flat, prompts=1)
+    count = jnp.sum(flat.loss_weights)
+    return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
+
+
+def _size(batch: Batch) -> int:
+    return int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+
+
+def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: str) -> None:
+    """Write the backbone as a Hugging Face directory with its tokenizer, complete or not at all."""
+    if jax.process_index() != 0:
+        return
+
+    def write(path: Path) -> None:
+        save_hf(path, shape, jax.tree.map(lambda x: x[0], state.tree["model"]))
+        copy_tokenizer(tokenizer, path)
+
+    replace_directory(folder / "model", write)
+
+
+def fill_in(
+    config: PretrainConfig,
+    shape: t5.T5Config,
+    params: t5.Params,
+    streams: Streams,
+    tokenizer: Tokenizer,
+) -> list[dict[str, str]]:
+    """What the model writes for a few held-out examples of each text stream, for people to read."""
+    rows: list[tuple[Stream, Any]] = []
+    for stream in streams.held_out:
+        if not stream.name.startswith("pairs/"):
+            rng = random_stream(HELD_OUT_SEED, 1_000_000)
+            rows += [(stream, stream.draw(rng)) for _ in range(SAMPLES)]
+    if not rows:
+        return []
+    batch = make_batch([e for _, e in rows], input_length=config.input_length)
+    written = generate.greedy(
+        params, None, shape, jnp.asarray(batch.inputs), jnp.asarray(batch.input_segments),
+        config.target_length,
+    )  # fmt: skip
+    return [
+        {
+            "held_out": stream.name,
+            "input": tokenizer.show(example.inputs),
+            "target": tokenizer.show(example.targets),
+            "written": tokenizer.show(ids),
+        }
+        for (stream, example), ids in zip(rows, np.asarray(written), strict=True)
+    ]
