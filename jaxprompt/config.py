@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -235,7 +235,7 @@ class PretrainConfig(_Schema):
     text_length: tuple[Size, Size] | None = None
     # a target of n tokens counts as n^(1 - balance) tokens: 0 weighs tokens alike, 1 examples
     balance: Annotated[float, Field(ge=0, le=1)] = 0.0
-    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.01  # held-out share of each source
+    validation: Annotated[float, Field(gt=0, lt=0.25)] = 0.01  # held-out share of each source
     virtual: VirtualConfig | None = None
     model: ModelConfig = ModelConfig()
     train: PretrainOptimization = PretrainOptimization()
@@ -259,6 +259,14 @@ class PretrainConfig(_Schema):
             )
         if self.start is not None and isinstance(self.tokenizer, TokenizerConfig):
             raise ValueError("the weights of start have a tokenizer; leave tokenizer out")
+        if isinstance(self.tokenizer, TokenizerConfig) and not self.text:
+            raise ValueError("a tokenizer is trained on text, and none is given; add it")
+        longest = max(self.virtual.lengths) if self.virtual else 0
+        if longest > self.input_length - 2:
+            raise ValueError(
+                f"{longest} virtual tokens leave no room for text in an input_length of "
+                f"{self.input_length}; lower virtual.lengths or raise input_length"
+            )
         if self.text_length is not None and not 4 <= self.text_length[0] <= self.text_length[1]:
             raise ValueError(
                 f"text_length is {list(self.text_length)}; give [shortest, longest] from 4 on"
@@ -326,12 +334,15 @@ def parse(schema: type[T], values: Any, prefix: str = "") -> T:
         # a union reports each of its types: the first is enough for a key
         problems: dict[str, str] = {}
         for problem in error.errors():
+            if problem["loc"][-1:] == ("str",) and isinstance(problem["input"], dict):
+                continue  # a mapping is meant, and its own problems are told
             key = prefix + ".".join(str(p) for p in problem["loc"] if p not in _UNION)
             problems.setdefault(key, _problem(schema, key, problem))
         raise UserError("; ".join(problems.values()) + ".") from None
 
 
-_UNION = ("str", "dict[str,any]", "[key]")  # what pydantic adds to the path of a key
+# what pydantic adds to the path of a key
+_UNION = ("str", "dict[str,any]", "TokenizerConfig", "[key]")
 
 
 def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
@@ -353,7 +364,10 @@ def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
 
 def _fields(schema: Any, path: Sequence[Any]) -> list[str]:
     for part in path:
-        schema = schema.model_fields[part].annotation
+        if part in schema.model_fields:  # else a place in a list, or a type of a union
+            annotation = schema.model_fields[part].annotation
+            types = (annotation, *get_args(annotation))
+            schema = next(t for t in types if hasattr(t, "model_fields"))
     return list(schema.model_fields)
 
 

@@ -8,8 +8,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprompt"
-ORDER = ["yaml12", "config", "parallel", "bank", "data", "model", "prompts", "evaluate", "train", "api",
-         "progress", "cli"]  # fmt: skip
+ORDER = ["yaml12", "config", "parallel", "bank", "data", "model", "prompts", "evaluate", "train",
+         "api", "progress", "cli"]  # fmt: skip
 HEAVY_ALLOWED = {"orbax": "train/checkpoint.py", "linen": "model/t5.py"}
 
 

@@ -378,3 +378,9 @@ def test_the_hub_is_asked_for_one_format_only(files, expected, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["tf_model.h5"])
     with pytest.raises(UserError, match="holds no weights"):
         hub.resolve("someone/some-t5")
+
+
+@pytest.mark.parametrize("name", ["builtin-large", "builtin/base"])
+def test_an_unknown_built_in_backbone_is_refused_with_the_names(name):
+    with pytest.raises(UserError, match="builtin, builtin-span, builtin-small"):
+        hub.resolve(name)

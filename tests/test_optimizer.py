@@ -114,3 +114,62 @@ def test_a_clip_of_zero_turns_clipping_off():
     # original.md: the unclipped update of the first step has RMS 261
     assert moved[1.0] == pytest.approx(0.3, rel=1e-5)
     assert moved[0.0] == pytest.approx(0.3 * 261, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "rsqrt"])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_a_cooldown_ends_any_schedule_at_zero(name, warmup):
+    plain = TrainConfig(steps=100, learning_rate=0.3, warmup_steps=warmup, schedule=name)
+    cooled = schedule(plain.model_copy(update={"cooldown_steps": 20}))
+    steps = np.arange(121)
+    before, after = (np.asarray(jax.vmap(rate)(steps)) for rate in (schedule(plain), cooled))
+    np.testing.assert_allclose(after[:81], before[:81], rtol=1e-6)  # nothing changes before it
+    expected = before[80:101] * np.linspace(1, 0, 21)
+    np.testing.assert_allclose(after[80:101], expected, rtol=1e-5, atol=1e-8)
+    assert after[99] > 0 or name == "linear"  # the last step still moves
+    assert (after[100:] == 0).all()  # and none is taken backwards afterwards
+
+
+def test_a_cooldown_of_the_whole_run_is_linear_decay():
+    base = TrainConfig(steps=50, learning_rate=0.3)
+    cooled = schedule(base.model_copy(update={"cooldown_steps": 50}))
+    linear = schedule(base.model_copy(update={"schedule": "linear"}))
+    for step in range(51):
+        assert float(cooled(step)) == pytest.approx(float(linear(step)), abs=1e-7)
+
+
+def test_a_cooldown_reaches_the_updates():
+    settings = {"steps": 10, "optimizer": "adafactor", "weight_decay": 0.0, "cooldown_steps": 4}
+    optimizer = make_optimizer(TrainConfig(**settings))
+    prompt = jnp.zeros((4, 8))
+    state, update, moves = optimizer.init(prompt), jax.jit(optimizer.update), []
+    for _ in range(11):
+        updates, state = update(jnp.ones((4, 8)), state, prompt)
+        moves.append(float(jnp.abs(updates).mean()))
+    np.testing.assert_allclose(moves, 0.3 * np.clip((10 - np.arange(11)) / 4, 0, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor-t5x", "adafactor"])
+def test_momentum_is_a_moving_average_of_updates(name):
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.normal(size=(6, 4, 8)), jnp.float32)
+    moves = {}
+    for momentum in (0.0, 0.9):
+        optimizer = make_optimizer(TrainConfig(optimizer=name, momentum=momentum, weight_decay=0.0))
+        prompt = jnp.zeros((4, 8))
+        state, update, moves[momentum] = optimizer.init(prompt), jax.jit(optimizer.update), []
+        for grad in grads:
+            updates, state = update(grad, state, prompt)
+            moves[momentum].append(np.asarray(updates))
+    average = np.zeros((4, 8))
+    for plain, smooth in zip(moves[0.0], moves[0.9], strict=True):
+        average = 0.9 * average + 0.1 * plain
+        np.testing.assert_allclose(smooth, average, rtol=1e-4, atol=1e-7)
+
+
+def test_without_momentum_there_is_nothing_to_remember():
+    def numbers(**settings):
+        state = make_optimizer(TrainConfig(**settings)).init(jnp.zeros((4, 8)))
+        return sum(x.size for x in jax.tree.leaves(state))
+
+    assert numbers() == numbers(momentum=0.0) <= numbers(momentum=0.5) - 32

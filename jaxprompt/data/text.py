@@ -59,8 +59,6 @@ def read_documents(source: TextSource) -> list[str]:
     """The texts of a source, empty ones left out."""
     if source.source is None and Path(source.train).suffix == ".txt":
         path = Path(source.train)
-        if not path.is_file():
-            raise UserError(f"There is no file {str(path)!r} (text source {source.name!r}).")
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
@@ -73,6 +71,13 @@ def read_documents(source: TextSource) -> list[str]:
     if not texts:
         raise UserError(f"Text source {source.name!r} ({source.train}) holds no text.")
     return texts
+
+
+def check_files(config: PretrainConfig) -> None:
+    """Refuse sources whose file is not there, before any work is done."""
+    for source in (*config.text, *config.pairs):
+        if source.source is None and not Path(source.train).is_file():
+            raise UserError(f"There is no file {source.train!r} (source {source.name!r}).")
 
 
 def _text(row, column: str, number: int, source: TextSource | PairSource) -> str:
@@ -116,7 +121,8 @@ def open_streams(
             for c in ("input", "target")
         )
         held = _held_out(len(rows), config.validation, source.name)
-        streams.tokens[source.name] = len(inputs.ids) + len(outputs.ids)
+        lengths = np.diff(inputs.starts) + np.diff(outputs.starts)
+        streams.tokens[source.name] = int(lengths[~held].sum())
         for target, numbers in zip(streams[:2], (~held, held), strict=True):
             draw = _draw_pair(
                 inputs,
@@ -132,10 +138,10 @@ def open_streams(
 
 
 def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
-    numbers = [row.get("prompt") for row in rows]
+    numbers = [_number(row.get("prompt")) for row in rows]
     count = config.virtual.count if config.virtual else 0
     for at, number in enumerate(numbers, 1):
-        if number is not None and (not isinstance(number, int) or not 0 <= number < count):
+        if number is not None and (type(number) is not int or not 0 <= number < count):
             raise UserError(
                 f"Row {at} of {source.train} has prompt {number!r}, and virtual.count allows "
                 f"{f'0 to {count - 1}' if count else 'none'}; set virtual.count."
@@ -143,11 +149,18 @@ def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
     return np.array([-1 if number is None else number for number in numbers], np.int32)
 
 
+def _number(value):
+    if isinstance(value, str):  # a CSV cell
+        return int(value) if value.isdecimal() else value or None
+    return value
+
+
 def _tokenized(texts: Sequence[str], tokenizer: Tokenizer, cache: Path) -> Ragged:
     """Ids of ``texts`` without EOS; kept in ``cache`` under a hash of texts and tokenizer."""
     digest = hashlib.sha256(tokenizer.fingerprint().encode())
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        coded = text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d " % len(coded) + coded)
     file = cache / f"{digest.hexdigest()[:24]}.npz"
     if file.is_file():
         with np.load(file) as saved:
@@ -204,7 +217,7 @@ def _draw_text(texts: Ragged, objective: str, config: PretrainConfig, tokenizer:
             a <= b for a, b in zip(span_lengths(n, **noise), (room, depth), strict=True)
         )
     else:
-        fits = lambda n: n <= room - 1
+        fits = lambda n: n <= room - 1 and depth >= 2
     largest = max((n for n in range(2, room + depth) if fits(n)), default=0)
     if largest < 4:
         raise UserError(

@@ -71,6 +71,10 @@ class Tokenizer:
         kept = [int(id) for id in ids if id != self.pad_id and id < self.size]
         return self._inner.decode(kept, skip_special_tokens=False).strip()
 
+    def save(self, folder: Path) -> None:
+        """Write the files that ``load_tokenizer`` reads."""
+        self._inner.save_pretrained(folder)
+
     def piece(self, id: int) -> str:
         """The piece with this id, as a person would read it."""
         return str(self._inner.convert_ids_to_tokens(id))

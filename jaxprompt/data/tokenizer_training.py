@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxprompt.config import TokenizerConfig, UserError
 
 PIECE_LENGTH = 16  # characters of the longest piece
+FEWEST = 128  # pieces: those of one character need most of them
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> None:
@@ -28,10 +29,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
     from tokenizers.processors import TemplateProcessing
 
     pieces = config.vocabulary - config.sentinels
-    if pieces < 128:
+    if pieces < FEWEST:
         raise UserError(
             f"tokenizer.vocabulary is {config.vocabulary}, of which {config.sentinels} are "
-            "sentinels; leave at least 128 rows for pieces."
+            f"sentinels; leave at least {FEWEST} rows for pieces."
         )
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -47,12 +48,24 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
         initial_alphabet=[chr(c) for c in range(33, 127)],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        bad = error.object[max(error.start - 30, 0) : error.start + 30]
+        raise UserError(f"The text {bad!r} is not Unicode; mend that character.") from None
+    except Exception as error:
+        if type(error) is not Exception:  # the reader's own, which passes through the library
+            raise
+        raise UserError(  # the library's, which has no type: more characters than rows
+            f"No tokenizer can be trained with tokenizer.vocabulary {config.vocabulary} "
+            f"({' '.join(str(error).split())[:200]}); raise it."
+        ) from None
     found = tokenizer.get_vocab_size()
     if found != pieces:
+        way_out = f"set it to {found + config.sentinels} or give more text"
         raise UserError(
             f"The text yields {found} pieces, and tokenizer.vocabulary asks for {pieces} beside "
-            f"{config.sentinels} sentinels; set it to {found + config.sentinels} or give more text."
+            f"{config.sentinels} sentinels; {way_out if found >= FEWEST else 'give more text'}."
         )
     tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]

@@ -30,11 +30,7 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 def resolve(name: str) -> str:
     """The directory (or gs:// URL) of a backbone, downloaded if it has to be; UserError if none."""
-    if name.startswith("builtin") and not Path(name).is_dir():
-        if name not in BUILTIN:
-            raise UserError(
-                f"there is no built-in backbone {name!r}; there are {', '.join(BUILTIN)}"
-            )
+    if name in BUILTIN:
         return str(Path(__file__).parent.parent / "builtin" / "backbones" / BUILTIN[name])
     if name.startswith("gs://"):
         return name
@@ -42,6 +38,8 @@ def resolve(name: str) -> str:
     if path.is_dir():
         _refuse_parent_of_checkpoints(path)
         return str(path)
+    if name.startswith("builtin"):
+        raise UserError(f"there is no built-in backbone {name!r}; there are {', '.join(BUILTIN)}")
     if path.exists():
         raise UserError(
             f"{name} is a file; name the directory that holds config.json and the weights"

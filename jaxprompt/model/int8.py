@@ -18,14 +18,17 @@ _SCALE = "_scale"
 
 def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with every int8 one that has scales beside it shown as float32."""
-    found = {}
-    for name, tensor in tensors.items():
-        scale = tensors.get(name + _SCALE)
-        if tensor.dtype == np.int8 and scale is not None:
-            found[name] = _combined(tensor, scale)
-        elif not (name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors):
-            found[name] = tensor
-    return found
+    pairs = {
+        name: name + _SCALE
+        for name, tensor in tensors.items()
+        if tensor.dtype == np.int8 and name + _SCALE in tensors
+    }
+    scales = set(pairs.values())
+    return {
+        name: _combined(tensor, tensors[pairs[name]]) if name in pairs else tensor
+        for name, tensor in tensors.items()
+        if name not in scales
+    }
 
 
 def _combined(tensor: Tensor, scale: Tensor) -> Tensor:

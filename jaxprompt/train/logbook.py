@@ -42,7 +42,7 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
         old = _flat(read_yaml(file.read_text(), str(file)))
         new = _flat(yaml.safe_load(dump_yaml(config)))
         free = set(FREE)
-        if config.train.schedule in ("constant", "rsqrt"):
+        if config.train.schedule in ("constant", "rsqrt") and not config.train.cooldown_steps:
             # these schedules do not depend on the number of steps, and a cool-down is yet to come
             free |= {"train.steps", "train.cooldown_steps"}
         changed = [

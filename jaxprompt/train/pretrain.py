@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprompt import parallel
-from jaxprompt.config import PretrainConfig, TokenizerConfig, UserError
+from jaxprompt.config import PretrainConfig, UserError
 from jaxprompt.data.pipeline import Batch, make_batch, random_stream
 from jaxprompt.data.text import (
     Stream,
     Streams,
+    check_files,
     open_streams,
     packed_batch,
     packed_batches,
@@ -49,6 +50,8 @@ from jaxprompt.train.step import TrainState, batch_losses, init_state, make_trai
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
 
+_init = jax.jit(t5.init_params, static_argnums=0)
+
 
 def pretrain(config: PretrainConfig, reporter: Any = None) -> dict[str, Any]:
     """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
@@ -68,6 +71,7 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
         if result.get("steps", 0) >= settings.steps:
             reporter.say(f"{folder} is complete; delete it to start again.")
             return result
+    check_files(config)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     shape, params = _start(config, reporter)
@@ -81,7 +85,7 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
             "use the tokenizer that belongs to it."
         )
     if params is None:
-        params = t5.init_params(shape, jax.random.key(settings.seed))
+        params = _init(shape, jax.random.key(settings.seed))
     open_run(config)
     reporter.say("tokenizing")
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
@@ -206,14 +210,21 @@ def _tokenizer_place(config: PretrainConfig, folder: Path, reporter) -> str:
         return config.tokenizer
     if config.tokenizer is None:
         return hub.resolve(str(config.start))
-    place = folder / "tokenizer"
-    if not (place / "tokenizer.json").is_file():
+    place, settings = folder / "tokenizer", config.tokenizer
+    made_of = json.dumps([settings.model_dump(), [source.model_dump() for source in config.text]])
+    note, trained = place / "trained_on.json", (place / "tokenizer.json").is_file()
+    going_on = any(folder.glob("checkpoints/*"))  # then the settings are the same
+    if not trained or not (going_on or (note.is_file() and note.read_text() == made_of)):
         open_run(config)
-        reporter.say(f"training a tokenizer of {config.tokenizer.vocabulary} rows")
-        settings: TokenizerConfig = config.tokenizer
+        reporter.say(f"training a tokenizer of {settings.vocabulary} rows")
         share = settings.characters // len(config.text) if config.text else 0
         texts = (text for source in config.text for text in _some(read_documents(source), share))
-        replace_directory(place, lambda path: train_tokenizer(texts, settings, path))
+
+        def write(path: Path) -> None:
+            train_tokenizer(texts, settings, path)
+            (path / note.name).write_text(made_of)
+
+        replace_directory(place, write)
     return str(place)
 
 
@@ -289,7 +300,10 @@ def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: s
 
     def write(path: Path) -> None:
         save_hf(path, shape, jax.tree.map(lambda x: x[0], state.tree["model"]))
-        copy_tokenizer(tokenizer, path)
+        if Path(tokenizer).is_dir():
+            copy_tokenizer(tokenizer, path)
+        else:  # a hub id
+            load_tokenizer(tokenizer).save(path)
 
     replace_directory(folder / "model", write)
 

@@ -1,0 +1,33 @@
+"""Texts whose every word tells where it came from, and a tokenizer of whole words."""
+
+from pathlib import Path
+
+import tokenizers
+import transformers
+
+from jaxprompt.config import PretrainConfig, parse
+
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+
+
+def word_tokenizer(folder: Path, words: list[str], sentinels: int = 20) -> Path:
+    """Save a tokenizer with pad 0, eos 1, unk 2, the words from 3 on and ``<extra_id_0>`` last."""
+    extra = [f"<extra_id_{i}>" for i in range(sentinels)]
+    vocabulary = {word: id for id, word in enumerate([*SPECIAL, *words, *extra[::-1]])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=extra,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def pretrain_config(values: dict, **changes) -> PretrainConfig:
+    """``values`` with ``changes``; a mapping changes what is inside, but for the objectives."""
+    values = dict(values)
+    for key, value in changes.items():
+        inside = isinstance(value, dict) and isinstance(values.get(key), dict)
+        inside = inside and key != "objectives"
+        values[key] = values[key] | value if inside else value
+    return parse(PretrainConfig, values)
