@@ -60,7 +60,7 @@ def unpack_debian(package: str, work: Path) -> Path:
 
 
 def descriptions(work: Path) -> str:
-    """The archive's English package descriptions, from lists of our own: many machines have none."""
+    """The archive's English package descriptions, from lists of our own: many systems lack them."""
     lists = (work / "lists").absolute()
     if not list(lists.glob("*_main_i18n_Translation-en*")):
         (lists / "partial").mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def test_rms_norm_has_unit_mean_square_and_keeps_the_dtype():
 )
 def test_mixed_products_are_float32_products_of_rounded_operands(spec, a, b):
     keys = jax.random.split(jax.random.key(0), 3)
-    a, b = (jax.random.normal(k, shape) for k, shape in zip(keys, (a, b)))
+    a, b = (jax.random.normal(k, shape) for k, shape in zip(keys[:2], (a, b), strict=True))
     rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
     plain, back = jax.vjp(lambda a, b: layers.product(spec, a, b), rounded(a), rounded(b))
     mixed = jax.jit(lambda a, b: layers.product(spec, a, b, mixed=True))(a, b)

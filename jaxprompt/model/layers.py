@@ -9,6 +9,7 @@ of the distance between query and key.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def product(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed_product(spec, a, b):
+def _mixed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
@@ -50,8 +51,8 @@ def _mixed_backward(spec, kept, cotangent):
     (a, b), like_a, like_b = kept
     names, result = spec.split("->")
     first, second = names.split(",")
-    grad_a = _mixed_product(f"{result},{second}->{first}", cotangent, b)
-    grad_b = _mixed_product(f"{first},{result}->{second}", a, cotangent)
+    grad_a: Any = _mixed_product(f"{result},{second}->{first}", cotangent, b)
+    grad_b: Any = _mixed_product(f"{first},{result}->{second}", a, cotangent)
     return grad_a.astype(like_a.dtype), grad_b.astype(like_b.dtype)
 
 
