@@ -1,7 +1,6 @@
 """Tables and figures of what scripts/compare_backbones.py has measured (its --report)."""
 
 import argparse
-import collections
 import itertools
 import json
 import math
@@ -141,32 +140,23 @@ def draw_gap(table: Table, prompts: list[str], adaptation: dict[str, int], path:
 
 
 def draw_adaptation(table: Table, prompts: list[str], adaptation: dict[str, int], path: Path):
-    """Prompt tuning and the share of illegal outputs against steps of adaptation."""
+    """Prompt tuning and the share of illegal outputs against steps of adaptation.
+
+    A line for each task and prompt length that was measured on all of the backbones.
+    """
     names = sorted(adaptation, key=lambda name: adaptation[name])
     tasks = sorted({task for task, backbone in table if backbone in adaptation})
-    has = lambda name: sum(name in table.get(key, {}) for key in itertools.product(tasks, names))
-    prompt = max(reversed(prompts), key=has)  # the longest of those that were run most
+    lines = [
+        (task, prompt)
+        for task, prompt in itertools.product(tasks, prompts)
+        if all(prompt in table.get((task, name), {}) for name in names)
+    ]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = (
-        ("score", f"prompt tuning, {prompt}"),
-        ("illegal", "share of illegal outputs"),
-    )
+    panels = ("score", "prompt tuning"), ("illegal", "share of illegal outputs")
     for axis, (field, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for number, task in enumerate(tasks):
-            cells = [(n, table.get((task, n), {}).get(prompt, [])) for n in names]
-            points = [(adaptation[n], *spread(cell, field)) for n, cell in cells if cell]
-            line(axis, points, number, label=task, alpha=0.6)
-        points = []
-        for name in names:
-            by_seed = collections.defaultdict(list)
-            for task in tasks:
-                for record in table.get((task, name), {}).get(prompt, []):
-                    by_seed[record["seed"]].append(record.get(field))
-            full = [v for v in by_seed.values() if len(v) == len(tasks) and None not in v]
-            whole = [{field: statistics.mean(values)} for values in full]
-            points += [(adaptation[name], *spread(whole, field))] if whole else []
-        if points and len(tasks) > 1:
-            line(axis, points, None, label="mean of the tasks", linewidth=2.5)
+        for number, (task, prompt) in enumerate(lines):
+            points = [(adaptation[n], *spread(table[task, n][prompt], field)) for n in names]
+            line(axis, points, number, label=f"{task}, {prompt}")
         shortest = min((s for s in adaptation.values() if s), default=1)
         axis.set_xscale("symlog", linthresh=shortest)  # 0 has a place, and equal ratios beyond
         ticks = sorted(set(adaptation.values()))
@@ -185,8 +175,8 @@ def metric_of(table: Table) -> str:
     return names.pop() if len(names) == 1 else "score"
 
 
-def line(axis: Any, points: list[tuple], number: int | None, **style: Any) -> None:
+def line(axis: Any, points: list[tuple], number: int, **style: Any) -> None:
     """Points (x, mean, deviation, seeds), with bars where there are three seeds or more."""
-    style |= {"color": "black" if number is None else f"C{number}", "marker": "o", "capsize": 3}
+    style |= {"color": f"C{number}", "marker": "o", "capsize": 3}
     bars = [deviation if seeds >= 3 else math.nan for _, _, deviation, seeds in points]
     axis.errorbar([p[0] for p in points], [p[1] for p in points], bars or None, **style)
