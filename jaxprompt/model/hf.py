@@ -13,7 +13,7 @@ from jaxprompt.model.int8 import dequantised
 from jaxprompt.model.msgpack_file import read_msgpack
 from jaxprompt.model.pickle_reader import read_torch
 from jaxprompt.model.safetensors_file import read_safetensors
-from jaxprompt.model.t5 import T5Config
+from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import Leaf, Piece, Tensor, same
 
 # Activation names that mean the same function as one of layers.ACTIVATIONS. A plain "gelu" outside

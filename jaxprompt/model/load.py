@@ -23,7 +23,8 @@ from jaxprompt.config import UserError
 from jaxprompt.model import hf, hub, t5x
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.safetensors_file import Output, write_sharded
-from jaxprompt.model.t5 import Params, T5Config, logical_axes
+from jaxprompt.model.t5 import Params, logical_axes
+from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
 ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]

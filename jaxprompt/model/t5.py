@@ -5,7 +5,6 @@ of the package calls. The parameters are a plain pytree outside the module, laye
 0. This is the one file that knows Linen's spelling of scan and rematerialisation.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,48 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.bank import embed
 from jaxprompt.model import layers
+from jaxprompt.model.t5_config import T5Config
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Shape and numerics of one T5. Frozen and hashable, so that it can be a static argument."""
-
-    vocab_size: int  # V, rows of the embedding table
-    d_model: int
-    num_heads: int
-    head_dim: int
-    d_ff: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    gated: bool = True  # wi_0 (activated) times wi_1, else a single wi
-    activation: str = "gelu"  # relu | gelu (tanh form) | silu
-    tied: bool = False  # the head is the embedding table transposed
-    scale_output: bool = False  # decoder output times d_model ** -0.5 before the head
-    per_layer_bias: bool = False  # umT5: every layer has its own relative bias
-    buckets: int = 32
-    max_distance: int = 128
-    norm_eps: float = 1e-6
-    dropout: float = 0.0  # applied only where a dropout key is given
-    # float32, bfloat16 (activations and products; parameters are cast at use), or mixed: float32,
-    # but weights are multiplied as bfloat16 operands with float32 sums and results
-    dtype: str = "float32"
-    unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
-    remat: bool = False  # recompute each layer in the backward pass
-    decoder_start_id: int = 0
-    pad_id: int = 0
-    eos_id: int = 1
-
-    @property
-    def mixed(self) -> bool:
-        """Whether products with weights have bfloat16 operands and float32 results."""
-        return self.dtype == "mixed"
-
-    @property
-    def activations(self) -> str:
-        """dtype of what flows between the products."""
-        return "float32" if self.mixed else self.dtype
 
 
 class Norm(nn.Module):

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from jaxprompt.config import UserError
-from jaxprompt.model.t5 import T5Config
+from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Piece, Tensor
 
 _STACKS = ("encoder", "decoder")

@@ -1,6 +1,7 @@
 """Pre-training and adaptation of a backbone: the loop around the same train step."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -188,7 +189,7 @@ def _start(config: PretrainConfig, reporter) -> tuple[t5.T5Config | None, t5.Par
     backbone = load_backbone(
         config.start, dropout=model.dropout, unroll=model.unroll, remat=model.remat
     )
-    return t5.dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
+    return dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
 
 
 def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
