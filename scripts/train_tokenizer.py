@@ -3,7 +3,7 @@
 8,192 rows, 100 of them sentinels. `jaxprompt pretrain` can train one as well (`tokenizer:` of its
 config), from its own text sources; this adds the dictionaries, and start weights need it first.
 
-    python scripts/train_tokenizer.py --corpus corpus --out jaxprompt/builtin/backbones/base
+    python scripts/train_tokenizer.py --corpus runs/corpus --out runs/tokenizer
 """
 
 import argparse

@@ -29,7 +29,7 @@ def product(
 
     mixed: both operands, in the backward pass too, are rounded to bfloat16 and multiplied with
     float32 sums and results: the form for which matrix units exist. It is for activations times
-    weights; the batched products of attention have no such form in XLA's CPU runtime (jax 0.11).
+    weights; the batched products of attention have no such form in XLA's CPU runtime (jax 0.10).
     Every index of an operand must occur in the other one or in the result.
     """
     return _mixed_product(spec, a, b) if mixed else jnp.einsum(spec, a, b.astype(a.dtype))
