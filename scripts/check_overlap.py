@@ -23,7 +23,10 @@ SIZE = 8
 
 def lines(folder: Path) -> Iterator[str]:
     """All running text below a folder."""
-    for path in sorted(folder.rglob("*.txt")) + sorted(folder.rglob("*.jsonl")):
+    files = sorted(folder.rglob("*.txt")) + sorted(folder.rglob("*.jsonl"))
+    if not files:
+        raise UserError(f"{folder} holds no .txt or .jsonl file; name a folder of text.")
+    for path in files:
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if path.suffix == ".txt":

@@ -13,6 +13,7 @@ VARIANTS = {
     "1.1": {},
     "1.0": {"gated": False, "activation": "relu", "tied": True, "scale_output": True},
     "umT5": {"per_layer_bias": True},
+    "mixed": {"dtype": "mixed"},
 }
 
 
