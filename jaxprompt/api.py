@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from jaxprompt.evaluate.score import (
     log_likelihoods,
     measure,
 )
+from jaxprompt.model import family
+from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt
 
@@ -71,6 +74,9 @@ def open_session(
         mesh = parallel.make_mesh()
         sharding = parallel.parameter_sharding(mesh)
         backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=True)
+    attention = _attention(prompt)
+    if attention != "causal" and isinstance(backbone.config, LlamaConfig):
+        backbone = backbone._replace(config=replace(backbone.config, attention=attention))
     bank = None
     if prompt is not None:
         check_pair(prompt, backbone, any_backbone)
@@ -78,7 +84,16 @@ def open_session(
     # rows go to one place: prediction batches need not divide the devices
     model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
     words = tokenizer or recorded.get("tokenizer") or backbone.path
-    return Session(backbone, load_tokenizer(words), prompt, model)
+    words = load_tokenizer(words, one_sequence=family.one_sequence(backbone.config))
+    return Session(backbone, words, prompt, model)
+
+
+def _attention(prompt: Prompt | None) -> str:
+    """Who saw whom where the prompt was tuned."""
+    found: Any = {} if prompt is None else prompt.facts
+    for key in ("config", "model", "attention"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if found in ("prompt", "prefix") else "causal"
 
 
 def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -> None:
@@ -88,6 +103,13 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
         raise UserError(
             f"The prompt has vectors of {width} numbers and {backbone.source} has d_model "
             f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
+        )
+    kind = prompt.facts.get("peft", {}).get("task_type")
+    fitting = "CAUSAL_LM" if family.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
+    if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:
+        raise UserError(
+            f"The adapter is for {kind} and {backbone.source} is a model for {fitting}; use the "
+            "backbone that it was tuned on."
         )
     recorded = prompt.facts.get("backbone", {})
     expected = recorded.get("fingerprint")
@@ -210,14 +232,19 @@ def score(
     tokenizer = session.tokenizer
     virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
 
-    def ids(text: str, limit: int | None = None) -> list[int]:
-        pieces = tokenizer.encode(text)
-        return [*(pieces if limit is None else pieces[: limit - 1]), tokenizer.eos_id]
+    end = [] if tokenizer.one_sequence else [tokenizer.eos_id]  # text as it is, no separator
+    room = max_input_length - len(tokenizer.start_ids) - len(end)
+
+    def ids(text: str) -> np.ndarray:
+        found = [*tokenizer.start_ids, *tokenizer.encode(text)[: max(room, 0)], *end]
+        # what a sequence begins with where there is no text
+        found = found or ([] if len(virtual) else [tokenizer.eos_id])
+        return np.concatenate([virtual, np.array(found, np.int32)])
 
     examples = [
         Example(
-            np.concatenate([virtual, np.array(ids(pair["input"], max_input_length), np.int32)]),
-            np.array(ids(pair["target"]), np.int32),
+            ids(pair["input"]),
+            np.array([*tokenizer.encode(pair["target"]), tokenizer.eos_id], np.int32),
         )
         for pair in pairs
     ]

@@ -45,7 +45,9 @@ class TaskConfig(_Schema):
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
     metrics: list[str] = Field(default=["accuracy"], min_length=1)  # the first selects checkpoints
-    max_input_length: Size = 512  # text tokens with EOS; the prompt comes on top
+    # between input and target where both are one sequence; an encoder's input ends with EOS
+    separator: str = "\nAnswer:"
+    max_input_length: Size = 512  # text tokens with what ends them; the prompt comes on top
     max_target_length: Size = 64
 
     @model_validator(mode="after")
@@ -75,6 +77,9 @@ class ModelConfig(_Schema):
     # The authors' code trains with dropout 0.1 in the frozen net, the paper does not mention any;
     # off is the default because it is faster and reported to be better (arXiv 2406.05279).
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # decoder-only: causal; prompt: the prompt's vectors see each other in both directions; prefix:
+    # all of the input does (prefix LM)
+    attention: Literal["causal", "prompt", "prefix"] = "causal"
     remat: bool = False
     unroll: bool = True  # faster steps, slower compilation; same parameters
 

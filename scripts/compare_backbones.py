@@ -185,7 +185,7 @@ def free_generation(session: Session, task: TaskConfig, rows) -> Record:
     Sentinels count, although the package's decoding drops them: "<extra_id_0> food" is not "food".
     """
     words, labels = copy.copy(session.tokenizer), task.labels or []
-    encoded = [words.encode(label) for label in labels]
+    encoded = [ids[:-1] for ids in words.encode_targets(labels)]
     legal = {words.show(ids): label for ids, label in zip(encoded, labels, strict=True)}
     shown = lambda ids: words.show(list(itertools.takewhile(lambda id: id != words.eos_id, ids)))
     words.decode = shown

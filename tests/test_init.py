@@ -17,7 +17,7 @@ def start(seed=0, labels=None, **settings):
         encode=lambda text: WORDS[text],
         special_ids=[0, 1, 2],
         pieces=60,
-        labels=labels,
+        labels=[WORDS[label] for label in labels or ()],
         seed=seed,
         from_file=lambda path: STORED,
     )

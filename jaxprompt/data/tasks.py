@@ -106,9 +106,10 @@ def tokenize(
     need_targets: bool = True,
     origin: str | None = None,
 ) -> list[Example]:
-    """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place and EOS last.
+    """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place.
 
-    Text is cut from its end to ``max_input_length`` tokens with EOS; virtual tokens are never cut.
+    How input and target end is the tokenizer's matter. Text is cut from its end to
+    ``max_input_length`` tokens with what ends it; virtual tokens are never cut.
     A target that is too long is an error: a cut target would be a wrong one. ``origin`` (a file)
     names the rows in errors, which count from 1.
     """
@@ -120,10 +121,16 @@ def tokenize(
         for piece in pieces if piece.text
     ]  # fmt: skip
     encoded = iter(tokenizer.encode_all(texts))
+    ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
+    room = task.max_input_length - sum(map(len, ends))
+    if room < 0:
+        raise UserError(
+            f"task.max_input_length is {task.max_input_length}, and the separator "
+            f"{task.separator!r} alone has {len(ends[1])} tokens; raise it."
+        )
     targets: list[list[int]] = [[]] * len(rows)
     if need_targets:
-        words = target_texts(task, rows, origin)
-        targets = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_all(words)]
+        targets = tokenizer.encode_targets(target_texts(task, rows, origin))
         for number, ids in enumerate(targets):
             if len(ids) > task.max_target_length:
                 raise UserError(
@@ -132,7 +139,7 @@ def tokenize(
                 )
     return [
         Example(
-            _join(pieces, encoded, virtual, task.max_input_length, tokenizer.eos_id),
+            _join(pieces, encoded, virtual, room, *ends),
             np.array(target, np.int32),
         )
         for target in targets
@@ -142,7 +149,8 @@ def tokenize(
 def _check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:
     """Refuse labels that the tokenizer cannot tell apart, or that leave it nothing to say."""
     seen: dict[tuple[int, ...], str] = {}
-    for label, ids in zip(task.labels or (), tokenizer.encode_all(task.labels or ()), strict=True):
+    labels = task.labels or ()
+    for label, ids in zip(labels, tokenizer.encode_targets(labels), strict=True):
         if not set(ids) - set(tokenizer.special_ids):
             raise UserError(f"Label {label!r} has no token of this backbone; use another word.")
         other = seen.setdefault(tuple(ids), label)
@@ -164,14 +172,17 @@ def _where(task: TaskConfig, origin: str | None, number: int) -> str:
     return f"row {number + 1} of {origin or f'task {task.name!r}'}"
 
 
-def _join(pieces: Sequence[Piece], encoded, virtual, limit: int, eos_id: int) -> np.ndarray:
-    room, used, parts = limit - 1, 0, []
+def _join(
+    pieces: Sequence[Piece], encoded, virtual, room: int, start: list[int], end: list[int]
+) -> np.ndarray:
+    """Pieces in order; ``start`` stands before the first text, ``end`` closes the input."""
+    used, parts = 0, []
     for piece in pieces:
         if piece.text:
-            ids = next(encoded)[:room]
-            room -= len(ids)
+            ids = [*start, *(words := next(encoded)[:room])]
+            start, room = [], room - len(words)
         else:
             ids = virtual[used : used + piece.virtual]
             used += piece.virtual
         parts.append(np.asarray(ids, np.int32))
-    return np.concatenate([*parts, np.array([eos_id], np.int32)])
+    return np.concatenate([*parts, np.array([*start, *end], np.int32)])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxprompt.config import UserError
+from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -19,21 +20,35 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 class Tokenizer:
-    """Text to ids and back. Ids of special tokens are never produced by ``encode``."""
+    """Text to ids and back. Ids of special tokens are never produced by ``encode``.
 
-    def __init__(self, inner: Any):
+    With an encoder, input and target each end with EOS. In ``one_sequence`` only the target does:
+    the input begins with BOS where the tokenizer has one, and ends with the task's separator.
+    """
+
+    def __init__(self, inner: Any, one_sequence: bool = False):
         self._inner = inner
+        self.one_sequence = one_sequence
         self.size: int = len(inner)
         self.eos_id: int = inner.eos_token_id if inner.eos_token_id is not None else 1
         self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else 0
         # pad, eos, unk; sentinels count as vocabulary, as they did in the original
-        named = (self.pad_id, self.eos_id, inner.unk_token_id)
+        named = [self.pad_id, self.eos_id, inner.unk_token_id]
+        if one_sequence:  # and what marks the turns of a chat and the like
+            named += [id for id, token in inner.added_tokens_decoder.items() if token.special]
         self.special_ids: list[int] = sorted({id for id in named if id is not None})
         self.sentinel_ids: list[int] = _sentinels(inner)  # <extra_id_0>, <extra_id_1>, ...
         # "</s>" in somebody's mail is not EOS; a space inside keeps it text ("< /s>"). Splitting
         # of special tokens is no help: they are pieces of the vocabulary as well
         names = filter(None, inner.convert_ids_to_tokens(self.special_ids))
         self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.start_ids: list[int] = []
+        if one_sequence:
+            whole = inner("a")["input_ids"]
+            self.start_ids = [id for id in whole[:1] if id == inner.bos_token_id]
+        # most decoder-only vocabularies tell "yes" from " yes"; some add the space themselves
+        marked = str(inner.convert_ids_to_tokens(self.encode("a")[:1] or [0])[0])
+        self._before_target = " " if one_sequence and not marked.startswith("\u2581") else ""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without EOS."""
@@ -49,6 +64,15 @@ class Tokenizer:
         except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
             bad = next((t for t in plain if any("\ud800" <= c <= "\udfff" for c in t)), "")
             raise UserError(f"The text {bad[:60]!r} is not Unicode; mend that character.") from None
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of targets with EOS last."""
+        begun = [text if text[:1].isspace() else self._before_target + text for text in texts]
+        return [[*ids, self.eos_id] for ids in self.encode_all(begun)]
+
+    def input_end(self, separator: str) -> list[int]:
+        """The ids that end every input."""
+        return self.encode(separator) if self.one_sequence else [self.eos_id]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
@@ -87,12 +111,14 @@ def _sentinels(inner: Any) -> list[int]:
     return ids
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a directory or of a hub id."""
+def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer:
+    """The tokenizer in a directory, in a GGUF file or of a hub id."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch; we do not
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if Path(path).is_file() and str(path).endswith(".gguf"):
+        return Tokenizer(load_gguf_tokenizer(Path(path)), one_sequence)
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         # transformers would make up an empty vocabulary for a T5
         raise UserError(
@@ -100,17 +126,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "spiece.model beside the weights."
         )
     try:
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(path)))
+        inner = transformers.AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # transformers raises many unrelated types for missing files
         problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"There is no tokenizer that can be read at {str(path)!r} ({problem}); put "
             "tokenizer.json or spiece.model beside the weights."
         ) from None
+    return Tokenizer(inner, one_sequence)
 
 
 def copy_tokenizer(source: str | Path, to: Path) -> None:
-    """Put the tokenizer files of a directory beside weights written at ``to``."""
+    """Put the tokenizer of a directory or a GGUF file beside weights written at ``to``."""
+    if Path(source).is_file():
+        load_tokenizer(source).save(to)
     for name in _FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, to / name)

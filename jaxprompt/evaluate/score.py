@@ -5,6 +5,7 @@ scored by the likelihood of its whole token sequence (EOS included), the best on
 without labels is answered by greedy generation.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,16 +17,27 @@ from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, evaluation_batches
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS
-from jaxprompt.model import generate, t5
+from jaxprompt.model import family, generate
 
 
 class Model(NamedTuple):
     """What answers: parameters, prompts and the placement of batches."""
 
-    params: t5.Params
+    params: family.Params
     bank: Float[Array, "K P D"] | None
-    config: t5.T5Config
+    config: family.Config
     put: Callable[[Any], Any]  # NumPy batch -> global arrays, see parallel.put_batch
+
+    def prepared(self, examples: Sequence[Example]) -> tuple[family.Prompts, family.Config]:
+        """What the prompts come to, worked out once for all batches, and the config to use it."""
+        length = 0 if self.bank is None else self.bank.shape[1]
+        config = family.specialise(self.config, [e.inputs for e in examples], length)
+        return _prepare(self.params, self.bank, config), config
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _prepare(params, bank, config):
+    return family.of(config).prepare(params, bank, config)
 
 
 class Answers(NamedTuple):
@@ -45,11 +57,12 @@ def answer(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
+    prompts, config = model.prepared(examples)
     if task.labels is None:
 
         def run(batch):
             return generate.greedy(
-                model.params, model.bank, model.config, batch.inputs, batch.input_segments,
+                model.params, prompts, config, batch.inputs, batch.input_segments,
                 task.max_target_length,
             )  # fmt: skip
 
@@ -59,7 +72,7 @@ def answer(
 
     def run(batch):
         return generate.label_log_likelihoods(
-            model.params, model.bank, model.config, batch.inputs, batch.input_segments, labels
+            model.params, prompts, config, batch.inputs, batch.input_segments, labels
         )
 
     scores = _in_order(model, examples, batch_size, run, progress)
@@ -71,10 +84,11 @@ def log_likelihoods(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
+    prompts, config = model.prepared(examples)
 
     def run(batch):
         return generate.log_likelihood(
-            model.params, model.bank, model.config, batch.inputs, batch.input_segments,
+            model.params, prompts, config, batch.inputs, batch.input_segments,
             batch.targets, batch.target_segments,
         )  # fmt: skip
 
@@ -122,10 +136,10 @@ def check_metrics(task: TaskConfig) -> None:
 
 
 def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, "C T"]:
-    """Ids of each label with EOS, zero-padded to the longest."""
-    rows = [[*tokenizer.encode(label), tokenizer.eos_id] for label in labels]
+    """Ids of each label with EOS, padded with -1 to the longest."""
+    rows = tokenizer.encode_targets(labels)
     width = max(map(len, rows))
-    return np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
 def _in_order(model, examples, batch_size, run, progress) -> np.ndarray:

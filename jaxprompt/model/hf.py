@@ -64,30 +64,31 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
         path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]
     )
     scaled = family != "mt5" and raw.get("tie_word_embeddings", True)
-    layers = _size(path, raw, "num_layers")
+    layers = read_size(path, raw, "num_layers")
     return T5Config(
-        vocab_size=_size(path, raw, "vocab_size"),
-        d_model=_size(path, raw, "d_model"),
-        num_heads=_size(path, raw, "num_heads"),
-        head_dim=_size(path, raw, "d_kv"),
-        d_ff=_size(path, raw, "d_ff"),
+        vocab_size=read_size(path, raw, "vocab_size"),
+        d_model=read_size(path, raw, "d_model"),
+        num_heads=read_size(path, raw, "num_heads"),
+        head_dim=read_size(path, raw, "d_kv"),
+        d_ff=read_size(path, raw, "d_ff"),
         num_encoder_layers=layers,
-        num_decoder_layers=_size(path, raw, "num_decoder_layers", layers),
+        num_decoder_layers=read_size(path, raw, "num_decoder_layers", layers),
         gated=gated,
         activation=activation,
         tied=tied,
         scale_output=bool(raw.get("scale_decoder_outputs", scaled)),
         per_layer_bias=family == "umt5",
-        buckets=_size(path, raw, "relative_attention_num_buckets", 32),
-        max_distance=_size(path, raw, "relative_attention_max_distance", 128),
+        buckets=read_size(path, raw, "relative_attention_num_buckets", 32),
+        max_distance=read_size(path, raw, "relative_attention_max_distance", 128),
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)),
-        decoder_start_id=_id(raw, "decoder_start_token_id", 0),
-        pad_id=_id(raw, "pad_token_id", 0),
-        eos_id=_id(raw, "eos_token_id", 1),
+        decoder_start_id=read_id(raw, "decoder_start_token_id", 0),
+        pad_id=read_id(raw, "pad_token_id", 0),
+        eos_id=read_id(raw, "eos_token_id", 1),
     )
 
 
-def _size(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def read_size(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number of a config.json; UserError where it is something else."""
     value = raw.get(key)
     value = default if value is None else value
     if type(value) is not int or value < 1:
@@ -95,7 +96,8 @@ def _size(path: Path, raw: Mapping[str, Any], key: str, default: int | None = No
     return value
 
 
-def _id(raw: Mapping[str, Any], key: str, default: int) -> int:
+def read_id(raw: Mapping[str, Any], key: str, default: int) -> int:
+    """A token id of a config.json, the first where it names several."""
     value = raw.get(key)
     value = value[0] if isinstance(value, list) and value else value
     return value if type(value) is int else default

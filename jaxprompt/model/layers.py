@@ -59,6 +59,15 @@ def _mixed_backward(spec, kept, cotangent):
 _mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
+def head(
+    y: Float[Array, "B T D"], table: Float[Array, "D V"], mixed: bool = False
+) -> Float[Array, "B T V"]:
+    """Float32 logits of every word."""
+    if mixed:
+        return product("btd,dv->btv", y, table, mixed=True)
+    return jnp.matmul(y, table.astype(y.dtype), preferred_element_type=jnp.float32)
+
+
 def rms_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*B D"]:
@@ -139,12 +148,14 @@ def attention(
 
 
 def shift_right(
-    targets: Int[Array, "B T"], segments: Int[Array, "B T"], start_id: int
+    targets: Int[Array, "B T"], segments: Int[Array, "B T"], start_id: int | Int[Array, "B T"]
 ) -> Int[Array, "B T"]:
     """Decoder inputs for teacher forcing: each segment starts with ``start_id``.
 
+    It is one id, or one for each place where a segment may start.
+
     targets  [7 8 1 9 1 0], segments [1 1 1 2 2 0]  ->  [0 7 8 0 9 0] for start id 0.
     """
-    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
     previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(previous == segments, shifted, start_id)

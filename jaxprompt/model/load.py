@@ -20,26 +20,27 @@ import ml_dtypes
 import numpy as np
 
 from jaxprompt.config import UserError
-from jaxprompt.model import hf, hub, t5x
+from jaxprompt.model import family, hf, hub, llama_hf, t5x
+from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
+from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.safetensors_file import Output, write_sharded
-from jaxprompt.model.t5 import Params, logical_axes
-from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
+Params = family.Params
 ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
 
 
 class Backbone(NamedTuple):
-    """A frozen T5: nothing ever writes ``params``."""
+    """A frozen model: nothing ever writes ``params``."""
 
-    config: T5Config
+    config: family.Config
     params: Params
     source: str  # as the user named it
     fingerprint: str
-    path: Path | str  # directory that holds the tokenizer, or the source where there is none
+    path: Path | str  # directory or GGUF file with the tokenizer, or the source where there is none
 
 
 def load_backbone(
@@ -50,13 +51,15 @@ def load_backbone(
     dropout: float = 0.0,
     unroll: bool = False,
     remat: bool = False,
+    attention: str = "causal",
     config: str | Path | None = None,
 ) -> Backbone:
-    """Load a T5 from a Hugging Face directory or hub id, a T5X checkpoint, or "builtin".
+    """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
     dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
     operands of matrix products, which are rounded to bfloat16).
     sharding: maps the logical axes of a leaf to where it lives; None is the default device.
+    attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
     are read as one).
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
@@ -66,10 +69,11 @@ def load_backbone(
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
     found, tensors, leaves = _open(location, None if config is None else Path(config))
-    settings = replace(found, dtype=dtype, dropout=dropout, unroll=unroll, remat=remat)
+    settings = replace(found, dtype=dtype, unroll=unroll, remat=remat)
+    settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
-    axes = {} if sharding is None else logical_axes(settings)
+    axes = {} if sharding is None else family.of(settings).logical_axes(settings)
     params: Params = {}
     for leaf in leaves:
         rule = None if sharding is None else sharding(_at(axes, leaf.path))
@@ -82,10 +86,32 @@ def load_backbone(
     return Backbone(settings, params, name, fingerprint(params), path)
 
 
+def _with_choices(
+    config: family.Config, name: str, dropout: float, attention: str
+) -> family.Config:
+    """The config with what only one of the families lets a user choose."""
+    if isinstance(config, LlamaConfig):
+        if dropout:
+            raise UserError(
+                f"model.dropout is {dropout}, and {name} is decoder-only: such models have none, "
+                "set it to 0"
+            )
+        return replace(config, attention=attention)
+    if attention != "causal":
+        raise UserError(
+            f"model.attention is {attention!r}, and {name} has an encoder, which sees all of its "
+            "input; leave the key out"
+        )
+    return replace(config, dropout=dropout)
+
+
 def _open(
     location: str, config_path: Path | None
-) -> tuple[T5Config, dict[str, Tensor], list[Leaf]]:
+) -> tuple[family.Config, dict[str, Tensor], list[Leaf]]:
     """Config, unread tensors and the map between them, for whatever lies at ``location``."""
+    if location.endswith(".gguf"):
+        config, tensors = read_gguf(Path(location))
+        return config, tensors, llama_hf.leaves(config)
     if t5x.is_t5x(location):
         tensors = t5x.read_t5x(location)
         beside = None if location.startswith("gs://") else Path(location) / "config.json"
@@ -101,14 +127,28 @@ def _open(
     if not config_path.is_file():
         raise UserError(f"{config_path} is missing; a backbone needs its config.json")
     raw, flax = hf.open_checkpoint(directory)
+    if hf.read_json(config_path).get("model_type") in llama_hf.MODEL_TYPES:
+        tensors, tied = llama_hf.tidy(raw)
+        config = llama_hf.config_from_json(config_path, tied=tied)
+        return config, tensors, llama_hf.leaves(config)
     tensors, tied = hf.tidy(raw, flax)
     config = hf.config_from_json(config_path, tied=tied)
     leaves = hf.leaves(config)
     return config, tensors, [hf.flax_leaf(leaf) for leaf in leaves] if flax else leaves
 
 
-def _sizes(config: T5Config) -> dict[str, int]:
-    """Sizes of the axis letters; the two depths under the names of their stacks."""
+def _sizes(config: family.Config) -> dict[str, int]:
+    """Sizes of the axis letters; depths under the names of their stacks."""
+    if isinstance(config, LlamaConfig):
+        return {
+            "V": config.vocab_size,
+            "D": config.d_model,
+            "N": config.num_heads,
+            "G": config.num_kv_heads,
+            "H": config.head_dim,
+            "F": config.d_ff,
+            "layers": config.num_layers,
+        }
     return {
         "V": config.vocab_size,
         "D": config.d_model,
@@ -216,7 +256,7 @@ def _gather(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def save_hf(
     path: str | Path,
-    config: T5Config,
+    config: family.Config,
     params: Params,
     *,
     int8: bool = False,
@@ -231,16 +271,19 @@ def save_hf(
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    outputs = [out for leaf in hf.leaves(config) for out in _outputs(leaf, config, params)]
+    if isinstance(config, LlamaConfig):
+        leaves, describe = llama_hf.leaves(config), partial(llama_hf.config_to_json, config)
+    else:
+        leaves, describe = hf.leaves(config), partial(hf.config_to_json, config)
+    outputs = [out for leaf in leaves for out in _outputs(leaf, config, params)]
     dtype = outputs[0].dtype.name
     if int8:
         outputs = [part for out in outputs for part in quantised(out)]
     write_sharded(directory, outputs, max_bytes=max_shard_bytes)
-    described = hf.config_to_json(config, dtype)
-    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(describe(dtype), indent=2) + "\n")
 
 
-def _outputs(leaf: Leaf, config: T5Config, params: Params) -> list[Output]:
+def _outputs(leaf: Leaf, config: family.Config, params: Params) -> list[Output]:
     array = _at(params, leaf.path)
     sizes = layer_sizes(leaf, _sizes(config))
     layered = leaf.axes[0] == "L"

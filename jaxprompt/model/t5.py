@@ -1,8 +1,8 @@
 """The T5 family in one ``flax.linen`` module: T5 1.0, 1.1, LM-adapted, Flan, mT5, ByT5, umT5.
 
 Modules own parameters, ``layers.py`` has the maths, and the functions at the end are what the rest
-of the package calls. The parameters are a plain pytree outside the module, layers stacked on axis
-0. This is the one file that knows Linen's spelling of scan and rematerialisation.
+of the package calls; the last ones are those that every family has (``model/family.py``). The
+parameters are a plain pytree outside the module, layers stacked on axis 0.
 """
 
 import functools
@@ -13,20 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprompt.bank import embed
 from jaxprompt.model import layers
+from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, stacked
 from jaxprompt.model.t5_config import T5Config
 
 Params = dict[str, Any]
-
-
-class Norm(nn.Module):
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return layers.rms_norm(x, scale, self.eps)
 
 
 class Attention(nn.Module):
@@ -55,25 +46,6 @@ class Attention(nn.Module):
         query, mixed = self._project(x, self.query), self.config.mixed
         y = layers.attention(query, key, value, bias, mask, drop)
         return layers.product("btnh,nhd->btd", y, self.out, mixed)
-
-
-class Mlp(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, deterministic):
-        c = self.config
-        wide = nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_ff)
-        activation = layers.ACTIVATIONS[c.activation]
-        project = functools.partial(layers.product, "bsd,df->bsf", mixed=c.mixed)
-        if c.gated:
-            wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = activation(project(x, wi_0)) * project(x, wi_1)
-        else:
-            hidden = activation(project(x, self.param("wi", *wide)))
-        hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
-        wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
-        return layers.product("bsf,fd->bsd", hidden, wo, c.mixed)
 
 
 class Shared(NamedTuple):
@@ -178,16 +150,8 @@ class Stack(nn.Module):
 
     def setup(self):
         c = self.config
-        layer = nn.remat(self.layer, prevent_cse=False) if c.remat else self.layer
         inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
-        scanned = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=inputs,
-            length=self.depth,
-            unroll=self.depth if c.unroll else 1,
-        )
+        scanned = stacked(self.layer, c, self.depth, inputs)
         self.layers = scanned(c, self.deterministic)
         self.final_norm = Norm(c.norm_eps)
         self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
@@ -203,18 +167,6 @@ class Stack(nn.Module):
         x = self.dropout(x)
         x, written = self.layers(x, shared) if bidirectional else self.layers(x, cache, shared)
         return self.dropout(self.final_norm(x)), written
-
-
-class TokenEmbedder(nn.Module):
-    config: T5Config
-
-    def setup(self):
-        c = self.config
-        normal = nn.initializers.normal(1.0)
-        self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
-
-    def __call__(self, ids, bank):
-        return embed(ids, self.embedding.astype(self.config.activations), bank)
 
 
 class T5(nn.Module):
@@ -255,9 +207,7 @@ class T5(nn.Module):
         if self.config.scale_output:
             y = y * self.config.d_model**-0.5
         table = self.token_embedder.embedding.T if self.config.tied else self.head
-        if self.config.mixed:
-            return layers.product("btd,dv->btv", y, table, mixed=True)
-        return jnp.matmul(y, table.astype(y.dtype), preferred_element_type=jnp.float32)
+        return layers.head(y, table, self.config.mixed)
 
     def __call__(self, inputs, segments, targets):
         encoded = self.encode(inputs, segments, None)
@@ -372,3 +322,55 @@ def decode_step(
     args = cache, input_segments, ids, index, bank
     logits, (key, value) = _apply(params, config, "decode_step", *args)
     return logits, cache._replace(self_key=key, self_value=value)
+
+
+class Reading(NamedTuple):
+    """Inputs that have been read once and may be answered many times."""
+
+    encoded: Float[Array, "B S D"]
+    segments: Int[Array, "B S"]
+
+
+def prepare(
+    params: Params, bank: Float[Array, "K P D"] | None, config: T5Config
+) -> Float[Array, "K P D"] | None:
+    """The bank itself: in an encoder every activation depends on the text."""
+    return bank
+
+
+def logits(
+    params, prompts, config: T5Config, inputs, segments, targets, target_segments, dropout_key=None
+) -> Float[Array, "B T V"]:
+    """Teacher-forced logits of the targets, see ``model/family.py``."""
+    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    encoded = encode(params, prompts, config, inputs, segments, dropout_key=keys[0])
+    shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
+    return decode(
+        params, prompts, config, encoded, segments, shifted, target_segments, dropout_key=keys[1]
+    )
+
+
+def read(params, prompts, config: T5Config, inputs, segments) -> Reading:
+    """Encode the inputs."""
+    return Reading(encode(params, prompts, config, inputs, segments), segments)
+
+
+def answer_logits(
+    params, prompts, config: T5Config, reading: Reading, targets, target_segments
+) -> Float[Array, "B T V"]:
+    """Teacher-forced logits of targets that answer inputs already read."""
+    shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
+    return decode(params, prompts, config, *reading, shifted, target_segments)
+
+
+def start(params, config: T5Config, reading: Reading, length: int):
+    """The ids that generation begins with, and the cache for ``length`` positions."""
+    ids = jnp.full((reading.segments.shape[0],), config.decoder_start_id, jnp.int32)
+    return ids, (init_cache(params, config, reading.encoded, length), reading.segments)
+
+
+def step(params, prompts, config: T5Config, cache, ids, index):
+    """Logits after ``ids`` at position ``index``, and the cache with it filled."""
+    inner, segments = cache
+    scores, inner = decode_step(params, prompts, config, inner, segments, ids, index)
+    return scores, (inner, segments)

@@ -1,11 +1,14 @@
 """Shape and numerics of a T5."""
 
 import dataclasses
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Shape and numerics of one T5. Frozen and hashable, so that it can be a static argument."""
+
+    family: ClassVar[str] = "encoder-decoder"
 
     vocab_size: int  # V, rows of the embedding table
     d_model: int
@@ -31,6 +34,11 @@ class T5Config:
     decoder_start_id: int = 0
     pad_id: int = 0
     eos_id: int = 1
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the stack that carries the prompt."""
+        return self.num_encoder_layers
 
     @property
     def mixed(self) -> bool:

@@ -87,15 +87,16 @@ def load_prompt(path: str | Path) -> Prompt:
 
 
 def save_peft(path: str | Path, prompt: Prompt) -> None:
-    """Write a PEFT adapter (PROMPT_TUNING, encoder only) that PEFT loads for any T5.
+    """Write a PEFT adapter (PROMPT_TUNING) that PEFT loads for the prompt's kind of model.
 
-    ``num_transformer_submodules`` is 1: with PEFT's default of 2 half of the rows would be dead.
+    ``num_transformer_submodules`` is 1: with PEFT's default of 2 for T5 half of the rows would be
+    dead. PEFT knows no task: an input must end with the task's separator where it has one.
     """
     length, width = prompt.vectors.shape
     backbone = prompt.facts.get("backbone", {})
     config = {
         "peft_type": "PROMPT_TUNING",
-        "task_type": "SEQ_2_SEQ_LM",
+        "task_type": "CAUSAL_LM" if _decoder_only(prompt.facts) else "SEQ_2_SEQ_LM",
         "base_model_name_or_path": backbone.get("source"),
         "inference_mode": True,
         "num_virtual_tokens": length,
@@ -112,6 +113,12 @@ def save_peft(path: str | Path, prompt: Prompt) -> None:
         (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     replace_directory(Path(path), write)
+
+
+def _decoder_only(facts: dict[str, Any]) -> bool:
+    """Whether the prompt was tuned on a decoder-only model, as far as is known."""
+    recorded = facts.get("backbone", {}).get("family")
+    return recorded == "decoder-only" or facts.get("peft", {}).get("task_type") == "CAUSAL_LM"
 
 
 def _read_artefact(path: Path) -> Prompt:
@@ -210,7 +217,7 @@ def model_card(facts: dict[str, Any]) -> str:
     example = {"input": "..."} if not task else {"<column>": "..."}
     return f"""---
 library_name: jaxprompt
-tags: [prompt-tuning, soft-prompt, t5]
+tags: [prompt-tuning, soft-prompt, {"causal-lm" if _decoder_only(facts) else "t5"}]
 ---
 # Soft prompt for {task.get("name", "an unnamed task")}
 

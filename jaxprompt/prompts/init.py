@@ -20,14 +20,14 @@ def initial_prompt(
     encode: Callable[[str], list[int]],
     special_ids: Sequence[int],
     pieces: int,
-    labels: Sequence[str] | None,
+    labels: Sequence[Sequence[int]],
     seed: int,
     from_file: Callable[[str], Rows],
 ) -> Float[np.ndarray, "P D"]:
     """The float32 start of a prompt of ``config.length`` vectors.
 
     ``encode`` turns text into ids without EOS, ``pieces`` is the tokenizer's size, ``labels`` are
-    the task's label words and ``from_file`` reads the prompt of ``config.file``.
+    the ids of the task's labels without EOS and ``from_file`` reads the prompt of ``config.file``.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     length, width = config.length, table.shape[1]
@@ -58,7 +58,7 @@ def initial_prompt(
             return sampled(length)
         case "class_labels":
             # label i starts position i; the pieces of a label of several are averaged
-            return completed([lookup(table, encode(text)).mean(axis=0) for text in labels or ()])
+            return completed([lookup(table, ids).mean(axis=0) for ids in labels])
         case "text":
             return completed(list(lookup(table, encode(config.text or ""))))
         case "file":

@@ -20,7 +20,7 @@ from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import Model, check_metrics, evaluate
-from jaxprompt.model import t5
+from jaxprompt.model import family
 from jaxprompt.model.hf import read_json
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, save_prompt
@@ -86,8 +86,11 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         dropout=config.model.dropout,
         unroll=config.model.unroll,
         remat=config.model.remat,
+        attention=config.model.attention,
     )
-    tokenizer = load_tokenizer(config.tokenizer or backbone.path)
+    tokenizer = load_tokenizer(
+        config.tokenizer or backbone.path, one_sequence=family.one_sequence(backbone.config)
+    )
 
     length = config.prompt.length if method.uses_prompt else 0
 
@@ -111,7 +114,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             encode=tokenizer.encode,
             special_ids=tokenizer.special_ids,
             pieces=min(tokenizer.size, backbone.config.vocab_size),
-            labels=task.labels,
+            labels=[ids[:-1] for ids in tokenizer.encode_targets(task.labels or ())],
             seed=settings.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
@@ -119,8 +122,9 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     optimizer = per_prompt(make_optimizer(settings))
     state = init_state(method, optimizer, backbone.params, prompts)
     state = jax.device_put(state, parallel.replicated(mesh))
+    shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
     train_step = make_train_step(
-        backbone.config, method, optimizer, seed=settings.seed, z_loss=settings.z_loss
+        shape, method, optimizer, seed=settings.seed, z_loss=settings.z_loss
     )
 
     def measure(params, bank, on: Split) -> dict[str, float]:
@@ -257,7 +261,8 @@ def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows:
             "tokenizer": config.tokenizer,
             "d_model": shape.d_model,
             "vocab_size": shape.vocab_size,
-            "num_layers": shape.num_encoder_layers,
+            "family": shape.family,
+            "num_layers": shape.num_layers,
             "num_heads": shape.num_heads,
         },
         "task": task.model_dump(),
@@ -287,7 +292,7 @@ def save_tuned(
         return
 
     def write(path: Path) -> None:
-        params: t5.Params = jax.tree.map(lambda x: x[0], state.tree)
+        params: family.Params = jax.tree.map(lambda x: x[0], state.tree)
         save_hf(path, backbone.config, params)
         copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -189,6 +189,11 @@ def _start(config: PretrainConfig, reporter) -> tuple[t5.T5Config | None, t5.Par
     backbone = load_backbone(
         config.start, dropout=model.dropout, unroll=model.unroll, remat=model.remat
     )
+    if not isinstance(backbone.config, t5.T5Config):
+        raise UserError(
+            f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
+            "a T5, or tune that model with method: model-tuning."
+        )
     return dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
 
 

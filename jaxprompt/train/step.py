@@ -10,8 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.data.pipeline import Batch
-from jaxprompt.model import t5
-from jaxprompt.model.layers import shift_right
+from jaxprompt.model import family
 from jaxprompt.prompts.methods import Method
 
 
@@ -31,9 +30,9 @@ class Losses(NamedTuple):
 
 
 def batch_losses(
-    params: t5.Params,
+    params: family.Params,
     bank: Float[Array, "K P D"] | None,
-    config: t5.T5Config,
+    config: family.Config,
     batch: Batch,
     *,
     prompts: int,
@@ -46,18 +45,10 @@ def batch_losses(
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
     """
     inputs, segments, targets, target_segments, owners, weights = map(jnp.asarray, batch)
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    encoded = t5.encode(params, bank, config, inputs, segments, dropout_key=keys[0])
-    decoder_inputs = shift_right(targets, target_segments, config.decoder_start_id)
-    logits = t5.decode(
-        params,
-        bank,
-        config,
-        encoded,
-        segments,
-        decoder_inputs,
-        target_segments,
-        dropout_key=keys[1],
+    model = family.of(config)
+    prepared = model.prepare(params, bank, config)
+    logits = model.logits(
+        params, prepared, config, inputs, segments, targets, target_segments, dropout_key
     )
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -75,13 +66,13 @@ def batch_losses(
 
 
 def make_train_step(
-    config: t5.T5Config,
+    config: family.Config,
     method: Method,
     optimizer: optax.GradientTransformation,
     *,
     seed: int = 0,
     z_loss: float = 0.0,
-) -> Callable[[TrainState, t5.Params, Batch], tuple[TrainState, Losses]]:
+) -> Callable[[TrainState, family.Params, Batch], tuple[TrainState, Losses]]:
     """A jitted ``(state, params, batch) -> (state, losses)``; the state's buffers are donated.
 
     Dropout keys are a pure function of seed and step, so a resumed run needs no random state.
@@ -110,7 +101,7 @@ def make_train_step(
 def init_state(
     method: Method,
     optimizer: optax.GradientTransformation,
-    params: t5.Params,
+    params: family.Params,
     prompts: Float[Any, "K P D"],
 ) -> TrainState:
     """The state before step 0."""

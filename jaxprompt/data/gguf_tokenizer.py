@@ -1,0 +1,97 @@
+"""The tokenizer that a GGUF file carries, and access to such files through the ``gguf`` package."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.config import UserError
+
+# How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the
+# regular expression, or None for GPT-2's, and whether every digit stands alone
+_GROUPS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS: dict[str, tuple[str | None, bool]] = {
+    "gpt-2": (None, False),
+    "default": (None, False),
+    "smollm": (None, True),
+    "llama-bpe": (_GROUPS % "{1,3}", False),
+    "qwen2": (_GROUPS % "", False),
+}
+_CONTROL = 3  # token type of llama.cpp
+
+
+def open_gguf(path: Path) -> Any:
+    """A reader of the file; UserError if the package is absent or the file is damaged."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            f"{path} is a GGUF file, and reading those needs the package gguf; install it with "
+            "pip install gguf"
+        ) from None
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # a truncated file raises whatever NumPy happens to meet
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is truncated or not a GGUF file: {problem}; download it again"
+        ) from None
+
+
+def value(reader: Any, key: str, default: Any = None) -> Any:
+    """A field of the file's metadata."""
+    field = reader.fields.get(key)
+    return default if field is None else field.contents()
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """A tokenizer of transformers with the file's vocabulary, merges and special tokens.
+
+    Byte-level BPE only (GPT-2, Llama 3, Qwen2, SmolLM2); UserError for any other kind.
+    """
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    reader = open_gguf(path)
+    kind = value(reader, "tokenizer.ggml.model")
+    cut = value(reader, "tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or cut not in _CUTS:
+        raise UserError(
+            f"{path} has a tokenizer of kind {kind!r} ({cut!r}), and only byte-level BPE is read "
+            f"from GGUF ({', '.join(_CUTS)}); name one with tokenizer: in the YAML or --tokenizer"
+        )
+    words = value(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in value(reader, "tokenizer.ggml.merges")]
+    vocabulary = {word: id for id, word in enumerate(words)}
+    # Llama 3 takes a word of the vocabulary whole, whatever its merges would make of it
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+    expression, digits = _CUTS[cut]
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if expression is not None:
+        steps.append(pre_tokenizers.Split(tokenizers.Regex(expression), "isolated"))
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, plain])
+    inner.decoder = decoders.ByteLevel()
+    types = value(reader, "tokenizer.ggml.token_type") or []
+    inner.add_special_tokens(
+        [
+            tokenizers.AddedToken(words[id], special=True, normalized=False)
+            for id, kind in enumerate(types)
+            if kind == _CONTROL
+        ]
+    )
+    named = {}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        id = value(reader, f"tokenizer.ggml.{key}_token_id")
+        if id is not None:
+            named[f"{name}_token"] = words[id]
+    if value(reader, "tokenizer.ggml.add_bos_token", False) and "bos_token" in named:
+        from tokenizers.processors import TemplateProcessing
+
+        bos = named["bos_token"]
+        inner.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)

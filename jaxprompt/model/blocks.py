@@ -1,0 +1,70 @@
+"""Linen modules that every family is built from, and the spelling of scan and rematerialisation.
+
+This is the one file that knows that spelling. A ``config`` here is any family's: frozen, hashable,
+with the fields that the module reads.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+
+from jaxprompt.bank import embed
+from jaxprompt.model import layers
+
+
+class Norm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return layers.rms_norm(x, scale, self.eps)
+
+
+class Mlp(nn.Module):
+    config: Any
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        c = self.config
+        wide = nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_ff)
+        activation = layers.ACTIVATIONS[c.activation]
+        project = functools.partial(layers.product, "bsd,df->bsf", mixed=c.mixed)
+        if c.gated:
+            wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
+            hidden = activation(project(x, wi_0)) * project(x, wi_1)
+        else:
+            hidden = activation(project(x, self.param("wi", *wide)))
+        hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
+        return layers.product("bsf,fd->bsd", hidden, wo, c.mixed)
+
+
+class TokenEmbedder(nn.Module):
+    config: Any
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(1.0)
+        self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
+
+    def __call__(self, ids, bank):
+        return embed(ids, self.embedding.astype(self.config.activations), bank)
+
+
+def stacked(layer: type[nn.Module], config: Any, depth: int, in_axes: Any) -> Any:
+    """The class of ``depth`` layers scanned over axis 0 of their parameters.
+
+    ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for
+    all layers (``nn.broadcast``). Unrolled, it is the same scan: one parameter tree for both.
+    """
+    layer = nn.remat(layer, prevent_cse=False) if config.remat else layer
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=depth,
+        unroll=depth if config.unroll else 1,
+    )

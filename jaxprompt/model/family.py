@@ -1,0 +1,139 @@
+"""What every family of backbones can do; the rest of the package knows no other way in.
+
+A family is a module with the functions of ``Family``. Batches are the same for all of them: inputs
+(which carry the virtual tokens) and the targets that answer them. Whether an encoder reads the
+inputs, or they are the beginning of one sequence, is the family's own matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, cast
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxprompt.model import llama, t5
+from jaxprompt.model.llama_config import LlamaConfig
+from jaxprompt.model.t5_config import T5Config
+
+Config = T5Config | LlamaConfig
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+Params = dict[str, Any]
+Prompts = Any  # what ``prepare`` makes
+Reading = Any  # what ``read`` makes
+Cache = Any  # what ``start`` makes
+
+
+class Family(Protocol):
+    """The functions of a family's module; all are pure."""
+
+    def prepare(self, params: Params, bank: Float[Array, "K P D"] | None, config: Any) -> Prompts:
+        """What batches need of the prompts, computed once however many rows use them."""
+        ...
+
+    def logits(
+        self,
+        params: Params,
+        prompts: Prompts,
+        config: Any,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        targets: Int[Array, "B T"],
+        target_segments: Int[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of every target token given the input and the target tokens before it.
+
+        A target segment answers the input segment of the same number. There are V columns, so no
+        virtual token can ever be predicted.
+        """
+        ...
+
+    def read(
+        self,
+        params: Params,
+        prompts: Prompts,
+        config: Any,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Reading:
+        """The inputs, read once, to be answered any number of times."""
+        ...
+
+    def answer_logits(
+        self,
+        params: Params,
+        prompts: Prompts,
+        config: Any,
+        reading: Reading,
+        targets: Int[Array, "B T"],
+        target_segments: Int[Array, "B T"],
+    ) -> Float[Array, "B T V"]:
+        """``logits`` for inputs that have been read."""
+        ...
+
+    def start(
+        self, params: Params, config: Any, reading: Reading, length: int
+    ) -> tuple[Int[Array, " B"], Cache]:
+        """Ids that generation begins with, and a cache for ``length`` of them."""
+        ...
+
+    def step(
+        self,
+        params: Params,
+        prompts: Prompts,
+        config: Any,
+        cache: Cache,
+        ids: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after ``ids`` at position ``index`` of the answer."""
+        ...
+
+    def init_params(self, config: Any, key: jax.Array) -> Params:
+        """Random float32 parameters."""
+        ...
+
+    def abstract_params(self, config: Any, dtype: str = "float32") -> Params:
+        """Shapes and dtypes of all parameters."""
+        ...
+
+    def logical_axes(self, config: Any) -> dict[str, Any]:
+        """Names of every parameter's axes."""
+        ...
+
+
+_FAMILIES: dict[type, Any] = {T5Config: t5, LlamaConfig: llama}
+
+
+def of(config: Config) -> Family:
+    """The family of a config."""
+    return cast(Family, _FAMILIES[type(config)])
+
+
+def one_sequence(config: Config) -> bool:
+    """Whether input and target are one sequence: their texts then meet without an end between."""
+    return isinstance(config, LlamaConfig)
+
+
+def specialise(
+    config: AnyConfig, inputs: Sequence[Int[np.ndarray, " s"]], length: int
+) -> AnyConfig:
+    """The config for inputs of which each may start with the ``length`` vectors of one prompt.
+
+    Where all of them do, and have text after it, a model that reads from left to right can compute
+    the prompt's share once for all rows. It is looked up in the ids, never taken on trust.
+    """
+    if not isinstance(config, LlamaConfig) or config.attention == "prefix" or not length:
+        return config
+    offsets = np.arange(length)
+
+    def leads(ids: np.ndarray) -> bool:
+        if len(ids) <= length:
+            return False
+        first = ids[0] - config.vocab_size
+        return first >= 0 and first % length == 0 and np.array_equal(ids[:length] - ids[0], offsets)
+
+    whole = all(leads(ids) and np.all(ids[length:] < config.vocab_size) for ids in inputs)
+    return replace(config, leading=length if whole and len(inputs) else 0)

