@@ -73,7 +73,7 @@ def open_session(
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
         sharding = parallel.parameter_sharding(mesh)
-        backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=True)
+        backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=None)
     attention = _attention(prompt)
     if attention != "causal" and isinstance(backbone.config, LlamaConfig):
         backbone = backbone._replace(config=replace(backbone.config, attention=attention))

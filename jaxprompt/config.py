@@ -81,7 +81,8 @@ class ModelConfig(_Schema):
     # all of the input does (prefix LM)
     attention: Literal["causal", "prompt", "prefix"] = "causal"
     remat: bool = False
-    unroll: bool = True  # faster steps, slower compilation; same parameters
+    # layers one by one instead of in a loop: slower to compile; null: where its steps are faster
+    unroll: bool | None = None
 
 
 class PromptConfig(_Schema):

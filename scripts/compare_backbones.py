@@ -6,8 +6,9 @@
     python scripts/compare_backbones.py --out runs/compare --report --adaptation a=0,b=1000
 
 A task is a name or a YAML file, of a task or of a run that has one. `--only PATTERN key=value ...`
-changes what matches BACKBONE or BACKBONE/TASK: lengths, seeds, methods (hard, prompt, full), steps,
-batch_size, and any setting of a run, such as full.train.learning_rate=3e-4; the last one wins.
+changes what matches BACKBONE or BACKBONE/TASK: lengths, seeds, methods (hard, few, prompt, full),
+steps, batch_size, and any setting of a run, such as full.train.learning_rate=3e-4; the last one
+wins.
 
 A cell is one run in OUT/runs. A complete one has a line in OUT/cells.jsonl and never runs again; an
 interrupted one goes on from its checkpoint. One that fails is noted in OUT/errors.jsonl and tried
@@ -38,6 +39,7 @@ from compare_report import KEY, Key, Record, read_records, report
 from jaxprompt.api import Session, answer_rows, open_session
 from jaxprompt.config import RunConfig, TaskConfig, UserError, parse, read_yaml
 from jaxprompt.data.tasks import resolve_task, target_texts
+from jaxprompt.data.templates import to_text
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import measure
 from jaxprompt.model.load import Backbone, load_backbone
@@ -60,6 +62,18 @@ TEMPLATES = {
     " | {text} This was a <> review. | A <> opinion: {text}",
 }
 CLOZE = "<extra_id_0>"
+# For models that go on writing; what follows || stands between input and answer
+CONTINUED = {
+    "supersense": "Definition: {gloss} || \nIs it an object, a person, an animal, a plant, a food"
+    " or a place? It is a | {gloss} || \nThis is a kind of"
+    " | What is meant by '{gloss}'? || \nA kind of",
+    "spam": "Subject: {subject}\n{text} || \nIs this mail spam or ham? It is | Classify the mail as"
+    " spam or ham.\n\nSubject: {subject}\n{text} || \nClass:",
+    "boolq": "{passage}\nQuestion: {question}? || \nAnswer yes or no:"
+    " | Question: {question}?\n{passage} || \nIs the answer yes or no? It is",
+    "sentiment": "Review: {text} || \nSentiment: | {text} || \nThe review is"
+    " | {text} || \nAll in all the reviewer was",
+}
 
 
 class Cell(NamedTuple):
@@ -107,12 +121,12 @@ def plan(options: argparse.Namespace, tasks: dict[str, TaskConfig]) -> list[Cell
                     parsed = read_yaml(f"[{value}]" if key in lists else value, key)
                     (lists if key in lists else settings)[key] = parsed
         for method in lists["methods"]:
-            if method not in ("hard", "prompt", "full"):
-                raise UserError(f"Method {method!r} is not hard, prompt or full.")
+            if method not in ("hard", "few", "prompt", "full"):
+                raise UserError(f"Method {method!r} is not hard, few, prompt or full.")
             own = {k: v for k, v in settings.items() if "." not in k or k.startswith(f"{method}.")}
             lengths = lists["lengths"] if method == "prompt" else [None]
             seeds = [None] if method == "hard" else lists["seeds"]
-            own = {"eval_rows": settings["eval_rows"]} if method == "hard" else own
+            own = {"eval_rows": settings["eval_rows"]} if method in ("hard", "few") else own
             for length, seed in itertools.product(lengths, seeds):
                 cells.append(Cell(backbone, task, method, length, seed, own))
     return sorted(cells, key=lambda cell: cell.seed or 0)  # stable: else in the order above
@@ -152,6 +166,9 @@ def run_config(cell: Cell, task: TaskConfig, path: str, output: Path) -> RunConf
 
 def with_template(task: TaskConfig, template: str) -> TaskConfig:
     """The task in another form; where that is a cloze, answers begin with the sentinel."""
+    if "||" in template:
+        template, separator = template.split(" || ")
+        return task.model_copy(update={"template": template, "separator": separator.rstrip(" ")})
     changed: Record = {"template": template.replace("<>", CLOZE)}
     labels = task.labels or []
     if "<>" in template:
@@ -170,13 +187,38 @@ def quality(session: Session, task: TaskConfig, rows) -> float:
 def hard_prompt(session: Session, task: TaskConfig, rows: dict, few) -> tuple[Record, TaskConfig]:
     """The template that is best on the validation rows `few`, measured on all of `rows`."""
     start = time.monotonic()
-    others = [text for text in TEMPLATES.get(task.name, "").split(" | ") if text]
+    known = CONTINUED if session.tokenizer.one_sequence else TEMPLATES
+    others = [text for text in known.get(task.name, "").split(" | ") if text]
     forms = [with_template(task, template) for template in (task.template, *others)]
     scores = [quality(session, form, few) for form in forms]
     best = forms[int(np.argmax(scores))]
     found: Record = {"test": None, **{name: quality(session, best, rows[name]) for name in rows}}
-    found |= {"template": best.template, "templates": len(forms), "template_scores": scores}
+    found |= {
+        "template": best.template,
+        "separator": best.separator,
+        "templates": len(forms),
+        "template_scores": scores,
+    }
     return found | {"steps": 0, "seconds": round(time.monotonic() - start, 3)}, best
+
+
+def with_shots(task: TaskConfig, rows, count: int, seed: int, words) -> TaskConfig:
+    """The task with ``count`` answered training rows in front, labels in turn.
+
+    Rows are drawn from those of at most 48 tokens where there are any, since each is read again
+    with every question.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    texts = [to_text(task, rows[i]) for i in order[:2000]]
+    short = [pair for pair in texts if len(words.encode(pair[0])) <= 48] or texts
+    chosen = []
+    for label in itertools.islice(itertools.cycle(task.labels or []), count):
+        found = next(p for p in short if p[1] == label and p not in chosen)
+        chosen.append(found)
+    shots = "".join(f"{text}{task.separator} {label}\n\n" for text, label in chosen)
+    room = task.max_input_length + len(words.encode(shots))
+    escaped = shots.replace("{", "{{").replace("}", "}}")
+    return task.model_copy(update={"template": escaped + task.template, "max_input_length": room})
 
 
 def free_generation(session: Session, task: TaskConfig, rows) -> Record:
@@ -209,10 +251,22 @@ def measure_cell(cell: Cell, task: TaskConfig, path: str, held: Record, options)
     rows = {split: load_rows(task, split, cell.settings["eval_rows"]) for split in splits}
     metric, limit = task.metrics[0], options.illegal_rows
 
-    if cell.method == "hard":
+    if cell.method in ("hard", "few"):
         session = open_session(None, backbone)
         few = load_rows(task, "validation", options.select_rows)
-        scores, task = hard_prompt(session, task, rows, few)
+        if cell.method == "few":
+            # the shots stand before the template that is best without any
+            held_out = {name: few for name in ("validation",)}
+            _, task = hard_prompt(session, task, held_out, few)
+            drawn = cell.seed or 0
+            training = load_rows(task, "train")
+            task = with_shots(task, training, options.shots, drawn, session.tokenizer)
+            begun = time.monotonic()
+            scores: Record = {"test": None, "steps": 0, "shots": options.shots}
+            scores |= {name: quality(session, task, rows[name]) for name in rows}
+            scores["seconds"] = round(time.monotonic() - begun, 3)
+        else:
+            scores, task = hard_prompt(session, task, rows, few)
     else:
         if folder.is_dir() and not (folder / "config.yaml").is_file():
             shutil.rmtree(folder)  # killed before anything was written
@@ -222,7 +276,7 @@ def measure_cell(cell: Cell, task: TaskConfig, path: str, held: Record, options)
         scores = {"validation": result["value"], "test": result.get("test", {}).get(metric)}
         scores |= {key: result[key] for key in keys}
         prompt = load_prompt(folder / "prompt") if cell.method == "prompt" else None
-        model = load_backbone(str(folder / "model"), unroll=True) if prompt is None else backbone
+        model = load_backbone(str(folder / "model"), unroll=None) if prompt is None else backbone
         session = open_session(prompt, model)
     record = dict(zip(KEY, cell, strict=False)) | {"parameters": size, "metric": metric} | scores
     if task.labels:
@@ -240,7 +294,7 @@ def load(name: str, path: str, held: Record, out: Path) -> Backbone:
     if held.get("name") != name:
         held.clear()
         jax.clear_caches()
-        held.update(backbone=load_backbone(path, unroll=True), name=name)
+        held.update(backbone=load_backbone(path, unroll=None), name=name)
     backbone, file = held["backbone"], out / "runs" / name / "fingerprint"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
@@ -322,6 +376,7 @@ def main() -> None:
     add("--batch-size", type=int, default=32)
     add("--eval-rows", type=int, help="at most, of validation and of test (default: all)")
     add("--select-rows", type=int, default=200, help="that choose among hard prompts")
+    add("--shots", type=int, default=6, help="answered rows before the question, for few")
     add("--illegal-rows", type=int, default=300, help="that are generated for")
     add("--only", nargs="+", action="append", default=[], metavar=("PATTERN", "KEY=VALUE"))
     add("--report", action="store_true", help="only tables and figures of what is complete")

@@ -66,7 +66,7 @@ def report(options: argparse.Namespace) -> None:
         raise UserError(f"No cell in {str(options.out)!r} is complete yet.")
     names = {name: None for row in table.values() for name in row}
     prompts = sorted((name for name in names if name.startswith("P")), key=lambda n: int(n[4:]))
-    columns = [name for name in ("hard", *prompts, "full") if name in names]
+    columns = [name for name in ("hard", "few", *prompts, "full") if name in names]
     first = ["task", "backbone", "parameters"]
     scores = [[*first, "majority", "untuned", *columns]]
     recovery = [[*first, *columns, "steps"]]

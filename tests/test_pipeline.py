@@ -188,3 +188,14 @@ def test_evaluation_of_nothing_and_of_rows_without_targets():
     assert list(evaluation_batches([], batch_size=4)) == []
     [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=2)
     assert numbers.tolist() == [0, -1] and not batch.loss_weights.any()
+
+
+def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
+    """With 100 vectors in front, texts of up to 32 ids take 132 columns and not 160."""
+    rows = [example(range(1, 101 + n), [1]) for n in (3, 32)]
+    assert make_batch(rows).inputs.shape == (2, 160)
+    batch = make_batch(rows, lead=100)
+    assert batch.inputs.shape == (2, 132)
+    assert (batch.input_segments.sum(axis=1) == [103, 132]).all()
+    (found, _), *rest = evaluation_batches(rows, batch_size=2, lead=100)
+    assert found.inputs.shape == (2, 132) and not rest

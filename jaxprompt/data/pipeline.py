@@ -53,6 +53,7 @@ def make_batch(
     input_length: int | None = None,
     target_length: int | None = None,
     prompt: int = 0,
+    lead: int = 0,
 ) -> Batch:
     """One example a row, padded; rows after the last example are empty.
 
@@ -62,7 +63,7 @@ def make_batch(
     """
     return pack_batch(
         [[example] for example in examples],
-        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt,
+        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt, lead=lead,
     )  # fmt: skip
 
 
@@ -73,15 +74,18 @@ def pack_batch(
     input_length: int | None = None,
     target_length: int | None = None,
     prompt: int = 0,
+    lead: int = 0,
 ) -> Batch:
     """Several examples a row, as segments 1, 2, ... that do not see each other.
 
     One row of ([9 8 1], [5 1]) and ([7 1], [6 1]) gives inputs [[9 8 1 7 1 0 ...]],
     input_segments [[1 1 1 2 2 0 ...]], targets [[5 1 6 1]], target_segments [[1 1 2 2]].
+    The input length is chosen for what comes after the first ``lead`` ids, which cost nothing
+    where a prompt that leads its rows is computed once.
     """
     inputs = [[example.inputs for example in row] for row in rows_of_examples]
     targets = [[example.targets for example in row] for row in rows_of_examples]
-    width = input_length or round_input_length(_longest(inputs))
+    width = input_length or lead + round_input_length(_longest(inputs) - lead)
     depth = target_length or round_target_length(_longest(targets))
     count = rows or len(rows_of_examples)
     input_ids, input_segments = _fill(inputs, count, width)
@@ -175,7 +179,13 @@ def random_stream(seed: int, step: int) -> np.random.Generator:
 
 
 def training_batches(
-    examples: Sequence[Example], *, batch_size: int, seed: int, start: int = 0, window: int = 16
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    window: int = 16,
+    lead: int = 0,
 ) -> Iterator[Batch]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads."""
     import grain
@@ -187,7 +197,8 @@ def training_batches(
         indices = batch_indices(
             lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
         )
-        return make_batch([examples[i] for i in indices], target_length=target_length)
+        chosen = [examples[i] for i in indices]
+        return make_batch(chosen, target_length=target_length, lead=lead)
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -195,7 +206,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    examples: Sequence[Example], *, batch_size: int
+    examples: Sequence[Example], *, batch_size: int, lead: int = 0
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Batches of similar lengths, longest first, with the number of the example in each row.
 
@@ -206,5 +217,6 @@ def evaluation_batches(
     depth = round_target_length(max((len(e.targets) for e in examples), default=1))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        batch = make_batch([examples[i] for i in numbers], rows=batch_size, target_length=depth)
+        chosen = [examples[i] for i in numbers]
+        batch = make_batch(chosen, rows=batch_size, target_length=depth, lead=lead)
         yield batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)

@@ -5,6 +5,7 @@ scored by the likelihood of its whole token sequence (EOS included), the best on
 without labels is answered by greedy generation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ def answer(
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
     if task.labels is None:
+        # what ends a target where it was tuned: of several that a chat model's config names, one
+        config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
         def run(batch):
             return generate.greedy(
@@ -66,7 +69,7 @@ def answer(
                 task.max_target_length,
             )  # fmt: skip
 
-        ids = _in_order(model, examples, batch_size, run, progress)
+        ids = _in_order(model, config, examples, batch_size, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
     labels = label_ids(task.labels, tokenizer)
 
@@ -75,7 +78,7 @@ def answer(
             model.params, prompts, config, batch.inputs, batch.input_segments, labels
         )
 
-    scores = _in_order(model, examples, batch_size, run, progress)
+    scores = _in_order(model, config, examples, batch_size, run, progress)
     return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
 
 
@@ -92,7 +95,7 @@ def log_likelihoods(
             batch.targets, batch.target_segments,
         )  # fmt: skip
 
-    return _in_order(model, examples, batch_size, run, progress)
+    return _in_order(model, config, examples, batch_size, run, progress)
 
 
 def evaluate(
@@ -142,7 +145,7 @@ def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, "C
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
-def _in_order(model, examples, batch_size, run, progress) -> np.ndarray:
+def _in_order(model, config, examples, batch_size, run, progress) -> np.ndarray:
     """``run`` over length-sorted batches, results back in the order of the examples.
 
     The next batch is dispatched before the last one's result is fetched.
@@ -156,8 +159,8 @@ def _in_order(model, examples, batch_size, run, progress) -> np.ndarray:
                 results[number] = row
         progress(int((numbers >= 0).sum()))
 
-    waiting = None
-    for batch, numbers in evaluation_batches(examples, batch_size=batch_size):
+    waiting, lead = None, config.leading
+    for batch, numbers in evaluation_batches(examples, batch_size=batch_size, lead=lead):
         output = run(model.put(batch))
         if waiting is not None:
             collect(*waiting)

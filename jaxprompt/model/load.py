@@ -49,7 +49,7 @@ def load_backbone(
     dtype: str = "float32",
     sharding: ShardingRule | None = None,
     dropout: float = 0.0,
-    unroll: bool = False,
+    unroll: bool | None = False,
     remat: bool = False,
     attention: str = "causal",
     config: str | Path | None = None,
@@ -59,6 +59,7 @@ def load_backbone(
     dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
     operands of matrix products, which are rounded to bfloat16).
     sharding: maps the logical axes of a leaf to where it lives; None is the default device.
+    unroll: the loop over layers; None: for T5, whose steps that makes faster on CPUs.
     attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
     are read as one).
@@ -69,7 +70,8 @@ def load_backbone(
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
     found, tensors, leaves = _open(location, None if config is None else Path(config))
-    settings = replace(found, dtype=dtype, unroll=unroll, remat=remat)
+    unrolled = not isinstance(found, LlamaConfig) if unroll is None else unroll
+    settings = replace(found, dtype=dtype, unroll=unrolled, remat=remat)
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)

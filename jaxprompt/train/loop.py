@@ -159,6 +159,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         seed=settings.seed,
         start=done,
         window=settings.length_window,
+        lead=shape.leading,
     )
     clock = Clock(progress["seconds"])
     stopped = bool(settings.patience and progress["stale"] >= settings.patience)

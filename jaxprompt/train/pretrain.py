@@ -205,7 +205,7 @@ def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
         **config.shape.model_dump(),
         dtype=model.dtype,
         dropout=model.dropout,
-        unroll=model.unroll,
+        unroll=model.unroll is not False,
         remat=model.remat,
     )
 

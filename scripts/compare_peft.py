@@ -1,0 +1,173 @@
+"""Prompt tuning here and in PEFT: same weights, rows, batches, start, optimizer and steps.
+
+    python scripts/compare_peft.py --out runs/peft --python ../peft-env/bin/python \\
+        --task supersense --lengths 20 100 --steps 60 --seeds 0
+
+PYTHON is an interpreter with torch, transformers and peft (the extra `parity`). Both sides run one
+after the other in this process's time, on all cores, in float32. Adapters are then judged by the
+same evaluation, PEFT's as an adapter that jaxprompt reads. Prints a Markdown table; OUT/runs.jsonl
+keeps every step's time and loss.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxprompt import api
+from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError, read_yaml
+from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
+from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
+from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.evaluate.score import measure
+from jaxprompt.model import family
+from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory
+from jaxprompt.prompts.init import initial_prompt
+from jaxprompt.prompts.methods import METHODS
+from jaxprompt.train.loop import load_rows
+from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.step import init_state, make_train_step
+
+
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
+def read_task(name: str) -> TaskConfig:
+    if not name.endswith(".yaml"):
+        return resolve_task(name)
+    values = read_yaml(Path(name).read_text(encoding="utf-8"), name)
+    return resolve_task(values.get("task", values))
+
+
+def ours(backbone, settings: TrainConfig, start, examples, indices, length: int):
+    """Vectors after training, and each step's time and loss (the first of a shape compiles)."""
+    method, optimizer = METHODS["prompt-tuning"], per_prompt(make_optimizer(settings))
+    state = init_state(method, optimizer, backbone.params, start[None])
+    config = family.specialise(backbone.config, [e.inputs for e in examples], length)
+    step = make_train_step(config, method, optimizer, z_loss=settings.z_loss)
+    depth = round_target_length(max(len(e.targets) for e in examples))
+    times, losses, seen = [], [], set()
+    for number, chosen in enumerate(indices):
+        began = time.perf_counter()
+        drawn = [examples[i] for i in chosen]
+        batch = make_batch(drawn, target_length=depth, lead=config.leading)
+        state, found = step(state, backbone.params, batch)
+        losses.append(float(found.loss[0]))
+        compiles = batch.inputs.shape not in seen
+        seen.add(batch.inputs.shape)
+        times.append((time.perf_counter() - began, compiles))
+        print(f"ours step {number + 1}/{len(indices)}: loss {losses[-1]:.4f}", file=sys.stderr)
+    return np.asarray(jax.device_get(state.tree["prompt"]))[0], times, losses
+
+
+def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
+    settings = TrainConfig(
+        steps=options.steps, batch_size=options.batch_size, optimizer="adamw", weight_decay=0.0,
+        learning_rate=options.learning_rate, schedule="linear", z_loss=0.0, seed=seed,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(backbone.path, one_sequence=True)
+    rows = backbone.config.vocab_size
+    plain = tokenize(task, load_rows(task, "train"), tokenizer, 0, rows)
+    virtual = tokenize(task, load_rows(task, "train"), tokenizer, length, rows)
+    lengths = np.array([len(e.inputs) for e in virtual])
+    indices = [
+        batch_indices(lengths, batch_size=settings.batch_size, seed=seed, step=step, window=0)
+        for step in range(settings.steps)
+    ]
+    start = initial_prompt(
+        PromptConfig(length=length, init="sampled_vocabulary"),
+        backbone.params["token_embedder"]["embedding"],
+        encode=tokenizer.encode, special_ids=tokenizer.special_ids, pieces=tokenizer.size,
+        labels=[], seed=seed, from_file=lambda path: np.empty(0),
+    )  # fmt: skip
+    folder = options.out / f"{task.name}-P{length}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = {
+        f"{name}_{step}": padded([getattr(plain[i], name) for i in chosen])
+        for step, chosen in enumerate(indices)
+        for name in ("inputs", "targets")
+    }
+    shared = {"steps": settings.steps, "learning_rate": settings.learning_rate}
+    np.savez(folder / "problem.npz", start=start, settings=json.dumps(shared), **problem)
+
+    vectors, times, losses = ours(backbone, settings, start, virtual, indices, length)
+    command = [options.python, Path(__file__).parent / "peft_side.py", folder / "problem.npz"]
+    subprocess.run([*command, options.out / "weights", folder / "peft"], check=True)
+    theirs = json.loads((folder / "peft" / "times.json").read_text())
+
+    test = load_rows(task, options.split, options.eval_rows)
+    scores = {}
+    for name, prompt in (("ours", Prompt(vectors, {})), ("peft", load_prompt(folder / "peft"))):
+        session = api.open_session(prompt, backbone)
+        answers = api.answer_rows(session, task, test)
+        found = measure(task, answers.predictions, target_texts(task, test))
+        scores[name] = found[task.metrics[0]]
+    steady = [seconds for seconds, compiles in times if not compiles]
+    record = {
+        "task": task.name, "length": length, "seed": seed, "steps": settings.steps,
+        "ours": scores["ours"], "peft": scores["peft"],
+        "ours_step": statistics.median(steady), "peft_step": statistics.median(theirs["times"]),
+        "ours_total": sum(seconds for seconds, _ in times), "peft_total": sum(theirs["times"]),
+        "loss_ours": losses, "loss_peft": theirs["losses"],
+    }  # fmt: skip
+    with (options.out / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--python", required=True, help="an interpreter with torch, transformers and peft")
+    add("--backbone", default="smollm2")
+    add("--task", default="supersense")
+    add("--lengths", nargs="+", type=int, default=[20, 100])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--steps", type=int, default=60)
+    add("--batch-size", type=int, default=8)
+    add("--learning-rate", type=float, default=0.01)
+    add("--split", default="test")
+    add("--eval-rows", type=int, default=300)
+    options = parser.parse_args()
+    try:
+        task, backbone = read_task(options.task), load_backbone(options.backbone, unroll=None)
+        options.out.mkdir(parents=True, exist_ok=True)
+
+        def write(path: Path) -> None:
+            save_hf(path, backbone.config, backbone.params)
+            copy_tokenizer(backbone.path, path)
+
+        replace_directory(options.out / "weights", write)
+        records = [
+            run(options, task, backbone, length, seed)
+            for length in options.lengths
+            for seed in options.seeds
+        ]
+    except UserError as error:
+        sys.exit(f"{error}")
+    print("| P | seed | accuracy, ours | PEFT | s a step, ours | PEFT | PEFT / ours "
+          "| with compilation |\n" + "|---" * 8 + "|")  # fmt: skip
+    for r in records:
+        print(
+            f"| {r['length']} | {r['seed']} | {r['ours']:.3f} | {r['peft']:.3f} "
+            f"| {r['ours_step']:.2f} | {r['peft_step']:.2f} "
+            f"| {r['peft_step'] / r['ours_step']:.2f} | {r['peft_total'] / r['ours_total']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
