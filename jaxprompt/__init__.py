@@ -1,4 +1,4 @@
-"""Soft prompt tuning of frozen T5 models in JAX.
+"""Soft prompt tuning of frozen T5 and decoder-only models in JAX.
 
     import jaxprompt as jp
     backbone = jp.load_backbone("builtin")

@@ -16,7 +16,7 @@ import typer
 from jaxprompt.config import PretrainConfig, UserError, load_config, parse, read_config
 
 app = typer.Typer(
-    help="Soft prompt tuning of frozen T5 models in JAX.",
+    help="Soft prompt tuning of frozen T5 and decoder-only models in JAX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,7 +25,9 @@ app = typer.Typer(
 
 BackboneOption = Annotated[
     str | None,
-    typer.Option(help="hub id, directory, T5X checkpoint or 'builtin'; default: the prompt's own"),
+    typer.Option(
+        help="hub id, directory, T5X or GGUF file, builtin, smollm2; default: the prompt's"
+    ),
 ]
 TokenizerOption = Annotated[
     str | None,

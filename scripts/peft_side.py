@@ -7,6 +7,7 @@ are padded to the longest of a batch, as PEFT's users do. Writes the adapter and
 """
 
 import json
+import os
 import sys
 import time
 
@@ -18,7 +19,7 @@ from peft import PromptTuningConfig, get_peft_model
 
 def main(problem: str, weights: str, out: str) -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = np.load(problem, allow_pickle=False)
     settings = json.loads(str(data["settings"]))
     base = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
+from jaxprompt.config import MeshConfig
 from jaxprompt.data.pipeline import Example, make_batch, pack_batch
 from jaxprompt.model import family, generate, llama
 from jaxprompt.model.load import load_backbone, save_hf
@@ -268,3 +270,18 @@ def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
     (one, grad_one), (other, grad_other) = objective(bank, config), objective(bank, b.config)
     assert np.isclose(one, other, rtol=1e-5)
     assert np.linalg.norm(grad_one - grad_other) < GRADIENT * np.linalg.norm(grad_one)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_sharded_over_devices_it_is_the_same_function(shape):
+    """Rows over the data axis, heads (not those of keys) and MLP over the model axis."""
+    mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
+    rule = parallel.parameter_sharding(mesh)
+    b, g = backbone("llama"), golden("llama")
+    placed = load_backbone(str(GOLDENS / "llama"), unroll=True, sharding=rule)
+    assert placed.fingerprint == b.fingerprint
+    batch, bank, config = with_prompt(b, g)
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)  # four rows
+    alone = np.asarray(gradient_of(b.params, bank, config, batch))
+    spread = gradient_of(placed.params, bank, config, parallel.put_batch(batch, mesh))
+    assert np.linalg.norm(np.asarray(spread) - alone) < GRADIENT * np.linalg.norm(alone)
