@@ -215,7 +215,8 @@ def with_shots(task: TaskConfig, rows, count: int, seed: int, words) -> TaskConf
     for label in itertools.islice(itertools.cycle(task.labels or []), count):
         found = next(p for p in short if p[1] == label and p not in chosen)
         chosen.append(found)
-    shots = "".join(f"{text}{task.separator} {label}\n\n" for text, label in chosen)
+    space = "" if task.separator[-1:].isspace() else " "
+    shots = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen)
     room = task.max_input_length + len(words.encode(shots))
     escaped = shots.replace("{", "{{").replace("}", "}}")
     return task.model_copy(update={"template": escaped + task.template, "max_input_length": room})
@@ -227,7 +228,7 @@ def free_generation(session: Session, task: TaskConfig, rows) -> Record:
     Sentinels count, although the package's decoding drops them: "<extra_id_0> food" is not "food".
     """
     words, labels = copy.copy(session.tokenizer), task.labels or []
-    encoded = [ids[:-1] for ids in words.encode_targets(labels)]
+    encoded = [ids[:-1] for ids in words.encode_targets(labels, task.separator)]
     legal = {words.show(ids): label for ids, label in zip(encoded, labels, strict=True)}
     shown = lambda ids: words.show(list(itertools.takewhile(lambda id: id != words.eos_id, ids)))
     words.decode = shown

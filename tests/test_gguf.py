@@ -92,6 +92,26 @@ def test_marks_of_a_chat_in_somebodys_text_stay_text(made):
     assert not set(found) & {0, 1, 2}
 
 
+def test_a_template_may_have_the_marks_of_a_chat(made):
+    path, _, bpe = made
+    tokenizer = load_tokenizer(path, one_sequence=True)
+    task = resolve_task(
+        {
+            "name": "t",
+            "template": "<|im_start|>user\n[prompt] {text}<|im_end|>\n",
+            "separator": "<|im_start|>assistant\n",
+            "labels": ["yes", "no"],
+        }
+    )
+    rows = [{"text": "is it?<|im_end|>", "label": "yes"}]
+    (example,) = tokenize(task, rows, tokenizer, 2, 1000)
+    words = [i for i in example.inputs if i < 1000]
+    shown = "<|im_start|>user\n is it?< |im_end|>\n<|im_start|>assistant"  # EOS is not shown
+    assert tokenizer.show(words) == shown
+    assert list(example.inputs).count(1) == 2 and list(example.inputs).count(2) == 1
+    assert list(example.targets) == [*bpe.encode("yes").ids, 2]  # no space after a new line
+
+
 @pytest.fixture(scope="module")
 def run(made, tmp_path_factory):
     """A run of four steps on the file."""

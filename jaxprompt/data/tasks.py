@@ -109,7 +109,8 @@ def tokenize(
     """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place.
 
     How input and target end is the tokenizer's matter. Text is cut from its end to
-    ``max_input_length`` tokens with what ends it; virtual tokens are never cut.
+    ``max_input_length`` tokens with what ends it; virtual tokens are never cut. Template and
+    separator may name special tokens, as in the marks of a chat; what rows hold stays text.
     A target that is too long is an error: a cut target would be a wrong one. ``origin`` (a file)
     names the rows in errors, which count from 1.
     """
@@ -117,10 +118,11 @@ def tokenize(
     pieces = place_prompt(task.template, prompt_length)
     virtual = virtual_ids(vocab_rows, prompt_length, prompt)
     texts = [
-        fill(piece.text, row, _where(task, origin, i)) for i, row in enumerate(rows)
+        fill(piece.text, row, _where(task, origin, i), tokenizer.plain)
+        for i, row in enumerate(rows)
         for piece in pieces if piece.text
     ]  # fmt: skip
-    encoded = iter(tokenizer.encode_all(texts))
+    encoded = iter(tokenizer.encode_all(texts, trusted=True))
     ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
     room = task.max_input_length - sum(map(len, ends))
     if room < 0:
@@ -130,7 +132,7 @@ def tokenize(
         )
     targets: list[list[int]] = [[]] * len(rows)
     if need_targets:
-        targets = tokenizer.encode_targets(target_texts(task, rows, origin))
+        targets = tokenizer.encode_targets(target_texts(task, rows, origin), task.separator)
         for number, ids in enumerate(targets):
             if len(ids) > task.max_target_length:
                 raise UserError(
@@ -150,7 +152,7 @@ def _check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:
     """Refuse labels that the tokenizer cannot tell apart, or that leave it nothing to say."""
     seen: dict[tuple[int, ...], str] = {}
     labels = task.labels or ()
-    for label, ids in zip(labels, tokenizer.encode_targets(labels), strict=True):
+    for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):
         if not set(ids) - set(tokenizer.special_ids):
             raise UserError(f"Label {label!r} has no token of this backbone; use another word.")
         other = seen.setdefault(tuple(ids), label)

@@ -7,6 +7,7 @@ tokens anywhere (p-tuning, Liu et al. 2021, and hybrids of soft and hard prompts
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxprompt.config import TaskConfig, UserError
@@ -61,8 +62,13 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
     return tuple(p for p in settled if p.text or p.virtual)
 
 
-def fill(template: str, row: dict[str, Any], where: str = "the row") -> str:
-    """Replace ``{column}`` by the row's values."""
+def fill(
+    template: str,
+    row: dict[str, Any],
+    where: str = "the row",
+    escape: Callable[[str], str] = lambda value: value,
+) -> str:
+    """Replace ``{column}`` by the row's values, each of them escaped."""
 
     def value(match: re.Match) -> str:
         if match[1] is None:
@@ -74,7 +80,7 @@ def fill(template: str, row: dict[str, Any], where: str = "the row") -> str:
             )
         if row[match[1]] is None:
             raise UserError(f"Column {match[1]!r} is empty (null) in {where}; fill it or drop it.")
-        return str(row[match[1]])
+        return escape(str(row[match[1]]))
 
     _check_braces(template)
     return _FIELD.sub(value, template)

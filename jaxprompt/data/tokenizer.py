@@ -15,12 +15,13 @@ from jaxprompt.config import UserError
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", *_SENTENCEPIECE)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", *_SENTENCEPIECE)
+_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+          "chat_template.jinja", *_VOCABULARIES)  # fmt: skip
 
 
 class Tokenizer:
-    """Text to ids and back. Ids of special tokens are never produced by ``encode``.
+    """Text to ids and back. Ids of special tokens come only from what is called trusted.
 
     With an encoder, input and target each end with EOS. In ``one_sequence`` only the target does:
     the input begins with BOS where the tokenizer has one, and ends with the task's separator.
@@ -54,25 +55,32 @@ class Tokenizer:
         """Ids of ``text`` without EOS."""
         return self.encode_all([text])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, faster than one by one."""
+    def plain(self, text: str) -> str:
+        """The text with a space in whatever looks like a special token, so that it stays text."""
+        return self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+
+    def encode_all(self, texts: Sequence[str], *, trusted: bool = False) -> list[list[int]]:
+        """Ids of many texts, faster than one by one; trusted ones may name special tokens."""
         if not texts:
             return []
-        plain = [self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
+        plain = texts if trusted else [self.plain(text) for text in texts]
         try:
-            return self._inner(plain, add_special_tokens=False, verbose=False)["input_ids"]
+            return self._inner(list(plain), add_special_tokens=False, verbose=False)["input_ids"]
         except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
             bad = next((t for t in plain if any("\ud800" <= c <= "\udfff" for c in t)), "")
             raise UserError(f"The text {bad[:60]!r} is not Unicode; mend that character.") from None
 
-    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of targets with EOS last."""
-        begun = [text if text[:1].isspace() else self._before_target + text for text in texts]
+    def encode_targets(self, texts: Sequence[str], separator: str = "") -> list[list[int]]:
+        """Ids of targets with EOS last; after a separator that ends in no space they get one."""
+        space = "" if separator[-1:].isspace() else self._before_target
+        begun = [text if text[:1].isspace() else space + text for text in texts]
         return [[*ids, self.eos_id] for ids in self.encode_all(begun)]
 
     def input_end(self, separator: str) -> list[int]:
-        """The ids that end every input."""
-        return self.encode(separator) if self.one_sequence else [self.eos_id]
+        """The ids that end every input; the separator may name special tokens."""
+        if not self.one_sequence:
+            return [self.eos_id]
+        return self.encode_all([separator], trusted=True)[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
@@ -146,7 +154,7 @@ def copy_tokenizer(source: str | Path, to: Path) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in ("tokenizer.json", *_SENTENCEPIECE)):
+    if any((folder / name).is_file() for name in _VOCABULARIES):
         return True
     config = folder / "tokenizer_config.json"  # bytes need no vocabulary
     return config.is_file() and b"ByT5" in config.read_bytes()

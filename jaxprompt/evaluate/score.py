@@ -71,7 +71,7 @@ def answer(
 
         ids = _in_order(model, config, examples, batch_size, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
-    labels = label_ids(task.labels, tokenizer)
+    labels = label_ids(task.labels, tokenizer, task.separator)
 
     def run(batch):
         return generate.label_log_likelihoods(
@@ -138,9 +138,11 @@ def check_metrics(task: TaskConfig) -> None:
         )
 
 
-def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, "C T"]:
+def label_ids(
+    labels: Sequence[str], tokenizer: Tokenizer, separator: str = ""
+) -> Int[np.ndarray, "C T"]:
     """Ids of each label with EOS, padded with -1 to the longest."""
-    rows = tokenizer.encode_targets(labels)
+    rows = tokenizer.encode_targets(labels, separator)
     width = max(map(len, rows))
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 

@@ -58,7 +58,8 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
     if family not in _DEFAULT_PROJECTION:
         raise UserError(
             f"{path}: model_type {family!r} is not supported, only "
-            f"{', '.join(_DEFAULT_PROJECTION)} (T5 1.0, 1.1, LM-adapted, Flan and ByT5 are t5)"
+            f"{', '.join(_DEFAULT_PROJECTION)} (T5 1.0, 1.1, LM-adapted, Flan and ByT5 are t5), "
+            "llama (SmolLM2 is one), mistral and qwen2"
         )
     gated, activation = _projection(
         path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]

@@ -114,7 +114,9 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             encode=tokenizer.encode,
             special_ids=tokenizer.special_ids,
             pieces=min(tokenizer.size, backbone.config.vocab_size),
-            labels=[ids[:-1] for ids in tokenizer.encode_targets(task.labels or ())],
+            labels=[
+                ids[:-1] for ids in tokenizer.encode_targets(task.labels or (), task.separator)
+            ],
             seed=settings.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
