@@ -9,6 +9,7 @@ from helpers_data import random_examples
 
 from jaxprompt.data.pipeline import (
     Example,
+    Widths,
     batch_indices,
     evaluation_batches,
     first_fit,
@@ -194,8 +195,15 @@ def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
     """With 100 vectors in front, texts of up to 32 ids take 132 columns and not 160."""
     rows = [example(range(1, 101 + n), [1]) for n in (3, 32)]
     assert make_batch(rows).inputs.shape == (2, 160)
-    batch = make_batch(rows, lead=100)
+    widths = Widths(lead=100)
+    batch = make_batch(rows, widths=widths)
     assert batch.inputs.shape == (2, 132)
     assert (batch.input_segments.sum(axis=1) == [103, 132]).all()
-    (found, _), *rest = evaluation_batches(rows, batch_size=2, lead=100)
+    (found, _), *rest = evaluation_batches(rows, batch_size=2, widths=widths)
     assert found.inputs.shape == (2, 132) and not rest
+
+
+def test_fine_widths_are_multiples_of_sixteen():
+    widths = Widths(lead=20, fine=True)
+    found = [round_input_length(20 + n, widths) - 20 for n in (1, 16, 17, 40, 256, 257, 1025)]
+    assert found == [16, 16, 32, 48, 256, 320, 1536]

@@ -18,6 +18,13 @@ class Example(NamedTuple):
     targets: Int[np.ndarray, " t"]
 
 
+class Widths(NamedTuple):
+    """How wide batches of examples become: what a family of backbones wants (model/family.py)."""
+
+    lead: int = 0  # so many ids at the start of every row cost nothing
+    fine: bool = False  # steps of 16 up to 256: more shapes to compile, fewer wasted positions
+
+
 class Batch(NamedTuple):
     """What the model is trained and evaluated on; NumPy until the mesh. Segment 0 is padding.
 
@@ -33,12 +40,14 @@ class Batch(NamedTuple):
     loss_weights: Float[np.ndarray, "B T"]
 
 
-def round_input_length(length: int) -> int:
+def round_input_length(length: int, widths: Widths = Widths()) -> int:
     """The smallest length of the fixed set that holds ``length`` (multiples of 512 at the top)."""
-    for size in INPUT_LENGTHS:
+    length -= widths.lead
+    fine = range(16, 257, 16) if widths.fine else ()
+    for size in (*fine, *INPUT_LENGTHS):
         if length <= size:
-            return size
-    return -(-length // 512) * 512
+            return widths.lead + size
+    return widths.lead + -(-length // 512) * 512
 
 
 def round_target_length(length: int) -> int:
@@ -53,7 +62,7 @@ def make_batch(
     input_length: int | None = None,
     target_length: int | None = None,
     prompt: int = 0,
-    lead: int = 0,
+    widths: Widths = Widths(),
 ) -> Batch:
     """One example a row, padded; rows after the last example are empty.
 
@@ -63,7 +72,8 @@ def make_batch(
     """
     return pack_batch(
         [[example] for example in examples],
-        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt, lead=lead,
+        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt,
+        widths=widths,
     )  # fmt: skip
 
 
@@ -74,18 +84,16 @@ def pack_batch(
     input_length: int | None = None,
     target_length: int | None = None,
     prompt: int = 0,
-    lead: int = 0,
+    widths: Widths = Widths(),
 ) -> Batch:
     """Several examples a row, as segments 1, 2, ... that do not see each other.
 
     One row of ([9 8 1], [5 1]) and ([7 1], [6 1]) gives inputs [[9 8 1 7 1 0 ...]],
     input_segments [[1 1 1 2 2 0 ...]], targets [[5 1 6 1]], target_segments [[1 1 2 2]].
-    The input length is chosen for what comes after the first ``lead`` ids, which cost nothing
-    where a prompt that leads its rows is computed once.
     """
     inputs = [[example.inputs for example in row] for row in rows_of_examples]
     targets = [[example.targets for example in row] for row in rows_of_examples]
-    width = input_length or lead + round_input_length(_longest(inputs) - lead)
+    width = input_length or round_input_length(_longest(inputs), widths)
     depth = target_length or round_target_length(_longest(targets))
     count = rows or len(rows_of_examples)
     input_ids, input_segments = _fill(inputs, count, width)
@@ -185,7 +193,7 @@ def training_batches(
     seed: int,
     start: int = 0,
     window: int = 16,
-    lead: int = 0,
+    widths: Widths = Widths(),
 ) -> Iterator[Batch]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads."""
     import grain
@@ -198,7 +206,7 @@ def training_batches(
             lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
         )
         chosen = [examples[i] for i in indices]
-        return make_batch(chosen, target_length=target_length, lead=lead)
+        return make_batch(chosen, target_length=target_length, widths=widths)
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -206,7 +214,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    examples: Sequence[Example], *, batch_size: int, lead: int = 0
+    examples: Sequence[Example], *, batch_size: int, widths: Widths = Widths()
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Batches of similar lengths, longest first, with the number of the example in each row.
 
@@ -218,5 +226,5 @@ def evaluation_batches(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         chosen = [examples[i] for i in numbers]
-        batch = make_batch(chosen, rows=batch_size, target_length=depth, lead=lead)
+        batch = make_batch(chosen, rows=batch_size, target_length=depth, widths=widths)
         yield batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)

@@ -161,8 +161,8 @@ def _in_order(model, config, examples, batch_size, run, progress) -> np.ndarray:
                 results[number] = row
         progress(int((numbers >= 0).sum()))
 
-    waiting, lead = None, config.leading
-    for batch, numbers in evaluation_batches(examples, batch_size=batch_size, lead=lead):
+    waiting, widths = None, family.widths(config)
+    for batch, numbers in evaluation_batches(examples, batch_size=batch_size, widths=widths):
         output = run(model.put(batch))
         if waiting is not None:
             collect(*waiting)

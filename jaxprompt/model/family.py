@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprompt.data.pipeline import Widths
 from jaxprompt.model import llama, t5
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.t5_config import T5Config
@@ -137,3 +138,8 @@ def specialise(
 
     whole = all(leads(ids) and np.all(ids[length:] < config.vocab_size) for ids in inputs)
     return replace(config, leading=length if whole and len(inputs) else 0)
+
+
+def widths(config: Config) -> Widths:
+    """How wide batches for this config become: a prompt computed once takes no columns."""
+    return Widths(config.leading, fine=True) if isinstance(config, LlamaConfig) else Widths()

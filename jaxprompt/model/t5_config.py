@@ -9,7 +9,6 @@ class T5Config:
     """Shape and numerics of one T5. Frozen and hashable, so that it can be a static argument."""
 
     family: ClassVar[str] = "encoder-decoder"
-    leading: ClassVar[int] = 0  # of no prompt can anything be computed without the text
 
     vocab_size: int  # V, rows of the embedding table
     d_model: int

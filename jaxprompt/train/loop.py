@@ -161,7 +161,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         seed=settings.seed,
         start=done,
         window=settings.length_window,
-        lead=shape.leading,
+        widths=family.widths(shape),
     )
     clock = Clock(progress["seconds"])
     stopped = bool(settings.patience and progress["stale"] >= settings.patience)
