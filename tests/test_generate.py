@@ -57,11 +57,11 @@ def test_an_empty_row_says_nothing(tiny):
 def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny):
     config, params = tiny
     ids, segments = inputs()
-    labels = np.array([[7, 1, 0], [9, 11, 1], [30, 1, 0]], np.int32)
+    labels = np.array([[7, 1, -1], [9, 11, 1], [30, 1, -1]], np.int32)
     scores = np.asarray(generate.label_log_likelihoods(params, None, config, ids, segments, labels))
     for number, label in enumerate(labels):
-        targets = np.tile(label, (3, 1))
-        marks = (targets > 0).astype(np.int32)
+        marks = np.tile((label >= 0).astype(np.int32), (3, 1))
+        targets = np.tile(np.maximum(label, 0), (3, 1))
         alone = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
         np.testing.assert_allclose(scores[:, number], alone, rtol=1e-4)
 
