@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from jaxprompt.evaluate.score import (
     measure,
 )
 from jaxprompt.model import family
-from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt
 
@@ -74,11 +72,9 @@ def open_session(
         mesh = parallel.make_mesh()
         sharding = parallel.parameter_sharding(mesh)
         backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=None)
-    attention = _attention(prompt)
-    if attention != "causal" and isinstance(backbone.config, LlamaConfig):
-        backbone = backbone._replace(config=replace(backbone.config, attention=attention))
     bank = None
     if prompt is not None:
+        backbone = backbone._replace(config=family.attending(backbone.config, _attention(prompt)))
         check_pair(prompt, backbone, any_backbone)
         bank = jnp.asarray(prompt.vectors)[None]
     # rows go to one place: prediction batches need not divide the devices
@@ -88,9 +84,9 @@ def open_session(
     return Session(backbone, words, prompt, model)
 
 
-def _attention(prompt: Prompt | None) -> str:
+def _attention(prompt: Prompt) -> str:
     """Who saw whom where the prompt was tuned."""
-    found: Any = {} if prompt is None else prompt.facts
+    found: Any = prompt.facts
     for key in ("config", "model", "attention"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if found in ("prompt", "prefix") else "causal"

@@ -213,7 +213,11 @@ def with_shots(task: TaskConfig, rows, count: int, seed: int, words) -> TaskConf
     short = [pair for pair in texts if len(words.encode(pair[0])) <= 48] or texts
     chosen = []
     for label in itertools.islice(itertools.cycle(task.labels or []), count):
-        found = next(p for p in short if p[1] == label and p not in chosen)
+        found = next((p for p in short if p[1] == label and p not in chosen), None)
+        if found is None:
+            raise UserError(
+                f"--shots {count}: too few short rows of label {label!r}; ask for fewer."
+            )
         chosen.append(found)
     space = "" if task.separator[-1:].isspace() else " "
     shots = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen)

@@ -11,6 +11,7 @@ keeps every step's time and loss.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from compare_backbones import read_task
 
 from jaxprompt import api
-from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError, read_yaml
+from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
-from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
+from jaxprompt.data.tasks import target_texts, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.score import measure
 from jaxprompt.model import family
@@ -41,13 +43,6 @@ def padded(rows: list[np.ndarray]) -> np.ndarray:
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
     return out
-
-
-def read_task(name: str) -> TaskConfig:
-    if not name.endswith(".yaml"):
-        return resolve_task(name)
-    values = read_yaml(Path(name).read_text(encoding="utf-8"), name)
-    return resolve_task(values.get("task", values))
 
 
 def ours(backbone, settings: TrainConfig, start, examples, indices, length: int):
@@ -78,8 +73,8 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
     )  # fmt: skip
     tokenizer = load_tokenizer(backbone.path, one_sequence=True)
     rows = backbone.config.vocab_size
-    plain = tokenize(task, load_rows(task, "train"), tokenizer, 0, rows)
-    virtual = tokenize(task, load_rows(task, "train"), tokenizer, length, rows)
+    training = load_rows(task, "train")
+    plain, virtual = (tokenize(task, training, tokenizer, n, rows) for n in (0, length))
     lengths = np.array([len(e.inputs) for e in virtual])
     indices = [
         batch_indices(lengths, batch_size=settings.batch_size, seed=seed, step=step, window=0)
@@ -144,7 +139,13 @@ def main() -> None:
     add("--eval-rows", type=int, default=300)
     options = parser.parse_args()
     try:
+        if shutil.which(options.python) is None:
+            raise UserError(f"--python {options.python!r} is no program; name an interpreter.")
         task, backbone = read_task(options.task), load_backbone(options.backbone, unroll=None)
+        if not family.one_sequence(backbone.config):
+            raise UserError(
+                f"--backbone {options.backbone!r} is not decoder-only; name one that is."
+            )
         options.out.mkdir(parents=True, exist_ok=True)
 
         def write(path: Path) -> None:

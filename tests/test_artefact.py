@@ -132,6 +132,7 @@ def test_a_header_that_lies(saved):
         (b'{"format": 2}', "has format 2 and this version reads 1"),
         (b'{"format": 1, "backbone": "t5"}', "'backbone' is 't5', no object"),
         (b'{"format": 1, "task": []}', "'task' is .., no object"),
+        (b'{"format": 1, "peft": 3}', "'peft' is 3, no object"),
     ],
 )
 def test_damaged_facts(saved, facts, message):

@@ -54,7 +54,7 @@ def test_one_file_spells_scan_and_remat():
 
 def test_the_family_of_a_backbone_is_known_in_one_folder():
     """Outside model/ nobody names a family's module; what is asked goes through family.py."""
-    allowed = {"train/pretrain.py", "api.py"}  # T5's objectives; the attention a prompt records
+    allowed = {"train/pretrain.py"}  # whose objectives are T5's
     families = ("model.t5", "model.llama", "model.t5_config", "model.llama_config")
     for path in MODULES:
         where = str(path.relative_to(PACKAGE))

@@ -63,6 +63,11 @@ def load_gguf_tokenizer(path: Path) -> Any:
             f"from GGUF ({', '.join(_CUTS)}); name one with tokenizer: in the YAML or --tokenizer"
         )
     words = value(reader, "tokenizer.ggml.tokens")
+    if not words or value(reader, "tokenizer.ggml.merges") is None:
+        raise UserError(
+            f"{path} has no vocabulary with merges; name a tokenizer with tokenizer: in the YAML "
+            "or --tokenizer"
+        )
     merges = [tuple(merge.split(" ")) for merge in value(reader, "tokenizer.ggml.merges")]
     vocabulary = {word: id for id, word in enumerate(words)}
     # Llama 3 takes a word of the vocabulary whole, whatever its merges would make of it

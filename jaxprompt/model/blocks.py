@@ -5,9 +5,11 @@ with the fields that the module reads.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jaxprompt.bank import embed
 from jaxprompt.model import layers
@@ -51,6 +53,22 @@ class TokenEmbedder(nn.Module):
 
     def __call__(self, ids, bank):
         return embed(ids, self.embedding.astype(self.config.activations), bank)
+
+
+def abstract(init: Callable[[Any, jax.Array], Any], config: Any, dtype: str) -> Any:
+    """Shapes and dtypes of the parameters that ``init`` would make, without allocating any."""
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+def named_axes(names: dict[str, tuple[str, ...]], shapes: Any) -> Any:
+    """Axes of every parameter by the last part of its path; stacked leaves start with "layers"."""
+
+    def name(path, leaf):
+        axes = names[path[-1].key]
+        return ("layers", *axes) if len(leaf.shape) > len(axes) else axes
+
+    return jax.tree_util.tree_map_with_path(name, shapes)
 
 
 def stacked(layer: type[nn.Module], config: Any, depth: int, in_axes: Any) -> Any:

@@ -118,6 +118,11 @@ def one_sequence(config: Config) -> bool:
     return isinstance(config, LlamaConfig)
 
 
+def attending(config: AnyConfig, attention: str) -> AnyConfig:
+    """The config with the attention that a prompt was tuned with; an encoder knows only one."""
+    return replace(config, attention=attention) if isinstance(config, LlamaConfig) else config
+
+
 def specialise(
     config: AnyConfig, inputs: Sequence[Int[np.ndarray, " s"]], length: int
 ) -> AnyConfig:

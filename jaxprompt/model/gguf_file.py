@@ -102,10 +102,18 @@ def _tensor(path: Path, name: str, tensor: Any, heads: int | None) -> Tensor:
     import gguf
 
     shape = tuple(int(n) for n in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    try:
+        gguf.quants.dequantize(tensor.data[:1], kind)
+    except NotImplementedError:
+        raise UserError(
+            f"{path}: tensor {tensor.name} is stored as {kind.name}, which the gguf package cannot "
+            "dequantise; use a file of another quantisation, such as Q8_0"
+        ) from None
 
     def read(index: Index) -> np.ndarray:
         rows, *rest = index
-        values = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+        values = gguf.quants.dequantize(tensor.data[rows], kind)
         if heads is not None:  # a slice of whole heads: the loader cuts between them
             width = shape[0] // heads
             pairs = values.reshape(-1, width // 2, 2, *shape[1:])

@@ -10,7 +10,6 @@ every row starts with one (``config.leading``), ``prepare`` computes its keys an
 all rows instead of once for each: exactly the same function, in training too.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.model import layers, llama_layers
-from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, stacked
+from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.llama_layers import Block, last_of_segment, ranks
 
@@ -153,8 +152,7 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: LlamaConfig, dtype: str = "float32") -> Params:
     """Shapes and dtypes of all parameters, without allocating any."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return abstract(init_params, config, dtype)
 
 
 _AXES = {
@@ -176,12 +174,7 @@ _AXES = {
 
 def logical_axes(config: LlamaConfig) -> dict[str, Any]:
     """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
-
-    def name(path, leaf):
-        axes = _AXES[path[-1].key]
-        return ("layers", *axes) if path[0].key == "layers" else axes
-
-    return jax.tree_util.tree_map_with_path(name, abstract_params(config))
+    return named_axes(_AXES, abstract_params(config))
 
 
 def _angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxprompt.model.precision import Precision
+
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Precision):
     """Shape and numerics of one Llama, Mistral or Qwen2. Frozen and hashable: a static argument."""
 
     family: ClassVar[str] = "decoder-only"
@@ -35,18 +37,8 @@ class LlamaConfig:
     # every row starts with the vectors of one prompt in order, so many of them: their keys and
     # values are then computed once for all rows. Set by ``family.specialise``; 0 promises nothing
     leading: int = 0
-    dtype: str = "float32"  # float32, bfloat16 or mixed, as in T5Config
+    dtype: str = "float32"  # see Precision
     unroll: bool = False
     remat: bool = False
     pad_id: int = 0
     eos_id: int = 2
-
-    @property
-    def mixed(self) -> bool:
-        """Whether products with weights have bfloat16 operands and float32 results."""
-        return self.dtype == "mixed"
-
-    @property
-    def activations(self) -> str:
-        """dtype of what flows between the products."""
-        return "float32" if self.mixed else self.dtype

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.model import layers
-from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, stacked
+from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.t5_config import T5Config
 
 Params = dict[str, Any]
@@ -223,8 +223,7 @@ def init_params(config: T5Config, key: jax.Array) -> Params:
 
 def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
     """Shapes and dtypes of all parameters, without allocating any."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return abstract(init_params, config, dtype)
 
 
 _AXES = {
@@ -245,12 +244,7 @@ _AXES = {
 
 def logical_axes(config: T5Config) -> dict[str, Any]:
     """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
-
-    def name(path, leaf):
-        axes = _AXES[path[-1].key]
-        return ("layers", *axes) if len(leaf.shape) > len(axes) else axes
-
-    return jax.tree_util.tree_map_with_path(name, abstract_params(config))
+    return named_axes(_AXES, abstract_params(config))
 
 
 def _apply(params, config, method, *args, dropout_key=None) -> Any:

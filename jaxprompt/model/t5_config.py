@@ -3,9 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxprompt.model.precision import Precision
+
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(Precision):
     """Shape and numerics of one T5. Frozen and hashable, so that it can be a static argument."""
 
     family: ClassVar[str] = "encoder-decoder"
@@ -26,9 +28,7 @@ class T5Config:
     max_distance: int = 128
     norm_eps: float = 1e-6
     dropout: float = 0.0  # applied only where a dropout key is given
-    # float32, bfloat16 (activations and products; parameters are cast at use), or mixed: float32,
-    # but weights are multiplied as bfloat16 operands with float32 sums and results
-    dtype: str = "float32"
+    dtype: str = "float32"  # see Precision
     unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
     remat: bool = False  # recompute each layer in the backward pass
     decoder_start_id: int = 0
@@ -39,13 +39,3 @@ class T5Config:
     def num_layers(self) -> int:
         """Depth of the stack that carries the prompt."""
         return self.num_encoder_layers
-
-    @property
-    def mixed(self) -> bool:
-        """Whether products with weights have bfloat16 operands and float32 results."""
-        return self.dtype == "mixed"
-
-    @property
-    def activations(self) -> str:
-        """dtype of what flows between the products."""
-        return "float32" if self.mixed else self.dtype

@@ -127,7 +127,7 @@ def _read_artefact(path: Path) -> Prompt:
         raise UserError(
             f"{path / FACTS} has format {facts.get('format')!r} and this version reads {FORMAT}."
         )
-    for key in ("backbone", "task"):
+    for key in ("backbone", "task", "peft"):
         if not isinstance(facts.get(key, {}), dict):
             raise UserError(f"{path / FACTS} is damaged: {key!r} is {facts[key]!r}, no object.")
     return Prompt(_checked(_read_safetensors(path / TENSORS, "prompt"), path), facts)
