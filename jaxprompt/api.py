@@ -12,11 +12,11 @@ from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
-from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
+from jaxprompt.data.rules import apply_rule
+from jaxprompt.data.tasks import read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_prompt, summarize
-from jaxprompt.evaluate.metrics import majority
+from jaxprompt.evaluate.metrics import diagnose, majority
 from jaxprompt.evaluate.score import (
     Answers,
     Model,
@@ -163,10 +163,13 @@ def predict(
 ) -> list[dict[str, Any]]:
     """``{"prediction": text, "scores": {label: log-likelihood}}`` for each row.
 
-    Tasks without labels have no scores. Pass a :class:`Session` to load the backbone only once.
+    Where the task has a rule, for each row that the rule makes (a line of SuperGLUE's own MultiRC
+    file holds many questions). Answers that are written freely have no scores. Pass a
+    :class:`Session` to load the backbone only once.
     """
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
+    rows = apply_rule(chosen, rows, training=False)
     return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size))
 
 
@@ -196,12 +199,10 @@ def evaluate(
     """The task's metrics on one of its splits, or on a file ``data`` with the task's columns."""
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
-    name = data if data is not None else getattr(chosen, split)
-    if name is None:
-        raise UserError(f"Task {chosen.name!r} has no {split} split; give a file with --data.")
     check_metrics(chosen)
-    rows = read_rows(None if data is not None else chosen.source, name)
-    references = target_texts(chosen, rows, name)
+    rows = read_split(chosen, split, data)
+    name = data if data is not None else getattr(chosen, split)
+    judged_by = references(chosen, rows, name)
     answers = answer_rows(
         session, chosen, rows, batch_size=batch_size, progress=progress, origin=name
     )
@@ -209,8 +210,9 @@ def evaluate(
         "task": chosen.name,
         "data": data if data is not None else split,
         "rows": len(rows),
-        "metrics": measure(chosen, answers.predictions, references),
-        "majority": majority(chosen.metrics[0], references, chosen.labels),
+        "metrics": measure(chosen, answers.predictions, judged_by),
+        **(diagnose(answers.predictions, chosen.labels) if chosen.labels else {}),
+        "majority": majority(chosen.metrics[0], judged_by, chosen.labels),
         "backbone": session.backbone.source,
         "prompt_length": session.length,
     }

@@ -121,6 +121,7 @@ def predict(
 ) -> None:
     """Answer every row of a file."""
     from jaxprompt import api
+    from jaxprompt.data.rules import apply_rule
     from jaxprompt.data.sources import read_rows
     from jaxprompt.progress import Bar
 
@@ -128,6 +129,7 @@ def predict(
     check_output(output)
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     chosen = api.prompt_task(session.prompt, task)
+    rows = apply_rule(chosen, rows, training=False, origin=str(input))
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
             session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input)

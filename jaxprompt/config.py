@@ -44,6 +44,10 @@ class TaskConfig(_Schema):
     target: str = "{label}"
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
+    decoding: Literal["rank", "greedy"] = "rank"  # greedy writes freely although there are labels
+    rule: str | None = None  # how rows of the source become rows, by name: see data/rules.py
+    answers: str | None = None  # column of all accepted answers (a list), for metrics of texts
+    group: str | None = None  # column that says which rows are judged together
     metrics: list[str] = Field(default=["accuracy"], min_length=1)  # the first selects checkpoints
     # between input and target where both are one sequence; an encoder's input ends with EOS
     separator: str = "\nAnswer:"

@@ -38,7 +38,7 @@ from compare_report import KEY, Key, Record, read_records, report
 
 from jaxprompt.api import Session, answer_rows, open_session
 from jaxprompt.config import RunConfig, TaskConfig, UserError, parse, read_yaml
-from jaxprompt.data.tasks import resolve_task, target_texts
+from jaxprompt.data.tasks import references, resolve_task, target_texts
 from jaxprompt.data.templates import to_text
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import measure
@@ -181,7 +181,7 @@ def with_template(task: TaskConfig, template: str) -> TaskConfig:
 def quality(session: Session, task: TaskConfig, rows) -> float:
     """The task's first metric, by rank classification."""
     predictions = answer_rows(session, task, rows).predictions
-    return measure(task, predictions, target_texts(task, rows))[task.metrics[0]]
+    return measure(task, predictions, references(task, rows))[task.metrics[0]]
 
 
 def hard_prompt(session: Session, task: TaskConfig, rows: dict, few) -> tuple[Record, TaskConfig]:
@@ -287,8 +287,8 @@ def measure_cell(cell: Cell, task: TaskConfig, path: str, held: Record, options)
     if task.labels:
         record |= free_generation(session, task, load_rows(task, "validation", limit))
     for split, name in (("validation", "majority"), ("test", "majority_test")):
-        texts = target_texts(task, rows.get(split, []))
-        record[name] = majority(metric, texts, task.labels) if texts else None
+        judged_by = references(task, rows.get(split, []))
+        record[name] = majority(metric, judged_by, task.labels) if judged_by else None
     record |= {"rows": len(rows["validation"]), "fingerprint": fingerprint}
     record["wall_seconds"] = round(time.monotonic() - start, 3)
     return record | {"settings": cell.settings}

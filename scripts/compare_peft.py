@@ -25,7 +25,7 @@ from compare_backbones import read_task
 from jaxprompt import api
 from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
-from jaxprompt.data.tasks import target_texts, tokenize
+from jaxprompt.data.tasks import references, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.score import measure
 from jaxprompt.model import family
@@ -106,7 +106,7 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
     for name, prompt in (("ours", Prompt(vectors, {})), ("peft", load_prompt(folder / "peft"))):
         session = api.open_session(prompt, backbone)
         answers = api.answer_rows(session, task, test)
-        found = measure(task, answers.predictions, target_texts(task, test))
+        found = measure(task, answers.predictions, references(task, test))
         scores[name] = found[task.metrics[0]]
     steady = [seconds for seconds, compiles in times if not compiles]
     record = {

@@ -176,7 +176,7 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
         ("train.steps=many", "Config key 'train.steps' is 'many': input should be a valid integer"),
         ("train.seed=-1", "Config key 'train.seed' is -1"),
         ("train.batch_size=1000000000", "Config key 'train.batch_size' is 1000000000"),
-        ("task.metrics=[accuracy, bleu]", "asks for metric 'bleu'; known are accuracy, f1"),
+        ("task.metrics=[accuracy, blue]", "asks for metric 'blue'; known are accuracy, f1"),
         ("task.labels=[]", "different ones are needed"),
         ("task.labels=[yes, no, yes]", "different ones are needed"),
         ("task.template=hello", "template 'hello' names no column"),
@@ -388,7 +388,7 @@ def test_predict_checks_its_input_and_output_first(refused, prompt, tmp_path):
 
 def test_eval_and_score_name_what_is_wrong(refused, prompt, tmp_path):
     assert "--split is 'dev'; allowed are train" in refused("eval", prompt, "--split", "dev")
-    assert "has no test split; give a file with --data" in refused(
+    assert "names no test data; give task.test, or a file with --data" in refused(
         "eval", prompt, "--split", "test"
     )
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "a", "label": "oui"}])

@@ -11,6 +11,7 @@ from helpers import make_backbone, run_values, write_run
 
 from jaxprompt import api
 from jaxprompt.config import RunConfig, UserError, load_config, parse
+from jaxprompt.data.tasks import read_split, references
 from jaxprompt.model.load import fingerprint, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.train.loop import Silent, train
@@ -79,6 +80,21 @@ def test_evaluating_the_artefact_gives_the_figure_of_the_run(uninterrupted):
     assert report["metrics"] == {result["metric"]: result["value"]}
     facts = load_prompt(folder / "prompt").facts
     assert facts["metrics"] == report["metrics"] and facts["step"] == result["best_step"]
+    assert report["illegal"] == 0 and sum(report["predicted"].values()) == report["rows"]
+
+
+def test_answers_that_are_written_freely_may_be_no_label(uninterrupted):
+    prompt = uninterrupted[0] / "prompt"
+    task = api.prompt_task(load_prompt(prompt), None).model_copy(update={"decoding": "greedy"})
+    session = api.open_session(prompt)
+    report = api.evaluate(session, task=task)
+    rows = read_split(task, "validation")
+    written = [found["prediction"] for found in api.predict(session, rows, task=task)]
+    counts = {label: written.count(label) for label in task.labels}
+    assert report["predicted"] == counts
+    assert report["illegal"] == pytest.approx(1 - sum(counts.values()) / len(rows))
+    right = [w == r.text for w, r in zip(written, references(task, rows), strict=True)]
+    assert report["metrics"]["accuracy"] == sum(right) / len(rows)
 
 
 def test_training_leaves_the_backbone_alone(uninterrupted, backbone):

@@ -86,7 +86,7 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_unknown_source_and_unknown_packaged_set():
-    with pytest.raises(UserError, match="'ftp:x' is unknown; use builtin:NAME, hf:"):
+    with pytest.raises(UserError, match="'ftp:x' is unknown; use builtin:NAME, folder:PATH, hf:"):
         read_rows("ftp:x", "train")
     with pytest.raises(UserError, match="no built-in split nothing/train; sets are .*supersense"):
         read_rows("builtin:nothing", "train")
@@ -221,3 +221,16 @@ def test_tfds_knows_its_text_sets_without_tensorflow():
         read_rows("tfds:nothing", "train")
     assert tfds.builder_cls("super_glue").name == "super_glue"
     assert "tensorflow" not in sys.modules
+
+
+def test_folder_of_files_named_by_splits(tmp_path):
+    (tmp_path / "BoolQ").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for name in ("train", "val"):
+        (tmp_path / "BoolQ" / f"{name}.jsonl").write_text(lines)
+    source = f"folder:{tmp_path / 'BoolQ'}"
+    assert list(read_rows(source, "train")) == ROWS == list(read_rows(source, "validation"))
+    with pytest.raises(UserError, match="no file for the split 'test'; it would be called test"):
+        read_rows(source, "test")
+    with pytest.raises(UserError, match="There is no folder"):
+        read_rows(source + "Q", "train")

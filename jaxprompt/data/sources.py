@@ -3,7 +3,7 @@
 import csv
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ PACKAGED = Path(__file__).parent.parent / "builtin" / "data"
 def read_rows(source: str | None, split: str) -> Sequence[Row]:
     """Rows of ``split``: a file where ``source`` is None, else a split of the source.
 
-    Sources: ``builtin:NAME``; ``hf:DATASET[/CONFIG]``, where DATASET may have a namespace, as in
+    Sources: ``builtin:NAME``; ``folder:PATH``, whose files are named by splits, as SuperGLUE's own
+    ``BoolQ/val.jsonl`` is; ``hf:DATASET[/CONFIG]``, where DATASET may have a namespace, as in
     ``hf:nyu-mll/glue/sst2``; ``tfds:NAME[/CONFIG]``.
     """
     kind, colon, name = (source or "").partition(":")
@@ -24,23 +25,45 @@ def read_rows(source: str | None, split: str) -> Sequence[Row]:
         rows = _read_file(Path(split))
     elif kind == "builtin" and colon:
         rows = _read_packaged(name, split)
+    elif kind == "folder" and colon:
+        rows = _read_folder(Path(name).expanduser(), split)
     elif kind == "hf" and colon:
         rows = _read_hugging_face(name, split)
     elif kind == "tfds" and colon:
         rows = _read_tfds(name, split)
     else:
         raise UserError(
-            f"Source {source!r} is unknown; use builtin:NAME, hf:DATASET[/CONFIG], tfds:NAME, or "
-            "give files in train and validation."
+            f"Source {source!r} is unknown; use builtin:NAME, folder:PATH, hf:DATASET[/CONFIG], "
+            "tfds:NAME, or give files in train and validation."
         )
     if len(rows) == 0:
         raise UserError(f"{split if source is None else f'{source} {split}'} holds no rows.")
     return rows
 
 
+def _read_folder(folder: Path, split: str) -> Sequence[Row]:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {str(folder)!r}.")
+    names = (split, "val", "dev") if split == "validation" else (split,)
+    for name in names:
+        for suffix in _readers():
+            if (folder / f"{name}{suffix}").is_file():
+                return _read_file(folder / f"{name}{suffix}")
+    raise UserError(
+        f"{folder} has no file for the split {split!r}; it would be called "
+        f"{' or '.join(names)}, and end in {', '.join(_readers())}."
+    )
+
+
+def _readers() -> dict[str, Callable[[Path], Sequence[Row]]]:
+    """How each kind of file is read."""
+    return {
+        ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet
+    }  # fmt: skip
+
+
 def _read_file(path: Path) -> Sequence[Row]:
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv,
-               ".parquet": _read_parquet}  # fmt: skip
+    readers = _readers()
     if path.suffix not in readers:
         raise UserError(f"File {str(path)!r} must end in {', '.join(readers)}.")
     if not path.is_file():

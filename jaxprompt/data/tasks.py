@@ -1,22 +1,50 @@
 """Tasks: one entry each. Text forms of the paper's tasks: Lester et al. 2021, section 3, which are
-T5's own (Raffel et al. 2020, appendix D) without the task names that T5 puts in front.
+T5's own (Raffel et al. 2020, appendix D) without the task names that T5 puts in front. The first of
+the metrics selects checkpoints.
 """
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
+from jaxprompt.data.rules import apply_rule
+from jaxprompt.data.sources import read_rows
 from jaxprompt.data.templates import Piece, fill, place_prompt, to_target
 from jaxprompt.data.tokenizer import Tokenizer
 
 _BOOLEAN = {"0": "False", "1": "True", "False": "False", "True": "True"}
 _GLUE = {"train": "train", "validation": "validation"}
 _BUILTIN = {"train": "train", "validation": "validation", "test": "test"}
+
+
+def _labels(*words: str) -> dict[str, Any]:
+    """Label words in the order of their numbers in the data."""
+    return {"labels": list(words), "label_map": {str(i): word for i, word in enumerate(words)}}
+
+
+_TRUTH = {"labels": ["False", "True"], "label_map": _BOOLEAN}
+_ENTAILED = _labels("entailment", "not_entailment")
+_NLI = _labels("entailment", "neutral", "contradiction") | {
+    "template": "hypothesis: {hypothesis} premise: {premise}",
+}  # fmt: skip
+_QA = {
+    "template": "question: {question} context: {context}",
+    "target": "{answer}",
+    "rule": "squad",
+    "answers": "answers",
+    "metrics": ["token_f1", "exact_match"],
+}
+
+
+def _mrqa(name: str) -> dict[str, Any]:
+    """A set that prompts tuned on SQuAD are tested on (Lester et al. 2021, section 5)."""
+    return _QA | {"source": f"tfds:mrqa/{name}", "validation": "test"}
+
 
 TASKS: dict[str, dict[str, Any]] = {
     # a dictionary definition -> the kind of thing that it defines (WordNet)
@@ -34,58 +62,163 @@ TASKS: dict[str, dict[str, Any]] = {
         "metrics": ["accuracy", "macro_f1"],
         "max_input_length": 192,
     },
-    "boolq": _GLUE | {
+    # SuperGLUE
+    "boolq": _GLUE | _TRUTH | {
         "source": "hf:aps/super_glue/boolq",
         "template": "passage: {passage} question: {question}",
-        "labels": ["False", "True"],
-        "label_map": _BOOLEAN,
     },
-    "cb": _GLUE | {
+    "cb": _GLUE | _labels("entailment", "contradiction", "neutral") | {
         "source": "hf:aps/super_glue/cb",
         "template": "hypothesis: {hypothesis} premise: {premise}",
-        "labels": ["entailment", "contradiction", "neutral"],
-        "label_map": {"0": "entailment", "1": "contradiction", "2": "neutral"},
-        "metrics": ["accuracy", "macro_f1"],
+        "metrics": ["macro_f1", "accuracy"],
     },
-    "rte": _GLUE | {
+    "copa": _GLUE | _labels("choice1", "choice2") | {
+        "source": "hf:aps/super_glue/copa",
+        "template": "choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
+    },
+    "multirc": _GLUE | _TRUTH | {
+        "source": "hf:aps/super_glue/multirc",
+        "rule": "multirc",
+        "template": "question: {question} answer: {answer} paragraph: {paragraph}",
+        "group": "group",
+        "metrics": ["f1", "group_exact_match"],
+    },
+    "record": _GLUE | {
+        "source": "hf:aps/super_glue/record",
+        "rule": "record",
+        "template": "query: {query} entities: {entities} passage: {passage}",
+        "target": "{answer}",
+        "answers": "answers",
+        "metrics": ["token_f1", "exact_match"],
+    },
+    "rte": _GLUE | _ENTAILED | {
         "source": "hf:aps/super_glue/rte",
         "template": "hypothesis: {hypothesis} premise: {premise}",
-        "labels": ["entailment", "not_entailment"],
-        "label_map": {"0": "entailment", "1": "not_entailment"},
     },
-    "sst2": _GLUE | {
+    "wic": _GLUE | _TRUTH | {
+        "source": "hf:aps/super_glue/wic",
+        "template": "sentence1: {sentence1} sentence2: {sentence2} word: {word}",
+    },
+    "wsc": _GLUE | {
+        "source": "hf:aps/super_glue/wsc.fixed",
+        "rule": "wsc",
+        "template": "{text}",
+        "target": "{answer}",
+        "answers": "referent",
+        "metrics": ["wsc_accuracy"],
+    },
+    # GLUE; WNLI is left to WSC, as T5 leaves it
+    "cola": _GLUE | _labels("unacceptable", "acceptable") | {
+        "source": "hf:nyu-mll/glue/cola",
+        "template": "sentence: {sentence}",
+        "metrics": ["matthews", "accuracy"],
+    },
+    "sst2": _GLUE | _labels("negative", "positive") | {
         "source": "hf:nyu-mll/glue/sst2",
         "template": "sentence: {sentence}",
-        "labels": ["negative", "positive"],
-        "label_map": {"0": "negative", "1": "positive"},
     },
-    "mrpc": _GLUE | {
+    "mrpc": _GLUE | _labels("not_equivalent", "equivalent") | {
         "source": "hf:nyu-mll/glue/mrpc",
         "template": "sentence1: {sentence1} sentence2: {sentence2}",
-        "labels": ["not_equivalent", "equivalent"],
-        "label_map": {"0": "not_equivalent", "1": "equivalent"},
         "metrics": ["f1", "accuracy"],
     },
-    "qqp": _GLUE | {
+    "qqp": _GLUE | _labels("not_duplicate", "duplicate") | {
         "source": "hf:nyu-mll/glue/qqp",
         "template": "question1: {question1} question2: {question2}",
-        "labels": ["not_duplicate", "duplicate"],
-        "label_map": {"0": "not_duplicate", "1": "duplicate"},
         "metrics": ["f1", "accuracy"],
+    },
+    "stsb": _GLUE | {
+        "source": "hf:nyu-mll/glue/stsb",
+        "rule": "stsb",
+        "template": "sentence1: {sentence1} sentence2: {sentence2}",
+        "metrics": ["pearson", "spearman"],
+        "max_target_length": 8,
+    },
+    "mnli": _NLI | {
+        "source": "hf:nyu-mll/glue/mnli",
+        "train": "train",
+        "validation": "validation_matched",
+    },
+    "mnli_mismatched": _NLI | {
+        "source": "hf:nyu-mll/glue/mnli",
+        "train": "train",
+        "validation": "validation_mismatched",
+    },
+    "qnli": _GLUE | _ENTAILED | {
+        "source": "hf:nyu-mll/glue/qnli",
+        "template": "question: {question} sentence: {sentence}",
+    },
+    "glue_rte": _GLUE | _ENTAILED | {
+        "source": "hf:nyu-mll/glue/rte",
+        "template": "sentence1: {sentence1} sentence2: {sentence2}",
+    },
+    # questions answered from a text; the six sets after SQuAD are of MRQA, out of its domain
+    "squad": _GLUE | _QA | {"source": "hf:rajpurkar/squad"},
+    "mrqa_bio_asq": _mrqa("bio_asq"),
+    "mrqa_drop": _mrqa("drop"),
+    "mrqa_duo_rc": _mrqa("duo_rc"),
+    "mrqa_race": _mrqa("race"),
+    "mrqa_relation_extraction": _mrqa("relation_extraction"),
+    "mrqa_textbook_qa": _mrqa("textbook_qa"),
+    # texts to write
+    "xsum": _GLUE | {
+        "source": "hf:EdinburghNLP/xsum",
+        "template": "{document}",
+        "target": "{summary}",
+        "metrics": ["rouge2", "rouge1", "rougeLsum"],
+        "max_target_length": 256,
+    },
+    "web_nlg": _GLUE | {
+        "source": "hf:GEM/web_nlg/en",
+        "rule": "web_nlg",
+        "template": "{triples}",
+        "target": "{target}",
+        "answers": "references",
+        "metrics": ["bleu"],
+        "max_target_length": 256,
     },
 }  # fmt: skip
 
+# What T5 put in front of a task's text when it was trained on many at once (Raffel et al. 2020).
+# Prompt tuning leaves it out: the prompt says what the task is.
+PREFIXES = {name: f"{name} " for name in TASKS if name not in ("supersense", "spam")} | {
+    "mnli_mismatched": "mnli ",
+    "glue_rte": "rte ",
+    "wsc": "wsc: ",
+    "xsum": "summarize: ",
+    "web_nlg": "",
+    **{name: "" for name in TASKS if TASKS[name].get("rule") == "squad"},
+}
+
+
+class Reference(NamedTuple):
+    """What a prediction is judged by."""
+
+    text: str  # the target
+    answers: tuple[str, ...]  # all texts that are right
+    group: Hashable  # rows of one group are right together (MultiRC: the question)
+
 
 def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
-    """A task by name, or from a mapping; with a known name, the mapping changes that task."""
+    """A task by name, or from a mapping; with a known name, the mapping changes that task.
+
+    ``prefix: true`` puts T5's name of the task in front of its text, as in "boolq passage: ...".
+    """
     values = {"name": task} if isinstance(task, str) else dict(task)
-    name = values.get("name")
+    name, prefix = values.get("name"), values.pop("prefix", False)
+    if not isinstance(prefix, bool) or (prefix and name not in PREFIXES):
+        raise UserError(
+            f"task.prefix is {prefix!r}; it is true or false, and true only for the tasks that T5 "
+            "was trained on; write other prefixes into task.template."
+        )
     if name in TASKS:
         # rows from files replace the entry's source, and with it the splits it names
         entry = TASKS[name]
         if "source" not in values and any(split in values for split in _BUILTIN):
             entry = {k: v for k, v in entry.items() if k not in ("source", *_BUILTIN)}
         values = entry | values
+        if prefix:
+            values["template"] = PREFIXES[name] + values["template"]
     elif name is not None and "template" not in values:
         close = difflib.get_close_matches(str(name), TASKS, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(TASKS)}."
@@ -168,6 +301,35 @@ def target_texts(
 ) -> list[str]:
     """The target text of each row: what predictions are compared with."""
     return [to_target(task, row, _where(task, origin, i)) for i, row in enumerate(rows)]
+
+
+def read_split(task: TaskConfig, split: str, data: str | None = None) -> Sequence[dict[str, Any]]:
+    """Rows of "train", "validation" or "test", as the template wants them; ``data``: of a file."""
+    name = data if data is not None else getattr(task, split)
+    if name is None:
+        raise UserError(
+            f"Task {task.name!r} names no {split} data; give task.{split}, or a file with --data."
+        )
+    rows = read_rows(task.source if data is None else None, name)
+    return apply_rule(task, rows, training=split == "train", origin=name)
+
+
+def references(
+    task: TaskConfig, rows: Sequence[dict[str, Any]], origin: str | None = None
+) -> list[Reference]:
+    """What the prediction of each row is judged by."""
+    found = []
+    for number, text in enumerate(target_texts(task, rows, origin)):
+        row, where = rows[number], _where(task, origin, number)
+        for column in filter(None, (task.answers, task.group)):
+            if row.get(column) is None:
+                raise UserError(f"{where} has no {column!r}, by which task {task.name!r} judges.")
+        answers = (text,) if task.answers is None else row[task.answers]
+        if isinstance(answers, str) or not answers:
+            raise UserError(f"{where} has {answers!r} in {task.answers!r}; give a list of texts.")
+        group = number if task.group is None else str(row[task.group])
+        found.append(Reference(text, tuple(map(str, answers)), group))
+    return found
 
 
 def _where(task: TaskConfig, origin: str | None, number: int) -> str:

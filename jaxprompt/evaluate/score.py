@@ -2,7 +2,8 @@
 
 A task with labels is answered by rank classification: the input is encoded once, every label is
 scored by the likelihood of its whole token sequence (EOS included), the best one wins. A task
-without labels is answered by greedy generation.
+without labels is answered by greedy generation, and so is one that sets ``decoding: greedy``, as in
+the paper: then what is written may be none of the labels.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, evaluation_batches
+from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.evaluate.metrics import METRICS
+from jaxprompt.evaluate.metrics import METRICS, check_packages
 from jaxprompt.model import family, generate
 
 
@@ -59,7 +61,7 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
-    if task.labels is None:
+    if task.labels is None or task.decoding == "greedy":
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
@@ -102,7 +104,7 @@ def evaluate(
     model: Model,
     task: TaskConfig,
     examples: Sequence[Example],
-    references: Sequence[str],
+    references: Sequence[Reference],
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -114,7 +116,7 @@ def evaluate(
 
 
 def measure(
-    task: TaskConfig, predictions: Sequence[str], references: Sequence[str]
+    task: TaskConfig, predictions: Sequence[str], references: Sequence[Reference]
 ) -> dict[str, float]:
     """The metrics that the task names."""
     check_metrics(task)
@@ -125,12 +127,13 @@ def measure(
 
 
 def check_metrics(task: TaskConfig) -> None:
-    """Refuse a metric that is unknown or that the task has no labels for."""
+    """Refuse a metric that is unknown, lacks its package or that the task has no labels for."""
     unknown = [name for name in task.metrics if name not in METRICS]
     if unknown:
         raise UserError(
             f"Task {task.name!r} asks for metric {unknown[0]!r}; known are {', '.join(METRICS)}."
         )
+    check_packages(task.metrics)
     if "f1" in task.metrics and not task.labels:
         raise UserError(
             f"Task {task.name!r} asks for metric 'f1', which is that of the last of its labels; "

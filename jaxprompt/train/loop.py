@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from jaxprompt import parallel
-from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.config import RunConfig, TaskConfig
 from jaxprompt.data.pipeline import Example, training_batches
-from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import resolve_task, target_texts, tokenize
+from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
@@ -45,7 +44,7 @@ class Split(NamedTuple):
     """Tokenized rows and the answers to compare predictions with."""
 
     examples: Sequence[Example]
-    references: list[str]
+    references: list[Reference]
 
 
 def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     def split(name: str, prompt_length: int = length) -> Split:
         vocabulary, origin = backbone.config.vocab_size, getattr(task, name)
         examples = tokenize(task, rows[name], tokenizer, prompt_length, vocabulary, origin=origin)
-        return Split(examples, target_texts(task, rows[name], origin))
+        return Split(examples, references(task, rows[name], origin))
 
     training, validation = split("train"), split("validation")
     test = split("test") if task.test else None
@@ -240,10 +239,7 @@ def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: st
 
 def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
     """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
-    name = getattr(task, split)
-    if name is None:
-        raise UserError(f"Task {task.name!r} names no {split} data; give task.{split}.")
-    rows = read_rows(task.source, name)
+    rows, name = read_split(task, split), getattr(task, split)
     for number, row in enumerate(rows, 1):
         to_text(task, row, f"row {number} of {name}")
     if limit is not None and limit < len(rows):
