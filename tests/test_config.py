@@ -1,10 +1,13 @@
 """The schema of a run: YAML 1.2 words and numbers, overrides, and one sentence for each mistake."""
 
+from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxprompt.config import (
+    PretrainConfig,
     PromptConfig,
     RunConfig,
     TaskConfig,
@@ -15,6 +18,9 @@ from jaxprompt.config import (
     parse,
     read_yaml,
 )
+from jaxprompt.data.tasks import resolve_task
+from jaxprompt.model import t5
+from jaxprompt.model.t5_config import released
 
 MINIMAL = "task: supersense\noutput: runs/a\n"
 
@@ -215,3 +221,46 @@ def test_an_initialisation_needs_what_it_reads(init):
     with pytest.raises(UserError, match=f"init={init} needs prompt.{init}; give it"):
         parse(RunConfig, {"task": "spam", "output": "a", "prompt": {"init": init}})
     parse(RunConfig, {"task": "spam", "output": "a", "prompt": {"init": init, init: "x"}})
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
+def test_configurations_that_come_along_are_valid(path):
+    if path.parent.name == "pretrain":
+        parse(PretrainConfig, read_yaml(path.read_text(), path.name))
+    else:
+        resolve_task(load_config(path).task)
+
+
+def test_recipes_of_the_paper_have_its_sizes_and_settings():
+    # frozen and trained parameters of Lester et al. 2021, table 4 (small to XXL, 100 vectors)
+    table = {"small": (76_961_152, 51_200), "base": (247_577_856, 76_800),
+             "large": (783_150_080, 102_400), "xl": (2_849_757_184, 204_800),
+             "xxl": (11_135_332_352, 409_600)}  # fmt: skip
+    assert RECIPES == sorted(table)
+    for size, (frozen, trained) in table.items():
+        paper, code = (load_config(CONFIGS / kind / f"{size}.yaml")
+                       for kind in ("paper", "authors_code"))  # fmt: skip
+        shape = released(paper.backbone)
+        leaves = jax.tree.leaves(t5.abstract_params(shape))
+        assert sum(leaf.size for leaf in leaves) == frozen
+        assert paper.prompt.length * shape.d_model == trained
+        # A.1 and table 6: the best of the search
+        train = paper.train
+        assert (train.learning_rate, train.batch_size, train.steps) == (0.3, 32, 30_000)
+        assert train.schedule == "constant" and not train.parameter_scale
+        same = {"train": {"steps", "batch_size"}, "model": {"dropout"},
+                "prompt": {"init", "uniform", "special_ids"}, "output": True}  # fmt: skip
+        assert paper.model_dump(exclude=same) == code.model_dump(exclude=same)
+        assert (code.model.dropout, code.prompt.init, code.prompt.uniform) == (
+            0.1, "uniform", "code"
+        )  # fmt: skip
+
+
+def test_names_of_released_backbones():
+    assert released("google/t5-v1_1-xl") == released("google/t5-xl-lm-adapt")
+    for name in ("google/t5-xl", "google/t5-v1_1-xl-lm-adapt", "t5-small", "google/t5-v1_1-11b"):
+        assert released(name) is None

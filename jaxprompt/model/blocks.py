@@ -77,7 +77,8 @@ def stacked(layer: type[nn.Module], config: Any, depth: int, in_axes: Any) -> An
     ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for
     all layers (``nn.broadcast``). Unrolled, it is the same scan: one parameter tree for both.
     """
-    layer = nn.remat(layer, prevent_cse=False) if config.remat else layer
+    # in a loop nothing can be merged; unrolled, the compiler would undo the rematerialisation
+    layer = nn.remat(layer, prevent_cse=bool(config.unroll)) if config.remat else layer
     return nn.scan(
         layer,
         variable_axes={"params": 0},

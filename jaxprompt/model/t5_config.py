@@ -1,6 +1,7 @@
 """Shape and numerics of a T5."""
 
 import dataclasses
+import re
 from typing import ClassVar
 
 from jaxprompt.model.precision import Precision
@@ -39,3 +40,25 @@ class T5Config(Precision):
     def num_layers(self) -> int:
         """Depth of the stack that carries the prompt."""
         return self.num_encoder_layers
+
+
+# num_layers of both stacks, num_heads, d_model, d_ff of T5 1.1; 64 numbers a head, 32,128 rows
+_RELEASED = {
+    "small": (8, 6, 512, 1024),
+    "base": (12, 12, 768, 2048),
+    "large": (24, 16, 1024, 2816),
+    "xl": (24, 32, 2048, 5120),
+    "xxl": (24, 64, 4096, 10240),
+}
+
+
+def released(name: str) -> T5Config | None:
+    """The shape of a released T5 1.1 by its hub id, LM-adapted or not; None for other names."""
+    found = re.fullmatch(r"google/t5-(?:v1_1-)?(small|base|large|xl|xxl)(-lm-adapt)?", name)
+    if found is None or ("v1_1" in name) == bool(found[2]):
+        return None
+    depth, heads, width, inner = _RELEASED[found[1]]
+    return T5Config(
+        vocab_size=32_128, d_model=width, num_heads=heads, head_dim=64, d_ff=inner,
+        num_encoder_layers=depth, num_decoder_layers=depth,
+    )  # fmt: skip
