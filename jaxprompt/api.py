@@ -266,10 +266,25 @@ def inspect(
         pieces=min(tokenizer.size, session.backbone.config.vocab_size),
         word=functools.partial(_word, tokenizer),
         count=nearest,
+        labels=_label_pieces(session),
     )
     if figure is not None:
         draw_prompt(report, vectors, Path(figure))
     return report
+
+
+def _label_pieces(session: Session) -> dict[str, list[int]]:
+    """Ids of the label words of the prompt's task, without what ends them."""
+    recorded = session.prompt.facts.get("task") if session.prompt is not None else None
+    if recorded is None:
+        return {}
+    task = parse(TaskConfig, recorded, "task.")
+    labels = task.labels or []
+    ids = session.tokenizer.encode_targets(labels, task.separator)
+    special = set(session.tokenizer.special_ids)
+    return {
+        label: [i for i in row if i not in special] for label, row in zip(labels, ids, strict=True)
+    }
 
 
 def _word(tokenizer: Tokenizer, id: int) -> str:

@@ -219,4 +219,7 @@ def test_inspect_names_the_words_of_a_prompt_made_of_words(backbone, tmp_path):
         [session.tokenizer.encode(entry["word"].lstrip("▁"))[0]] for entry in nearest
     ]
     assert all(entry["cosine"] > 0.999 for entry in nearest)
+    # where the start came from a text, labels are found where their words stand
+    found = {label: where["positions"] for label, where in report["labels"].items()}
+    assert 2 in found["yes"]
     assert (tmp_path / "figure.png").stat().st_size > 1000
