@@ -16,7 +16,7 @@ from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_prompt, summarize
-from jaxprompt.evaluate.metrics import diagnose, majority
+from jaxprompt.evaluate.metrics import diagnose, likeliest, majority, vote
 from jaxprompt.evaluate.score import (
     Answers,
     Model,
@@ -215,6 +215,66 @@ def evaluate(
         "majority": majority(chosen.metrics[0], judged_by, chosen.labels),
         "backbone": session.backbone.source,
         "prompt_length": session.length,
+    }
+
+
+def evaluate_ensemble(
+    sessions: Sequence[Session],
+    *,
+    task: str | dict[str, Any] | TaskConfig | None = None,
+    data: str | None = None,
+    split: str = "validation",
+    batch_size: int = 64,
+    progress: Progress = lambda rows: None,
+) -> dict[str, Any]:
+    """The metrics of several prompts for one task and of their joint answers.
+
+    All prompts are answered for in the same batches: they are one bank, and a row is there once for
+    each (Lester et al. 2021, section 6). ``vote`` is the majority's answer, ``likelihood`` the
+    label of the highest mean probability (where labels are ranked). Sessions share a backbone.
+    """
+    first, count = sessions[0], len(sessions)
+    vectors = [session.prompt.vectors for session in sessions if session.prompt is not None]
+    if len(vectors) < count or len({rows.shape for rows in vectors}) > 1:
+        raise UserError(
+            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}."
+        )
+    if len({id(session.backbone.params) for session in sessions}) > 1:
+        raise UserError("Prompts of an ensemble share one loaded backbone.")
+    chosen = prompt_task(first.prompt, task)
+    check_metrics(chosen)
+    rows = read_split(chosen, split, data)
+    name = data if data is not None else getattr(chosen, split)
+    judged_by = references(chosen, rows, name)
+    examples = [
+        example
+        for number in range(count)
+        for example in tokenize(
+            chosen, rows, first.tokenizer, first.length, first.backbone.config.vocab_size,
+            prompt=number, need_targets=False, origin=name,
+        )
+    ]  # fmt: skip
+    model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
+    found = answer(
+        model, chosen, examples, first.tokenizer, batch_size=batch_size, progress=progress
+    )
+    each = [found.predictions[k * len(rows) : (k + 1) * len(rows)] for k in range(count)]
+    joint = {"vote": vote(each)}
+    if found.scores is not None and chosen.labels is not None:
+        joint["likelihood"] = likeliest(found.scores.reshape(count, len(rows), -1), chosen.labels)
+    figures = [measure(chosen, predictions, judged_by) for predictions in each]
+    main = [figure[chosen.metrics[0]] for figure in figures]
+    return {
+        "task": chosen.name,
+        "data": data if data is not None else split,
+        "rows": len(rows),
+        "prompts": figures,
+        "mean": sum(main) / count,
+        "best": max(main),
+        **{way: measure(chosen, predictions, judged_by) for way, predictions in joint.items()},
+        "majority": majority(chosen.metrics[0], judged_by, chosen.labels),
+        "backbone": first.backbone.source,
+        "prompt_length": first.length,
     }
 
 

@@ -85,7 +85,10 @@ def pretrain(
 
 @app.command("eval")
 def evaluate(
-    prompt: Annotated[Path | None, typer.Argument(help="prompt; none: the bare backbone")] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="prompt; none: the bare backbone; several: alone and as an ensemble"),
+    ] = None,
     task: TaskOption = None,
     data: Annotated[str | None, typer.Option(help="a file with the task's columns")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "validation",
@@ -94,17 +97,22 @@ def evaluate(
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
 ) -> None:
-    """Metrics of a prompt as one JSON object."""
+    """Metrics of a prompt, or of several and of their joint answers, as one JSON object."""
     if split not in ("train", "validation", "test"):
         raise UserError(f"--split is {split!r}; allowed are train, validation and test.")
     from jaxprompt import api
     from jaxprompt.progress import Bar
 
-    session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
+    first, *others = prompts or [None]
+    more: dict[str, Any] = {"tokenizer": tokenizer, "any_backbone": any_backbone}
+    session = api.open_session(first, backbone, **more)
+    sessions = [session] + [api.open_session(p, session.backbone, **more) for p in others]
+    options: dict[str, Any] = {"task": task, "data": data, "split": split, "batch_size": batch_size}
     with Bar("evaluating", None) as bar:
-        report = api.evaluate(
-            session, task=task, data=data, split=split, batch_size=batch_size, progress=bar.advance
-        )
+        if others:
+            report = api.evaluate_ensemble(sessions, **options, progress=bar.advance)
+        else:
+            report = api.evaluate(session, **options, progress=bar.advance)
     print(json.dumps(report))
 
 

@@ -122,6 +122,8 @@ def test_train_eval_predict_score_inspect(call, values, tmp_path):
         assert [row["tokens"] for row in found] == [2, 1]
         assert all(row["log_likelihood"] < 0 for row in found)
 
+    code, out, err = call("eval", prompt, prompt)
+    assert code == 0 and json.loads(out)["vote"] == json.loads(out)["prompts"][1], err
     code, out, err = call("inspect", prompt, "--nearest", 1)
     assert code == 0 and json.loads(out)["length"] == 3, err
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

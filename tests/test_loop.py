@@ -12,6 +12,7 @@ from helpers import make_backbone, run_values, write_run
 from jaxprompt import api
 from jaxprompt.config import RunConfig, UserError, load_config, parse
 from jaxprompt.data.tasks import read_split, references
+from jaxprompt.evaluate.metrics import vote
 from jaxprompt.model.load import fingerprint, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.train.loop import Silent, train
@@ -206,6 +207,32 @@ def test_a_prompt_refuses_another_backbone(uninterrupted, tmp_path):
     with pytest.raises(UserError, match="other weights"):
         api.open_session(uninterrupted[0] / "prompt", str(other))
     assert api.open_session(uninterrupted[0] / "prompt", str(other), any_backbone=True).length == 3
+
+
+def test_an_ensemble_answers_as_its_prompts_do_alone(uninterrupted, tmp_path):
+    folder = uninterrupted[0]
+    session = api.open_session(folder / "prompt")
+    rng = np.random.default_rng(0)
+    prompts = [session.prompt] + [
+        session.prompt._replace(vectors=rng.normal(size=(3, 16)).astype(np.float32))
+        for _ in range(2)
+    ]
+    sessions = [api.open_session(p, session.backbone) for p in prompts]
+    report = api.evaluate_ensemble(sessions, batch_size=8)
+    alone = [api.evaluate(s)["metrics"] for s in sessions]
+    assert report["prompts"] == alone and report["best"] == max(m["accuracy"] for m in alone)
+    task = api.prompt_task(session.prompt, None)
+    rows = read_split(task, "validation")
+    each = [[found["prediction"] for found in api.predict(s, rows)] for s in sessions]
+    texts = [r.text for r in references(task, rows)]
+    right = [v == t for v, t in zip(vote(each), texts, strict=True)]
+    assert report["vote"]["accuracy"] == sum(right) / len(rows)
+    assert set(report["likelihood"]) == {"accuracy"}
+    one = api.evaluate_ensemble(sessions[:1])
+    assert one["vote"] == one["likelihood"] == alone[0]
+    longer = session.prompt._replace(vectors=np.zeros((4, 16), np.float32))
+    with pytest.raises(UserError, match=r"have one length; these have \[3, 4\]"):
+        api.evaluate_ensemble([session, api.open_session(longer, session.backbone)])
 
 
 def test_inspect_names_the_words_of_a_prompt_made_of_words(backbone, tmp_path):

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from jaxprompt.config import TaskConfig, UserError
@@ -15,6 +16,7 @@ from jaxprompt.evaluate.metrics import (
     exact_match,
     f1,
     group_exact_match,
+    likeliest,
     macro_f1,
     majority,
     matthews,
@@ -24,6 +26,7 @@ from jaxprompt.evaluate.metrics import (
     spearman,
     superglue_score,
     token_f1,
+    vote,
 )
 from jaxprompt.evaluate.score import check_metrics
 
@@ -217,3 +220,18 @@ def test_a_package_that_is_not_there_is_named_before_any_work(metric, package, m
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(UserError, match=rf"'{metric}' needs '{package}.*jaxprompt\[metrics\]"):
         check_metrics(task)
+
+
+def test_majority_vote_and_the_first_of_equals():
+    answers = [["a", "b", "c", "a"], ["b", "b", "c", "b"], ["b", "c", "a", "c"]]
+    assert vote(answers) == ["b", "b", "c", "a"]
+    assert vote([["x"], ["y"]]) == ["x"] and vote([["x"]]) == ["x"]
+
+
+def test_the_highest_mean_likelihood_can_outvote_the_majority():
+    # two prompts lean to no, one is sure of yes; their probabilities of no: 0.6, 0.6, 0.01
+    shares = np.array([[[0.6, 0.4]], [[0.6, 0.4]], [[0.01, 0.99]]])
+    assert likeliest(np.log(shares), LABELS) == ["yes"]
+    # only the ratio of a prompt's likelihoods counts: targets may be long for one of them
+    assert likeliest(np.log(shares) - [[[900.0]], [[3.0]], [[90.0]]], LABELS) == ["yes"]
+    assert likeliest(np.log(shares[:2]), LABELS) == ["no"]

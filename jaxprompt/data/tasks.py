@@ -303,15 +303,20 @@ def target_texts(
     return [to_target(task, row, _where(task, origin, i)) for i, row in enumerate(rows)]
 
 
-def read_split(task: TaskConfig, split: str, data: str | None = None) -> Sequence[dict[str, Any]]:
-    """Rows of "train", "validation" or "test", as the template wants them; ``data``: of a file."""
+def read_split(
+    task: TaskConfig, split: str, data: str | None = None, *, training: bool = False
+) -> Sequence[dict[str, Any]]:
+    """Rows of "train", "validation" or "test", as the template wants them; ``data``: of a file.
+
+    ``training``: to be trained on, and not to be answered and judged.
+    """
     name = data if data is not None else getattr(task, split)
     if name is None:
         raise UserError(
             f"Task {task.name!r} names no {split} data; give task.{split}, or a file with --data."
         )
     rows = read_rows(task.source if data is None else None, name)
-    return apply_rule(task, rows, training=split == "train", origin=name)
+    return apply_rule(task, rows, training=training, origin=name)
 
 
 def references(

@@ -1,6 +1,6 @@
 """What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, 7)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def summarize(
     pieces: int,
     word: Callable[[int], str],
     count: int = 5,
-    labels: dict[str, Sequence[int]] | None = None,
+    labels: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """A JSON-ready report: each vector's norm and nearest words, and summaries over all.
 

@@ -239,7 +239,7 @@ def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: st
 
 def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
     """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
-    rows, name = read_split(task, split), getattr(task, split)
+    rows, name = read_split(task, split, training=split == "train"), getattr(task, split)
     for number, row in enumerate(rows, 1):
         to_text(task, row, f"row {number} of {name}")
     if limit is not None and limit < len(rows):
