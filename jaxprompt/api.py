@@ -13,7 +13,7 @@ from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
-from jaxprompt.data.tasks import read_split, references, resolve_task, tokenize
+from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_prompt, summarize
 from jaxprompt.evaluate.metrics import diagnose, likeliest, majority, vote
@@ -198,24 +198,43 @@ def evaluate(
 ) -> dict[str, Any]:
     """The task's metrics on one of its splits, or on a file ``data`` with the task's columns."""
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
+    asked = _questions(session, task, data, split)
+    answers = answer_rows(
+        session, asked.task, asked.rows, batch_size=batch_size, progress=progress,
+        origin=asked.origin,
+    )  # fmt: skip
+    labels = asked.task.labels
+    return asked.facts | {
+        "metrics": measure(asked.task, answers.predictions, asked.judged_by),
+        **(diagnose(answers.predictions, labels) if labels else {}),
+    }
+
+
+class _Questions(NamedTuple):
+    """Rows to be answered, what judges the answers, and what a report says of both."""
+
+    task: TaskConfig
+    rows: Sequence[dict[str, Any]]
+    origin: str
+    judged_by: list[Reference]
+    facts: dict[str, Any]
+
+
+def _questions(session: Session, task, data: str | None, split: str) -> _Questions:
     chosen = prompt_task(session.prompt, task)
     check_metrics(chosen)
     rows = read_split(chosen, split, data)
-    name = data if data is not None else getattr(chosen, split)
-    judged_by = references(chosen, rows, name)
-    answers = answer_rows(
-        session, chosen, rows, batch_size=batch_size, progress=progress, origin=name
-    )
-    return {
+    origin = data if data is not None else getattr(chosen, split)
+    judged_by = references(chosen, rows, origin)
+    facts = {
         "task": chosen.name,
         "data": data if data is not None else split,
         "rows": len(rows),
-        "metrics": measure(chosen, answers.predictions, judged_by),
-        **(diagnose(answers.predictions, chosen.labels) if chosen.labels else {}),
         "majority": majority(chosen.metrics[0], judged_by, chosen.labels),
         "backbone": session.backbone.source,
         "prompt_length": session.length,
     }
+    return _Questions(chosen, rows, origin, judged_by, facts)
 
 
 def evaluate_ensemble(
@@ -237,23 +256,32 @@ def evaluate_ensemble(
     vectors = [session.prompt.vectors for session in sessions if session.prompt is not None]
     if len(vectors) < count or len({rows.shape for rows in vectors}) > 1:
         raise UserError(
-            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}."
+            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}; "
+            "leave out those of another length."
         )
-    if len({id(session.backbone.params) for session in sessions}) > 1:
-        raise UserError("Prompts of an ensemble share one loaded backbone.")
-    chosen = prompt_task(first.prompt, task)
-    check_metrics(chosen)
-    rows = read_split(chosen, split, data)
-    name = data if data is not None else getattr(chosen, split)
-    judged_by = references(chosen, rows, name)
+    names = {prompt_task(session.prompt, task).name for session in sessions}
+    if len(names) > 1:
+        raise UserError(
+            f"Prompts of an ensemble are for one task; these are for {', '.join(sorted(names))}; "
+            "leave out the others, or name the task with --task."
+        )
+    if len({(id(s.backbone.params), s.backbone.config) for s in sessions}) > 1:
+        raise UserError(
+            "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
+            "with the same Backbone, and leave out prompts tuned with another model.attention."
+        )
+    asked = _questions(first, task, data, split)
+    chosen, rows, vocabulary = asked.task, asked.rows, first.backbone.config.vocab_size
+    plain = tokenize(
+        chosen, rows, first.tokenizer, first.length, vocabulary,
+        need_targets=False, origin=asked.origin,
+    )  # fmt: skip
     examples = [
-        example
-        for number in range(count)
-        for example in tokenize(
-            chosen, rows, first.tokenizer, first.length, first.backbone.config.vocab_size,
-            prompt=number, need_targets=False, origin=name,
-        )
-    ]  # fmt: skip
+        # the same texts, with the virtual tokens of prompt k
+        e._replace(inputs=np.where(e.inputs < vocabulary, e.inputs, e.inputs + k * first.length))
+        for k in range(count)
+        for e in plain
+    ]
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
     found = answer(
         model, chosen, examples, first.tokenizer, batch_size=batch_size, progress=progress
@@ -262,20 +290,12 @@ def evaluate_ensemble(
     joint = {"vote": vote(each)}
     if found.scores is not None and chosen.labels is not None:
         joint["likelihood"] = likeliest(found.scores.reshape(count, len(rows), -1), chosen.labels)
-    figures = [measure(chosen, predictions, judged_by) for predictions in each]
+    figures = [measure(chosen, predictions, asked.judged_by) for predictions in each]
     main = [figure[chosen.metrics[0]] for figure in figures]
-    return {
-        "task": chosen.name,
-        "data": data if data is not None else split,
-        "rows": len(rows),
-        "prompts": figures,
-        "mean": sum(main) / count,
-        "best": max(main),
-        **{way: measure(chosen, predictions, judged_by) for way, predictions in joint.items()},
-        "majority": majority(chosen.metrics[0], judged_by, chosen.labels),
-        "backbone": first.backbone.source,
-        "prompt_length": first.length,
-    }
+    ways = {way: measure(chosen, answers, asked.judged_by) for way, answers in joint.items()}
+    return asked.facts | {
+        "prompts": figures, "mean": sum(main) / count, "best": max(main), **ways
+    }  # fmt: skip
 
 
 def score(
