@@ -233,6 +233,12 @@ def test_an_ensemble_answers_as_its_prompts_do_alone(uninterrupted, tmp_path):
     longer = session.prompt._replace(vectors=np.zeros((4, 16), np.float32))
     with pytest.raises(UserError, match=r"have one length; these have \[3, 4\]"):
         api.evaluate_ensemble([session, api.open_session(longer, session.backbone)])
+    facts = session.prompt.facts
+    renamed = session.prompt._replace(facts=facts | {"task": facts["task"] | {"name": "other"}})
+    with pytest.raises(UserError, match="for one task; these are for .*other.*--task"):
+        api.evaluate_ensemble([session, api.open_session(renamed, session.backbone)])
+    with pytest.raises(UserError, match="share one loaded backbone"):
+        api.evaluate_ensemble([session, api.open_session(session.prompt)])
 
 
 def test_inspect_names_the_words_of_a_prompt_made_of_words(backbone, tmp_path):
