@@ -103,6 +103,10 @@ class PromptConfig(_Schema):
     text: str | None = None
     file: str | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
+    # of the network of residual-prompt-tuning
+    bottleneck: Size = 128
+    # embeddings that superposition-prompt-tuning mixes, at least as many as vectors
+    basis: Size = 128
 
     @model_validator(mode="after")
     def _start_is_named(self):
@@ -158,12 +162,23 @@ class RunConfig(_Schema):
     backbone: str = "builtin"
     tokenizer: str | None = None  # hub id or directory; None: the one beside the weights
     task: str | dict[str, Any]
-    method: Literal["prompt-tuning", "model-tuning"] = "prompt-tuning"
+    method: Literal[
+        "prompt-tuning", "residual-prompt-tuning", "superposition-prompt-tuning", "model-tuning"
+    ] = "prompt-tuning"
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     output: str
+
+    @model_validator(mode="after")
+    def _start_has_enough_rows(self):
+        if self.method == "superposition-prompt-tuning" and self.prompt.init == "file":
+            raise ValueError(
+                "a superposition starts from words, and prompt.init is 'file'; choose another "
+                "prompt.init, or method=prompt-tuning"
+            )
+        return self
 
 
 class TextSource(_Schema):

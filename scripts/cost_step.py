@@ -72,9 +72,11 @@ def main(options: argparse.Namespace) -> None:
         model.logical_axes(shape),
     )
     optimizer = per_prompt(make_optimizer(config.train))
-    prompts = np.zeros((1, length, shape.d_model), np.float32)
+    start = np.zeros((1, method.rows(config.prompt), shape.d_model), np.float32)
     everywhere = parallel.replicated(mesh)
-    state = jax.eval_shape(lambda p: init_state(method, optimizer, p, prompts), params)
+    state = jax.eval_shape(
+        lambda p: init_state(method, optimizer, p, start, config.prompt), params
+    )
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
     )
@@ -87,7 +89,7 @@ def main(options: argparse.Namespace) -> None:
     batch = Batch(*map(array, (wide, wide, narrow, narrow, narrow)), array(narrow, jnp.float32))
     step = make_train_step(shape, method, optimizer, z_loss=config.train.z_loss)
 
-    start = time.monotonic()
+    begun = time.monotonic()
     lowered = step.lower(state, params, batch)
     # counted unrolled: in a loop a layer's FLOPs would count once
     flat = dataclasses.replace(shape, unroll=True)
@@ -95,7 +97,7 @@ def main(options: argparse.Namespace) -> None:
     flops = counted.lower(state, params, batch).cost_analysis()["flops"]
     print("lowered; compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - begun
     memory, text = compiled.memory_analysis(), compiled.as_text()
     sent = {
         kind: len(re.findall(rf" {kind}(?:-start)?\(", text))

@@ -1,7 +1,11 @@
-"""Tuning methods: pairs of pure functions. Only the tree that ``init`` makes is ever trained.
+"""Tuning methods: functions of a tree and the frozen parameters. Only that tree is ever trained.
 
-Every leaf of that tree has a leading axis K, one entry per prompt trained in the same step, so that
+Every leaf of the tree has a leading axis K, one entry per prompt trained in the same step, so that
 the optimizer can be vmapped over it and K prompts are tuned exactly as if each were alone.
+
+Reparameterised prompts are trained in other coordinates and stored as the vectors they come to:
+nothing that uses a prompt can tell. Their weights start with unit variance and are divided by the
+square root of their fan-in where they are used, so that one learning rate suits all leaves.
 """
 
 from collections.abc import Callable
@@ -12,30 +16,82 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprompt.config import PromptConfig
+
 Tree = Any
 Params = dict[str, Any]
 
 
 class Method(NamedTuple):
-    """``init(params, prompts) -> tree`` and ``apply(tree, params) -> (params, bank)``."""
+    """What is trained, how it starts, and what the model is given.
 
-    init: Callable[[Params, Float[np.ndarray, "K P D"]], Tree]
+    ``init(params, start, config, seed) -> tree`` begins from ``rows(config)`` start vectors for
+    each prompt; ``apply(tree, params) -> (params, bank)``.
+    """
+
+    init: Callable[[Params, Float[np.ndarray, "K R D"], PromptConfig, int], Tree]
     apply: Callable[[Tree, Params], tuple[Params, Float[Array, "K P D"] | None]]
-    uses_prompt: bool
+    rows: Callable[[PromptConfig], int] = lambda config: config.length
+    uses_prompt: bool = True
 
 
-def _tune_prompt(params: Params, prompts: Float[np.ndarray, "K P D"]) -> Tree:
-    return {"prompt": jnp.asarray(prompts, jnp.float32)}
+def _tune_prompt(params: Params, start, config: PromptConfig, seed: int) -> Tree:
+    return {"prompt": jnp.asarray(start, jnp.float32)}
 
 
-def _tune_model(params: Params, prompts: Float[np.ndarray, "K P D"]) -> Tree:
+def _residual_start(params: Params, start, config: PromptConfig, seed: int) -> Tree:
+    count, _, width = start.shape
+    rng = np.random.Generator(np.random.Philox(key=[seed, 1]))  # apart from that of the start
+
+    def normal(*shape):  # the same for each prompt, as if it were alone
+        return jnp.tile(jnp.asarray(rng.standard_normal(shape), jnp.float32), (count, 1, 1))
+
+    zeros = lambda n: jnp.zeros((count, n), jnp.float32)
+    return {
+        "prompt": jnp.asarray(start, jnp.float32),
+        "down": normal(width, config.bottleneck),
+        "down_bias": zeros(config.bottleneck),
+        "up": normal(config.bottleneck, width),
+        "up_bias": zeros(width),
+        "scale": jnp.ones((count, width), jnp.float32),
+        "shift": zeros(width),
+    }
+
+
+def _residual_prompt(tree: Tree, params: Params) -> tuple[Params, Float[Array, "K P D"]]:
+    """p + LayerNorm(W_up relu(W_down p)), one network for all vectors of a prompt."""
+    width, inner = tree["down"].shape[1:]
+    vectors = tree["prompt"]
+    hidden = jnp.einsum("kpd,kdm->kpm", vectors, tree["down"]) / width**0.5
+    hidden = jax.nn.relu(hidden + tree["down_bias"][:, None])
+    out = jnp.einsum("kpm,kmd->kpd", hidden, tree["up"]) / inner**0.5 + tree["up_bias"][:, None]
+    out = jax.nn.standardize(out, axis=-1, epsilon=1e-5)
+    return params, vectors + out * tree["scale"][:, None] + tree["shift"][:, None]
+
+
+def _superposition_start(params: Params, start, config: PromptConfig, seed: int) -> Tree:
+    count, words, _ = start.shape
+    mixture = np.eye(config.length, words, dtype=np.float32) * words**0.5
+    return {
+        "mixture": jnp.tile(jnp.asarray(mixture), (count, 1, 1)),
+        "basis": jnp.asarray(start, jnp.float32),
+    }
+
+
+def _superposed_prompt(tree: Tree, params: Params) -> tuple[Params, Float[Array, "K P D"]]:
+    """Each vector is a weighted sum of the rows of one basis."""
+    mixture, basis = tree["mixture"], tree["basis"]
+    return params, jnp.einsum("kpm,kmd->kpd", mixture, basis) / mixture.shape[-1] ** 0.5
+
+
+def _tune_model(params: Params, start, config: PromptConfig, seed: int) -> Tree:
     # a float32 copy: the frozen parameters may be bfloat16, and the step donates what it trains
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True)[None], params)
 
 
-def _train_both(params: Params, prompts: Float[np.ndarray, "K P D"]) -> Tree:
-    virtual = _tune_prompt(params, prompts) if prompts.size else {}
-    return {"model": _tune_model(params, prompts), **virtual}
+def _train_both(params: Params, start, config: PromptConfig, seed: int) -> Tree:
+    virtual = _tune_prompt(params, start, config, seed) if start.size else {}
+    return {"model": _tune_model(params, start, config, seed), **virtual}
 
 
 def _use_both(tree: Tree, params: Params) -> tuple[Params, Array | None]:
@@ -44,13 +100,27 @@ def _use_both(tree: Tree, params: Params) -> tuple[Params, Array | None]:
 
 # pre-training: the backbone and, where the mixture has them, virtual tokens. Not among METHODS: its
 # result is a backbone, not something tuned on one
-PRETRAINING = Method(_train_both, _use_both, True)
+PRETRAINING = Method(_train_both, _use_both)
 
 METHODS = {
     # Lester et al. 2021: the prompt is the only trainable thing
-    "prompt-tuning": Method(_tune_prompt, lambda tree, params: (params, tree["prompt"]), True),
+    "prompt-tuning": Method(_tune_prompt, lambda tree, params: (params, tree["prompt"])),
+    # Razdaibiedina et al. 2023 (arXiv 2305.03937), section 3: through a shallow network with a
+    # residual connection, which is thrown away in the end
+    "residual-prompt-tuning": Method(_residual_start, _residual_prompt),
+    # after SadraeiJavaheri et al. 2024 (arXiv 2406.05279): vectors are superpositions of
+    # embeddings of sampled words. Here one basis serves all vectors, is trained along, and holds
+    # the usual start, which so is the start of this method too
+    "superposition-prompt-tuning": Method(
+        _superposition_start,
+        _superposed_prompt,
+        rows=lambda config: max(config.basis, config.length),
+    ),
     # "model tuning" in the paper: full fine-tuning, the baseline
     "model-tuning": Method(
-        _tune_model, lambda tree, params: (jax.tree.map(lambda x: x[0], tree), None), False
+        _tune_model,
+        lambda tree, params: (jax.tree.map(lambda x: x[0], tree), None),
+        rows=lambda config: 0,
+        uses_prompt=False,
     ),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from jaxprompt.config import PretrainConfig, RunConfig, UserError, dump_yaml, read_yaml
+from jaxprompt.config import PretrainConfig, RunConfig, UserError, dump_yaml, parse, read_yaml
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
@@ -39,7 +39,9 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     folder = Path(config.output)
     file = folder / "config.yaml"
     if file.is_file() and any(folder.glob("checkpoints/*")):
-        old = _flat(read_yaml(file.read_text(), str(file)))
+        # through the schema: settings that are newer than the run had their defaults
+        values = parse(type(config), read_yaml(file.read_text(), str(file)))
+        old = _flat(yaml.safe_load(dump_yaml(values)))
         new = _flat(yaml.safe_load(dump_yaml(config)))
         free = set(FREE)
         if config.train.schedule in ("constant", "rsqrt") and not config.train.cooldown_steps:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig
@@ -37,7 +38,7 @@ from jaxprompt.train.logbook import (
     write_atomically,
 )
 from jaxprompt.train.optimizer import make_optimizer, per_prompt
-from jaxprompt.train.step import TrainState, init_state, make_train_step
+from jaxprompt.train.step import init_state, make_train_step
 
 
 class Split(NamedTuple):
@@ -105,10 +106,10 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         f"{len(validation.examples)} validation rows"
     )
 
-    prompts = np.zeros((1, 0, backbone.config.d_model), np.float32)
+    start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
         start = initial_prompt(
-            config.prompt,
+            config.prompt.model_copy(update={"length": method.rows(config.prompt)}),
             backbone.params["token_embedder"]["embedding"],
             encode=tokenizer.encode,
             special_ids=tokenizer.special_ids,
@@ -119,9 +120,10 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             seed=settings.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
-        prompts = start[None]
     optimizer = per_prompt(make_optimizer(settings))
-    state = init_state(method, optimizer, backbone.params, prompts)
+    state = init_state(
+        method, optimizer, backbone.params, start[None], config.prompt, seed=settings.seed
+    )
     state = jax.device_put(state, parallel.replicated(mesh))
     shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
     train_step = make_train_step(
@@ -180,14 +182,15 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         _log(pending, logbook, reporter, clock, progress, metric)
         pending = None
         if evaluating:
-            scores = measure(*method.apply(state.tree, backbone.params), validation)
+            tuned = method.apply(state.tree, backbone.params)
+            scores = measure(*tuned, validation)
             logbook.write({"step": done, **{f"validation/{k}": v for k, v in scores.items()}})
             better = scores[metric] > progress["best"]
             progress["stale"] = 0 if better else progress["stale"] + 1
             if better:
                 progress |= {"best": scores[metric], "best_step": done}
                 facts = _facts(config, task, backbone, scores, done, len(validation.examples))
-                save_tuned(folder, method.uses_prompt, state, backbone, facts)
+                save_tuned(folder, *tuned, backbone, facts)
             reporter.say(f"step {done}: validation {metric} {scores[metric]:.4f}")
             stopped = bool(settings.patience and progress["stale"] >= settings.patience)
         if saving or stopped:
@@ -280,18 +283,20 @@ def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows:
 
 
 def save_tuned(
-    folder: Path, uses_prompt: bool, state: TrainState, backbone: Backbone, facts: dict[str, Any]
+    folder: Path,
+    params: family.Params,
+    bank: Float[Array, "1 P D"] | None,
+    backbone: Backbone,
+    facts: dict[str, Any],
 ) -> None:
     """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory."""
     if jax.process_index() != 0:
         return
-    if uses_prompt:
-        vectors = np.asarray(jax.device_get(state.tree["prompt"]))[0]
-        save_prompt(folder / "prompt", Prompt(vectors, facts))
+    if bank is not None:
+        save_prompt(folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], facts))
         return
 
     def write(path: Path) -> None:
-        params: family.Params = jax.tree.map(lambda x: x[0], state.tree)
         save_hf(path, backbone.config, params)
         copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")

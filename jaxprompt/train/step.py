@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxprompt.config import PromptConfig
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model import family
 from jaxprompt.prompts.methods import Method
@@ -102,8 +103,11 @@ def init_state(
     method: Method,
     optimizer: optax.GradientTransformation,
     params: family.Params,
-    prompts: Float[Any, "K P D"],
+    start: Float[Any, "K R D"],
+    config: PromptConfig | None = None,
+    *,
+    seed: int = 0,
 ) -> TrainState:
-    """The state before step 0."""
-    tree = method.init(params, prompts)
+    """The state before step 0, from ``method.rows(config)`` start vectors for each prompt."""
+    tree = method.init(params, start, config or PromptConfig(), seed)
     return TrainState(jnp.int32(0), tree, optimizer.init(tree))

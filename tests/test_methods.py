@@ -1,0 +1,102 @@
+"""Tuning methods: what they start from, what they come to, and that a run stores that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import make_backbone, run_values
+
+from jaxprompt.config import PromptConfig, RunConfig, UserError, parse
+from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.prompts.methods import METHODS
+from jaxprompt.train.loop import train
+
+P, D = 3, 8
+CONFIG = PromptConfig(length=P, bottleneck=4, basis=6)
+
+
+def start(method, count=2):
+    rows = METHODS[method].rows(CONFIG)
+    return np.random.default_rng(0).normal(size=(count, rows, D)).astype(np.float32)
+
+
+def test_a_residual_prompt_is_the_published_formula():
+    method, begin = METHODS["residual-prompt-tuning"], start("residual-prompt-tuning")
+    tree = method.init({}, begin, CONFIG, 7)
+    rng = np.random.default_rng(1)
+    tree = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), tree)
+    _, bank = method.apply(tree, {})
+    assert bank is not None
+    for k in range(2):
+        p, w1, b1, w2, b2, gain, shift = (
+            np.asarray(tree[name][k], np.float64)
+            for name in ("prompt", "down", "down_bias", "up", "up_bias", "scale", "shift")
+        )
+        hidden = np.maximum(p @ (w1 / np.sqrt(D)) + b1, 0)
+        out = hidden @ (w2 / np.sqrt(4)) + b2
+        out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(bank[k], p + out * gain + shift, rtol=2e-5, atol=2e-5)
+
+
+def test_a_superposition_starts_as_the_ordinary_prompt():
+    begin = start("superposition-prompt-tuning")
+    assert begin.shape == (2, 6, D)
+    method = METHODS["superposition-prompt-tuning"]
+    tree = method.init({}, begin, CONFIG, 0)
+    _, bank = method.apply(tree, {})
+    np.testing.assert_allclose(bank, begin[:, :P], rtol=1e-6)
+    # and a change of a weight moves a vector along the basis
+    moved = tree | {"mixture": tree["mixture"].at[0, 1, 4].add(6**0.5)}
+    changed = method.apply(moved, {})[1]
+    assert changed is not None
+    np.testing.assert_allclose(changed[0, 1], begin[0, 1] + begin[0, 4], rtol=1e-5)
+    np.testing.assert_array_equal(changed[1], bank[1])
+
+
+def test_a_basis_is_never_smaller_than_the_prompt():
+    assert METHODS["superposition-prompt-tuning"].rows(PromptConfig(length=200)) == 200
+
+
+@pytest.mark.parametrize("name", ["residual-prompt-tuning", "superposition-prompt-tuning"])
+def test_prompts_are_reparameterised_apart_from_each_other(name):
+    method, begin = METHODS[name], start(name)
+    both = method.apply(method.init({}, begin, CONFIG, 3), {})[1]
+    alone = [method.apply(method.init({}, begin[k : k + 1], CONFIG, 3), {})[1] for k in range(2)]
+    assert both is not None
+    np.testing.assert_allclose(both[0], alone[0][0], rtol=1e-5)
+    gradient = jax.grad(lambda tree: jnp.sum(method.apply(tree, {})[1][0] ** 2))(
+        method.init({}, begin, CONFIG, 3)
+    )
+    for leaf in jax.tree.leaves(gradient):
+        assert not np.any(np.asarray(leaf[1]))
+
+
+@pytest.mark.parametrize("name", ["residual-prompt-tuning", "superposition-prompt-tuning"])
+def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
+    backbone = make_backbone(tmp_path / "tiny")
+    values = run_values(backbone, tmp_path) | {"method": name}
+    values["prompt"] = {"length": P, "bottleneck": 4, "basis": 5}
+
+    def result(folder, steps):
+        values["train"]["steps"] = steps
+        return train(parse(RunConfig, values | {"output": str(tmp_path / folder)}))
+
+    whole = result("whole", 4)
+    vectors = load_prompt(whole["prompt"]).vectors
+    assert vectors.shape == (P, 16)
+    expected = {"residual-prompt-tuning": 3 * 16 + 2 * 16 * 4 + 4 + 3 * 16,
+                "superposition-prompt-tuning": 3 * 5 + 5 * 16}  # fmt: skip
+    assert whole["trainable_parameters"] == expected[name]
+    result("parts", 2)
+    parts = result("parts", 4)
+    assert parts["value"] == whole["value"]
+    np.testing.assert_array_equal(load_prompt(parts["prompt"]).vectors, vectors)
+
+
+def test_a_superposition_of_a_stored_prompt_is_refused():
+    values = {
+        "task": "supersense", "output": "x", "method": "superposition-prompt-tuning",
+        "prompt": {"init": "file", "file": "p.npy"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match="starts from words"):
+        parse(RunConfig, values)
