@@ -1,4 +1,4 @@
-"""``jaxprompt pretrain | train | eval | predict | score | inspect``.
+"""``jaxprompt pretrain | train | eval | predict | score | inspect | reproduce``.
 
 Machine output goes to standard output or a file, everything a person watches to standard error.
 A user's mistake is one sentence and exit code 2. Heavy libraries are imported by the command that
@@ -201,6 +201,74 @@ def inspect(
         check_output(figure)
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     print(json.dumps(api.inspect(session, nearest=nearest, figure=figure), ensure_ascii=False))
+
+
+@app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="a study of Lester et al. (2021), all, or report")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings of all runs, e.g. train.eval_rows=600")
+    ] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]PATH; several for scale and adaptation")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="a name or a YAML file; may be repeated")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="default 3, of ensemble 5")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="of prompts")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="paper, or miniature: the default of built-in backbones")
+    ] = None,
+    span: Annotated[
+        str | None, typer.Option(help="the backbone before LM adaptation, for objective")
+    ] = None,
+    adapted: Annotated[
+        list[str] | None, typer.Option(help="NAME=STEPS of a backbone, for adaptation")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="runs, results and report")] = Path("runs/reproduce"),
+) -> None:
+    """Run or resume a study of the paper, and write a report of all studies in the output."""
+    from jaxprompt.config import read_overrides
+    from jaxprompt.studies.catalogue import STUDIES
+    from jaxprompt.studies.plan import named
+    from jaxprompt.studies.report import write_report
+    from jaxprompt.studies.reproduce import make_plan
+    from jaxprompt.studies.reproduce import reproduce as run_study
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    failed = 0
+    if study == "report":
+        page = write_report(output)
+    else:
+        steps = named(adapted or [])
+        wrong = [text for text in steps.values() if not text.isdigit()]
+        if wrong:
+            raise UserError(f"--adapted has {wrong[0]!r}; give NAME=STEPS with a whole number.")
+        chosen: dict[str, Any] = {
+            "backbones": named(backbone or ["builtin"]), "tasks": task or (), "seeds": seeds,
+            "length": length, "recipe": recipe, "settings": read_overrides(overrides or []),
+            "span": span, "adapted": {name: int(text) for name, text in steps.items()},
+        }  # fmt: skip
+        plans = []
+        for name in STUDIES if study == "all" else (study,):
+            try:
+                plans.append(make_plan(name, **chosen))
+            except UserError as error:
+                if study != "all":
+                    raise
+                say(f"{name} is left out: {error}")
+        try:
+            for plan in plans:
+                say(f"== {plan.study}: {STUDIES[plan.study].title}")
+                page, count = run_study(plan, output, say)
+                failed += count
+        except KeyboardInterrupt:
+            say("interrupted; run the same command again to go on")
+            raise typer.Exit(130) from None
+    print(json.dumps({"report": str(page), "failed": failed}))
+    if failed:
+        raise typer.Exit(1)
 
 
 def check_output(path: Path) -> None:

@@ -332,6 +332,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return values
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings of a run as a flat mapping, each checked to be one of its keys."""
+    values: dict[str, Any] = {"task": "any", "output": "any"}
+    found = {}
+    for override in overrides:
+        _set(values, override)
+        key, _, text = override.partition("=")
+        found[key] = read_yaml(text, f"The value of {key!r}")
+    parse(RunConfig, values)
+    return found
+
+
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -74,9 +74,7 @@ def main(options: argparse.Namespace) -> None:
     optimizer = per_prompt(make_optimizer(config.train))
     start = np.zeros((1, method.rows(config.prompt), shape.d_model), np.float32)
     everywhere = parallel.replicated(mesh)
-    state = jax.eval_shape(
-        lambda p: init_state(method, optimizer, p, start, config.prompt), params
-    )
+    state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
     )

@@ -9,7 +9,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprompt"
 ORDER = ["yaml12", "config", "parallel", "bank", "data", "model", "prompts", "evaluate", "train",
-         "api", "progress", "cli"]  # fmt: skip
+         "api", "studies", "progress", "cli"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"train/checkpoint.py"},
     "linen": {"model/blocks.py", "model/t5.py", "model/llama.py"},

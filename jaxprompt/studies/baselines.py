@@ -1,0 +1,183 @@
+"""What prompts are compared with: prompt design (zero-shot, few-shot, calibrated), free generation.
+
+Hand-written prompts are answered by rank classification, as in GPT-3 (Brown et al. 2020).
+"""
+
+import collections
+import copy
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprompt.api import Session, answer_rows
+from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.tasks import references, target_texts
+from jaxprompt.data.templates import to_text
+from jaxprompt.evaluate.score import measure
+
+Rows = Sequence[dict[str, Any]]
+Record = dict[str, Any]
+
+# Hand-written prompts beside the task's own template. Instructions precede texts that may be cut;
+# <> is a sentinel, and its template a cloze: the form that span corruption has taught T5 to answer
+TEMPLATES = {
+    "supersense": "What kind of thing is this? {gloss} | definition: {gloss} category:"
+    " | {gloss} is a kind of <> | This <> is {gloss}",
+    "spam": "Is this mail spam or ham? subject: {subject} text: {text}"
+    " | classify as ham or spam: {subject} {text}"
+    " | This mail is <> . subject: {subject} text: {text}"
+    " | category: <> subject: {subject} text: {text}",
+    "boolq": "{question}? {passage} | Answer yes or no. {question}? {passage}"
+    " | {question}? <> , {passage} | question: {question}? answer: <> passage: {passage}",
+    "sentiment": "{text} | Is this review positive or negative? {text}"
+    " | {text} This was a <> review. | A <> opinion: {text}",
+}
+CLOZE = "<extra_id_0>"
+# For models that go on writing; what follows || stands between input and answer
+CONTINUED = {
+    "supersense": "Definition: {gloss} || \nIs it an object, a person, an animal, a plant, a food"
+    " or a place? It is a | {gloss} || \nThis is a kind of"
+    " | What is meant by '{gloss}'? || \nA kind of",
+    "spam": "Subject: {subject}\n{text} || \nIs this mail spam or ham? It is | Classify the mail as"
+    " spam or ham.\n\nSubject: {subject}\n{text} || \nClass:",
+    "boolq": "{passage}\nQuestion: {question}? || \nAnswer yes or no:"
+    " | Question: {question}?\n{passage} || \nIs the answer yes or no? It is",
+    "sentiment": "Review: {text} || \nSentiment: | {text} || \nThe review is"
+    " | {text} || \nAll in all the reviewer was",
+}
+# Inputs without content (Zhao et al. 2021, section 4)
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+def with_template(task: TaskConfig, template: str) -> TaskConfig:
+    """The task in another form; where that is a cloze, answers begin with the sentinel."""
+    if "||" in template:
+        template, separator = template.split(" || ")
+        return task.model_copy(update={"template": template, "separator": separator.rstrip(" ")})
+    changed: Record = {"template": template.replace("<>", CLOZE)}
+    return (with_sentinel(task) if "<>" in template else task).model_copy(update=changed)
+
+
+def with_sentinel(task: TaskConfig) -> TaskConfig:
+    """The task with a sentinel before each target, as span corruption writes (Lester et al., 3.1).
+
+    Without labels the target's template has it.
+    """
+    if task.labels is None:
+        return task.model_copy(update={"target": f"{CLOZE} {task.target}"})
+    words = {label: label for label in task.labels} | (task.label_map or {})
+    return task.model_copy(
+        update={
+            "labels": [f"{CLOZE} {label}" for label in task.labels],
+            "label_map": {value: f"{CLOZE} {label}" for value, label in words.items()},
+        }
+    )
+
+
+def quality(session: Session, task: TaskConfig, rows: Rows) -> float:
+    """The task's first metric."""
+    predictions = answer_rows(session, task, rows).predictions
+    return measure(task, predictions, references(task, rows))[task.metrics[0]]
+
+
+def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float | None:
+    """The same after contextual calibration (Zhao et al. 2021, section 5); None without labels.
+
+    A label's probability is divided by its mean probability for inputs without content.
+    """
+    if task.labels is None or task.decoding == "greedy":
+        return None
+    columns = set(re.findall(r"\{(\w+)\}", task.template.replace("{{", "").replace("}}", "")))
+    empty = [dict.fromkeys(columns, text) for text in CONTENT_FREE]
+    free, found = (answer_rows(session, task, some).scores for some in (empty, rows))
+    assert free is not None and found is not None  # the task has labels
+    prior = np.log(np.asarray(jax.nn.softmax(free, axis=-1)).mean(axis=0))
+    predictions = [task.labels[i] for i in (found - prior).argmax(axis=1)]
+    return measure(task, predictions, references(task, rows))[task.metrics[0]]
+
+
+def hard_prompt(
+    session: Session, task: TaskConfig, rows: dict[str, Rows], few: Rows
+) -> tuple[Record, TaskConfig]:
+    """The template that is best on the validation rows ``few``, measured on all of ``rows``."""
+    start = time.monotonic()
+    known = CONTINUED if session.tokenizer.one_sequence else TEMPLATES
+    others = [text for text in known.get(task.name, "").split(" | ") if text]
+    forms = [with_template(task, template) for template in (task.template, *others)]
+    scores = [quality(session, form, few) for form in forms]
+    best = forms[int(np.argmax(scores))]
+    found = measured(session, best, rows)
+    found |= {
+        "template": best.template,
+        "separator": best.separator,
+        "templates": len(forms),
+        "template_scores": scores,
+    }
+    return found | {"steps": 0, "seconds": round(time.monotonic() - start, 3)}, best
+
+
+def few_shot(
+    session: Session, task: TaskConfig, rows: dict[str, Rows], training: Rows, count: int, seed: int
+) -> tuple[Record, TaskConfig]:
+    """The task's template after ``count`` answered training rows, measured on all of ``rows``."""
+    start = time.monotonic()
+    task = with_shots(task, training, count, seed, session.tokenizer)
+    found = {"steps": 0, "shots": count} | measured(session, task, rows)
+    return found | {"seconds": round(time.monotonic() - start, 3)}, task
+
+
+def measured(session: Session, task: TaskConfig, rows: dict[str, Rows]) -> Record:
+    """Scores on each split, plain and calibrated."""
+    found: Record = {"test": None, **{name: quality(session, task, rows[name]) for name in rows}}
+    calibrated = {name: calibrated_quality(session, task, rows[name]) for name in rows}
+    return found | {"calibrated": calibrated}
+
+
+def with_shots(task: TaskConfig, rows: Rows, count: int, seed: int, words: Any) -> TaskConfig:
+    """The task with ``count`` answered training rows in front, labels in turn.
+
+    Rows are drawn from those of at most 48 tokens where there are any, since each is read again
+    with every question.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    texts = [to_text(task, rows[i]) for i in order[:2000]]
+    short = [pair for pair in texts if len(words.encode(pair[0])) <= 48] or texts
+    chosen = []
+    for label in itertools.islice(itertools.cycle(task.labels or [None]), count):
+        found = next((p for p in short if label in (p[1], None) and p not in chosen), None)
+        if found is None:
+            raise UserError(
+                f"--shots {count}: too few short rows of label {label!r}; ask for fewer."
+            )
+        chosen.append(found)
+    space = "" if task.separator[-1:].isspace() else " "
+    shots = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen)
+    room = task.max_input_length + len(words.encode(shots))
+    escaped = shots.replace("{", "{{").replace("}", "}}")
+    return task.model_copy(update={"template": escaped + task.template, "max_input_length": room})
+
+
+def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
+    """Greedy generation without labels: the share of outputs that are none of the labels.
+
+    Sentinels count, although the package's decoding drops them: "<extra_id_0> food" is not "food".
+    """
+    words, labels = copy.copy(session.tokenizer), task.labels or []
+    encoded = [ids[:-1] for ids in words.encode_targets(labels, task.separator)]
+    legal = {words.show(ids): label for ids, label in zip(encoded, labels, strict=True)}
+    shown = lambda ids: words.show(list(itertools.takewhile(lambda id: id != words.eos_id, ids)))
+    words.decode = shown
+    # a few tokens more than the longest label settle whether an output is one
+    free = {"labels": None, "max_target_length": max(map(len, encoded)) + 4}
+    session = session._replace(tokenizer=words)
+    outputs = answer_rows(session, task.model_copy(update=free), rows).predictions
+    illegal = [output for output in outputs if output not in legal]
+    right = [legal.get(o) == t for o, t in zip(outputs, target_texts(task, rows), strict=True)]
+    common = collections.Counter(illegal).most_common(5)
+    found = {"illegal": len(illegal) / len(rows), "illegal_rows": len(rows)}
+    return found | {"illegal_examples": common, "generated_accuracy": sum(right) / len(rows)}
