@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from compare_backbones import read_task
 
 from jaxprompt import api
 from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
@@ -33,6 +32,7 @@ from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
+from jaxprompt.studies.plan import read_task
 from jaxprompt.train.loop import load_rows
 from jaxprompt.train.optimizer import make_optimizer, per_prompt
 from jaxprompt.train.step import init_state, make_train_step

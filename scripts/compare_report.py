@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -12,24 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from jaxprompt.config import UserError
+from jaxprompt.studies.cells import read_records
 
-KEY = ("backbone", "task", "method", "length", "seed")
 Record = dict[str, Any]
-Key = tuple[Any, ...]
 Table = dict[tuple[str, str], dict[str, list[Record]]]  # task, backbone -> method -> seeds
-
-
-def read_records(out: Path) -> dict[Key, Record]:
-    """Complete cells by key; a line that a crash cut short is none."""
-    found: dict[Key, Record] = {}
-    path = out / "cells.jsonl"
-    for line in path.read_text().split("\n") if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            found[tuple(record[key] for key in KEY)] = record
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
 
 
 def spread(records: list[Record], field: str = "score") -> tuple[float, float, int]:
@@ -54,7 +39,7 @@ def markdown(rows: list[list[str]]) -> str:
 def report(options: argparse.Namespace) -> None:
     """Tables and figures of the cells that are complete."""
     table: Table = {}
-    found = read_records(options.out).values()
+    found = [r for r in read_records(options.out).values() if r["variant"] is None]
     for record in sorted(found, key=lambda r: (r["task"], r["parameters"], r["length"] or 0)):
         test = options.split == "test" and record["test"] is not None
         record["score"] = record["test" if test else "validation"]
