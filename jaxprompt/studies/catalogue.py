@@ -65,7 +65,7 @@ def _objectives(plan: Plan) -> list[Arm]:
         }
         arms += [Arm(label, task, found) for label, found in cells.items()]
         arms += [
-            Arm(label, f"{task}: share of illegal outputs", found, read=illegal)
+            Arm(label, f"{task}: share of illegal outputs", found, read=illegal, judged=False)
             for label, found in cells.items()
         ]
     return arms
@@ -165,7 +165,7 @@ def _transfer(plan: Plan, sources: slice) -> list[Arm]:
     for source in tasks[sources]:
         cells = {"prompt tuning": plan.prompts(source), FULL: plan.full(source)}
         arms += [
-            Arm(label, f"{source} (in domain)", found, series=label)
+            Arm(label, f"{source} (in domain)", found, series=label, judged=False)
             for label, found in cells.items()
         ]
         for target in (task for task in tasks if task != source):

@@ -131,9 +131,10 @@ def run_cells(cells: Sequence[Cell], bench: Bench) -> int:
 
 def _run_cells(cells: Sequence[Cell], bench: Bench) -> int:
     # seeds share their compiled code, and so do starts of this command
-    jax.config.update("jax_compilation_cache_dir", str(bench.out.absolute() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(bench.out.absolute() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     found, held, failed = read_records(bench.out), {}, 0
     lost = {key for key in bench.keep if key in found}
     lost = {c.key for c in cells if c.key in lost and not (bench.folder(c) / "prompt").is_dir()}
@@ -295,8 +296,9 @@ def _load(name: str, bench: Bench, held: Record) -> Backbone:
     """The backbone, kept until the next one; refused if its weights are not those of before."""
     path = bench.backbones[name]
     if held.get("name") != name:
-        held.clear()
-        jax.clear_caches()
+        if held:  # the last one's weights would stay in compiled code
+            held.clear()
+            jax.clear_caches()
         held.update(backbone=load_backbone(path, unroll=None), name=name)
     backbone, file = held["backbone"], bench.out / "runs" / name / "fingerprint"
     file.parent.mkdir(parents=True, exist_ok=True)

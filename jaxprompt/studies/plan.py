@@ -86,6 +86,7 @@ class Arm(NamedTuple):
     series: str = "prompt tuning"
     read: Callable[[Record], float | None] = score
     paper: float | None = None  # what the paper reports, for its own model
+    judged: bool = True  # whether the paper's findings are about it
 
     def records(self, found: dict[Key, Record]) -> list[Record]:
         """Those that are complete."""

@@ -82,11 +82,9 @@ def findings(study: Study, by_group: dict[str, list[Arm]], found) -> list[str]:
     """Each of the paper's findings, and what the runs of each group say of it."""
     told = []
     for group, arms in by_group.items():
-        values = {arm.label: arm.values(found) for arm in arms}
+        values = {arm.label: arm.values(found) for arm in arms if arm.judged}
         for claim in study.claims:
             if claim.left in values and claim.right in values:
-                if arms[0].read.__name__ == "illegal":
-                    continue  # of a share, less is better: the table is enough
                 verdict = claim.verdict(values[claim.left], values[claim.right])
                 told.append(f"{group}: {claim.finding}: {verdict}.")
     return told

@@ -1,0 +1,321 @@
+"""Studies: what they plan, that they resume, what they conclude, what the report says."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from helpers import make_backbone, make_rows, run_values, write_rows
+from typer.testing import CliRunner
+
+from jaxprompt import cli
+from jaxprompt.config import RunConfig, TaskConfig, UserError, read_overrides
+from jaxprompt.evaluate.score import Answers
+from jaxprompt.studies import baselines, catalogue
+from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
+from jaxprompt.studies.catalogue import STUDIES
+from jaxprompt.studies.cells import RECIPES, Bench, Cell, read_records, run_cells, run_config
+from jaxprompt.studies.plan import FULL, Claim, mixture, named, relabelled
+from jaxprompt.studies.report import section, write_report
+from jaxprompt.studies.reproduce import make_plan, reproduce
+
+TASK = TaskConfig(
+    name="mine", train="a.jsonl", validation="b.jsonl", template="{text}", labels=["no", "yes"]
+)
+
+
+def quiet(text):
+    pass
+
+
+# ---- what is planned
+
+
+def plan_of(study, recipe):
+    options = {"backbones": {"a": "builtin-small", "b": "builtin"}, "recipe": recipe}
+    if study == "adaptation":
+        options["adapted"] = {"a": 0, "b": 100}
+    tasks = ["mrpc", "qqp"] if study in ("transfer", "shift") else ["supersense", "spam"]
+    return make_plan(study, tasks=tasks, **options)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_run_of_every_study_is_a_valid_run_of_its_own(study, recipe, tmp_path):
+    plan = plan_of(study, recipe)
+    arms = STUDIES[study].arms(plan)
+    cells = {}
+    for cell in (cell for arm in arms for cell in arm.cells):
+        assert cells.setdefault(cell.key, cell) == cell  # one key, one run
+        assert cell.task in plan.tasks
+    assert cells
+    for cell in cells.values():
+        if cell.method in ("prompt", "full"):
+            config = run_config(cell, recipe, plan.tasks[cell.task], "builtin", tmp_path)
+            assert config.train.seed == cell.seed
+            assert config.train.steps == RECIPES[recipe][cell.method]["train.steps"]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_claims_are_about_arms_of_their_study(study):
+    arms = STUDIES[study].arms(plan_of(study, "miniature"))
+    labels = {arm.label for arm in arms}
+    for claim in STUDIES[study].claims:
+        assert {claim.left, claim.right} <= labels
+        assert claim.sign in "<>~"
+
+
+def test_levers_change_one_thing_of_the_papers_recipe():
+    plan = plan_of("levers", "paper")
+    configs = {
+        arm.label: run_config(arm.cells[0], "paper", plan.tasks["spam"], "x", "y").model_dump()
+        for arm in STUDIES["levers"].arms(plan)
+        if arm.group == "spam" and arm.label != FULL
+    }
+    usual = configs[catalogue.PAPERS]
+    assert usual["train"]["schedule"] == "constant" and usual["train"]["learning_rate"] == 0.3
+    assert usual["model"]["dropout"] == 0 and usual["train"]["optimizer"] == "adafactor-t5x"
+    for label, config in configs.items():
+        changed = [
+            (part, key)
+            for part in ("model", "prompt", "train")
+            for key in usual[part]
+            if config[part][key] != usual[part][key]
+        ] + [("method",)] * (config["method"] != usual["method"])
+        assert len(changed) == (0 if label == catalogue.PAPERS else 2 if ", lin" in label else 1)
+
+
+def test_a_study_without_what_it_needs_is_refused():
+    small = {"builtin-small": "builtin-small"}
+    with pytest.raises(UserError, match="needs --adapted"):
+        make_plan("adaptation", backbones=small)
+    with pytest.raises(UserError, match="needs two --task"):
+        make_plan("transfer", backbones=small)
+    with pytest.raises(UserError, match="needs --span"):
+        make_plan("objective", backbones={"x": "some/where"}, tasks=["spam"])
+    with pytest.raises(UserError, match="There is no study 'lenght'"):
+        make_plan("lenght", backbones=small)
+    with pytest.raises(UserError, match="--adapted names 'c'"):
+        make_plan("adaptation", backbones=small, adapted={"c": 3})
+    with pytest.raises(UserError, match="recipe is 'big'"):
+        make_plan("length", backbones=small, recipe="big")
+    with pytest.raises(UserError, match="each name once"):
+        named(["x/a", "y/a"])
+    assert named(["m=x/a", "y/b/"]) == {"m": "x/a", "b": "y/b/"}
+    assert read_overrides(["train.steps=3"]) == {"train.steps": 3}
+    with pytest.raises(UserError, match=r"train\.stps"):
+        read_overrides(["train.stps=3"])
+
+
+# ---- tasks in other forms
+
+
+def test_a_sentinel_goes_before_each_target():
+    changed = with_sentinel(TASK.model_copy(update={"label_map": {"0": "no"}}))
+    assert changed.labels == ["<extra_id_0> no", "<extra_id_0> yes"]
+    assert changed.label_map == {
+        "0": "<extra_id_0> no", "no": "<extra_id_0> no", "yes": "<extra_id_0> yes"
+    }  # fmt: skip
+    free = with_sentinel(TASK.model_copy(update={"labels": None, "target": "{label}"}))
+    assert free.target == "<extra_id_0> {label}"
+
+
+def test_a_target_task_takes_the_label_words_of_its_source_by_position():
+    target = TASK.model_copy(
+        update={"labels": ["different", "same"], "label_map": {"0": "different", "1": "same"}}
+    )
+    changed = relabelled(target, TASK)
+    assert changed.labels == ["no", "yes"]
+    assert changed.label_map == {"0": "no", "1": "yes", "different": "no", "same": "yes"}
+    with pytest.raises(UserError, match="as many"):
+        relabelled(target.model_copy(update={"labels": ["a", "b", "c"]}), TASK)
+
+
+def test_a_mixture_has_all_rows_with_the_names_of_their_tasks(tmp_path):
+    values = {"train": str(write_rows(tmp_path / "t.jsonl", make_rows(5)))}
+    values["validation"] = str(write_rows(tmp_path / "v.jsonl", make_rows(2)))
+    one = TASK.model_copy(update=values)
+    two = one.model_copy(update={"name": "other", "template": "say: {text}", "max_input_length": 9})
+    mixed, parts = mixture([one, two], tmp_path / "mix")
+    rows = [json.loads(line) for line in (tmp_path / "mix/train.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    assert rows[0] == {"input": "mine: one it was good", "target": "yes"}
+    assert rows[5] == {"input": "other: say: one it was good", "target": "yes"}
+    assert [task.template for task in parts] == ["mine: {text}", "other: say: {text}"]
+    assert mixed.max_input_length == 512 and mixed.labels is None
+
+
+def test_calibration_divides_by_the_probability_without_content(monkeypatch):
+    """Zhao et al. 2021: q = p / p_cf, p_cf the mean over inputs without content."""
+    logs = np.log(np.array([[0.2, 0.8], [0.3, 0.7], [0.1, 0.9]], np.float32))
+
+    def answers(session, task, rows):
+        empty = [row["text"] in baselines.CONTENT_FREE for row in rows]
+        assert all(empty) or not any(empty)
+        scores = logs if empty[0] else np.log(np.array([[0.15, 0.85], [0.25, 0.75]], np.float32))
+        return Answers(["yes"] * len(rows), scores - 3.0)  # whatever both labels share
+
+    monkeypatch.setattr(baselines, "answer_rows", answers)
+    rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
+    # p_cf is (0.2, 0.8): 0.15/0.2 < 0.85/0.8, and 0.25/0.2 > 0.75/0.8
+    assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
+    assert calibrated_quality(None, TASK.model_copy(update={"labels": None}), rows) is None  # type: ignore[arg-type]
+
+
+# ---- what is concluded
+
+
+@pytest.mark.parametrize(
+    "left, right, sign, verdict",
+    [
+        ([0.8, 0.82, 0.81], [0.5, 0.52, 0.51], ">", "holds here"),
+        ([0.8, 0.82, 0.81], [0.5, 0.52, 0.51], "~", "does not hold here"),
+        ([0.5, 0.7, 0.6], [0.5, 0.6, 0.7], "~", "holds here (+0.000"),
+        ([0.5, 0.52], [0.8, 0.9], ">", "does not hold here (-0.340"),
+        ([0.5], [0.8, 0.9], "<", "cannot be told from one seed (-0.350)"),
+        ([], [0.8, 0.9], ">", "not run"),
+    ],
+)
+def test_a_difference_counts_above_twice_its_standard_error(left, right, sign, verdict):
+    assert Claim("a", sign, "b", "").verdict(left, right).startswith(verdict)
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A backbone and a task, both tiny, and the settings of runs of a second."""
+    folder = tmp_path_factory.mktemp("studies")
+    values = run_values(make_backbone(folder / "tiny"), folder)
+    file = folder / "mine.yaml"
+    file.write_text(json.dumps(values["task"] | {"test": values["task"]["validation"]}))
+    settings = {
+        "train.steps": 4, "train.batch_size": 8, "train.eval_batch_size": 8, "model.unroll": False,
+    }  # fmt: skip
+    plan = {"backbones": {"tiny": values["backbone"]}, "tasks": [str(file)], "settings": settings}
+    return plan | {"recipe": "miniature", "length": 3, "seeds": 2}
+
+
+def stripped(records):
+    """Records without times."""
+    return {
+        key: {k: v for k, v in record.items() if not k.endswith("seconds")}
+        for key, record in records.items()
+    }
+
+
+def test_an_interrupted_study_ends_as_an_uninterrupted_one(mine, tmp_path):
+    plan = make_plan("ensemble", **mine)
+    page, failed = reproduce(plan, tmp_path / "whole", quiet)
+    assert failed == 0 and page.is_file()
+
+    def interrupt(text):
+        if text.startswith("[2/3]"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(make_plan("ensemble", **mine), tmp_path / "parts", interrupt)
+    assert len(read_records(tmp_path / "parts")) == 1
+    with (tmp_path / "parts/cells.jsonl").open("a") as file:
+        file.write('{"backbone": "ti')  # a crash cut a line short
+    said = []
+    reproduce(make_plan("ensemble", **mine), tmp_path / "parts", said.append)
+    assert said[-1] == "3 cells: 2 measured now, 0 failed"
+    whole = read_records(tmp_path / "whole")
+    assert stripped(read_records(tmp_path / "parts")) == stripped(whole)
+    joint = whole["tiny", "mine", "ensemble", 3, None, None]
+    alone = [whole["tiny", "mine", "prompt", 3, seed, None]["test"] for seed in (0, 1)]
+    assert joint["prompts"] == alone and joint["mean"] == pytest.approx(np.mean(alone))
+    assert (tmp_path / "parts/report.md").read_text() == (tmp_path / "whole/report.md").read_text()
+
+    # prompts that an ensemble needs are made again, and nothing else
+    import shutil
+
+    shutil.rmtree(tmp_path / "parts/runs/tiny/mine/prompt-P3-seed1")
+    reproduce(make_plan("ensemble", **mine), tmp_path / "parts", said.append)
+    assert said[-1] == "3 cells: 1 measured now, 0 failed"
+
+    # and the report has it all
+    text = (tmp_path / "whole/report.md").read_text()
+    vote = re.search(r"\| majority vote \| 1 \| ([\d.]+) \|", text)
+    assert vote and float(vote[1]) == pytest.approx(joint["vote"], abs=5e-4)
+    assert "Not run: scale, superglue" in text
+    assert "data:image/png;base64," in (tmp_path / "whole/report.html").read_text()
+
+
+def test_a_cell_that_fails_is_noted_and_the_others_go_on(mine, tmp_path):
+    plan = make_plan("ensemble", **mine)
+    cells = [
+        Cell("tiny", "mine", "prompt", length, 0, None, plan.settings | {"prompt.init": init})
+        for length, init in ((2, "text"), (2, "uniform"))
+    ]
+    cells[1] = cells[1]._replace(length=3)
+    bench = Bench(tmp_path, plan.backbones, plan.tasks)
+    assert run_cells(cells, bench) == 1
+    note = json.loads((tmp_path / "errors.jsonl").read_text())
+    assert "needs prompt.text" in note["error"]
+    assert list(read_records(tmp_path)) == [cells[1].key]
+
+
+def test_domain_shift_judges_tuned_prompts_and_models_on_the_other_task(mine, tmp_path):
+    folder = tmp_path / "other.yaml"
+    task = make_plan("ensemble", **mine).tasks["mine"]
+    folder.write_text(task.model_copy(update={"name": "other"}).model_dump_json())
+    options = mine | {"tasks": [*mine["tasks"], str(folder)], "seeds": 1}
+    plan = make_plan("shift", **options)
+    _, failed = reproduce(plan, tmp_path / "out", quiet)
+    assert failed == 0
+    found = read_records(tmp_path / "out")
+    assert {key[2] for key in found} == {"prompt", "full"}
+    for record in found.values():
+        assert record["also"]["other"]["accuracy"] == record["test"]  # the same rows
+    part = section(plan, found, tmp_path)
+    assert [caption for caption, _ in part.tables] == ["mine (in domain)", "mine -> other"]
+    assert part.findings[-1].endswith("(+0.000).") or "one seed" in part.findings[-1]
+
+
+def test_the_command_says_what_is_wrong_and_reports_without_running(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(cli.app, ["reproduce", *arguments, "--output", str(tmp_path)])
+
+    for arguments, message in (
+        (["report"], "No study was begun"),
+        (["adaptation"], "needs --adapted"),
+        (["length", "train.stps=1"], "did you mean 'steps'"),
+        (["length", "--task", "nothing.yaml"], "No task file"),
+        (["adaptation", "--adapted", "x=few"], "whole number"),
+    ):
+        result = run(*arguments)
+        assert isinstance(result.exception, UserError) and message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_results_are_read_by_the_report(tmp_path):
+    """RESULTS.md's runs are cells of the studies: nobody has to run them again."""
+    from importlib.resources import files
+
+    text = files("jaxprompt").joinpath("builtin/backbones/cells.jsonl").read_text()
+    (tmp_path / "cells.jsonl").write_text(text)
+    found = read_records(tmp_path)
+    assert len(found) == len(text.splitlines())
+    names = {"small": "builtin-small", "base": "builtin"}
+    plan = make_plan(
+        "length", backbones=names, settings={"train.eval_rows": 600, "model.dtype": "mixed"}
+    )
+    lines = dict((line[0], line[1:]) for line in section(plan, found, tmp_path).tables[0][1])
+    assert lines["P = 20"][:2] == ["3", "0.605 ± 0.002"]
+    assert lines[FULL][:2] == ["3", "0.834 ± 0.009"]
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "figures").mkdir(exist_ok=True)
+    (tmp_path / "plans/length.json").write_text(plan.model_dump_json())
+    assert "0.605 ± 0.002" in write_report(tmp_path).read_text()
+
+
+def test_config_of_studies_is_a_config_of_runs():
+    """Settings in recipes and levers are keys of a run."""
+    for settings in (*RECIPES["paper"].values(), *RECIPES["miniature"].values()):
+        for key in settings:
+            part, _, name = key.partition(".")
+            inner = RunConfig.model_fields[part].annotation
+            assert name in inner.model_fields  # type: ignore[union-attr]
