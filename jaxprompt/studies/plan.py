@@ -134,6 +134,7 @@ class Study(NamedTuple):
     claims: Sequence[Claim] = ()
     axis: str = ""
     needs: str | None = None  # an option without which there is nothing to run
+    summary: Callable[[Plan, dict[Key, Record]], str | None] = lambda plan, found: None
 
 
 FULL = "full fine-tuning"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxprompt.config import UserError
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
-from jaxprompt.studies.plan import FULL, Arm, Plan, Study
+from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score
 from jaxprompt.train.logbook import write_atomically
 
 Table = list[list[str]]
@@ -75,6 +75,7 @@ def section(plan: Plan, found: dict[Key, dict[str, Any]], figures: Path) -> Sect
     tables = [(group, table(inside, found)) for group, inside in by_group.items()]
     figure = draw(study, by_group, found, figures / f"{plan.study}.png")
     claims = findings(study, by_group, found)
+    claims += filter(None, [study.summary(plan, found)])
     return Section(study.title, told, tables, claims, figure)
 
 
@@ -142,13 +143,20 @@ def draw(study: Study, by_group: dict[str, list[Arm]], found, path: Path) -> Pat
             for arm in (arm for arm in arms if arm.x is None):
                 level = statistics.mean(arm.values(found))
                 axis.axhline(level, color="gray", linestyle="--", label=arm.label)
-            axis.set(xlabel=study.axis)
+            axis.set(xlabel=study.axis, ylabel=_metric(placed, found))
             axis.legend(fontsize="small")
         else:
             _bars(axis, arms, found)
+            axis.set(xlabel=_metric(arms, found))
         axis.set_title(group, fontsize="medium")
     figure.savefig(path, dpi=120)
     return path
+
+
+def _metric(arms: list[Arm], found) -> str:
+    """What the values are: the tasks' metric, or nothing where they are something else."""
+    names = {record["metric"] for arm in arms for record in arm.records(found)}
+    return names.pop() if len(names) == 1 and all(arm.read is score for arm in arms) else ""
 
 
 def _lines(axis: Any, arms: list[Arm], found) -> None:

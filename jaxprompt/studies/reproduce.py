@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.evaluate.metrics import SUPERGLUE
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Bench, run_cells
@@ -13,7 +14,6 @@ from jaxprompt.studies.report import save_plan, write_report
 
 # what a backbone was before its LM adaptation, where we know
 SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}
-SUPERGLUE = ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
 # the paper's tasks; on built-in backbones, which know little, a built-in one
 TASKS = {
     "transfer": ("qqp", "mrpc"),
