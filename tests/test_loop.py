@@ -10,11 +10,12 @@ import pytest
 from helpers import make_backbone, run_values, write_run
 
 from jaxprompt import api
-from jaxprompt.config import RunConfig, UserError, load_config, parse
+from jaxprompt.config import RunConfig, UserError, dump_yaml, load_config, parse
 from jaxprompt.data.tasks import read_split, references
 from jaxprompt.evaluate.metrics import vote
 from jaxprompt.model.load import fingerprint, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.train.logbook import check_run
 from jaxprompt.train.loop import Silent, train
 
 
@@ -158,6 +159,17 @@ def test_other_settings_are_refused(uninterrupted, backbone):
     folder, _ = uninterrupted
     with pytest.raises(UserError, match=r"train.learning_rate was 0.3 and is 0.5"):
         train(load_config(folder / "config.yaml", ["train.learning_rate=0.5"]))
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(uninterrupted, tmp_path):
+    config_file = uninterrupted[0] / "config.yaml"
+    run = load_config(config_file, [f"output={tmp_path / 'run'}"])
+    (tmp_path / "run/checkpoints/5").mkdir(parents=True)
+    old = [line for line in dump_yaml(run).splitlines(True) if "bottleneck" not in line]
+    (tmp_path / "run/config.yaml").write_text("".join(old))
+    assert check_run(run) == tmp_path / "run"
+    with pytest.raises(UserError, match=r"prompt.bottleneck was 128 and is 7"):
+        check_run(load_config(config_file, [f"output={tmp_path / 'run'}", "prompt.bottleneck=7"]))
 
 
 def test_patience_stops_a_run_that_does_not_improve(backbone, tmp_path):

@@ -14,7 +14,15 @@ from jaxprompt.evaluate.score import Answers
 from jaxprompt.studies import baselines, catalogue
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
-from jaxprompt.studies.cells import RECIPES, Bench, Cell, read_records, run_cells, run_config
+from jaxprompt.studies.cells import (
+    RECIPES,
+    Bench,
+    Cell,
+    of_method,
+    read_records,
+    run_cells,
+    run_config,
+)
 from jaxprompt.studies.plan import FULL, Claim, mixture, named, relabelled
 from jaxprompt.studies.report import section, write_report
 from jaxprompt.studies.reproduce import make_plan, reproduce
@@ -103,6 +111,13 @@ def test_a_study_without_what_it_needs_is_refused():
         named(["x/a", "y/a"])
     assert named(["m=x/a", "y/b/"]) == {"m": "x/a", "b": "y/b/"}
     assert read_overrides(["train.steps=3"]) == {"train.steps": 3}
+    rates = read_overrides(["prompt:train.learning_rate=0.1", "full:train.learning_rate=3e-5"])
+    assert of_method(rates | {"train.eval_rows": 9}, "full") == {
+        "train.learning_rate": 3e-5, "train.eval_rows": 9
+    }  # fmt: skip
+    assert of_method(rates | {"train.eval_rows": 9}, "few") == {"train.eval_rows": 9}
+    with pytest.raises(UserError, match="neither prompt nor full"):
+        read_overrides(["hard:train.steps=3"])
     with pytest.raises(UserError, match=r"train\.stps"):
         read_overrides(["train.stps=3"])
 

@@ -270,6 +270,18 @@ def _ensemble(cell: Cell, bench: Bench, task: TaskConfig, backbone: Backbone) ->
     }  # fmt: skip
 
 
+def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Those that a cell of this method has, of ``key`` or ``method:key`` -> value.
+
+    Prompts without training know the number of rows alone.
+    """
+    split = [(*key.rpartition(":")[::2], value) for key, value in settings.items()]
+    own = {key: value for whose, key, value in split if whose in ("", method)}
+    if method in ("hard", "few", "ensemble"):
+        return {key: value for key, value in own.items() if key == "train.eval_rows"}
+    return own
+
+
 def run_config(cell: Cell, recipe: str, task: TaskConfig, path: str, output: Path) -> RunConfig:
     """The run of a cell: its recipe's settings and, over them, its own."""
     settings = {"train.keep": 1, "train.tensorboard": False} | RECIPES[recipe][cell.method]

@@ -17,7 +17,7 @@ from jaxprompt.config import TaskConfig, UserError, read_yaml
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.data.templates import to_text
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.cells import RECIPES, Cell, Key
+from jaxprompt.studies.cells import RECIPES, Cell, Key, of_method
 from jaxprompt.train.logbook import write_atomically
 from jaxprompt.train.loop import load_rows
 
@@ -49,10 +49,7 @@ class Plan(BaseModel):
     ) -> Cell:
         """A cell with the plan's settings under its own (dots are written ``__``)."""
         own = {key.replace("__", "."): value for key, value in settings.items()}
-        if method in ("hard", "few"):
-            own |= {k: v for k, v in self.settings.items() if k == "train.eval_rows"}
-        elif method != "ensemble":
-            own = self.settings | own
+        own = of_method(self.settings, method) | own
         name = backbone or next(iter(self.backbones))
         return Cell(name, task, method, length, seed, variant, own)
 
