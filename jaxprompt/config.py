@@ -337,16 +337,18 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
     ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs.
     """
-    found = {}
+    found: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = {"prompt": {}, "full": {}}
     for override in overrides:
         key, _, text = override.partition("=")
         method = key.rpartition(":")[0]
-        if method not in ("", "prompt", "full"):
+        if method not in ("", *runs):
             raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
-        values: dict[str, Any] = {"task": "any", "output": "any"}
-        _set(values, override.removeprefix(f"{method}:"))
-        parse(RunConfig, values)
+        for name in (method,) if method else runs:
+            _set(runs[name], override.removeprefix(f"{method}:"))
         found[key] = read_yaml(text, f"The value of {key!r}")
+    for values in runs.values():
+        parse(RunConfig, {"task": "any", "output": "any", **values})
     return found
 
 
