@@ -229,9 +229,8 @@ def reproduce(
     output: Annotated[Path, typer.Option(help="runs, results and report")] = Path("runs/reproduce"),
 ) -> None:
     """Run or resume a study of the paper, and write a report of all studies in the output."""
-    from jaxprompt.config import read_overrides
     from jaxprompt.studies.catalogue import STUDIES
-    from jaxprompt.studies.plan import named
+    from jaxprompt.studies.plan import named, read_overrides
     from jaxprompt.studies.report import write_report
     from jaxprompt.studies.reproduce import make_plan
     from jaxprompt.studies.reproduce import reproduce as run_study

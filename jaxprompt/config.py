@@ -103,10 +103,8 @@ class PromptConfig(_Schema):
     text: str | None = None
     file: str | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
-    # of the network of residual-prompt-tuning
-    bottleneck: Size = 128
-    # embeddings that superposition-prompt-tuning mixes, at least as many as vectors
-    basis: Size = 128
+    bottleneck: Size = 128  # of the network of residual-prompt-tuning
+    basis: Size = 128  # embeddings that superposition-prompt-tuning mixes, at least `length`
 
     @model_validator(mode="after")
     def _start_is_named(self):
@@ -174,10 +172,7 @@ class RunConfig(_Schema):
     @model_validator(mode="after")
     def _start_has_enough_rows(self):
         if self.method == "superposition-prompt-tuning" and self.prompt.init == "file":
-            raise ValueError(
-                "a superposition starts from words, and prompt.init is 'file'; choose another "
-                "prompt.init, or method=prompt-tuning"
-            )
+            raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 
 
@@ -328,31 +323,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys, such as 'task: supersense'.")
     for override in overrides:
-        _set(values, override)
+        set_value(values, override)
     return values
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings of runs as a flat mapping, each checked to be one of their keys.
-
-    ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs.
-    """
-    found: dict[str, Any] = {}
-    runs: dict[str, dict[str, Any]] = {"prompt": {}, "full": {}}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        method = key.rpartition(":")[0]
-        if method not in ("", *runs):
-            raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
-        for name in (method,) if method else runs:
-            _set(runs[name], override.removeprefix(f"{method}:"))
-        found[key] = read_yaml(text, f"The value of {key!r}")
-    for values in runs.values():
-        parse(RunConfig, {"task": "any", "output": "any", **values})
-    return found
-
-
-def _set(values: dict[str, Any], override: str) -> None:
+def set_value(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(

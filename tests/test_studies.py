@@ -9,7 +9,7 @@ from helpers import make_backbone, make_rows, run_values, write_rows
 from typer.testing import CliRunner
 
 from jaxprompt import cli
-from jaxprompt.config import RunConfig, TaskConfig, UserError, read_overrides
+from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.evaluate.score import Answers
 from jaxprompt.studies import baselines, catalogue
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
@@ -23,7 +23,7 @@ from jaxprompt.studies.cells import (
     run_cells,
     run_config,
 )
-from jaxprompt.studies.plan import FULL, Claim, mixture, named, relabelled
+from jaxprompt.studies.plan import FULL, Claim, mixture, named, read_overrides, relabelled
 from jaxprompt.studies.report import section, write_report
 from jaxprompt.studies.reproduce import make_plan, reproduce
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from jaxprompt.config import TaskConfig, UserError, read_yaml
+from jaxprompt.config import RunConfig, TaskConfig, UserError, parse, read_yaml, set_value
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.data.templates import to_text
 from jaxprompt.studies.baselines import Record
@@ -164,6 +164,26 @@ def named(texts: Sequence[str]) -> dict[str, str]:
         if not re.fullmatch(r"[\w.-]+", name) or not path or name in found:
             raise UserError(f"{text!r} must have the form name=path, each name once.")
         found[name] = path
+    return found
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings of runs as a flat mapping, each checked to be one of their keys.
+
+    ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs.
+    """
+    found: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = {"prompt": {}, "full": {}}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        method = key.rpartition(":")[0]
+        if method not in ("", *runs):
+            raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
+        for name in (method,) if method else runs:
+            set_value(runs[name], override.removeprefix(f"{method}:"))
+        found[key] = read_yaml(text, f"The value of {key!r}")
+    for values in runs.values():
+        parse(RunConfig, {"task": "any", "output": "any", **values})
     return found
 
 
