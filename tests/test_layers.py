@@ -58,6 +58,26 @@ def test_mixed_products_are_float32_products_of_rounded_operands(spec, a, b):
         assert got.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_tied_head_is_the_head_of_the_transposed_table(mixed):
+    """Values, and the gradient of the table, which full fine-tuning of a tied model needs."""
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.normal(size=(3, 2, 8)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(11, 8)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(3, 2, 11)), jnp.float32)
+
+    @jax.jit
+    def tied(table):
+        logits = layers.head(y, table, mixed, tied=True)
+        return jnp.sum(logits * weights), logits
+
+    (_, logits), gradient = jax.value_and_grad(tied, has_aux=True)(table)
+    tolerance = 0.05 if mixed else 1e-5
+    np.testing.assert_allclose(logits, layers.head(y, table.T), atol=tolerance)
+    expected = np.einsum("btv,btd->vd", weights, y)
+    np.testing.assert_allclose(gradient, expected, atol=tolerance)
+
+
 def test_attention_ignores_what_the_mask_hides():
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, 5, 2, 4)) for k in keys)

@@ -60,12 +60,17 @@ _mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 def head(
-    y: Float[Array, "B T D"], table: Float[Array, "D V"], mixed: bool = False
+    y: Float[Array, "B T D"], table: Float[Array, "..."], mixed: bool = False, tied: bool = False
 ) -> Float[Array, "B T V"]:
-    """Float32 logits of every word."""
+    """Float32 logits of every word; the table is [D, V] or, tied to the embedding, [V, D].
+
+    It is not transposed for the latter: XLA's CPU runtime (jax 0.10, 0.11) has no bfloat16 product
+    with a transposed result, which the table's gradient would be.
+    """
+    spec = "btd,vd->btv" if tied else "btd,dv->btv"
     if mixed:
-        return product("btd,dv->btv", y, table, mixed=True)
-    return jnp.matmul(y, table.astype(y.dtype), preferred_element_type=jnp.float32)
+        return product(spec, y, table, mixed=True)
+    return jnp.einsum(spec, y, table.astype(y.dtype), preferred_element_type=jnp.float32)
 
 
 def rms_norm(

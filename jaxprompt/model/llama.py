@@ -133,8 +133,9 @@ class Llama(nn.Module):
         if scored == 0:
             return None, written
         y = self.final_norm(x[:, x.shape[1] - scored :])
-        table = self.token_embedder.embedding.T if self.config.tied else self.head
-        return layers.head(y, table, self.config.mixed), written
+        tied = self.config.tied
+        table = self.token_embedder.embedding if tied else self.head
+        return layers.head(y, table, self.config.mixed, tied), written
 
 
 def _run(params, config, ids, bank, past, context, scored) -> tuple[Any, KeysValues]:

@@ -206,8 +206,9 @@ class T5(nn.Module):
     def logits(self, y):
         if self.config.scale_output:
             y = y * self.config.d_model**-0.5
-        table = self.token_embedder.embedding.T if self.config.tied else self.head
-        return layers.head(y, table, self.config.mixed)
+        tied = self.config.tied
+        table = self.token_embedder.embedding if tied else self.head
+        return layers.head(y, table, self.config.mixed, tied)
 
     def __call__(self, inputs, segments, targets):
         encoded = self.encode(inputs, segments, None)
