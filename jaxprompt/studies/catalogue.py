@@ -340,6 +340,7 @@ STUDIES = {
         _levers,
         (
             Claim("linear decay", ">", PAPERS, "decay helps"),
+            Claim("rate 1, linear decay", ">", "linear decay", "a higher rate helps too"),
             Claim("residual, linear decay", ">", "linear decay", "a residual network helps"),
             Claim("superposition, linear decay", ">", "linear decay", "superposition helps"),
             Claim(
