@@ -103,6 +103,16 @@ LEVERS: dict[str, dict[str, Any]] = {
     "superposition": CONSTANT | SUPERPOSED,
     "residual, linear decay": {"train__schedule": "linear"} | RESIDUAL,
     "superposition, linear decay": {"train__schedule": "linear"} | SUPERPOSED,
+    "residual, linear decay, rate 0.1": {
+        "train__schedule": "linear",
+        "train__learning_rate": 0.1,
+        **RESIDUAL,
+    },
+    "superposition, linear decay, rate 0.1": {
+        "train__schedule": "linear",
+        "train__learning_rate": 0.1,
+        **SUPERPOSED,
+    },
 }
 
 
@@ -343,6 +353,12 @@ STUDIES = {
             Claim("rate 1, linear decay", ">", "linear decay", "a higher rate helps too"),
             Claim("residual, linear decay", ">", "linear decay", "a residual network helps"),
             Claim("superposition, linear decay", ">", "linear decay", "superposition helps"),
+            Claim(
+                "superposition, linear decay, rate 0.1",
+                ">",
+                "linear decay",
+                "superposition at a lower rate helps",
+            ),
             Claim(
                 PAPERS,
                 ">",
