@@ -90,7 +90,9 @@ def test_levers_change_one_thing_of_the_papers_recipe():
             for key in usual[part]
             if config[part][key] != usual[part][key]
         ] + [("method",)] * (config["method"] != usual["method"])
-        assert len(changed) == (0 if label == catalogue.PAPERS else 1 + label.count(","))
+        assert len(changed) == (
+            0 if label == catalogue.PAPERS else 1 + label.count(", linear") + label.count(", rate")
+        )
 
 
 def test_a_study_without_what_it_needs_is_refused():
