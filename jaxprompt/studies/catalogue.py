@@ -87,7 +87,8 @@ def _adaptation(plan: Plan) -> list[Arm]:
 
 
 PAPERS = "the paper's recipe: constant rate, no dropout"
-CONSTANT = {"train__schedule": "constant"}
+CONSTANT, LINEAR = {"train__schedule": "constant"}, {"train__schedule": "linear"}
+LOWER = {"train__learning_rate": 0.1}
 RESIDUAL = {"method": "residual-prompt-tuning"}
 SUPERPOSED = {"method": "superposition-prompt-tuning"}
 # one change of the paper's recipe, then the two reparameterisations with the schedule
@@ -95,24 +96,16 @@ LEVERS: dict[str, dict[str, Any]] = {
     PAPERS: CONSTANT,
     "dropout 0.1 in the frozen model, as in the authors' code": CONSTANT | {"model__dropout": 0.1},
     "optimizer from step 0": CONSTANT | {"train__optimizer": "adafactor"},
-    "rate 0.1": CONSTANT | {"train__learning_rate": 0.1},
+    "rate 0.1": CONSTANT | LOWER,
     "rate 1": CONSTANT | {"train__learning_rate": 1.0},
-    "rate 1, linear decay": {"train__schedule": "linear", "train__learning_rate": 1.0},
-    "linear decay": {"train__schedule": "linear"},
+    "rate 1, linear decay": LINEAR | {"train__learning_rate": 1.0},
+    "linear decay": LINEAR,
     "residual": CONSTANT | RESIDUAL,
     "superposition": CONSTANT | SUPERPOSED,
-    "residual, linear decay": {"train__schedule": "linear"} | RESIDUAL,
-    "superposition, linear decay": {"train__schedule": "linear"} | SUPERPOSED,
-    "residual, linear decay, rate 0.1": {
-        "train__schedule": "linear",
-        "train__learning_rate": 0.1,
-        **RESIDUAL,
-    },
-    "superposition, linear decay, rate 0.1": {
-        "train__schedule": "linear",
-        "train__learning_rate": 0.1,
-        **SUPERPOSED,
-    },
+    "residual, linear decay": LINEAR | RESIDUAL,
+    "superposition, linear decay": LINEAR | SUPERPOSED,
+    "residual, linear decay, rate 0.1": LINEAR | RESIDUAL | LOWER,
+    "superposition, linear decay, rate 0.1": LINEAR | SUPERPOSED | LOWER,
 }
 
 
