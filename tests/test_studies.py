@@ -109,6 +109,8 @@ def test_a_study_without_what_it_needs_is_refused():
         make_plan("adaptation", backbones=small, adapted={"c": 3})
     with pytest.raises(UserError, match="recipe is 'big'"):
         make_plan("length", backbones=small, recipe="big")
+    with pytest.raises(UserError, match="transfer needs as many"):
+        make_plan("transfer", backbones=small, tasks=["supersense", "spam"])
     with pytest.raises(UserError, match="each name once"):
         named(["x/a", "y/a"])
     assert named(["m=x/a", "y/b/"]) == {"m": "x/a", "b": "y/b/"}
@@ -300,7 +302,7 @@ def test_the_command_says_what_is_wrong_and_reports_without_running(tmp_path):
         (["report"], "No study was begun"),
         (["adaptation"], "needs --adapted"),
         (["length", "train.stps=1"], "did you mean 'steps'"),
-        (["length", "--task", "nothing.yaml"], "No task file"),
+        (["length", "--task", "nothing.yaml"], "No config file"),
         (["adaptation", "--adapted", "x=few"], "whole number"),
     ):
         result = run(*arguments)

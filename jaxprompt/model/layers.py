@@ -64,7 +64,7 @@ def head(
 ) -> Float[Array, "B T V"]:
     """Float32 logits of every word; the table is [D, V] or, tied to the embedding, [V, D].
 
-    It is not transposed for the latter: XLA's CPU runtime (jax 0.10, 0.11) has no bfloat16 product
+    It is not transposed for the latter: XLA's CPU runtime (jax 0.10) has no bfloat16 product
     with a transposed result, which the table's gradient would be.
     """
     spec = "btd,vd->btv" if tied else "btd,dv->btv"

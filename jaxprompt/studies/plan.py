@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from jaxprompt.config import RunConfig, TaskConfig, UserError, parse, read_yaml, set_value
+from jaxprompt.config import (
+    RunConfig,
+    TaskConfig,
+    UserError,
+    parse,
+    read_config,
+    read_yaml,
+    set_value,
+)
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.data.templates import to_text
 from jaxprompt.studies.baselines import Record
@@ -146,12 +154,7 @@ def read_task(name: str) -> TaskConfig:
     """A task by name, or of a YAML file that is a task or a run."""
     if not name.endswith((".yaml", ".yml")):
         return resolve_task(name)
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"No task file at {name!r}; give a YAML file, or the name of a task.")
-    values = read_yaml(path.read_text(encoding="utf-8"), name)
-    if not isinstance(values, dict):
-        raise UserError(f"{name} must hold a mapping: a task, or a run that has one.")
+    values = read_config(name)
     return resolve_task(values.get("task", values))
 
 

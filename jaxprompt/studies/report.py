@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, parse
+from jaxprompt.model.hf import read_json
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
 from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score
@@ -41,12 +42,11 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def write_report(out: Path) -> Path:
     """Write OUT/report.md, OUT/report.html and OUT/figures; the path of the HTML page."""
-    plans = [Plan.model_validate_json(p.read_text()) for p in sorted((out / "plans").glob("*"))]
+    files = [out / "plans" / f"{name}.json" for name in STUDIES]
+    plans = [parse(Plan, read_json(file)) for file in files if file.is_file()]
     if not plans:
         raise UserError(f"No study was begun in {str(out)!r}; run `jaxprompt reproduce STUDY`.")
     found = read_records(out)
-    order = list(STUDIES)
-    plans.sort(key=lambda plan: order.index(plan.study))
     (out / "figures").mkdir(exist_ok=True)
     sections = [section(plan, found, out / "figures") for plan in plans]
     missing = [name for name in STUDIES if name not in {plan.study for plan in plans}]

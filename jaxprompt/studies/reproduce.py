@@ -67,6 +67,8 @@ def make_plan(
         raise UserError(
             f"--adapted names {unknown[0]!r}; among --backbone are {', '.join(backbones)}."
         )
+    if study in ("transfer", "shift"):  # refused before anything runs
+        also_judged_on(plan)
     if study == "objective":
         if plan.span is None:
             raise UserError(f"The study 'objective' needs --span: {first} before LM adaptation.")
@@ -76,12 +78,19 @@ def make_plan(
     return plan
 
 
+def also_judged_on(plan: Plan) -> dict[str, Sequence[TaskConfig]]:
+    """For each task the others, in its label words."""
+    return {
+        name: [relabelled(t, source) for n, t in plan.tasks.items() if n != name]
+        for name, source in plan.tasks.items()
+    }
+
+
 def reproduce(plan: Plan, out: Path, say: Callable[[str], None]) -> tuple[Path, int]:
     """Run what is missing of a study; the report's page and the number of runs that failed."""
     also: dict[str, Sequence[TaskConfig]] = {}
     if plan.study in ("transfer", "shift"):
-        for name, source in plan.tasks.items():
-            also[name] = [relabelled(t, source) for n, t in plan.tasks.items() if n != name]
+        also = also_judged_on(plan)
     if plan.study == "scale" and len(plan.tasks) > 1 and "multitask" not in plan.tasks:
         folder = (out / "mixtures" / "-".join(plan.tasks)).absolute()
         plan.tasks["multitask"], also["multitask"] = mixture(list(plan.tasks.values()), folder)
