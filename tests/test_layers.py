@@ -81,13 +81,48 @@ def test_a_tied_head_is_the_head_of_the_transposed_table(mixed):
 def test_attention_ignores_what_the_mask_hides():
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, 5, 2, 4)) for k in keys)
-    mask = layers.segment_mask(jnp.array([[1, 1, 2, 2, 0]]), jnp.array([[1, 1, 2, 2, 0]]))
+    segments = jnp.array([[1, 1, 2, 2, 0]])
+    mask = layers.additive(layers.segment_mask(segments, segments))
     whole = layers.attention(query, key, value, None, mask)
-    first = layers.attention(
-        query[:, :2], key[:, :2], value[:, :2], None, jnp.ones((1, 1, 2, 2), bool)
-    )
+    first = layers.attention(query[:, :2], key[:, :2], value[:, :2], None, jnp.zeros((1, 1, 2, 2)))
     np.testing.assert_allclose(whole[:, :2], first, rtol=1e-5, atol=1e-6)
     assert np.isfinite(whole).all()  # the padding query sees nothing and must not become NaN
+
+
+def _attended(form, mixed=False):
+    """Values and gradients of attention over packed rows, with dropout, in one of its forms."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    query, weights = normal(6, 8, 2, 4), normal(6, 8, 2, 4)
+    encoded, kernels, bias = normal(6, 8, 5), normal(2, 5, 2, 4) / 2, normal(1, 2, 8, 8)
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (6, 8)), axis=1)[:, ::-1])
+    mask = layers.additive(layers.segment_mask(segments, segments))
+    keep = jnp.asarray(rng.integers(0, 2, (6, 2, 1, 8)), jnp.float32)
+
+    @jax.jit
+    def value(query, encoded, kernels, bias):
+        if form == "to":
+            y = layers.attention_to(query, *kernels, encoded, mask, keep, mixed=mixed)
+        else:
+            key, val = (layers.product("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
+            bias = None if form == "unbiased" else bias
+            y = layers.attention(
+                query, key, val, bias, mask, keep, mixed=mixed, in_turn=form == "in turn"
+            )
+        return jnp.sum(y * weights), y
+
+    args = query, encoded, kernels, bias
+    grads, found = jax.grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+    return found, *grads
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("form", "like"), [("in turn", "at once"), ("to", "unbiased")])
+def test_the_forms_of_attention_agree(form, like, mixed, monkeypatch):
+    monkeypatch.setattr(layers, "_LOGITS_AT_A_TIME", 2 * 2 * 8 * 8)  # two rows at a time
+    tolerance = 0.1 if mixed else 2e-6
+    for a, b in zip(_attended(form, mixed), _attended(like), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max() + 1e-30))
 
 
 def test_shift_right_starts_each_segment():

@@ -8,6 +8,7 @@ of the distance between query and key.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,12 @@ def product(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    first, second, result = re.split(",|->", spec)
+    # the operand whose index comes first in the result goes first: XLA's CPU runtime (jax 0.10)
+    # has no bfloat16 product whose result is transposed
+    own = next((i for i in result if (i in first) != (i in second)), "")
+    if own in second and own not in first:
+        spec, a, b = f"{second},{first}->{result}", b, a
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
@@ -132,24 +139,89 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
     return (same & (keys[:, None, :] > 0))[:, None]
 
 
+def additive(mask: Bool[Array, "*B"]) -> Float[Array, "*B"]:
+    """A mask as what is added to logits: 0 where it is true, else so low that a weight is 0.
+
+    Made once for all layers: a comparison of segments inside each would cost as much as a product.
+    """
+    return jnp.where(mask, 0.0, -1e30)
+
+
+def _scores(spec: str, a: jax.Array, b: jax.Array, mixed: bool) -> jax.Array:
+    """A product with a float32 result."""
+    if mixed:
+        return product(spec, a, b, mixed=True)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+# of logits at a time, where rows are attended to in turn: they should stay in a core's cache
+_LOGITS_AT_A_TIME = 2**19
+
+
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     bias: Float[Array, "#B N T S"] | None,
-    mask: Bool[Array, "#B 1 #T S"],
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    mask: Float[Array, "#B 1 #T S"],
+    keep: Float[Array, "B N 1 S"] | None = None,
+    *,
+    mixed: bool = False,
+    in_turn: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Multi-head attention with additive bias, unscaled logits and float32 softmax.
+    """Multi-head attention with additive bias and mask, unscaled logits and float32 softmax.
 
+    keep: what weights are multiplied with (dropout). mixed: as in ``product``.
+    in_turn: a few rows at a time, and their weights computed again in the backward pass instead of
+    kept, as far as the logits are many. On CPUs that is the faster form, because logits never leave
+    the cache; over devices it must not be used, where rows are spread.
     A query that may see nothing gets a uniform average (finite, and read by nobody).
     """
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
-    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+    def few(query, key, value, mask, keep):
+        logits = _scores("btnh,bsnh->bnts", query, key, mixed) + mask
+        logits = logits if bias is None else logits + bias
+        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+        weights = weights if keep is None else weights * keep
+        return product("bnts,bsnh->btnh", weights, value, mixed)
+
+    rows, length, heads, _ = query.shape
+    some = max(1, _LOGITS_AT_A_TIME // (heads * length * key.shape[1]))
+    some = next(n for n in range(min(some, rows), 0, -1) if rows % n == 0)
+    if not in_turn or some == rows or (bias is not None and bias.shape[0] > 1):
+        return few(query, key, value, mask, keep)
+    mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
+    split = lambda x: x.reshape(rows // some, some, *x.shape[1:])
+    parts = jax.tree.map(split, (query, key, value, mask, keep))
+    found = jax.lax.map(lambda part: jax.checkpoint(few)(*part), parts)
+    return found.reshape(rows, *found.shape[2:])
+
+
+def attention_to(
+    query: Float[Array, "B T N H"],
+    key_kernel: Float[Array, "D N H"],
+    value_kernel: Float[Array, "D N H"],
+    encoded: Float[Array, "B S D"],
+    mask: Float[Array, "#B 1 #T S"],
+    keep: Float[Array, "B N 1 S"] | None = None,
+    *,
+    mixed: bool = False,
+) -> Float[Array, "B T N H"]:
+    """``attention`` to what is encoded, for few queries: no token is projected to key or value.
+
+    (x W_q)(e W_k)^T = (x W_q W_k^T) e^T, and likewise for values: the projections move from the S
+    rows of the encoder to the T x N of the queries, which is less work as long as T < H.
+    """
+    batch, length, heads, _ = query.shape
+    flat = lambda x: x.reshape(batch, length * heads, -1)
+    asked = flat(product("btnh,dnh->btnd", query, key_kernel, mixed))
+    logits = _scores("bqd,bsd->bqs", asked, encoded, mixed)
+    logits = logits.reshape(batch, length, heads, -1) + mask.swapaxes(1, 2)
+    weights = jax.nn.softmax(logits, axis=-1).astype(encoded.dtype)
+    weights = weights if keep is None else weights * keep.swapaxes(1, 2)
+    found = product("bqs,bsd->bqd", flat(weights), encoded, mixed)
+    found = found.reshape(batch, length, heads, -1)
+    return product("btnd,dnh->btnh", found, value_kernel, mixed)
 
 
 def shift_right(

@@ -25,6 +25,7 @@ from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.safetensors_file import Output, write_sharded
+from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
 Params = family.Params
@@ -72,6 +73,8 @@ def load_backbone(
     found, tensors, leaves = _open(location, None if config is None else Path(config))
     unrolled = not isinstance(found, LlamaConfig) if unroll is None else unroll
     settings = replace(found, dtype=dtype, unroll=unrolled, remat=remat)
+    if isinstance(settings, T5Config):
+        settings = replace(settings, rows_in_turn=one_cpu())
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
@@ -86,6 +89,11 @@ def load_backbone(
         node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[settings.activations], rule)
     path = name if location.startswith("gs://") else Path(location)
     return Backbone(settings, params, name, fingerprint(params), path)
+
+
+def one_cpu() -> bool:
+    """Whether all work is done by one CPU device."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _with_choices(

@@ -5,13 +5,12 @@ of the package calls; the last ones are those that every family has (``model/fam
 parameters are a plain pytree outside the module, layers stacked on axis 0.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxprompt.model import layers
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
@@ -33,7 +32,7 @@ class Attention(nn.Module):
         self.key = self.param("key", normal(c.d_model**-0.5), into)
         self.value = self.param("value", normal(c.d_model**-0.5), into)
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
-        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,))
+        self.dropout = nn.Dropout(c.dropout)
 
     def keys_values(self, x):
         return self._project(x, self.key), self._project(x, self.value)
@@ -42,10 +41,28 @@ class Attention(nn.Module):
         return layers.product("bsd,dnh->bsnh", x, kernel, self.config.mixed)
 
     def mix(self, x, key, value, bias, mask, deterministic):
-        drop = functools.partial(self.dropout, deterministic=deterministic)
+        c, query = self.config, self._project(x, self.query)
+        keep = self._keep(x.shape[0], key.shape[1], x.dtype, deterministic)
+        y = layers.attention(
+            query, key, value, bias, mask, keep, mixed=c.mixed, in_turn=c.rows_in_turn
+        )
+        return layers.product("btnh,nhd->btd", y, self.out, c.mixed)
+
+    def mix_with(self, x, encoded, mask, deterministic):
+        """The same to what is encoded, without keys and values where that is less work."""
+        if x.shape[1] >= self.config.head_dim // 2:
+            return self.mix(x, *self.keys_values(encoded), None, mask, deterministic)
         query, mixed = self._project(x, self.query), self.config.mixed
-        y = layers.attention(query, key, value, bias, mask, drop)
+        keep = self._keep(x.shape[0], encoded.shape[1], x.dtype, deterministic)
+        y = layers.attention_to(query, self.key, self.value, encoded, mask, keep, mixed=mixed)
         return layers.product("btnh,nhd->btd", y, self.out, mixed)
+
+    def _keep(self, rows, keys, dtype, deterministic):
+        """What dropout multiplies weights with: one draw a key, for all queries, as in T5X."""
+        if deterministic or not self.config.dropout:
+            return None
+        ones = jnp.ones((rows, self.config.num_heads, 1, keys), dtype)
+        return self.dropout(ones, deterministic=False)
 
 
 class Shared(NamedTuple):
@@ -53,10 +70,10 @@ class Shared(NamedTuple):
 
     queries: Int[Array, " T"]  # offsets in the row
     keys: Int[Array, " S"]
-    self_mask: Bool[Array, "..."]
+    self_mask: Float[Array, "#B 1 #T S"]  # additive, as the other
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
-    cross_mask: Bool[Array, "..."] | None = None
+    cross_mask: Float[Array, "B 1 #T S"] | None = None
 
 
 class LayerCache(NamedTuple):
@@ -121,22 +138,20 @@ class DecoderLayer(nn.Module):
             bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, False)
         y = self.self_attention_norm(x)
         key, value = self.self_attention.keys_values(y)
-        if cache is None:
-            cross_key, cross_value = self.cross_attention.keys_values(shared.encoded)
-            written = None
-        else:
+        if cache is not None:
             at = (0, shared.queries[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-            cross_key, cross_value = cache.cross_key, cache.cross_value
-            written = (key, value)
         y = self.self_attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
         x = x + self.dropout(y)
-        y = self.cross_attention_norm(x)
-        y = self.cross_attention.mix(
-            y, cross_key, cross_value, None, shared.cross_mask, self.deterministic
-        )
+        y, attend = self.cross_attention_norm(x), self.cross_attention
+        if cache is None:
+            y = attend.mix_with(y, shared.encoded, shared.cross_mask, self.deterministic)
+        else:
+            known = cache.cross_key, cache.cross_value
+            y = attend.mix(y, *known, None, shared.cross_mask, self.deterministic)
         x = x + self.dropout(y)
+        written = None if cache is None else (key, value)
         return x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic)), written
 
 
@@ -184,21 +199,22 @@ class T5(nn.Module):
 
     def encode(self, inputs, segments, bank):
         offsets = jnp.arange(inputs.shape[1])
-        shared = Shared(offsets, offsets, layers.segment_mask(segments, segments))
+        mask = layers.additive(layers.segment_mask(segments, segments))
+        shared = Shared(offsets, offsets, mask)
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
     def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
         offsets = jnp.arange(decoder_inputs.shape[1])
         causal = offsets[None, :] <= offsets[:, None]
-        self_mask = layers.segment_mask(target_segments, target_segments) & causal
-        cross_mask = layers.segment_mask(target_segments, input_segments)
+        self_mask = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
+        cross_mask = layers.additive(layers.segment_mask(target_segments, input_segments))
         shared = Shared(offsets, offsets, self_mask, encoded=encoded, cross_mask=cross_mask)
         return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
 
     def decode_step(self, cache, input_segments, ids, index, bank):
         keys = jnp.arange(cache.self_key.shape[2])
-        self_mask = (keys <= index)[None, None, None, :]
-        cross_mask = (input_segments > 0)[:, None, None, :]
+        self_mask = layers.additive(keys <= index)[None, None, None, :]
+        cross_mask = layers.additive(input_segments > 0)[:, None, None, :]
         shared = Shared(index[None], keys, self_mask, cross_mask=cross_mask)
         y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
         return self.logits(y)[:, 0], written

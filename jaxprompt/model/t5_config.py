@@ -32,6 +32,7 @@ class T5Config(Precision):
     dtype: str = "float32"  # see Precision
     unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
     remat: bool = False  # recompute each layer in the backward pass
+    rows_in_turn: bool = False  # see layers.attention: faster on one CPU, not for several devices
     decoder_start_id: int = 0
     pad_id: int = 0
     eos_id: int = 1

@@ -207,6 +207,7 @@ def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
         dropout=model.dropout,
         unroll=model.unroll is not False,
         remat=model.remat,
+        rows_in_turn=one_cpu(),
     )
 
 
