@@ -143,8 +143,10 @@ class TrainConfig(Optimization):
     eval_batch_size: Size = 64
     eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
     patience: Positive | None = None  # stop after so many evaluations without a better metric
+    # rows of a part of a batch, see data/pipeline.py; null: as suits the data and the device
+    micro_batch: Size | None = None
     # rows of similar length share a batch, within windows of so many batches; 0: plain random ones
-    length_window: Count = 16
+    length_window: Count = 0
 
 
 class MeshConfig(_Schema):

@@ -55,7 +55,7 @@ def job(name: str, dtype: str, path: str):
     def run() -> float:
         start = time.perf_counter()
         for _ in range(STEPS):
-            held[0], _ = step(held[0], frozen, batch)
+            held[0], _ = step(held[0], frozen, [batch])
         jax.block_until_ready(held[0])
         return (time.perf_counter() - start) / STEPS
 

@@ -57,7 +57,7 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
         began = time.perf_counter()
         drawn = [examples[i] for i in chosen]
         batch = make_batch(drawn, target_length=depth, widths=family.widths(config))
-        state, found = step(state, backbone.params, batch)
+        state, found = step(state, backbone.params, [batch])
         losses.append(float(found.loss[0]))
         compiles = batch.inputs.shape not in seen
         seen.add(batch.inputs.shape)

@@ -88,11 +88,11 @@ def main(options: argparse.Namespace) -> None:
     step = make_train_step(shape, method, optimizer, z_loss=config.train.z_loss)
 
     begun = time.monotonic()
-    lowered = step.lower(state, params, batch)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, params, [batch])
     # counted unrolled: in a loop a layer's FLOPs would count once
     flat = dataclasses.replace(shape, unroll=True)
     counted = make_train_step(flat, method, optimizer, z_loss=config.train.z_loss)
-    flops = counted.lower(state, params, batch).cost_analysis()["flops"]
+    flops = jax.jit(counted).lower(state, params, [batch]).cost_analysis()["flops"]
     print("lowered; compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()
     seconds = time.monotonic() - begun

@@ -1,5 +1,6 @@
 """Batches: literal arrays, nothing lost, and batch k as a pure function of seed and k."""
 
+import functools
 import itertools
 from collections import Counter
 
@@ -14,6 +15,7 @@ from jaxprompt.data.pipeline import (
     evaluation_batches,
     first_fit,
     make_batch,
+    micro_rows,
     pack_batch,
     round_input_length,
     round_target_length,
@@ -155,17 +157,32 @@ def test_resuming_continues_the_very_same_batches(window):
     for start in (0, 1, 7, 13):
         resumed = itertools.islice(training_batches(examples, start=start, **options), 6)
         for one, two in zip(whole[start : start + 6], resumed, strict=True):
-            assert_equal(one, two)
+            assert_equal(one[0], two[0])
 
 
 def test_training_batches_are_those_of_batch_indices():
     examples = random_examples(50)
     lengths = np.array([len(e.inputs) for e in examples])
-    for step, batch in enumerate(
-        itertools.islice(training_batches(examples, batch_size=8, seed=3, window=2), 9)
-    ):
+    options = {"batch_size": 8, "seed": 3, "window": 2}
+    whole, parts = (
+        itertools.islice(training_batches(examples, rows=rows, **options), 9) for rows in (None, 4)
+    )
+    for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)
-        assert_equal(batch, make_batch([examples[i] for i in chosen], target_length=8))
+        ordered = sorted(chosen, key=lambda i: -lengths[i])
+        assert_equal(batch, make_batch([examples[i] for i in ordered], target_length=8))
+        for part, mine in ((longer, ordered[:4]), (shorter, ordered[4:])):
+            assert_equal(part, make_batch([examples[i] for i in mine], target_length=8))
+
+
+def test_the_rows_of_a_micro_batch_divide_the_batch_and_fit_the_positions():
+    lengths = np.array([100, 300])  # 200 on average
+    rows = functools.partial(micro_rows, lengths)
+    assert rows(batch_size=32, positions=2048) == 8
+    assert rows(batch_size=32, positions=100) == 1
+    assert rows(batch_size=32, positions=10**6) == 32
+    assert rows(batch_size=30, positions=2048) == 10
+    assert rows(batch_size=32, positions=100, multiple=4) == 4  # devices share the rows
 
 
 @pytest.mark.parametrize("count", [1, 8, 21])

@@ -8,7 +8,7 @@ import pytest
 
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, TrainConfig, UserError
-from jaxprompt.data.pipeline import Batch, Example, make_batch, pack_batch
+from jaxprompt.data.pipeline import Batch, Example, make_batch, micro_batches, pack_batch
 from jaxprompt.model import t5
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.optimizer import make_optimizer, per_prompt
@@ -50,7 +50,8 @@ def run(model, batches, start, *, method="prompt-tuning", put=lambda b: b, **set
     optimizer, step = trainer(config, method, **settings)
     state = init_state(METHODS[method], optimizer, params, start)
     for batch in batches:
-        state, losses = step(state, params, put(batch))
+        parts = batch if isinstance(batch, list) else [batch]
+        state, losses = step(state, params, put(parts))
         jax.block_until_ready(losses)
     return state, losses
 
@@ -120,6 +121,38 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_unpacked_rows(tiny):
     (a, grad_a), (b, grad_b) = (value(jnp.asarray(prompts(1)), x) for x in (plain, packed))
     assert float(a) == pytest.approx(float(b), rel=1e-5)
     np.testing.assert_allclose(grad_a, grad_b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("method", ["prompt-tuning", "model-tuning"])
+def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dropout):
+    """Two prompts of very different shares; with dropout only that both learn the same batch."""
+    config = dataclasses.replace(tiny[0], dropout=dropout)
+    whole = method == "model-tuning"
+    rows = [*examples(6), *([] if whole else examples(2, prompt=1))]
+    if whole:
+        rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
+    owner = lambda e: int(max(e.inputs.max() - V, 0) // P)
+
+    def owned(batch):  # a row's prompt is that of its ids
+        prompts = np.maximum(batch.inputs.max(axis=1) - V, 0) // P
+        return batch._replace(
+            target_prompts=np.broadcast_to(prompts[:, None], batch.targets.shape).astype(np.int32)
+        )
+
+    plain = [owned(make_batch(rows, target_length=4))]
+    parts = [owned(b) for b in micro_batches(rows, rows=2, target_length=4)]
+    assert len({b.inputs.shape for b in parts}) <= 2 and len(parts) == len(rows) // 2
+    start = np.zeros((1, 0, D), np.float32) if whole else prompts(2)
+    settings = {"method": method, "name": "adamw", "rate": 0.01}
+    a, b = (run((config, tiny[1]), [batches], start, **settings) for batches in (plain, parts))
+    np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=0.5 if dropout else 1e-5)
+    # Adam's first step is the gradient's sign: its moments show the gradient itself
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+    if not dropout:
+        np.testing.assert_array_equal(a[1].accuracy, b[1].accuracy)
+        jax.tree.map(same, a[0].optimizer, b[0].optimizer)
+    assert {owner(e) for e in rows} == ({0} if whole else {0, 1})
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])

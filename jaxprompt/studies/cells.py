@@ -52,10 +52,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # for the built-in backbones: a linear fall to 0 within hundreds of steps
     "miniature": {
-        "prompt": {"train.steps": 400, "train.schedule": "linear"},
+        "prompt": {
+            "train.steps": 400, "train.schedule": "linear", "train.length_window": 16,
+        },
         "full": {
-            "train.steps": 400, "train.schedule": "linear", "train.optimizer": "adamw",
-            "train.learning_rate": 1e-3, "train.weight_decay": 0.0,
+            "train.steps": 400, "train.schedule": "linear", "train.length_window": 16,
+            "train.optimizer": "adamw", "train.learning_rate": 1e-3, "train.weight_decay": 0.0,
         },
     },
 }  # fmt: skip

@@ -138,12 +138,14 @@ class Clock:
         self.examples = self.tokens = 0
         self.first: float | None = None  # after the first step, so that compilation does not count
 
-    def count(self, batch) -> None:
+    def count(self, batches) -> None:
+        """A step on these micro-batches is on its way."""
         if self.first is None:
             self.first = time.monotonic()
             return
-        self.examples += len(batch.inputs)
-        self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+        for batch in batches:
+            self.examples += len(batch.inputs)
+            self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
 
     def seconds(self) -> float:
         return self.earlier + time.monotonic() - self.start

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprompt import parallel
-from jaxprompt.config import RunConfig, TaskConfig
-from jaxprompt.data.pipeline import Example, training_batches
+from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.data.pipeline import Example, micro_rows, training_batches
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
@@ -162,13 +162,14 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         seed=settings.seed,
         start=done,
         window=settings.length_window,
+        rows=_micro_rows(config, training.examples, mesh),
         widths=family.widths(shape),
     )
     clock = Clock(progress["seconds"])
     stopped = bool(settings.patience and progress["stale"] >= settings.patience)
     pending = None  # the losses of the step before, fetched while the next one runs
     while done < settings.steps and not stopped:
-        batch = next(batches)
+        batch = next(batches)  # as micro-batches
         state, losses = train_step(state, backbone.params, parallel.put_batch(batch, mesh))
         done += 1
         clock.count(batch)
@@ -227,6 +228,28 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+# Positions of a micro-batch, where the config does not say: on a CPU what still fits its caches, on
+# an accelerator what fills its matrix units
+_POSITIONS = {"cpu": 2048}
+_POSITIONS_ELSEWHERE = 32_768
+
+
+def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh) -> int:
+    """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
+    devices, batch_size = mesh.shape["data"], config.train.batch_size
+    if config.train.micro_batch is None:
+        positions = _POSITIONS.get(jax.default_backend(), _POSITIONS_ELSEWHERE) * devices
+        lengths = np.array([len(e.inputs) for e in examples])
+        return micro_rows(lengths, batch_size=batch_size, positions=positions, multiple=devices)
+    if batch_size % config.train.micro_batch:
+        raise UserError(
+            f"train.micro_batch is {config.train.micro_batch}, which does not divide "
+            f"train.batch_size, {batch_size}; use a divisor of it."
+        )
+    parallel.check_batch_size(config.train.micro_batch, mesh, "train.micro_batch")
+    return config.train.micro_batch
 
 
 def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: str) -> None:

@@ -31,7 +31,7 @@ from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluate.analyze import draw_losses
 from jaxprompt.model import generate, hub, t5
 from jaxprompt.model.hf import read_json
-from jaxprompt.model.load import fingerprint, load_backbone, save_hf
+from jaxprompt.model.load import fingerprint, load_backbone, one_cpu, save_hf
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
 from jaxprompt.train.checkpoint import Checkpoints
@@ -137,9 +137,9 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
     clock, pending, scores = Clock(progress["seconds"]), None, None
     while done < settings.steps:
         batch = next(batches)
-        state, losses = train_step(state, {}, parallel.put_batch(batch, mesh))
+        state, losses = train_step(state, {}, [parallel.put_batch(batch, mesh)])
         done += 1
-        clock.count(batch)
+        clock.count([batch])
         progress["tokens"] += _size(batch)
         if pending is not None:
             log(pending)

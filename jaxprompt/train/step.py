@@ -1,7 +1,7 @@
 """The train step: pure, jitted once, over a mesh; gradients for the method's tree alone."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,21 @@ class Losses(NamedTuple):
     accuracy: Float[Array, " K"]  # share of target tokens that are the argmax
 
 
+class Sums(NamedTuple):
+    """What adds up over the micro-batches of a step; the gradient is that of the summed loss."""
+
+    gradient: Any
+    loss: Float[Array, " K"]
+    right: Float[Array, " K"]
+    weight: Float[Array, " K"]
+
+    def means(self) -> tuple[Any, Losses]:
+        """Gradient and losses of each prompt's mean over all of its target tokens."""
+        weight = jnp.maximum(self.weight, 1.0)
+        share = lambda x: x / weight.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        return jax.tree.map(share, self.gradient), Losses(share(self.loss), share(self.right))
+
+
 def batch_losses(
     params: family.Params,
     bank: Float[Array, "K P D"] | None,
@@ -45,6 +60,12 @@ def batch_losses(
     A prompt's mean is over its own target tokens, so its gradient does not depend on what else
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
     """
+    objective, sums = _summed(params, bank, config, batch, prompts, z_loss, dropout_key)
+    return jnp.sum(objective / jnp.maximum(sums.weight, 1.0)), sums.means()[1]
+
+
+def _summed(params, bank, config, batch, prompts, z_loss, dropout_key):
+    """The objective of each prompt and what is reported, as sums over target tokens."""
     inputs, segments, targets, target_segments, owners, weights = map(jnp.asarray, batch)
     model = family.of(config)
     prepared = model.prepare(params, bank, config)
@@ -53,17 +74,18 @@ def batch_losses(
     )
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = log_z - picked
     right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
-    def mean(values):
-        owner = owners.reshape(-1)
-        add = functools.partial(jax.ops.segment_sum, segment_ids=owner, num_segments=prompts)
-        total = add((values * weights).reshape(-1))
-        return total / jnp.maximum(add(weights.reshape(-1)), 1.0)
+    def total(values):
+        flat = (values * weights).reshape(-1)
+        return jax.ops.segment_sum(flat, owners.reshape(-1), num_segments=prompts)
 
-    losses = Losses(mean(nll), mean(right))
-    return jnp.sum(losses.loss + z_loss * mean(jnp.square(log_z))), losses
+    loss = total(log_z - picked)
+    sums = Sums(None, loss, total(right), total(jnp.ones_like(weights)))
+    return loss + z_loss * total(jnp.square(log_z)), sums
+
+
+Step = Callable[[TrainState, family.Params, Sequence[Batch]], tuple[TrainState, Losses]]
 
 
 def make_train_step(
@@ -73,28 +95,58 @@ def make_train_step(
     *,
     seed: int = 0,
     z_loss: float = 0.0,
-) -> Callable[[TrainState, family.Params, Batch], tuple[TrainState, Losses]]:
-    """A jitted ``(state, params, batch) -> (state, losses)``; the state's buffers are donated.
+) -> Step:
+    """A compiled ``(state, params, micro-batches) -> (state, losses)``; it donates the state.
 
-    Dropout keys are a pure function of seed and step, so a resumed run needs no random state.
+    However a batch is cut into micro-batches, the step is the same to float32's error: gradients
+    add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
+    compiled once. Dropout keys are a pure function of seed, step and the micro-batch's number, so a
+    resumed run needs no random state.
     """
 
-    def objective(tree, params, batch, key):
-        params, bank = method.apply(tree, params)
-        prompts = jax.tree.leaves(tree)[0].shape[0]
-        return batch_losses(
-            params, bank, config, batch, prompts=prompts, z_loss=z_loss, dropout_key=key
-        )
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state, params, batch):
+    def sums_of(tree, step, params, batch, number):
         key = None
         if config.dropout > 0:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, losses = jax.grad(objective, has_aux=True)(state.tree, params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.tree)
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            key = jax.random.fold_in(key, number)
+
+        def objective(tree):
+            tuned, bank = method.apply(tree, params)
+            prompts = jax.tree.leaves(tree)[0].shape[0]
+            each, sums = _summed(tuned, bank, config, batch, prompts, z_loss, key)
+            return jnp.sum(each), sums
+
+        gradient, sums = jax.grad(objective, has_aux=True)(tree)
+        return sums._replace(gradient=gradient)
+
+    def finish(state, sums):
+        gradient, losses = sums.means()
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
         return TrainState(state.step + 1, tree, opt_state), losses
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def at_once(state, params, batch):
+        return finish(state, sums_of(state.tree, state.step, params, batch, 0))
+
+    @jax.jit
+    def nothing(tree):
+        zeros = jnp.zeros(jax.tree.leaves(tree)[0].shape[0])
+        return Sums(jax.tree.map(jnp.zeros_like, tree), zeros, zeros, zeros)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(sums, tree, step, params, batch, number):
+        return jax.tree.map(jnp.add, sums, sums_of(tree, step, params, batch, number))
+
+    last = jax.jit(finish, donate_argnums=0)
+
+    def train_step(state, params, batches):
+        if len(batches) == 1:
+            return at_once(state, params, batches[0])
+        sums = nothing(state.tree)
+        for number, batch in enumerate(batches):
+            sums = add(sums, state.tree, state.step, params, batch, number)
+        return last(state, sums)
 
     return train_step
 
