@@ -55,9 +55,28 @@ def test_dtypes_agree_and_share_a_fingerprint(name):
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full.params)
     assert_same(half.params, cast)
     assert half.fingerprint == full.fingerprint == fingerprint(jax.device_get(full.params))
-    mixed = load_backbone(str(GOLDENS / name), dtype="mixed")
-    assert_same(mixed.params, full.params)
-    assert mixed.config.dtype == "mixed" and mixed.config.activations == "float32"
+    trained = load_backbone(str(GOLDENS / name), dtype="mixed", trainable=True)
+    assert_same(trained.params, full.params)
+    assert trained.config.dtype == "mixed" and trained.config.activations == "float32"
+
+
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[-1]])
+def test_frozen_operands_are_rounded_once_where_they_would_be_at_every_use(name):
+    trained, frozen = (
+        load_backbone(str(GOLDENS / name), dtype="mixed", trainable=trainable)
+        for trainable in (True, False)
+    )
+    assert frozen.fingerprint == trained.fingerprint
+    kinds = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen.params):
+        kinds.setdefault(path[-1].key, str(leaf.dtype))
+    assert kinds["embedding"] == kinds["scale"] == kinds["relative_bias"] == "float32"
+    assert kinds["query"] == kinds["wo"] == "bfloat16"
+    ids = jnp.arange(3, 9).reshape(2, 3)
+    run = jax.jit(t5.logits, static_argnames="config")
+    one = jnp.ones_like(ids)
+    a, b = (run(x.params, None, x.config, ids, one, ids, one) for x in (trained, frozen))
+    np.testing.assert_array_equal(a, b)
 
 
 def test_formats_agree(tmp_path):

@@ -32,6 +32,8 @@ Params = family.Params
 ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
+# parameters that are operands of products and nothing else
+_OPERANDS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
 
 
 class Backbone(NamedTuple):
@@ -54,6 +56,7 @@ def load_backbone(
     remat: bool = False,
     attention: str = "causal",
     config: str | Path | None = None,
+    trainable: bool = False,
 ) -> Backbone:
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
@@ -64,6 +67,8 @@ def load_backbone(
     attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
     are read as one).
+    trainable: whether the weights will be trained, and are needed in full with "mixed" too; else
+    those that are only ever operands are rounded here, once, and take half the memory.
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
     """
     name = str(name_or_path)
@@ -78,6 +83,7 @@ def load_backbone(
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
+    rounded = () if trainable or not settings.mixed else _OPERANDS
     axes = {} if sharding is None else family.of(settings).logical_axes(settings)
     params: Params = {}
     for leaf in leaves:
@@ -86,7 +92,8 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[settings.activations], rule)
+        dtype = "bfloat16" if last in rounded else settings.activations
+        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
     path = name if location.startswith("gs://") else Path(location)
     return Backbone(settings, params, name, fingerprint(params), path)
 

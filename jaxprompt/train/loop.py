@@ -87,6 +87,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         unroll=config.model.unroll,
         remat=config.model.remat,
         attention=config.model.attention,
+        trainable=not method.uses_prompt,
     )
     tokenizer = load_tokenizer(
         config.tokenizer or backbone.path, one_sequence=family.one_sequence(backbone.config)
