@@ -11,7 +11,7 @@ import numpy as np
 from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
-from jaxprompt.data.pipeline import Example
+from jaxprompt.data.pipeline import Example, with_prompt
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
@@ -276,12 +276,7 @@ def evaluate_ensemble(
         chosen, rows, first.tokenizer, first.length, vocabulary,
         need_targets=False, origin=asked.origin,
     )  # fmt: skip
-    examples = [
-        # the same texts, with the virtual tokens of prompt k
-        e._replace(inputs=np.where(e.inputs < vocabulary, e.inputs, e.inputs + k * first.length))
-        for k in range(count)
-        for e in plain
-    ]
+    examples = [with_prompt(e, k, vocabulary, first.length) for k in range(count) for e in plain]
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
     found = answer(
         model, chosen, examples, first.tokenizer, batch_size=batch_size, progress=progress

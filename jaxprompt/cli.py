@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxprompt.config import PretrainConfig, UserError, load_config, parse, read_config
+from jaxprompt.config import UserError, load_config, parse, read_config
+from jaxprompt.pretrain_config import PretrainConfig
 
 app = typer.Typer(
     help="Soft prompt tuning of frozen T5 and decoder-only models in JAX.",

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -27,11 +28,13 @@ Rate = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
+    """Unknown keys are refused, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class TaskConfig(_Schema):
+class TaskConfig(Schema):
     """What a task is: where rows come from, how a row becomes text, how answers are judged."""
 
     name: str
@@ -72,7 +75,7 @@ class TaskConfig(_Schema):
         return self
 
 
-class ModelConfig(_Schema):
+class ModelConfig(Schema):
     """Numerics of the frozen backbone."""
 
     # mixed: float32, but weights are multiplied as bfloat16 operands with float32 results, which
@@ -89,7 +92,7 @@ class ModelConfig(_Schema):
     unroll: bool | None = None
 
 
-class PromptConfig(_Schema):
+class PromptConfig(Schema):
     """Length and start of the soft prompt (Lester et al. 2021, section 3.2)."""
 
     length: Size = 100
@@ -103,6 +106,9 @@ class PromptConfig(_Schema):
     text: str | None = None
     file: str | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
+    # a prompt for each combination, all trained in one step, each as if alone: lists of seeds,
+    # learning rates and ways to start, such as {seed: [0, 1, 2], learning_rate: [0.1, 0.3]}
+    population: dict[Literal["seed", "learning_rate", "init", "text", "file"], list[Any]] = {}
     bottleneck: Size = 128  # of the network of residual-prompt-tuning
     basis: Size = 128  # embeddings that superposition-prompt-tuning mixes, at least `length`
 
@@ -113,7 +119,7 @@ class PromptConfig(_Schema):
         return self
 
 
-class Optimization(_Schema):
+class Optimization(Schema):
     """How any run descends, and what it keeps. Defaults are those of prompt tuning in the paper."""
 
     steps: Positive = 30_000
@@ -143,20 +149,22 @@ class TrainConfig(Optimization):
     eval_batch_size: Size = 64
     eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
     patience: Positive | None = None  # stop after so many evaluations without a better metric
+    # of a population, the worse half stops after so many steps, and again after as many
+    halve_every: Positive | None = None
     # rows of a part of a batch, see data/pipeline.py; null: as suits the data and the device
     micro_batch: Size | None = None
     # rows of similar length share a batch, within windows of so many batches; 0: plain random ones
     length_window: Count = 0
 
 
-class MeshConfig(_Schema):
+class MeshConfig(Schema):
     """Devices along each axis; -1 takes what is left."""
 
     data: int = -1
     model: int = 1
 
 
-class RunConfig(_Schema):
+class RunConfig(Schema):
     """Everything about a run; written to its directory as ``config.yaml``."""
 
     backbone: str = "builtin"
@@ -173,129 +181,57 @@ class RunConfig(_Schema):
 
     @model_validator(mode="after")
     def _start_has_enough_rows(self):
-        if self.method == "superposition-prompt-tuning" and self.prompt.init == "file":
+        inits = [self.prompt.init, *self.prompt.population.get("init", [])]
+        if self.method == "superposition-prompt-tuning" and "file" in inits:
             raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 
-
-class TextSource(_Schema):
-    """Running text: a .txt file with a document a line, or a text column of any task source."""
-
-    name: str
-    source: str | None = None  # hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: a file
-    train: str  # a file, or the name of a split where there is a source
-    column: str = "text"  # where the rows have columns
-    weight: Weight = 1.0  # examples are drawn from the sources in proportion to it
-
-
-class PairSource(_Schema):
-    """Supervised text: rows with `input`, `target` and, if they have virtual tokens, `prompt`."""
-
-    name: str
-    source: str | None = None
-    train: str
-    weight: Weight = 1.0
-
-
-class ShapeConfig(_Schema):
-    """Size of a new T5 1.1."""
-
-    d_model: Size = 512
-    num_heads: Size = 6
-    head_dim: Size = 64
-    d_ff: Size = 1024
-    num_encoder_layers: Size = 8
-    num_decoder_layers: Size = 8
-
-
-class TokenizerConfig(_Schema):
-    """A unigram tokenizer to be trained on the run's own text, laid out as T5's."""
-
-    vocabulary: Size = 32_000  # rows with pad, eos, unk and the sentinels
-    sentinels: Size = 100
-    characters: Positive = 50_000_000  # of text to learn from, in equal shares of the sources
-
-
-class VirtualConfig(_Schema):
-    """Virtual tokens that are trained along with the backbone and thrown away with the run."""
-
-    count: Size  # prompts, numbered from 0 in the column `prompt` of the pairs
-    lengths: list[Size] = Field(default=[20], min_length=1)  # one is drawn for each use
-
-
-class PretrainOptimization(Optimization):
-    """T5's: Adafactor, relative to the parameters' scale, inverse square root decay."""
-
-    steps: Positive = 100_000
-    batch_size: Size = 128  # packed rows
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
-    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "rsqrt"
-    warmup_steps: Count = 1000
-    weight_decay: Rate = 0.0
-    parameter_scale: bool = True
-    evaluate_batches: Positive = 4  # of each held-out set
-
-
-class PretrainConfig(_Schema):
-    """Everything about a pre-training or adaptation run."""
-
-    start: str | None = None  # a backbone to go on from; None: random weights of `shape`
-    shape: ShapeConfig = ShapeConfig()
-    # hub id or directory, or how to train one; None: the one beside the weights of `start`
-    tokenizer: str | TokenizerConfig | None = None
-    text: list[TextSource] = []
-    pairs: list[PairSource] = []
-    # share of the examples of each; spans as in Raffel et al. 2020, section 3.1.4, prefix-LM as in
-    # Lester et al. 2021, section 3.1
-    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs"], Weight] = Field(
-        default={"span_corruption": 1.0}, min_length=1
-    )
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
-    input_length: Size = 512  # of a packed row
-    target_length: Size = 128
-    # tokens of running text in an example, drawn evenly between the two; None: a full row
-    text_length: tuple[Size, Size] | None = None
-    # a target of n tokens counts as n^(1 - balance) tokens: 0 weighs tokens alike, 1 examples
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.0
-    validation: Annotated[float, Field(gt=0, lt=0.25)] = 0.01  # held-out share of each source
-    virtual: VirtualConfig | None = None
-    model: ModelConfig = ModelConfig()
-    train: PretrainOptimization = PretrainOptimization()
-    mesh: MeshConfig = MeshConfig()
-    output: str
-
     @model_validator(mode="after")
-    def _has_what_it_reads(self):
-        for objective in self.objectives:
-            kind = "pairs" if objective == "pairs" else "text"
-            if not getattr(self, kind):
-                raise ValueError(f"objective {objective!r} reads {kind}, and none is given; add it")
-        names = [s.name for s in (*self.text, *self.pairs)]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two sources are named {twice[0]!r}; give each its own name")
-        if self.start is None and self.tokenizer is None:
+    def _population_can_be(self):
+        every = self.train.halve_every
+        if every and every % self.train.evaluate_every:
             raise ValueError(
-                "a new backbone needs a tokenizer; name one, or give tokenizer.vocabulary to train "
-                "one on the text"
+                f"train.halve_every is {every}, and who stops is seen at evaluations; make it a "
+                f"multiple of train.evaluate_every, {self.train.evaluate_every}"
             )
-        if self.start is not None and isinstance(self.tokenizer, TokenizerConfig):
-            raise ValueError("the weights of start have a tokenizer; leave tokenizer out")
-        if isinstance(self.tokenizer, TokenizerConfig) and not self.text:
-            raise ValueError("a tokenizer is trained on text, and none is given; add it")
-        longest = max(self.virtual.lengths) if self.virtual else 0
-        if longest > self.input_length - 2:
-            raise ValueError(
-                f"{longest} virtual tokens leave no room for text in an input_length of "
-                f"{self.input_length}; lower virtual.lengths or raise input_length"
-            )
-        if self.text_length is not None and not 4 <= self.text_length[0] <= self.text_length[1]:
-            raise ValueError(
-                f"text_length is {list(self.text_length)}; give [shortest, longest] from 4 on"
-            )
+        grid = self.prompt.population
+        if grid and self.method == "model-tuning":
+            raise ValueError("prompt.population is for prompts, and model-tuning has none")
+        for key, choices in grid.items():
+            if not choices or len({repr(x) for x in choices}) < len(choices):
+                raise ValueError(
+                    f"prompt.population.{key} is {choices}; give one or more different values"
+                )
+        for member in self.members() if grid else ():
+            try:
+                type(self).model_validate(member.model_dump())
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"]))
+                raise ValueError(
+                    f"a member of prompt.population has {where} {problem['input']!r}: "
+                    f"{problem['msg']}"
+                ) from None
         return self
+
+    def choices(self) -> list[dict[str, Any]]:
+        """What tells the prompts of a population apart; of a lone prompt nothing does."""
+        grid = self.prompt.population
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    def members(self) -> list["RunConfig"]:
+        """The run of each prompt of a population, as if it were alone; of a lone prompt this."""
+        return [self._member(choice) for choice in self.choices()]
+
+    def _member(self, choice: dict[str, Any]) -> "RunConfig":
+        optimization = {k: v for k, v in choice.items() if k in ("seed", "learning_rate")}
+        start = {k: v for k, v in choice.items() if k not in optimization}
+        return self.model_copy(
+            update={
+                "prompt": self.prompt.model_copy(update={**start, "population": {}}),
+                "train": self.train.model_copy(update=optimization),
+            }
+        )
 
 
 def read_yaml(text: str, where: str) -> Any:

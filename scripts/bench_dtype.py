@@ -14,11 +14,12 @@ import time
 import jax
 import numpy as np
 
-from jaxprompt.config import PretrainOptimization, TrainConfig, UserError
+from jaxprompt.config import TrainConfig, UserError
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model.load import LOAD_DTYPES, load_backbone
+from jaxprompt.pretrain_config import PretrainOptimization
 from jaxprompt.prompts.methods import METHODS, PRETRAINING
-from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state, make_train_step
 
 ROWS, PROMPT, STEPS = 32, 20, 3  # STEPS a round
@@ -48,7 +49,7 @@ def job(name: str, dtype: str, path: str):
     else:
         method, settings, frozen = METHODS["prompt-tuning"], TrainConfig(), backbone.params
         batch, prompts = random_batch(rows, 64, 4, PROMPT), np.ones((1, PROMPT, width), np.float32)
-    optimizer = per_prompt(make_optimizer(settings))
+    optimizer = per_prompt(settings)
     step = make_train_step(backbone.config, method, optimizer)
     held = [init_state(method, optimizer, backbone.params, prompts)]
 

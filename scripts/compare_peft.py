@@ -34,7 +34,7 @@ from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.studies.plan import read_task
 from jaxprompt.train.loop import load_rows
-from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state, make_train_step
 
 
@@ -47,7 +47,7 @@ def padded(rows: list[np.ndarray]) -> np.ndarray:
 
 def ours(backbone, settings: TrainConfig, start, examples, indices, length: int):
     """Vectors after training, and each step's time and loss (the first of a shape compiles)."""
-    method, optimizer = METHODS["prompt-tuning"], per_prompt(make_optimizer(settings))
+    method, optimizer = METHODS["prompt-tuning"], per_prompt(settings)
     state = init_state(method, optimizer, backbone.params, start[None])
     config = family.specialise(backbone.config, [e.inputs for e in examples], length)
     step = make_train_step(config, method, optimizer, z_loss=settings.z_loss)

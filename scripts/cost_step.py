@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> None:
     from jaxprompt.model import family
     from jaxprompt.model.t5_config import released
     from jaxprompt.prompts.methods import METHODS
-    from jaxprompt.train.optimizer import make_optimizer, per_prompt
+    from jaxprompt.train.optimizer import per_prompt
     from jaxprompt.train.step import init_state, make_train_step
 
     config = load_config(options.config, options.overrides)
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
         model.abstract_params(shape, kept),
         model.logical_axes(shape),
     )
-    optimizer = per_prompt(make_optimizer(config.train))
+    optimizer = per_prompt(config.train)
     start = np.zeros((1, method.rows(config.prompt), shape.d_model), np.float32)
     everywhere = parallel.replicated(mesh)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)

@@ -5,7 +5,8 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from jaxprompt.config import PretrainConfig, parse
+from jaxprompt.config import parse
+from jaxprompt.pretrain_config import PretrainConfig
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 

@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from jaxprompt.config import (
-    PretrainConfig,
     PromptConfig,
     RunConfig,
     TaskConfig,
@@ -21,6 +20,7 @@ from jaxprompt.config import (
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.model import t5
 from jaxprompt.model.t5_config import released
+from jaxprompt.pretrain_config import PretrainConfig
 
 MINIMAL = "task: supersense\noutput: runs/a\n"
 

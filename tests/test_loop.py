@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,84 @@ def test_killed_and_started_again_the_prompt_is_bit_identical(
     np.testing.assert_array_equal(whole.vectors, again.vectors)
     assert metrics(uninterrupted[0]) == metrics(tmp_path / "run")
     assert result["value"] == uninterrupted[1]["value"]
+
+
+POPULATION = {"seed": [0, 3], "learning_rate": [0.3, 0.02], "init": ["class_labels", "uniform"]}
+
+
+@pytest.fixture(scope="module")
+def population(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("population")
+    run = config(backbone, folder, prompt={"population": POPULATION})
+    return run, train(run)
+
+
+def test_prompts_of_a_population_are_those_of_lone_runs(population, backbone, tmp_path):
+    run, result = population
+    rows = result["population"]
+    assert [{k: row[k] for k in POPULATION} for row in rows] == run.choices() and len(rows) == 8
+    for k in (1, 6):  # in both seeds, rates and ways to start apart
+        member = run.members()[k].model_copy(update={"output": str(tmp_path / str(k))})
+        alone = train(member)
+        assert (alone["value"], alone["best_step"]) == (rows[k]["value"], rows[k]["best_step"])
+        folder = Path(run.output) / "population" / str(k)
+        mine, other = (load_prompt(f / "prompt") for f in (folder, tmp_path / str(k)))
+        np.testing.assert_allclose(mine.vectors, other.vectors, rtol=1e-5, atol=1e-5)
+        assert mine.facts["seed"] == member.train.seed
+        assert mine.facts["config"]["train"] == member.model_dump()["train"]
+
+
+def test_the_best_prompt_of_a_population_is_the_runs(population):
+    run, result = population
+    values = [row["value"] for row in result["population"]]
+    best = max(values)
+    folder = Path(run.output)
+    assert result["value"] == best == api.evaluate(folder / "prompt")["metrics"]["accuracy"]
+    kept = load_prompt(folder / "prompt").vectors
+    same = [
+        np.array_equal(kept, load_prompt(folder / "population" / str(k) / "prompt").vectors)
+        for k in range(len(values))
+    ]
+    assert values[same.index(True)] == best
+    assert len((folder / "population.md").read_text().splitlines()) == 2 + len(values)
+
+
+def test_the_worse_half_of_a_population_stops_and_a_kill_changes_nothing(backbone, tmp_path):
+    settings = {
+        "prompt": {"population": {"seed": [0, 1, 2, 3, 4]}},
+        "train": {"halve_every": 4, "checkpoint_every": 3},
+    }
+    whole = train(config(backbone, tmp_path / "whole", **settings))
+    rows = whole["population"]
+    assert sorted(row["steps"] for row in rows) == [4, 4, 8, 12, 12]
+    stopped = [max(r["value"] for r in rows if r["steps"] == n) for n in (4, 8, 12)]
+    assert stopped[2] == max(stopped)
+    run = config(backbone, tmp_path / "killed", **settings)
+    for step in (5, 10):
+        with pytest.raises(KeyboardInterrupt):
+            train(run, Killer(step))
+    again = train(run)
+    assert again["population"] == rows
+    a, b = (load_prompt(Path(r["prompt"])).vectors for r in (whole, again))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prompt": {"population": {"speed": [1]}}}, "speed"),
+        ({"prompt": {"population": {"seed": []}}}, "one or more different"),
+        ({"prompt": {"population": {"seed": [1, 1]}}}, "one or more different"),
+        ({"prompt": {"population": {"learning_rate": [0.1, -1]}}}, "train.learning_rate -1"),
+        ({"prompt": {"population": {"init": ["class_labels", "best"]}}}, "prompt.init 'best'"),
+        ({"prompt": {"population": {"init": ["text"]}}}, "needs prompt.text"),
+        ({"method": "model-tuning", "prompt": {"population": {"seed": [1, 2]}}}, "has none"),
+        ({"train": {"halve_every": 3}}, "multiple of train.evaluate_every, 4"),
+    ],
+)
+def test_populations_that_cannot_be(backbone, tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        config(backbone, tmp_path, **settings)
 
 
 def test_kill_minus_nine(uninterrupted, backbone, tmp_path):

@@ -76,13 +76,14 @@ def test_the_originals_updates_stay_clipped_where_those_from_step_0_shrink():
 
 @pytest.mark.parametrize("name", ["adafactor-t5x", "adafactor", "adamw"])
 def test_prompts_updated_together_equal_prompts_updated_alone(name):
-    optimizer = make_optimizer(TrainConfig(optimizer=name, clip=0.5))
-    together = per_prompt(optimizer)
+    settings, peaks = TrainConfig(optimizer=name, clip=0.5), [0.1, 0.3, 1.0]
+    together = per_prompt(settings, peaks)
     rng = np.random.default_rng(0)
     prompts = jnp.asarray(rng.normal(size=(3, 130, 128)), jnp.float32)
     grads = jnp.asarray(rng.normal(size=(3, 130, 128)) * [[[1]], [[50]], [[0.01]]], jnp.float32)
     updates, _ = together.update(grads, together.init(prompts), prompts)
     for k in range(3):
+        optimizer = make_optimizer(settings.model_copy(update={"learning_rate": peaks[k]}))
         alone, _ = optimizer.update(grads[k], optimizer.init(prompts[k]), prompts[k])
         np.testing.assert_allclose(updates[k], alone, rtol=1e-5, atol=1e-7)
 

@@ -36,12 +36,13 @@ PAIR = [example([9, 8, 1], [5, 1]), example([7, 1], [6, 1])]
 
 
 def test_make_batch_is_this():
-    batch = make_batch(PAIR, rows=3, input_length=4, target_length=3, prompt=2)
+    pair = [PAIR[0]._replace(prompt=2), PAIR[1]._replace(prompt=1)]
+    batch = make_batch(pair, rows=3, input_length=4, target_length=3)
     assert batch.inputs.tolist() == [[9, 8, 1, 0], [7, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.input_segments.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.targets.tolist() == [[5, 1, 0], [6, 1, 0], [0, 0, 0]]
     assert batch.target_segments.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert batch.target_prompts.tolist() == [[2, 2, 2]] * 3
+    assert batch.target_prompts.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
     assert batch.loss_weights.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert {array.dtype for array in batch[:5]} == {np.dtype(np.int32)}
     assert batch.loss_weights.dtype == np.float32
@@ -152,7 +153,7 @@ def test_fewer_rows_than_a_batch_are_repeated():
 @pytest.mark.parametrize("window", [0, 3])
 def test_resuming_continues_the_very_same_batches(window):
     examples = random_examples(50)
-    options = {"batch_size": 8, "seed": 3, "window": window}
+    options = {"batch_size": 8, "seeds": [3], "window": window}
     whole = list(itertools.islice(training_batches(examples, **options), 20))
     for start in (0, 1, 7, 13):
         resumed = itertools.islice(training_batches(examples, start=start, **options), 6)
@@ -163,7 +164,7 @@ def test_resuming_continues_the_very_same_batches(window):
 def test_training_batches_are_those_of_batch_indices():
     examples = random_examples(50)
     lengths = np.array([len(e.inputs) for e in examples])
-    options = {"batch_size": 8, "seed": 3, "window": 2}
+    options = {"batch_size": 8, "seeds": [3], "window": 2}
     whole, parts = (
         itertools.islice(training_batches(examples, rows=rows, **options), 9) for rows in (None, 4)
     )

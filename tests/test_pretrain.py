@@ -15,9 +15,10 @@ from helpers_text import pretrain_config, word_tokenizer
 from PIL import Image
 
 from jaxprompt import cli, parallel
-from jaxprompt.config import PretrainConfig, UserError, parse, read_config
+from jaxprompt.config import UserError, parse, read_config
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model.load import fingerprint, load_backbone
+from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.train import pretrain as module
 from jaxprompt.train.logbook import Silent, check_run, open_run
 from jaxprompt.train.pretrain import pretrain
@@ -31,11 +32,11 @@ SHAPE = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32,
 def one_compilation():
     """Runs of equal settings share their compiled step, on the one device that is enough here."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_optimizer", "per_prompt", "make_train_step"):
+        for name in ("per_prompt", "make_train_step"):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
-        make = module.make_optimizer
+        make = module.per_prompt
         # the schedule of these runs does not depend on their number of steps
-        patch.setattr(module, "make_optimizer", lambda t: make(t.model_copy(update=SAME)))
+        patch.setattr(module, "per_prompt", lambda t: make(t.model_copy(update=SAME)))
         patch.setattr(parallel, "make_mesh", lambda mesh: MAKE_MESH(mesh, jax.devices()[:1]))
         jax.config.update("jax_disable_most_optimizations", True)  # compilation is what takes long
         yield

@@ -10,7 +10,7 @@ import pytest
 from helpers import write_rows
 from helpers_text import pretrain_config, word_tokenizer
 
-from jaxprompt.config import TextSource, UserError
+from jaxprompt.config import UserError
 from jaxprompt.data import text
 from jaxprompt.data.pipeline import Example, random_stream
 from jaxprompt.data.text import (
@@ -22,6 +22,7 @@ from jaxprompt.data.text import (
     stream_shares,
 )
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.pretrain_config import TextSource
 
 DOCUMENTS, PAIRS, WORDS = 200, 60, 8  # a document has WORDS words of its own and no others
 VOCABULARY = 2200  # rows of the embedding table: virtual ids start there

@@ -1,7 +1,7 @@
 """From examples to batches. Batch k is a pure function of the seed and k, so resuming is exact."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,16 @@ class Example(NamedTuple):
 
     inputs: Int[np.ndarray, " s"]
     targets: Int[np.ndarray, " t"]
+    prompt: int = 0  # number of the prompt that it belongs to
+
+
+def with_prompt(example: Example, prompt: int, vocabulary: int, length: int) -> Example:
+    """The example with the vectors of prompt number ``prompt`` where it has those of number 0."""
+    if prompt == 0:
+        return example
+    ids = example.inputs
+    shifted = np.where(ids < vocabulary, ids, ids + prompt * length)
+    return example._replace(inputs=shifted.astype(np.int32), prompt=prompt)
 
 
 class Widths(NamedTuple):
@@ -61,7 +71,6 @@ def make_batch(
     rows: int | None = None,
     input_length: int | None = None,
     target_length: int | None = None,
-    prompt: int = 0,
     widths: Widths = Widths(),
 ) -> Batch:
     """One example a row, padded; rows after the last example are empty.
@@ -72,8 +81,7 @@ def make_batch(
     """
     return pack_batch(
         [[example] for example in examples],
-        rows=rows, input_length=input_length, target_length=target_length, prompt=prompt,
-        widths=widths,
+        rows=rows, input_length=input_length, target_length=target_length, widths=widths,
     )  # fmt: skip
 
 
@@ -83,7 +91,6 @@ def pack_batch(
     rows: int | None = None,
     input_length: int | None = None,
     target_length: int | None = None,
-    prompt: int = 0,
     widths: Widths = Widths(),
 ) -> Batch:
     """Several examples a row, as segments 1, 2, ... that do not see each other.
@@ -98,12 +105,13 @@ def pack_batch(
     count = rows or len(rows_of_examples)
     input_ids, input_segments = _fill(inputs, count, width)
     target_ids, target_segments = _fill(targets, count, depth)
+    owners = [[np.full_like(e.targets, e.prompt) for e in row] for row in rows_of_examples]
     return Batch(
         input_ids,
         input_segments,
         target_ids,
         target_segments,
-        np.full_like(target_ids, prompt),
+        _fill(owners, count, depth)[0],
         (target_segments > 0).astype(np.float32),
     )
 
@@ -225,15 +233,18 @@ def training_batches(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    seed: int,
+    seeds: Sequence[int],
     start: int = 0,
     window: int = 0,
     rows: int | None = None,
     widths: Widths = Widths(),
+    own: Callable[[Example, int], Example] = lambda example, prompt: example,
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
 
-    Each as micro-batches of ``rows`` rows (None: one of all).
+    Each as micro-batches of ``rows`` rows (None: one of all). There are as many prompts as
+    ``seeds``; each has the batches of its seed, as if alone, and ``own(example, k)`` gives prompt k
+    an example.
     """
     import grain
 
@@ -241,12 +252,15 @@ def training_batches(
     target_length = round_target_length(max(len(example.targets) for example in examples))
 
     def batch(step: int) -> list[Batch]:
-        indices = batch_indices(
-            lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
-        )
-        chosen = [examples[i] for i in indices]
+        chosen = [
+            own(examples[i], prompt)
+            for prompt, seed in enumerate(seeds)
+            for i in batch_indices(
+                lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
+            )
+        ]
         return micro_batches(
-            chosen, rows=rows or batch_size, target_length=target_length, widths=widths
+            chosen, rows=rows or len(chosen), target_length=target_length, widths=widths
         )
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)

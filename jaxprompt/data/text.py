@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import PairSource, PretrainConfig, TextSource, UserError
+from jaxprompt.config import UserError
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, pack_batch, random_stream
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.pretrain_config import PairSource, PretrainConfig, TextSource
 
 BLOCK = 50  # consecutive documents that are held out together: neighbours often continue each other
 MISSES = 8  # a batch is full when so many examples in a row found no room

@@ -100,21 +100,6 @@ def log_likelihoods(
     return _in_order(model, config, examples, batch_size, run, progress)
 
 
-def evaluate(
-    model: Model,
-    task: TaskConfig,
-    examples: Sequence[Example],
-    references: Sequence[Reference],
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> dict[str, float]:
-    """The task's metrics, each a fraction."""
-    answers = answer(model, task, examples, tokenizer, batch_size=batch_size, progress=progress)
-    return measure(task, answers.predictions, references)
-
-
 def measure(
     task: TaskConfig, predictions: Sequence[str], references: Sequence[Reference]
 ) -> dict[str, float]:

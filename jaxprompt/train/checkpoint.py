@@ -34,23 +34,28 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def progress(self) -> dict[str, Any]:
+        """The newest progress alone: it may say what shape the state has."""
+        return self._load({"progress": None})["progress"]
+
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, with the shapes, dtypes and shardings of ``like``, and its progress."""
-        step = self.latest_step()
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        loaded = self._load({"state": abstract, "progress": None})
+        return loaded["state"], loaded["progress"]
+
+    def _load(self, what: dict[str, Any]) -> dict[str, Any]:
+        step = self.latest_step()
         try:
-            loaded = self._checkpointer.load_checkpointables(
-                step, {"state": abstract, "progress": None}
-            )
+            return self._checkpointer.load_checkpointables(step, what)
         except (ValueError, OSError, KeyError) as error:
             problem = " ".join(str(error).split())[:300]
             raise UserError(
                 f"Checkpoint {step} cannot be read ({problem}); delete its folder to go on from an "
                 "earlier one, or the run directory to start again."
             ) from None
-        return loaded["state"], loaded["progress"]
 
     def close(self) -> None:
         """Wait for writes and release the directory."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from jaxprompt.config import PretrainConfig, RunConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.config import RunConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.pretrain_config import PretrainConfig
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ from jaxtyping import Array, Float
 
 from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.data.pipeline import Example, micro_rows, training_batches
+from jaxprompt.data.pipeline import Example, micro_rows, training_batches, with_prompt
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import Model, check_metrics, evaluate
+from jaxprompt.evaluate.score import Model, answer, check_metrics
+from jaxprompt.evaluate.score import measure as measure_answers
 from jaxprompt.model import family
 from jaxprompt.model.hf import read_json
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
@@ -37,8 +39,9 @@ from jaxprompt.train.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.train.optimizer import make_optimizer, per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.train.optimizer import per_prompt
+from jaxprompt.train.population import as_markdown, better_half, keep_of, stacked, table
+from jaxprompt.train.step import TrainState, make_train_step
 
 
 class Split(NamedTuple):
@@ -107,65 +110,87 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         f"{len(validation.examples)} validation rows"
     )
 
-    start = np.zeros((0, backbone.config.d_model), np.float32)
-    if method.uses_prompt:
-        start = initial_prompt(
-            config.prompt.model_copy(update={"length": method.rows(config.prompt)}),
-            backbone.params["token_embedder"]["embedding"],
-            encode=tokenizer.encode,
-            special_ids=tokenizer.special_ids,
-            pieces=min(tokenizer.size, backbone.config.vocab_size),
-            labels=[
-                ids[:-1] for ids in tokenizer.encode_targets(task.labels or (), task.separator)
-            ],
-            seed=settings.seed,
-            from_file=lambda path: load_prompt(path).vectors,
-        )
-    optimizer = per_prompt(make_optimizer(settings))
-    state = init_state(
-        method, optimizer, backbone.params, start[None], config.prompt, seed=settings.seed
-    )
-    state = jax.device_put(state, parallel.replicated(mesh))
-    shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
-    train_step = make_train_step(
-        shape, method, optimizer, seed=settings.seed, z_loss=settings.z_loss
-    )
+    def tree(member: RunConfig) -> Any:
+        start = np.zeros((0, backbone.config.d_model), np.float32)
+        if method.uses_prompt:
+            start = initial_prompt(
+                member.prompt.model_copy(update={"length": method.rows(member.prompt)}),
+                backbone.params["token_embedder"]["embedding"],
+                encode=tokenizer.encode,
+                special_ids=tokenizer.special_ids,
+                pieces=min(tokenizer.size, backbone.config.vocab_size),
+                labels=[
+                    ids[:-1] for ids in tokenizer.encode_targets(task.labels or (), task.separator)
+                ],
+                seed=member.train.seed,
+                from_file=lambda path: load_prompt(path).vectors,
+            )
+        return method.init(backbone.params, start[None], member.prompt, member.train.seed)
 
-    def measure(params, bank, on: Split) -> dict[str, float]:
-        model = Model(params, bank, backbone.config, lambda batch: parallel.put_batch(batch, mesh))
-        return evaluate(
-            model, task, on.examples, on.references, tokenizer, batch_size=settings.eval_batch_size
+    members = config.members()
+    shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
+    own = partial(with_prompt, vocabulary=backbone.config.vocab_size, length=length)
+
+    def optimizer_of(alive: Sequence[int]):
+        return per_prompt(settings, [members[k].train.learning_rate for k in alive])
+
+    def training_of(alive: Sequence[int], done: int):
+        """The step of these members and their batches from ``done`` on."""
+        seed = members[alive[0]].train.seed
+        step = make_train_step(
+            shape, method, optimizer_of(alive), seed=seed, z_loss=settings.z_loss
         )
+        batches = training_batches(
+            training.examples,
+            batch_size=settings.batch_size,
+            seeds=[members[k].train.seed for k in alive],
+            start=done,
+            window=settings.length_window,
+            rows=_micro_rows(config, training.examples, mesh, len(alive)),
+            widths=family.widths(shape),
+            own=own,
+        )
+        return step, batches
+
+    def measure(params, bank, on: Split) -> list[dict[str, float]]:
+        """The metrics of every prompt of the bank (of one model without), in the same batches."""
+        model = Model(params, bank, backbone.config, lambda batch: parallel.put_batch(batch, mesh))
+        count, rows = 1 if bank is None else len(bank), len(on.examples)
+        asked = [own(example, k) for k in range(count) for example in on.examples]
+        found = answer(model, task, asked, tokenizer, batch_size=settings.eval_batch_size)
+        each = [found.predictions[k * rows : (k + 1) * rows] for k in range(count)]
+        return [measure_answers(task, predictions, on.references) for predictions in each]
 
     open_run(config)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
     open_files.callback(checkpoints.close)
-    metric = task.metrics[0]
-    done, progress = 0, {"best": -math.inf, "best_step": -1, "stale": 0, "seconds": 0.0}
+    metric, count = task.metrics[0], len(members)
+    done, progress = 0, {
+        "alive": list(range(count)), "best": [-math.inf] * count, "best_step": [-1] * count,
+        "trained": [0] * count, "stale": 0, "seconds": 0.0,
+    }  # fmt: skip
+    if checkpoints.latest_step() is not None:
+        progress = checkpoints.progress()
+    alive = progress["alive"]
+    trees = stacked([tree(members[k]) for k in alive])
+    state = TrainState(jax.numpy.int32(0), trees, optimizer_of(alive).init(trees))
+    state = jax.device_put(state, parallel.replicated(mesh))
     if checkpoints.latest_step() is not None:
         state, progress = checkpoints.restore(state)
-        done = int(state.step)
+        alive, done = progress["alive"], int(state.step)
         reporter.say(f"going on from step {done}")
+    train_step, batches = training_of(alive, done)
     fresh = "untuned" not in progress
     logbook = Logbook(folder, -1 if fresh else done, tensorboard=settings.tensorboard)
     open_files.callback(logbook.close)
     if fresh:
         plain = split("validation", prompt_length=0)
-        untuned = measure(backbone.params, None, plain)[metric]
+        untuned = measure(backbone.params, None, plain)[0][metric]
         majority_score = majority(task.metrics[0], validation.references, task.labels)
         progress |= {"untuned": untuned, "majority": majority_score}
         logbook.write({"step": 0, f"untuned/{metric}": untuned, "majority": majority_score})
         checkpoints.save(0, state, progress)
 
-    batches = training_batches(
-        training.examples,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        start=done,
-        window=settings.length_window,
-        rows=_micro_rows(config, training.examples, mesh),
-        widths=family.widths(shape),
-    )
     clock = Clock(progress["seconds"])
     stopped = bool(settings.patience and progress["stale"] >= settings.patience)
     pending = None  # the losses of the step before, fetched while the next one runs
@@ -176,7 +201,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         clock.count(batch)
         if pending is not None:
             _log(pending, logbook, reporter, clock, progress, metric)
-        pending = done, losses
+        pending = done, losses, alive
         evaluating = done % settings.evaluate_every == 0 or done == settings.steps
         saving = done % settings.checkpoint_every == 0 or done == settings.steps
         if not (evaluating or saving):
@@ -184,48 +209,69 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         _log(pending, logbook, reporter, clock, progress, metric)
         pending = None
         if evaluating:
-            tuned = method.apply(state.tree, backbone.params)
-            scores = measure(*tuned, validation)
-            logbook.write({"step": done, **{f"validation/{k}": v for k, v in scores.items()}})
-            better = scores[metric] > progress["best"]
-            progress["stale"] = 0 if better else progress["stale"] + 1
-            if better:
-                progress |= {"best": scores[metric], "best_step": done}
-                facts = _facts(config, task, backbone, scores, done, len(validation.examples))
-                save_tuned(folder, *tuned, backbone, facts)
-            reporter.say(f"step {done}: validation {metric} {scores[metric]:.4f}")
+            params, bank = method.apply(state.tree, backbone.params)
+            scores = measure(params, bank, validation)
+            ahead = max(progress["best"])
+            for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
+                progress["trained"][k] = done
+                if not found[metric] > progress["best"][k]:
+                    continue
+                progress["best"][k], progress["best_step"][k] = found[metric], done
+                mine = None if bank is None else bank[place : place + 1]
+                facts = _facts(members[k], task, backbone, found, done, len(validation.examples))
+                if count > 1:
+                    save_tuned(folder / "population" / str(k), params, mine, backbone, facts)
+                others = progress["best"][:k] + progress["best"][k + 1 :]
+                if found[metric] > max([ahead, *others]):
+                    save_tuned(folder, params, mine, backbone, facts)
+            progress["stale"] = 0 if max(progress["best"]) > ahead else progress["stale"] + 1
+            _log_scores(logbook, reporter, done, alive, scores, metric)
             stopped = bool(settings.patience and progress["stale"] >= settings.patience)
+            if settings.halve_every and done % settings.halve_every == 0 and len(alive) > 1:
+                kept = better_half(progress["best"], alive)
+                state = keep_of(state, [alive.index(k) for k in kept])
+                alive = progress["alive"] = kept
+                train_step, batches = training_of(alive, done)
+                reporter.say(f"going on with {len(alive)} of {count} prompts")
         if saving or stopped:
             progress["seconds"] = clock.seconds()
             checkpoints.save(done, state, progress)
 
+    winner = progress["best"].index(max(progress["best"]))
     result = {
         "task": task.name,
         "method": config.method,
         "metric": metric,
-        "value": progress["best"],
+        "value": progress["best"][winner],
         "majority": progress["majority"],
         "untuned": progress["untuned"],
         "rows": len(validation.examples),
-        "best_step": progress["best_step"],
+        "best_step": progress["best_step"][winner],
         "steps": done,
         "stopped_early": stopped,
         "seconds": round(clock.seconds(), 3),
-        "examples_per_second": round(done * settings.batch_size / max(clock.seconds(), 1e-9), 3),
-        "trainable_parameters": sum(x.size for x in jax.tree.leaves(state.tree)),
+        "examples_per_second": round(
+            sum(progress["trained"]) * settings.batch_size / max(clock.seconds(), 1e-9), 3
+        ),
+        "trainable_parameters": sum(x.size for x in jax.tree.leaves(state.tree)) // len(alive),
         "frozen_parameters": sum(x.size for x in jax.tree.leaves(backbone.params))
         if method.uses_prompt
         else 0,
         "prompt": str(folder / "prompt") if method.uses_prompt else None,
         "model": None if method.uses_prompt else str(folder / "model"),
     }
+    if count > 1:
+        result["population"] = table(config, progress)
+        markdown = as_markdown(result["population"], metric)
+        write_atomically(folder / "population.md", markdown)
+        reporter.say(markdown)
     if test is not None:
         params, bank = backbone.params, None
         if method.uses_prompt:
             bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
         else:
             params = load_backbone(str(folder / "model"), dtype=config.model.dtype).params
-        result["test"] = measure(params, bank, test)
+        result["test"] = measure(params, bank, test)[0]
     draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -237,31 +283,49 @@ _POSITIONS = {"cpu": 2048}
 _POSITIONS_ELSEWHERE = 32_768
 
 
-def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh) -> int:
+def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh, prompts: int) -> int:
     """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
-    devices, batch_size = mesh.shape["data"], config.train.batch_size
+    devices, batch_size = mesh.shape["data"], config.train.batch_size * prompts
     if config.train.micro_batch is None:
         positions = _POSITIONS.get(jax.default_backend(), _POSITIONS_ELSEWHERE) * devices
         lengths = np.array([len(e.inputs) for e in examples])
         return micro_rows(lengths, batch_size=batch_size, positions=positions, multiple=devices)
-    if batch_size % config.train.micro_batch:
+    if config.train.batch_size % config.train.micro_batch:
         raise UserError(
             f"train.micro_batch is {config.train.micro_batch}, which does not divide "
-            f"train.batch_size, {batch_size}; use a divisor of it."
+            f"train.batch_size, {config.train.batch_size}; use a divisor of it."
         )
     parallel.check_batch_size(config.train.micro_batch, mesh, "train.micro_batch")
     return config.train.micro_batch
 
 
 def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: str) -> None:
-    step, losses = pending
-    loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
-    check_loss(loss, step)
-    rates = clock.rates()
+    step, losses, alive = pending
+    each, accuracy = (np.asarray(x) for x in jax.device_get(losses))
+    sound = np.isfinite(each)
+    if not sound.any():
+        check_loss(float(each[0]), step)
+    # of a population some may diverge, which is nothing to the others
+    loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
     if step % LOG_EVERY == 0:
-        logbook.write({"step": step, "loss": loss, "token_accuracy": accuracy, **rates})
-    best = {} if progress["best_step"] < 0 else {f"best {metric}": progress["best"]}
-    reporter.step(step, {"loss": loss, **best, **rates})
+        members = zip(alive, each, strict=True) if len(progress["best"]) > 1 else ()
+        own = {f"prompt{k}/loss": float(x) for k, x in members}
+        logbook.write({"step": step, "loss": loss, "token_accuracy": right, **own, **rates})
+    best = max(progress["best"])
+    shown = {f"best {metric}": best} if math.isfinite(best) else {}
+    reporter.step(step, {"loss": loss, **shown, **rates})
+
+
+def _log_scores(logbook: Logbook, reporter, step: int, alive, scores, metric: str) -> None:
+    """The best prompt's metrics as the run's, and those of each where there are several."""
+    best = max(scores, key=lambda found: found[metric])
+    row = {f"validation/{name}": value for name, value in best.items()}
+    if len(alive) > 1:
+        for k, found in zip(alive, scores, strict=True):
+            row |= {f"prompt{k}/validation/{name}": value for name, value in found.items()}
+    logbook.write({"step": step, **row})
+    among = f", the best of {len(alive)} prompts" if len(alive) > 1 else ""
+    reporter.say(f"step {step}: validation {metric} {best[metric]:.4f}{among}")
 
 
 def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:

@@ -1,8 +1,12 @@
 """Optimizers by name, built from optax; each is vmapped over the prompts that share a step."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from jaxprompt.config import Optimization
 
@@ -11,16 +15,23 @@ from jaxprompt.config import Optimization
 T5X_FIRST_STEP = 1_100_000
 
 
-def schedule(config: Optimization) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, the decay by its name, linear cool-down to 0."""
-    rate, last = _warm_and_decay(config), config.cooldown_steps
+Scalar = float | Float[Array, ""]
+
+
+def schedule(config: Optimization, peak: Scalar | None = None) -> optax.Schedule:
+    """Learning rate over steps: linear warm-up, the decay by its name, linear cool-down to 0.
+
+    ``peak`` takes the place of the config's learning rate.
+    """
+    peak = config.learning_rate if peak is None else peak
+    rate, last = _warm_and_decay(config, peak), config.cooldown_steps
     if last == 0:
         return rate
     return lambda step: rate(step) * jnp.clip((config.steps - step) / last, 0.0, 1.0)
 
 
-def _warm_and_decay(config: Optimization) -> optax.Schedule:
-    peak, warmup = config.learning_rate, config.warmup_steps
+def _warm_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
+    warmup = config.warmup_steps
     rest = max(config.steps - warmup, 1)
     match config.schedule:
         case "constant":
@@ -39,9 +50,11 @@ def _warm_and_decay(config: Optimization) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: Optimization) -> optax.GradientTransformation:
-    """The optimizer of one prompt (or one model), with float32 state."""
-    rate = schedule(config)
+def make_optimizer(
+    config: Optimization, peak: Scalar | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of one prompt (or one model), with float32 state; ``peak`` as in `schedule`."""
+    rate = schedule(config, peak)
     if config.optimizer == "adamw":
         clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
         return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay))
@@ -57,9 +70,21 @@ def make_optimizer(config: Optimization) -> optax.GradientTransformation:
     )
 
 
-def per_prompt(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer for K prompts at once: clipping and factoring see one prompt at a time."""
-    return optax.GradientTransformation(
-        jax.vmap(optimizer.init),
-        lambda updates, state, params=None: jax.vmap(optimizer.update)(updates, state, params),
-    )
+def per_prompt(
+    config: Optimization, peaks: Sequence[float] | None = None
+) -> optax.GradientTransformation:
+    """An optimizer of K prompts at once: clipping and factoring see one prompt at a time.
+
+    peaks: the learning rate of each; None: the config's for all.
+    """
+
+    def init(params):
+        return jax.vmap(make_optimizer(config).init)(params)
+
+    def update(updates, state, params=None):
+        count = len(jax.tree.leaves(updates)[0])
+        rates = jnp.full(count, config.learning_rate) if peaks is None else jnp.asarray(peaks)
+        each = lambda rate, *args: make_optimizer(config, rate).update(*args)
+        return jax.vmap(each)(rates, updates, state, params)
+
+    return optax.GradientTransformation(init, update)

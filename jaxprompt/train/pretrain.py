@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprompt import parallel
-from jaxprompt.config import PretrainConfig, UserError
+from jaxprompt.config import UserError
 from jaxprompt.data.pipeline import Batch, make_batch, random_stream
 from jaxprompt.data.text import (
     Stream,
@@ -32,6 +32,7 @@ from jaxprompt.evaluate.analyze import draw_losses
 from jaxprompt.model import generate, hub, t5
 from jaxprompt.model.hf import read_json
 from jaxprompt.model.load import fingerprint, load_backbone, one_cpu, save_hf
+from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
 from jaxprompt.train.checkpoint import Checkpoints
@@ -45,7 +46,7 @@ from jaxprompt.train.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import TrainState, batch_losses, init_state, make_train_step
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
@@ -94,7 +95,7 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
     reporter.say(f"tokens for training: {sizes}")
 
     bank = _virtual(config, params, tokenizer, shape.d_model)
-    optimizer = per_prompt(make_optimizer(settings))
+    optimizer = per_prompt(settings)
     state = init_state(PRETRAINING, optimizer, params, bank)
     state = jax.device_put(state, parallel.replicated(mesh))
     train_step = make_train_step(
