@@ -198,6 +198,27 @@ def test_populations_that_cannot_be(backbone, tmp_path, settings, words):
         config(backbone, tmp_path, **settings)
 
 
+def test_nothing_is_compiled_after_the_first_evaluation(backbone, tmp_path):
+    """Rows of one length: another step or evaluation brings no other shape."""
+    import jax
+
+    compiled, seen = [], {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+
+    class Watcher(Silent):
+        def step(self, done, rates):
+            seen[done] = len(compiled)
+
+    try:
+        # a bound of its own, so that no other test has compiled its shapes
+        train(config(backbone, tmp_path, prompt={"length": 5}), Watcher())
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert 0 < seen[5] == seen[11] == seen[12]
+
+
 def test_kill_minus_nine(uninterrupted, backbone, tmp_path):
     config(backbone, tmp_path)  # writes the rows
     values = run_values(backbone, tmp_path)

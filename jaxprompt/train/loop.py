@@ -227,7 +227,8 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             progress["stale"] = 0 if max(progress["best"]) > ahead else progress["stale"] + 1
             _log_scores(logbook, reporter, done, alive, scores, metric)
             stopped = bool(settings.patience and progress["stale"] >= settings.patience)
-            if settings.halve_every and done % settings.halve_every == 0 and len(alive) > 1:
+            halving = settings.halve_every and done % settings.halve_every == 0
+            if halving and len(alive) > 1 and done < settings.steps:
                 kept = better_half(progress["best"], alive)
                 state = keep_of(state, [alive.index(k) for k in kept])
                 alive = progress["alive"] = kept
