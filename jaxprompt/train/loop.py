@@ -110,7 +110,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         f"{len(validation.examples)} validation rows"
     )
 
-    def tree(member: RunConfig) -> Any:
+    def start_of(member: RunConfig) -> Any:
         start = np.zeros((0, backbone.config.d_model), np.float32)
         if method.uses_prompt:
             start = initial_prompt(
@@ -128,6 +128,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         return method.init(backbone.params, start[None], member.prompt, member.train.seed)
 
     members = config.members()
+    starts = [start_of(member) for member in members]  # before anything is written
     shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
     own = partial(with_prompt, vocabulary=backbone.config.vocab_size, length=length)
 
@@ -172,8 +173,10 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     if checkpoints.latest_step() is not None:
         progress = checkpoints.progress()
     alive = progress["alive"]
-    trees = stacked([tree(members[k]) for k in alive])
-    state = TrainState(jax.numpy.int32(0), trees, optimizer_of(alive).init(trees))
+    tree = stacked([starts[k] for k in alive])
+    del starts  # of full fine-tuning it is the model
+    state = TrainState(jax.numpy.int32(0), tree, optimizer_of(alive).init(tree))
+    del tree
     state = jax.device_put(state, parallel.replicated(mesh))
     if checkpoints.latest_step() is not None:
         state, progress = checkpoints.restore(state)
