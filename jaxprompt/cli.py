@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxprompt.compilation import keep_compiled
 from jaxprompt.config import UserError, load_config, parse, read_config
 from jaxprompt.pretrain_config import PretrainConfig
 
@@ -295,6 +296,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Entry point: turns a user's mistake into one sentence and exit code 2."""
+    keep_compiled()
     try:
         app(standalone_mode=True)
     except UserError as error:
