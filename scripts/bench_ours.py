@@ -1,0 +1,136 @@
+"""jaxprompt's half of bench_peft.py: answers its requests on standard input.
+
+python scripts/bench_ours.py PROBLEM.json
+"""
+
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_tools import LABELS, Row, Start, resident, serve
+
+from jaxprompt.bank import virtual_ids
+from jaxprompt.config import TaskConfig, TrainConfig
+from jaxprompt.data.pipeline import Example, make_batch, round_target_length
+from jaxprompt.evaluate.score import Model, answer
+from jaxprompt.model import family
+from jaxprompt.model.load import Backbone, load_backbone
+from jaxprompt.prompts.methods import METHODS
+from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.step import init_state, make_train_step
+
+Job = dict[str, Any]
+METHOD = METHODS["prompt-tuning"]
+DEPTH = round_target_length(max(map(len, LABELS.values())))
+
+
+def take_step(step, state, params, examples, split, widths):
+    """One optimizer step on a batch, and the shapes of its inputs.
+
+    All that is known here of how the library's step is called: one batch, or micro-batches.
+    """
+    batches = [
+        make_batch([examples[i] for i in rows], target_length=DEPTH, widths=widths)
+        for rows in split
+    ]
+    state, losses = step(state, params, batches if len(batches) > 1 else batches[0])
+    return state, losses, [batch.inputs.shape for batch in batches]
+
+
+class Words:
+    """The part of a tokenizer that ranking labels needs."""
+
+    def encode_targets(self, labels, separator=""):
+        return [LABELS[label] for label in labels]
+
+
+class Ours:
+    """Runs jobs; what they share (a loaded backbone, a compiled step) is kept."""
+
+    def __init__(self, problem: str):
+        jnp.zeros(3).block_until_ready()  # the backend's own memory is not the work's
+        self.problem = problem
+        self.given: Start | None = None
+        self.backbones: dict[tuple[str, float], Backbone] = {}
+        self.steps: dict[tuple[str, float], Any] = {}
+
+    def facts(self) -> dict[str, Any]:
+        import jaxprompt
+
+        devices = [device.device_kind for device in jax.devices()]
+        return {"versions": {"jaxprompt": jaxprompt.__version__, "jax": jax.__version__},
+                "devices": devices}  # fmt: skip
+
+    def start(self) -> Start:
+        self.given = self.given or Start.read(self.problem)
+        return self.given
+
+    def backbone(self, job: Job) -> Backbone:
+        key = job["dtype"], job["dropout"]
+        if key not in self.backbones:
+            self.backbones[key] = load_backbone(
+                self.start().weights, dtype=job["dtype"], dropout=job["dropout"], unroll=None
+            )
+        return self.backbones[key]
+
+    def vectors(self, backbone: Backbone) -> np.ndarray:
+        table = backbone.params["token_embedder"]["embedding"]
+        return np.asarray(table)[self.start().start].astype(np.float32)[None]
+
+    def examples(self, backbone: Backbone, rows: list[Row]) -> list[Example]:
+        virtual = virtual_ids(backbone.config.vocab_size, len(self.start().start))
+        return [
+            Example(
+                np.concatenate([virtual, np.array(row["inputs"], np.int32)]),
+                np.array(row["targets"], np.int32),
+            )
+            for row in rows
+        ]
+
+    def train(self, job: Job, steps: int | None = None) -> dict[str, Any]:
+        """Every batch once, from the same start: seconds, loss and shapes of each step."""
+        given, size, backbone = self.start(), str(job["batch_size"]), self.backbone(job)
+        settings = TrainConfig(
+            steps=1000, optimizer="adamw", learning_rate=given.learning_rate, schedule="constant",
+            weight_decay=0.0, z_loss=0.0, clip=1.0,
+        )  # fmt: skip
+        optimizer, key = per_prompt(make_optimizer(settings)), (job["dtype"], job["dropout"])
+        if key not in self.steps:
+            self.steps[key] = make_train_step(backbone.config, METHOD, optimizer, z_loss=0.0)
+        state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))
+        widths, found = family.widths(backbone.config), {"seconds": [], "losses": [], "shapes": []}
+        for rows, split in list(zip(given.batches[size], given.splits[size], strict=True))[:steps]:
+            examples = self.examples(backbone, rows)
+            parts = split if job["micro"] else [list(range(len(rows)))]
+            began = time.perf_counter()
+            state, losses, shapes = take_step(
+                self.steps[key], state, backbone.params, examples, parts, widths
+            )
+            found["losses"].append(float(losses.loss[0]))  # waits until the step has ended
+            found["seconds"].append(time.perf_counter() - began)
+            found["shapes"].append(shapes)
+        return found
+
+    def answer(self, job: Job) -> dict[str, Any]:
+        """All questions once: seconds and the answers, by the likelihood of each label."""
+        backbone = self.backbone(job)
+        task = TaskConfig(
+            name="questions", train="-", validation="-", template="{text}", labels=list(LABELS)
+        )
+        examples = self.examples(backbone, self.start().questions)
+        bank = jnp.asarray(self.vectors(backbone))
+        model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
+        began = time.perf_counter()
+        answers = answer(model, task, examples, Words(), batch_size=job["batch_size"])  # type: ignore[arg-type]
+        seconds = time.perf_counter() - began
+        return {"seconds": [seconds], "answers": answers.predictions}
+
+    def peak(self) -> dict[str, int]:
+        return {"peak": resident("VmHWM")}
+
+
+if __name__ == "__main__":
+    serve(lambda: Ours(sys.argv[1]))

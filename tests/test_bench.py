@@ -1,0 +1,173 @@
+"""The benchmark against PEFT: what of it needs neither torch nor an idle machine."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def tools(script):
+    return script("bench_tools")
+
+
+def test_rows_are_as_long_as_those_of_boolq_and_repeat_with_the_seed(tools):
+    rows = tools.draw_rows(np.random.default_rng(0), 4000, longest=412)
+    lengths = np.array([len(row["inputs"]) for row in rows])
+    assert abs(lengths.mean() - 155.4) < 5 and lengths.min() == 37 and lengths.max() == 412
+    assert all(row["inputs"][-1] == 1 and min(row["inputs"][:-1]) > 2 for row in rows)
+    assert {len(row["targets"]) for row in rows} == {2, 3}
+    assert abs(np.mean([len(row["targets"]) == 2 for row in rows]) - 0.62) < 0.05
+    assert rows == tools.draw_rows(np.random.default_rng(0), 4000, longest=412)
+
+
+def test_micro_batches_hold_each_row_once_sorted_and_within_the_positions(tools):
+    rng = np.random.default_rng(1)
+    for positions in (1, 300, 1000, 10**6):
+        lengths = rng.integers(100, 500, 32).tolist()
+        found = tools.micro_batches(lengths, positions)
+        order = [row for rows in found for row in rows]
+        assert sorted(order) == list(range(32))
+        assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
+        for rows in found:
+            assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= positions
+    assert len(found) == 1
+
+
+def test_padding_and_its_useful_share(tools):
+    rows = [{"inputs": [7, 8, 1]}, {"inputs": [1]}]
+    assert tools.padded([row["inputs"] for row in rows], 0).tolist() == [[7, 8, 1], [1, 0, 0]]
+    assert tools.useful_share(rows, [[2, 5]], prompt=2) == 0.8
+    assert tools.useful_share(rows, [[1, 5], [1, 3]], prompt=2) == 1.0
+
+
+def test_ratios_are_taken_round_by_round(tools):
+    found = tools.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
+    assert found == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": [2.0, 3.0, 1.0]}
+    with pytest.raises(ValueError):
+        tools.ratios([1.0], [1.0, 2.0])
+
+
+def test_what_others_compute_is_what_is_neither_idle_nor_ours(tools):
+    #                user nice system idle iowait irq softirq steal guest guest_nice
+    machine = "cpu  {} 10 50 9000 70 3 2 5 40 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n"
+    process = "12 (a b) c) S 1 1 1 0 -1 0 0 0 0 0 {} 20 7 7 20 0 3 0 100 1 1"
+    busy = [tools.busy_seconds(machine.format(user), 100) for user in (130, 430)]
+    own = [tools.own_seconds(process.format(user), 100) for user in (80, 180)]
+    assert busy == [2.0, 5.0] and own == [1.0, 2.0]
+    before, after = (tools.Moment(*values) for values in zip((10.0, 12.0), busy, own, strict=True))
+    assert before.others(after) == 1.0  # 3 seconds of two cores in 2, of which 1 was ours
+    assert before.others(after._replace(own=9.0)) == 0.0  # ticks are coarse
+
+
+def test_the_gate_waits_for_others_but_not_for_ever(tools, monkeypatch):
+    gate = tools.Gate([], threshold=0.5, limit=10)
+    clock, load = [0.0], [2.0, 1.0, 0.4, 0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    def now():
+        second = int(clock[0])
+        return tools.Moment(clock[0], sum(load[:second]) + 2.0 * max(second - len(load), 0), 0.0)
+
+    monkeypatch.setattr(tools.time, "sleep", sleep)
+    monkeypatch.setattr(tools.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gate, "now", now)
+    assert gate.wait() == pytest.approx(0.4) and clock[0] == 3.0
+    clock[0] = 4.0
+    assert gate.wait() == 2.0 and clock[0] == 14.0
+
+
+def test_a_worker_answers_line_by_line_whatever_libraries_print(tools, tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "import bench_tools\n"
+        "class Echo:\n"
+        "    def facts(self):\n"
+        "        return {'name': 'echo'}\n"
+        "    def double(self, value):\n"
+        "        print('noise')\n"
+        "        return {'value': 2 * value}\n"
+        "bench_tools.serve(Echo)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    lines = "".join(json.dumps({"do": "double", "value": n}) + "\n" for n in (3, 4))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "worker.py")],
+        input=lines, capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    facts, *answers = map(json.loads, io.StringIO(done.stdout))
+    assert facts["name"] == "echo" and facts["bare"] > 0
+    assert [answer["value"] for answer in answers] == [6, 8]
+    assert done.stderr.count("noise") == 2
+
+
+def test_a_missing_interpreter_is_one_sentence(script, monkeypatch, tmp_path, capsys):
+    bench = script("bench_peft")
+    arguments = ["bench_peft.py", "--out", str(tmp_path), "--python", "no-such-python"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --python 'no-such-python' is no program")
+
+
+def test_sides_that_compute_something_else_are_not_timed(script):
+    bench = script("bench_peft")
+    job = lambda name, dtype: {"name": name, "kind": "train", "dropout": 0.0, "batch_size": 8,
+                               "dtype": dtype}  # fmt: skip
+    jobs = [job("a", "float32"), job("b", "float32"), job("c", "mixed")]
+    bench.check_losses(jobs, {"a": {"losses": [10.0]}, "b": {"losses": [10.0005]},
+                              "c": {"losses": [10.3]}})  # fmt: skip
+    for other, rough in ((10.002, 10.3), (10.0, 10.6), (10.0, float("nan"))):
+        with pytest.raises(bench.UserError, match="do not compute the same"):
+            bench.check_losses(jobs, {"a": {"losses": [10.0]}, "b": {"losses": [other]},
+                                      "c": {"losses": [rough]}})  # fmt: skip
+
+
+def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_path):
+    bench, report = script("bench_peft"), script("bench_report")
+    parser_defaults = {"size": "small", "prompt": 100, "batches": 2, "rounds": 2, "seed": 0,
+                       "questions": 4, "batch_size": [8], "ours_micro": False, "only": "",
+                       "stages": ["train", "answer"]}  # fmt: skip
+    options = bench.argparse.Namespace(**parser_defaults)
+    jobs = bench.make_jobs(options)
+    assert len({job["name"] for job in jobs}) == len(jobs)
+    once = {"seconds": [1.0, 2.0], "user": 3.0, "system": 1.0, "others": 0.1}
+    rounds = {job["name"]: [once, once] for job in jobs}
+    warm = {"seconds": [5.0], "losses": [1.0], "shapes": [[[8, 384]], [[8, 256]]], "useful": 0.5}
+    pairs = bench.compare(jobs, rounds)
+    of = lambda name: {pair["peft"] for pair in pairs if pair["ours"] == name}
+    assert of("ours float32 dropout B8") == {
+        "PEFT float32 dropout B8", "PEFT float32 dropout micro B8",
+    }  # fmt: skip
+    assert len(of("ours mixed B8")) == 6 and len(of("ours mixed answers")) == 4
+    machine = {"processor": "P", "cores": 2, "flags": ["avx2"], "environment": {"OMP_X": "1"}}
+    result = {
+        "settings": parser_defaults, "machine": machine, "jobs": jobs, "rounds": rounds,
+        "workers": {"PEFT": {"versions": {"peft": "1"}, "threads": 2},
+                    "ours": {"versions": {"jax": "2"}}},
+        "warm_up": {job["name"]: warm for job in jobs}, "ratios": pairs,
+        "typical": {"8": bench.typical(options, 8, batches=20)},
+        "memory": [{"job": "ours mixed B8", "peak": 3 << 20, "bare": 1 << 20, "beyond": 2 << 20}],
+    }  # fmt: skip
+    text = report.tables(json.loads(json.dumps(result)))
+    assert "1.500 (1.500 to 1.500)" in text and "8x384, 256" in text and "OMP_X=1" in text
+    assert "| ours mixed B8 | PEFT float32 B8 | 1.00 (1.00 to 1.00) |" in text
+    assert "| ours mixed B8 | 3 | 1 | 2 |" in text
+    report.draw(result, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").stat().st_size > 10_000
