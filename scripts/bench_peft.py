@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -28,7 +27,16 @@ from typing import Any
 import jax
 import numpy as np
 from bench_report import draw, tables
-from bench_tools import DROPOUT, Gate, Worker, draw_rows, micro_batches, ratios, useful_share
+from bench_tools import (
+    DROPOUT,
+    Gate,
+    Worker,
+    draw_rows,
+    machine,
+    micro_batches,
+    ratios,
+    useful_share,
+)
 
 from jaxprompt.config import UserError
 from jaxprompt.model import t5
@@ -40,9 +48,6 @@ from jaxprompt.train.logbook import write_atomically
 Job = dict[str, Any]
 HERE = Path(__file__).parent
 MEMORY_STEPS = 3
-# what changes times from outside
-SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_", "OMP_", "MKL_", "KMP_", "XLA_", "JAX_")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
@@ -137,12 +142,17 @@ def start_worker(options: argparse.Namespace, side: str) -> Worker:
     }
     python, script = program[side]
     worker = Worker([python, str(HERE / script), str(options.out / "problem.json")], side)
+    check_packages(worker, options.python)
+    return worker
+
+
+def check_packages(worker: Worker, python: str) -> None:
+    """Refuse an interpreter that cannot do PEFT's half."""
     if "missing" in worker.facts:
         raise UserError(
-            f"--python {options.python!r} lacks the package {worker.facts['missing']!r}; "
-            "install the extra `parity` there."
+            f"--python {python!r} lacks the package {worker.facts['missing']!r}; install the extra "
+            "`parity` there."
         )
-    return worker
 
 
 def check_losses(jobs: list[Job], warm: dict[str, dict[str, Any]]) -> None:
@@ -199,20 +209,6 @@ def compare(jobs: list[Job], rounds: dict[str, list[dict[str, Any]]]) -> list[di
         for peer in jobs if peer["side"] == "PEFT"
         if all(ours[key] == peer[key] for key in same)
     ]  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and what else times depend on."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*: (.*)$", text, re.M)
-    flags = set(text.split())
-    return {
-        "processor": model[1] if model else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "python": platform.python_version(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
-    }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Needs NumPy alone, so that an interpreter without jax or without torch can use i
 
 import json
 import os
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -35,6 +37,9 @@ WORDS = 32_000  # ids from 3 on that are words of T5's vocabulary
 EOS = 1
 LABELS = {"yes": [4273, EOS], "no": [150, 5, EOS]}  # 2 and 3 tokens
 DROPOUT = 0.1
+# what changes times from outside
+SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_", "OMP_", "MKL_", "KMP_", "XLA_", "JAX_")
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 Row = dict[str, list[int]]
 
@@ -157,6 +162,20 @@ class Gate:
             found = before.others(self.now())
             if found <= self.threshold or time.monotonic() - began >= self.limit:
                 return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and what else times depend on."""
+    text = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*: (.*)$", text, re.M)
+    flags = set(text.split())
+    return {
+        "processor": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "python": platform.python_version(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
+    }
 
 
 def resident(field: str) -> int:

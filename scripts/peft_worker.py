@@ -42,20 +42,29 @@ def labels_of(rows) -> Any:
     return torch.from_numpy(padded([row["targets"] for row in rows], -100))
 
 
+def prepare() -> None:
+    """All cores, and what torch does once."""
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.zeros(3)
+
+
+def versions() -> dict[str, Any]:
+    found = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {"versions": found, "threads": torch.get_num_threads()}
+
+
 class Peer:
     """Runs jobs; a loaded model is kept for all that share its dtype and attention."""
 
     def __init__(self, problem: str):
-        torch.manual_seed(0)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        torch.zeros(3)
+        prepare()
         self.problem = problem
         self.given: Start | None = None
         self.models: dict[tuple[Any, str | None], Any] = {}
 
     def facts(self) -> dict[str, Any]:
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        return {"versions": versions, "threads": torch.get_num_threads()}
+        return versions()
 
     def start(self) -> Start:
         self.given = self.given or Start.read(self.problem)

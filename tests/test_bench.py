@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import make_backbone, run_values
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -171,3 +172,48 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
     assert "| ours mixed B8 | 3 | 1 | 2 |" in text
     report.draw(result, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+# ---- time to accuracy
+
+
+def events(*accuracies):
+    return [
+        {"step": 5 * n, "accuracy": accuracy, "seconds": 10.0 * n, "evaluating": 4.0 * n}
+        for n, accuracy in enumerate(accuracies, 1)
+    ]
+
+
+def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
+    bench = script("bench_time_to_accuracy")
+    runs = {"0.1": events(0.2, 0.5, 0.5), "0.3": events(0.3, 0.4, 0.5), "1": events(0.1, 0.1, 0.1)}
+    rate, target = bench.best(runs)
+    assert rate == "0.1" and target["step"] == 10
+    here = events(0.5, 0.4, 0.6)
+    assert bench.reached(here, 0.5)["step"] == 5 and bench.reached(here, 0.55)["step"] == 15
+    assert bench.reached(here, 0.7) is None
+    record = {"seed": 0, "rate": rate, "target": target, "ours": bench.reached(here, 0.5),
+              "best_of_ours": 0.6, "others": {"ours": 0.1},
+              "events": {"ours": here, "PEFT": runs}}  # fmt: skip
+    text = bench.table([record, record | {"seed": 1, "ours": None}])
+    assert "| 0 | 0.1 | 0.500 | 20 | 10 | 2.00 | 2.00 | 10 | 5 | 0.600 | 0.10 |" in text
+    assert "| 1 | 0.1 | 0.500 | 20 | never |" in text and "1 of 2 seeds" in text
+    assert "Ratio" not in bench.table([record | {"ours": None}])
+    bench.draw([record], tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 5_000
+
+
+def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path):
+    bench = script("bench_time_to_accuracy")
+    monkeypatch.setattr(bench.loop, "evaluate", bench.loop.evaluate)  # put back afterwards
+    values = run_values(make_backbone(tmp_path / "backbone"), tmp_path)
+    values["train"] |= {"steps": 5}
+    found = bench.ours(values)
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    logged = [json.loads(line) for line in log.splitlines()]
+    scores = {row["step"]: row["validation/accuracy"] for row in logged
+              if "validation/accuracy" in row}  # fmt: skip
+    assert {event["step"]: event["accuracy"] for event in found} == scores
+    assert list(scores) == [2, 4, 5]
+    times = [event["seconds"] for event in found]
+    assert times == sorted(times) and all(bench.without(event) > 0 for event in found)

@@ -1,0 +1,260 @@
+"""How long until our run is as accurate as the best of PEFT's runs at several learning rates.
+
+    python scripts/bench_time_to_accuracy.py --out runs/accuracy --python ../peft-env/bin/python
+
+PYTHON is an interpreter with torch, transformers and peft (the extra `parity`). The backbone is
+exported for both. PEFT tunes with AdamW at each rate as its users do (see peft_accuracy.py), in
+float32; here `jaxprompt train` runs with the recipe of configs/quickstart.yaml. Each run has a
+fresh process and waits until others leave the machine idle. Its time begins with the loading of the
+model, and holds compilation and all evaluations; times without the evaluations are given too. The
+target is the best validation accuracy of PEFT's best rate: its time is the one at which PEFT first
+had it, ours the one at which our run first had at least as much. PEFT's answers are generated, ours
+are the likelier label, as each side's users do it; `--decoding greedy` has ours generated too.
+
+Prints a Markdown table with a line for each seed; OUT/accuracy.json keeps every evaluation,
+OUT/accuracy.png draws them over time. Linux.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench_peft import HERE, check_packages
+from bench_tools import Gate, Worker, machine
+from compare_report import markdown
+
+from jaxprompt.config import RunConfig, UserError, parse
+from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.model import family
+from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.prompts.artefact import replace_directory
+from jaxprompt.train import loop
+from jaxprompt.train.logbook import write_atomically
+
+Events = list[dict[str, Any]]
+
+
+def reached(events: Events, target: float) -> dict[str, Any] | None:
+    """The first evaluation with at least this accuracy."""
+    return next((event for event in events if event["accuracy"] >= target), None)
+
+
+def best(runs: dict[str, Events]) -> tuple[str, dict[str, Any]]:
+    """The rate with the best accuracy, and when it first had it; of equals the earliest."""
+    firsts = {}
+    for rate, events in runs.items():
+        top = max(event["accuracy"] for event in events)
+        firsts[rate] = next(event for event in events if event["accuracy"] == top)
+    rate = min(firsts, key=lambda r: (-firsts[r]["accuracy"], firsts[r]["seconds"]))
+    return rate, firsts[rate]
+
+
+def without(event: dict[str, Any]) -> float:
+    """Seconds until an evaluation, less those of all evaluations."""
+    return event["seconds"] - event["evaluating"]
+
+
+def ours(values: dict[str, Any]) -> Events:
+    """A whole run in this process: each evaluation of it, with the clock at its end."""
+    config, calls = parse(RunConfig, values), []
+    began, judge = time.perf_counter(), loop.evaluate
+
+    def timed(*args, **kwargs):
+        paused = time.perf_counter()
+        scores = judge(*args, **kwargs)
+        calls.append((time.perf_counter() - began, time.perf_counter() - paused, scores))
+        return scores
+
+    loop.evaluate = timed  # the loop has no hook for the clock
+    loop.train(config)
+    events, evaluating, last = [], calls[0][1], config.train.steps
+    steps = [*range(config.train.evaluate_every, last, config.train.evaluate_every), last]
+    # the first call is of the untuned backbone, and after the last step test rows may follow
+    for step, (now, spent, scores) in zip(steps, calls[1:], strict=False):
+        evaluating += spent
+        events.append({"step": step, "accuracy": scores["accuracy"], "seconds": now,
+                       "evaluating": evaluating})  # fmt: skip
+    return events
+
+
+def write_problem(options: argparse.Namespace) -> None:
+    """OUT/weights and OUT/problem.json: the backbone and the rows for PEFT."""
+    backbone, task = load_backbone(options.backbone), resolve_task(options.task)
+    if family.one_sequence(backbone.config):
+        raise UserError(f"--backbone {options.backbone!r} has no encoder; name a T5.")
+    if not task.labels or task.metrics[0] != "accuracy":
+        raise UserError(f"--task {options.task!r} is not judged by accuracy; name one that is.")
+
+    def write(path: Path) -> None:
+        save_hf(path, backbone.config, backbone.params)
+        copy_tokenizer(backbone.path, path)
+
+    replace_directory(options.out / "weights", write)
+    tokenizer = load_tokenizer(backbone.path)
+
+    def rows(split: str, limit: int | None) -> list[dict[str, list[int]]]:
+        found = loop.load_rows(task, split, limit)
+        examples = tokenize(task, found, tokenizer, 0, backbone.config.vocab_size)
+        return [{"inputs": e.inputs.tolist(), "targets": e.targets.tolist()} for e in examples]
+
+    problem = {
+        "weights": str((options.out / "weights").resolve()),
+        "start": ", ".join(task.labels),  # repeated by PEFT to fill the prompt
+        "train": rows("train", None),
+        "validation": rows("validation", options.eval_rows),
+        "length": options.prompt, "steps": options.steps, "batch_size": options.batch_size,
+        "evaluate_every": options.evaluate_every, "peft_dropout": options.peft_dropout,
+    }  # fmt: skip
+    write_atomically(options.out / "problem.json", json.dumps(problem))
+
+
+def run_config(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The quickstart's recipe on the same rows, steps and evaluations."""
+    folder = options.out / f"ours-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # a complete run would not run again
+    return {
+        "backbone": str(options.out / "weights"),
+        "task": {"name": options.task, "decoding": options.decoding},
+        "model": {"dtype": options.dtype}, "prompt": {"length": options.prompt},
+        "train": {
+            "steps": options.steps, "batch_size": options.batch_size, "schedule": "linear",
+            "learning_rate": options.learning_rate, "evaluate_every": options.evaluate_every,
+            "checkpoint_every": options.evaluate_every, "eval_rows": options.eval_rows,
+            "eval_batch_size": options.batch_size, "seed": seed,
+        },
+        "output": str(folder),
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """All runs of a seed, and what they come to."""
+    runs: dict[str, Events] = {}
+    others: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def on_an_idle_machine(name: str, process: int):
+        gate = Gate([os.getpid(), process], threshold=options.idle, limit=options.wait)
+        gate.wait()
+        before = gate.now()
+        yield
+        others[name] = before.others(gate.now())
+
+    for rate in options.learning_rates:
+        command = [options.python, HERE / "peft_accuracy.py", options.out / "problem.json"]
+        worker = Worker([str(part) for part in command], "PEFT")
+        check_packages(worker, options.python)
+        with on_an_idle_machine(f"{rate:g}", worker.process.pid):
+            runs[f"{rate:g}"] = worker.ask("tune", rate=rate, seed=seed)["events"]
+        worker.close()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # as fresh as PEFT's
+        process, values = pool.submit(os.getpid).result(), run_config(options, seed)
+        with on_an_idle_machine("ours", process):
+            events = pool.submit(ours, values).result()
+    rate, target = best(runs)
+    return {
+        "seed": seed, "rate": rate, "target": target, "ours": reached(events, target["accuracy"]),
+        "best_of_ours": max(event["accuracy"] for event in events),
+        "others": others, "events": {"ours": events, "PEFT": runs},
+    }  # fmt: skip
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line for each seed, and the medians of the ratios."""
+    lines = [[
+        "seed", "PEFT's best rate", "accuracy", "PEFT, s", "ours, s", "ratio",
+        "ratio without evaluations", "steps, PEFT", "ours", "our best", "others, cores",
+    ]]  # fmt: skip
+    pairs = []
+    for r in records:
+        theirs, here = r["target"], r["ours"]
+        line = [str(r["seed"]), r["rate"], f"{theirs['accuracy']:.3f}", f"{theirs['seconds']:.0f}"]
+        if here is None:
+            line += ["never", "–", "–", str(theirs["step"]), "–"]
+        else:
+            pair = theirs["seconds"] / here["seconds"], without(theirs) / without(here)
+            pairs.append(pair)
+            line += [f"{here['seconds']:.0f}", *(f"{x:.2f}" for x in pair)]
+            line += [str(theirs["step"]), str(here["step"])]
+        lines.append([*line, f"{r['best_of_ours']:.3f}", f"{max(r['others'].values()):.2f}"])
+    text = markdown(lines)
+    for name, values in zip(("with", "without"), zip(*pairs, strict=True), strict=False):
+        text += (
+            f"\n\nRatio {name} evaluations: {statistics.median(values):.2f} "
+            f"({min(values):.2f} to {max(values):.2f}), {len(pairs)} of {len(records)} seeds."
+        )
+    return text
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over seconds of every run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for record in records:
+        every = {"ours": record["events"]["ours"]}
+        every |= {f"PEFT, rate {rate}": e for rate, e in record["events"]["PEFT"].items()}
+        for number, (name, events) in enumerate(every.items()):
+            axis.plot(
+                [e["seconds"] for e in events], [e["accuracy"] for e in events], marker="o",
+                color=f"C{number}", label=name if record is records[0] else None,
+            )  # fmt: skip
+    axis.set(xlabel="seconds, with loading, compilation and evaluations", ylabel="accuracy")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--python", required=True, help="an interpreter with torch, transformers and peft")
+    add("--backbone", default="builtin")
+    add("--task", default="supersense")
+    add("--prompt", type=int, default=100, help="vectors of the prompt")
+    add("--steps", type=int, default=600)
+    add("--batch-size", type=int, default=32)
+    add("--evaluate-every", type=int, default=50)
+    add("--eval-rows", type=int, default=300)
+    add("--learning-rates", nargs="+", type=float, default=[0.01, 0.05, 0.3], help="PEFT's")
+    add("--learning-rate", type=float, default=0.3, help="ours")
+    add("--dtype", choices=("float32", "mixed"), default="float32", help="ours")
+    add("--decoding", choices=("rank", "greedy"), default="rank", help="ours")
+    add("--peft-dropout", type=float, default=0.0)
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--idle", type=float, default=0.15, help="cores that others may use")
+    add("--wait", type=float, default=600, help="seconds to wait for that before each run")
+    options = parser.parse_args()
+    try:
+        if shutil.which(options.python) is None:
+            raise UserError(f"--python {options.python!r} is no program; name an interpreter.")
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_problem(options)
+        records = []
+        for seed in options.seeds:
+            records.append(run(options, seed))
+            settings = {k: v for k, v in vars(options).items() if k not in ("out", "python")}
+            kept = {"machine": machine(), "settings": settings, "runs": records}
+            write_atomically(options.out / "accuracy.json", json.dumps(kept, indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(records))
+    draw(records, options.out / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()
