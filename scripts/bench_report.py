@@ -37,6 +37,8 @@ def about(result: Result) -> str:
         for size, found in result["typical"].items()
     )
     outside = "".join(f", {key}={value}" for key, value in machine["environment"].items())
+    others = [found["others"] for rounds in result["rounds"].values() for found in rounds]
+    disturbed = sum(used > settings["idle"] for used in others)
     return (
         f"T5 1.1 {settings['size']}, random; P = {settings['prompt']}; {settings['batches']} "
         f"batches of each size from BoolQ's lengths cut to {512 - settings['prompt']} (padded to "
@@ -44,7 +46,9 @@ def about(result: Result) -> str:
         f"rounds; seed {settings['seed']}. "
         f"{machine['processor']}, {machine['cores']} cores, {' '.join(machine['flags'])}; "
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}; "
-        f"{result['workers']['PEFT']['threads']} threads in torch{outside}."
+        f"{result['workers']['PEFT']['threads']} threads in torch{outside}. "
+        f"Others used more than {settings['idle']:g} cores during {disturbed} of {len(others)} "
+        "measurements."
     )
 
 

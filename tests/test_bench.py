@@ -144,7 +144,7 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
     bench, report = script("bench_peft"), script("bench_report")
     parser_defaults = {"size": "small", "prompt": 100, "batches": 2, "rounds": 2, "seed": 0,
                        "questions": 4, "batch_size": [8], "ours_micro": False, "only": "",
-                       "stages": ["train", "answer"]}  # fmt: skip
+                       "stages": ["train", "answer"], "idle": 0.05}  # fmt: skip
     options = bench.argparse.Namespace(**parser_defaults)
     jobs = bench.make_jobs(options)
     assert len({job["name"] for job in jobs}) == len(jobs)
@@ -166,12 +166,27 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
         "typical": {"8": bench.typical(options, 8, batches=20)},
         "memory": [{"job": "ours mixed B8", "peak": 3 << 20, "bare": 1 << 20, "beyond": 2 << 20}],
     }  # fmt: skip
+    measured = 2 * len(jobs)
     text = report.tables(json.loads(json.dumps(result)))
     assert "1.500 (1.500 to 1.500)" in text and "8x384, 256" in text and "OMP_X=1" in text
+    assert f"0.05 cores during {measured} of {measured} measurements" in text
     assert "| ours mixed B8 | PEFT float32 B8 | 1.00 (1.00 to 1.00) |" in text
     assert "| ours mixed B8 | 3 | 1 | 2 |" in text
     report.draw(result, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+def test_our_step_gets_one_batch_or_micro_batches(script):
+    ours = script("bench_ours")
+    rows = [np.full(n, 9, np.int32) for n in (3, 40, 5, 20)]
+    examples = [ours.Example(row, np.array([7, 1], np.int32)) for row in rows]
+    step = lambda state, params, given: (given, params)
+    call = lambda split: ours.take_step(step, None, None, examples, split, ours.family.Widths())
+    given, _, shapes = call([[0, 1, 2, 3]])
+    assert given.inputs.shape == (4, 64) and shapes == [(4, 64)]
+    given, _, shapes = call([[1, 3], [2, 0]])
+    assert [batch.inputs.shape for batch in given] == shapes == [(2, 64), (2, 32)]
+    assert (given[1].inputs > 0).sum(axis=1).tolist() == [5, 3]
 
 
 # ---- time to accuracy
