@@ -19,7 +19,7 @@ from jaxprompt.evaluate.score import Model, answer
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.optimizer import make_optimizer, per_prompt
+from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state, make_train_step
 
 Job = dict[str, Any]
@@ -28,15 +28,12 @@ DEPTH = round_target_length(max(map(len, LABELS.values())))
 
 
 def take_step(step, state, params, examples, split, widths):
-    """One optimizer step on a batch, and the shapes of its inputs.
-
-    All that is known here of how the library's step is called: one batch, or micro-batches.
-    """
+    """One optimizer step on a batch in micro-batches, and the shapes of its inputs."""
     batches = [
         make_batch([examples[i] for i in rows], target_length=DEPTH, widths=widths)
         for rows in split
     ]
-    state, losses = step(state, params, batches if len(batches) > 1 else batches[0])
+    state, losses = step(state, params, batches)
     return state, losses, [batch.inputs.shape for batch in batches]
 
 
@@ -97,7 +94,7 @@ class Ours:
             steps=1000, optimizer="adamw", learning_rate=given.learning_rate, schedule="constant",
             weight_decay=0.0, z_loss=0.0, clip=1.0,
         )  # fmt: skip
-        optimizer, key = per_prompt(make_optimizer(settings)), (job["dtype"], job["dropout"])
+        optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"])
         if key not in self.steps:
             self.steps[key] = make_train_step(backbone.config, METHOD, optimizer, z_loss=0.0)
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))

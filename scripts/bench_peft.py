@@ -30,6 +30,7 @@ from bench_report import draw, tables
 from bench_tools import (
     DROPOUT,
     Gate,
+    Row,
     Worker,
     draw_rows,
     machine,
@@ -39,6 +40,7 @@ from bench_tools import (
 )
 
 from jaxprompt.config import UserError
+from jaxprompt.data.pipeline import micro_rows
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
@@ -61,7 +63,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
     found = []
     for size in options.batch_size if "train" in options.stages else ():
-        ours = {"micro": options.ours_micro}
+        ours = {"micro": True}
         found += [
             job("PEFT", "train", "float32", "float32", size),
             job("ours", "train", "float32", "float32", size, **ours),
@@ -104,13 +106,14 @@ def write_problem(options: argparse.Namespace) -> dict[str, Any]:
         str(size): [draw_rows(rng, size, longest=longest) for _ in range(options.batches)]
         for size in options.batch_size
     }
-    splits = {
-        size: [
-            micro_batches([options.prompt + len(row["inputs"]) for row in rows], options.positions)
-            for rows in drawn
-        ]
-        for size, drawn in batches.items()
-    }
+
+    def split(drawn: list[list[Row]], size: int) -> list[list[list[int]]]:
+        lengths = [[options.prompt + len(row["inputs"]) for row in rows] for rows in drawn]
+        every = np.concatenate(lengths)
+        rows = micro_rows(every, batch_size=size, positions=options.positions)
+        return [micro_batches(own, rows) for own in lengths]
+
+    splits = {size: split(drawn, int(size)) for size, drawn in batches.items()}
     problem = {
         "weights": str((options.out / "weights").resolve()),
         "start": rng.integers(3, 32_000, options.prompt).tolist(),
@@ -264,7 +267,6 @@ def main() -> None:
     add("--batch-size", nargs="+", type=int, default=[32, 8])
     add("--batches", type=int, default=4, help="of each size")
     add("--positions", type=int, default=2048, help="of a micro-batch, prompt included")
-    add("--ours-micro", action="store_true", help="hand micro-batches to our step")
     add("--questions", type=int, default=256, help="rows to answer")
     add("--learning-rate", type=float, default=0.01)
     add("--rounds", type=int, default=5)

@@ -67,22 +67,23 @@ def without(event: dict[str, Any]) -> float:
 def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
-    began, judge = time.perf_counter(), loop.evaluate
+    began, judge = time.perf_counter(), loop.answer
 
     def timed(*args, **kwargs):
         paused = time.perf_counter()
-        scores = judge(*args, **kwargs)
-        calls.append((time.perf_counter() - began, time.perf_counter() - paused, scores))
-        return scores
+        answers = judge(*args, **kwargs)
+        calls.append((time.perf_counter() - began, time.perf_counter() - paused))
+        return answers
 
-    loop.evaluate = timed  # the loop has no hook for the clock
+    loop.answer = timed  # the loop has no hook for the clock
     loop.train(config)
-    events, evaluating, last = [], calls[0][1], config.train.steps
-    steps = [*range(config.train.evaluate_every, last, config.train.evaluate_every), last]
+    log = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, log) if "validation/accuracy" in row]
+    events, evaluating = [], calls[0][1]
     # the first call is of the untuned backbone, and after the last step test rows may follow
-    for step, (now, spent, scores) in zip(steps, calls[1:], strict=False):
+    for row, (now, spent) in zip(rows, calls[1:], strict=False):
         evaluating += spent
-        events.append({"step": step, "accuracy": scores["accuracy"], "seconds": now,
+        events.append({"step": row["step"], "accuracy": row["validation/accuracy"], "seconds": now,
                        "evaluating": evaluating})  # fmt: skip
     return events
 

@@ -69,21 +69,14 @@ def draw_rows(rng: np.random.Generator, count: int, *, longest: int) -> list[Row
     return rows
 
 
-def micro_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Rows in micro-batches of similar lengths, longest first, as numbers of rows.
+def micro_batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Micro-batches of ``rows`` rows of similar lengths, longest first, as numbers of rows.
 
-    Each has at most ``positions`` positions when padded to its longest row, or one row.
-
-    >>> micro_batches([3, 9, 4, 8], positions=18)
+    >>> micro_batches([3, 9, 4, 8], rows=2)
     [[1, 3], [2, 0]]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    found: list[list[int]] = []
-    for row in order:
-        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > positions:
-            found.append([])
-        found[-1].append(row)
-    return found
+    return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
