@@ -266,7 +266,7 @@ def main() -> None:
     add("--prompt", type=int, default=100, help="vectors of the prompt")
     add("--batch-size", nargs="+", type=int, default=[32, 8])
     add("--batches", type=int, default=4, help="of each size")
-    add("--positions", type=int, default=2048, help="of a micro-batch, prompt included")
+    add("--positions", type=int, default=1280, help="of a micro-batch, prompt included")
     add("--questions", type=int, default=256, help="rows to answer")
     add("--learning-rate", type=float, default=0.01)
     add("--rounds", type=int, default=5)

@@ -283,7 +283,7 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
 
 # Positions of a micro-batch, where the config does not say: on a CPU what still fits its caches, on
 # an accelerator what fills its matrix units
-_POSITIONS = {"cpu": 2048}
+_POSITIONS = {"cpu": 1280}
 _POSITIONS_ELSEWHERE = 32_768
 
 
