@@ -11,7 +11,7 @@ import numpy as np
 from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
-from jaxprompt.data.pipeline import Example, with_prompt
+from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ from jaxprompt.evaluate.score import (
     Answers,
     Model,
     answer,
+    answer_each,
     check_metrics,
     log_likelihoods,
     measure,
@@ -276,15 +277,15 @@ def evaluate_ensemble(
         chosen, rows, first.tokenizer, first.length, vocabulary,
         need_targets=False, origin=asked.origin,
     )  # fmt: skip
-    examples = [with_prompt(e, k, vocabulary, first.length) for k in range(count) for e in plain]
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
-    found = answer(
-        model, chosen, examples, first.tokenizer, batch_size=batch_size, progress=progress
+    found = answer_each(
+        model, chosen, plain, first.tokenizer, batch_size=batch_size, progress=progress
     )
-    each = [found.predictions[k * len(rows) : (k + 1) * len(rows)] for k in range(count)]
+    each = [answers.predictions for answers in found]
+    scores = [answers.scores for answers in found if answers.scores is not None]
     joint = {"vote": vote(each)}
-    if found.scores is not None and chosen.labels is not None:
-        joint["likelihood"] = likeliest(found.scores.reshape(count, len(rows), -1), chosen.labels)
+    if scores and chosen.labels is not None:
+        joint["likelihood"] = likeliest(np.stack(scores), chosen.labels)
     figures = [measure(chosen, predictions, asked.judged_by) for predictions in each]
     main = [figure[chosen.metrics[0]] for figure in figures]
     ways = {way: measure(chosen, answers, asked.judged_by) for way, answers in joint.items()}

@@ -41,6 +41,12 @@ PromptArgument = Annotated[Path, typer.Argument(help="artefact, PEFT adapter or 
 AnyBackbone = Annotated[bool, typer.Option(help="allow other weights of the same width")]
 
 
+@app.callback()
+def before_any_command() -> None:
+    """Nothing is written where only help is wanted."""
+    keep_compiled()
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run")],
@@ -296,7 +302,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Entry point: turns a user's mistake into one sentence and exit code 2."""
-    keep_compiled()
     try:
         app(standalone_mode=True)
     except UserError as error:

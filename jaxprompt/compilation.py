@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run compiles nothing.
+"""Compiled programs kept on disk, so that the second start of a run compiles next to nothing.
 
 JAX reads these settings from the environment when it is imported, which is after this.
 """
@@ -6,6 +6,7 @@ JAX reads these settings from the environment when it is imported, which is afte
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -26,9 +27,16 @@ def keep_compiled(environment: MutableMapping[str, str] = os.environ) -> None:
     wanted = environment.get("JAXPROMPT_CACHE", "")
     if "JAX_COMPILATION_CACHE_DIR" in environment or wanted.lower() in _OFF:
         return
-    home = environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(wanted or Path(home, "jaxprompt")) / "compiled" / _processor()
+    home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = Path(wanted).expanduser() if wanted else Path(home, "jaxprompt")
+    folder = root / "compiled" / _processor()
     if not _writable(folder):
+        if wanted:
+            print(
+                f"warning: JAXPROMPT_CACHE is {wanted!r}, where nothing can be written; name a "
+                "directory, or say off",
+                file=sys.stderr,
+            )
         return
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_LARGEST))

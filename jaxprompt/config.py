@@ -78,7 +78,7 @@ class TaskConfig(Schema):
 class ModelConfig(Schema):
     """Numerics of the frozen backbone."""
 
-    # mixed: float32, but weights are multiplied as bfloat16 operands with float32 results, which
+    # mixed: float32, but matrix products have bfloat16 operands with float32 results, which
     # processors with matrix units do several times faster
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
     # The authors' code trains with dropout 0.1 in the frozen net, the paper does not mention any;
@@ -156,6 +156,15 @@ class TrainConfig(Optimization):
     # rows of similar length share a batch, within windows of so many batches; 0: plain random ones
     length_window: Count = 0
 
+    @model_validator(mode="after")
+    def _parts_are_full(self):
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch is {self.micro_batch}, which does not divide "
+                f"train.batch_size, {self.batch_size}; use a divisor of it"
+            )
+        return self
+
 
 class MeshConfig(Schema):
     """Devices along each axis; -1 takes what is left."""
@@ -195,6 +204,10 @@ class RunConfig(Schema):
                 f"multiple of train.evaluate_every, {self.train.evaluate_every}"
             )
         grid = self.prompt.population
+        if every and not grid:
+            raise ValueError(
+                "train.halve_every is for prompt.population, and there is none; leave it out"
+            )
         if grid and self.method == "model-tuning":
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
         for key, choices in grid.items():
@@ -204,14 +217,9 @@ class RunConfig(Schema):
                 )
         for member in self.members() if grid else ():
             try:
-                type(self).model_validate(member.model_dump())
-            except ValidationError as error:
-                problem = error.errors()[0]
-                where = ".".join(map(str, problem["loc"]))
-                raise ValueError(
-                    f"a member of prompt.population has {where} {problem['input']!r}: "
-                    f"{problem['msg']}"
-                ) from None
+                parse(type(self), member.model_dump())
+            except UserError as error:
+                raise ValueError(f"prompt.population: {str(error).rstrip('.')}") from None
         return self
 
     def choices(self) -> list[dict[str, Any]]:
@@ -229,7 +237,7 @@ class RunConfig(Schema):
         return self.model_copy(
             update={
                 "prompt": self.prompt.model_copy(update={**start, "population": {}}),
-                "train": self.train.model_copy(update=optimization),
+                "train": self.train.model_copy(update={**optimization, "halve_every": None}),
             }
         )
 

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,13 @@ from bench_tools import (
     Worker,
     draw_rows,
     machine,
-    micro_batches,
     ratios,
     useful_share,
 )
+from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config import UserError
-from jaxprompt.data.pipeline import micro_rows
+from jaxprompt.data.pipeline import micro_rows, sorted_parts
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
@@ -56,25 +55,25 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
     """All jobs that --stages, --batch-size and --only leave."""
 
     def job(side, kind, name, dtype, size, **other) -> Job:
-        plain = {"attention": None, "dropout": 0.0, "micro": False, "sorted": side == "ours"}
+        own = side == "ours"
+        plain = {"attention": None, "dropout": 0.0, "micro": own, "sorted": own}
         full = f"{side} {name} {'answers' if kind == 'answer' else f'B{size}'}"
         return plain | {"name": full, "side": side, "kind": kind, "dtype": dtype,
                         "batch_size": size, **other}  # fmt: skip
 
     found = []
     for size in options.batch_size if "train" in options.stages else ():
-        ours = {"micro": True}
         found += [
             job("PEFT", "train", "float32", "float32", size),
-            job("ours", "train", "float32", "float32", size, **ours),
+            job("ours", "train", "float32", "float32", size),
             job("PEFT", "train", "autocast", "autocast", size),
-            job("ours", "train", "mixed", "mixed", size, **ours),
+            job("ours", "train", "mixed", "mixed", size),
             job("PEFT", "train", "bfloat16", "bfloat16", size, attention="eager"),
             job("PEFT", "train", "float32 micro", "float32", size, micro=True),
             job("PEFT", "train", "autocast micro", "autocast", size, micro=True),
             job("PEFT", "train", "bfloat16 micro", "bfloat16", size, attention="eager", micro=True),
             job("PEFT", "train", "float32 dropout", "float32", size, dropout=DROPOUT),
-            job("ours", "train", "float32 dropout", "float32", size, dropout=DROPOUT, **ours),
+            job("ours", "train", "float32 dropout", "float32", size, dropout=DROPOUT),
             job("PEFT", "train", "float32 dropout micro", "float32", size, dropout=DROPOUT,
                 micro=True),
         ]  # fmt: skip
@@ -111,7 +110,7 @@ def write_problem(options: argparse.Namespace) -> dict[str, Any]:
         lengths = [[options.prompt + len(row["inputs"]) for row in rows] for rows in drawn]
         every = np.concatenate(lengths)
         rows = micro_rows(every, batch_size=size, positions=options.positions)
-        return [micro_batches(own, rows) for own in lengths]
+        return [sorted_parts(own, rows) for own in lengths]
 
     splits = {size: split(drawn, int(size)) for size, drawn in batches.items()}
     problem = {
@@ -147,15 +146,6 @@ def start_worker(options: argparse.Namespace, side: str) -> Worker:
     worker = Worker([python, str(HERE / script), str(options.out / "problem.json")], side)
     check_packages(worker, options.python)
     return worker
-
-
-def check_packages(worker: Worker, python: str) -> None:
-    """Refuse an interpreter that cannot do PEFT's half."""
-    if "missing" in worker.facts:
-        raise UserError(
-            f"--python {python!r} lacks the package {worker.facts['missing']!r}; install the extra "
-            "`parity` there."
-        )
 
 
 def check_losses(jobs: list[Job], warm: dict[str, dict[str, Any]]) -> None:
@@ -215,7 +205,7 @@ def compare(jobs: list[Job], rounds: dict[str, list[dict[str, Any]]]) -> list[di
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; OUT/bench.json is written again after every round."""
+    """The whole benchmark; OUT/bench.json is written again after every job."""
     jobs, problem = make_jobs(options), write_problem(options)
     if not jobs:
         raise UserError(f"--only {options.only!r} leaves no job; give another pattern.")
@@ -246,6 +236,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             took, others = sum(found["seconds"]), found["others"]
             told = f"{job['name']}: {took:.2f} s (others used {others:.2f} cores)"
             print(f"round {number + 1}/{options.rounds}: {told}", file=sys.stderr)
+            write_atomically(options.out / "bench.json", json.dumps(result, indent=1) + "\n")
         result["ratios"] = compare(jobs, rounds)
         write_atomically(options.out / "bench.json", json.dumps(result, indent=1) + "\n")
     for worker in workers.values():
@@ -256,12 +247,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peft_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True)
-    add("--python", required=True, help="an interpreter with torch, transformers and peft")
     add("--size", choices=("small", "base", "large"), default="small")
     add("--prompt", type=int, default=100, help="vectors of the prompt")
     add("--batch-size", nargs="+", type=int, default=[32, 8])
@@ -278,16 +265,10 @@ def main() -> None:
     add("--tries", type=int, default=3, help="of a job that others have disturbed")
     add("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        if shutil.which(options.python) is None:
-            raise UserError(f"--python {options.python!r} is no program; name an interpreter.")
-        options.out.mkdir(parents=True, exist_ok=True)
+    with comparing(options):
         result = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(tables(result))
-    draw(result, options.out / "ratios.png")
+        print(tables(result))
+        draw(result, options.out / "ratios.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Result = dict[str, Any]
 def tables(result: Result) -> str:
     """Everything that was measured, as Markdown."""
     parts = [about(result), markdown(times(result))]
-    if result["ratios"]:
+    if result.get("ratios"):
         told = "PEFT's time divided by ours: median of the rounds (least to largest)."
         parts += [told, markdown(quotients(result))]
     if result.get("memory"):
@@ -61,6 +61,8 @@ def times(result: Result) -> list[list[str]]:
     ]]  # fmt: skip
     for job in result["jobs"]:
         found, warm = result["rounds"][job["name"]], result["warm_up"][job["name"]]
+        if not found:
+            continue  # the benchmark ended before its turn
         seconds = [sum(f["seconds"]) / len(f["seconds"]) for f in found]
         training = job["kind"] == "train"
         rows = job["batch_size"] if training else result["settings"]["questions"]
@@ -117,7 +119,7 @@ def memory(result: Result) -> list[list[str]]:
 def draw(result: Result, path: Path) -> None:
     """A panel for each job of ours: the ratios to PEFT's with their spread."""
     pairs: dict[str, list[dict[str, Any]]] = {}
-    for pair in result["ratios"]:
+    for pair in result.get("ratios", ()):
         pairs.setdefault(pair["ours"], []).append(pair)
     if not pairs:
         return

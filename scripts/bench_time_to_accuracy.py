@@ -22,15 +22,15 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_peft import HERE, check_packages
+from bench_peft import HERE
 from bench_tools import Gate, Worker, machine
 from compare_report import markdown
+from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config import RunConfig, UserError, parse
 from jaxprompt.data.tasks import resolve_task, tokenize
@@ -67,7 +67,7 @@ def without(event: dict[str, Any]) -> float:
 def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
-    began, judge = time.perf_counter(), loop.answer
+    began, judge = time.perf_counter(), loop.answer_each
 
     def timed(*args, **kwargs):
         paused = time.perf_counter()
@@ -75,7 +75,7 @@ def ours(values: dict[str, Any]) -> Events:
         calls.append((time.perf_counter() - began, time.perf_counter() - paused))
         return answers
 
-    loop.answer = timed  # the loop has no hook for the clock
+    loop.answer_each = timed  # the loop has no hook for the clock
     loop.train(config)
     log = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "validation/accuracy" in row]
@@ -217,12 +217,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peft_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True)
-    add("--python", required=True, help="an interpreter with torch, transformers and peft")
     add("--backbone", default="builtin")
     add("--task", default="supersense")
     add("--prompt", type=int, default=100, help="vectors of the prompt")
@@ -239,10 +235,7 @@ def main() -> None:
     add("--idle", type=float, default=0.15, help="cores that others may use")
     add("--wait", type=float, default=600, help="seconds to wait for that before each run")
     options = parser.parse_args()
-    try:
-        if shutil.which(options.python) is None:
-            raise UserError(f"--python {options.python!r} is no program; name an interpreter.")
-        options.out.mkdir(parents=True, exist_ok=True)
+    with comparing(options):
         write_problem(options)
         records = []
         for seed in options.seeds:
@@ -250,11 +243,8 @@ def main() -> None:
             settings = {k: v for k, v in vars(options).items() if k not in ("out", "python")}
             kept = {"machine": machine(), "settings": settings, "runs": records}
             write_atomically(options.out / "accuracy.json", json.dumps(kept, indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(table(records))
-    draw(records, options.out / "accuracy.png")
+        print(table(records))
+        draw(records, options.out / "accuracy.png")
 
 
 if __name__ == "__main__":

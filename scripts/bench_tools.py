@@ -1,4 +1,4 @@
-"""What both sides of bench_peft.py share: rows, micro-batches, a worker's loop, idleness, ratios.
+"""What both sides of bench_peft.py share: rows, a worker's loop, idleness, ratios.
 
 Needs NumPy alone, so that an interpreter without jax or without torch can use it. Linux.
 """
@@ -67,16 +67,6 @@ def draw_rows(rng: np.random.Generator, count: int, *, longest: int) -> list[Row
         words = rng.integers(3, WORDS, length - 1).tolist()
         rows.append({"inputs": [*words, EOS], "targets": LABELS[label]})
     return rows
-
-
-def micro_batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Micro-batches of ``rows`` rows of similar lengths, longest first, as numbers of rows.
-
-    >>> micro_batches([3, 9, 4, 8], rows=2)
-    [[1, 3], [2, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
@@ -180,6 +170,10 @@ def resident(field: str) -> int:
 # ---- workers
 
 
+class WorkerEnded(Exception):
+    """A worker that is gone; what was measured until then is in OUT."""
+
+
 class Worker:
     """A process that answers one JSON object a line with another."""
 
@@ -193,7 +187,11 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
-            raise RuntimeError(f"The worker of {self.side} has ended; its own message is above.")
+            status = self.process.wait()
+            raise WorkerEnded(
+                f"The worker of {self.side} ended with status {status} (-9: killed, as for lack of "
+                "memory); its own message is above. Jobs can be left out with --only."
+            )
         return json.loads(line)
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:

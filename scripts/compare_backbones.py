@@ -99,7 +99,8 @@ def main() -> None:
         )  # fmt: skip
         failed = run_cells(plan(options, tasks), bench)
     except UserError as error:
-        sys.exit(f"{error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(1 if failed else 0)
 
 

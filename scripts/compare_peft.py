@@ -9,9 +9,7 @@ same evaluation, PEFT's as an adapter that jaxprompt reads. Prints a Markdown ta
 keeps every step's time and loss.
 """
 
-import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +18,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from bench_tools import WorkerEnded
+from peft_tools import comparing, peft_parser
 
 from jaxprompt import api
 from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
@@ -98,7 +98,9 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
 
     vectors, times, losses = ours(backbone, settings, start, virtual, indices, length)
     command = [options.python, Path(__file__).parent / "peft_side.py", folder / "problem.npz"]
-    subprocess.run([*command, options.out / "weights", folder / "peft"], check=True)
+    ended = subprocess.run([*command, options.out / "weights", folder / "peft"]).returncode
+    if ended:
+        raise WorkerEnded(f"PEFT's half ended with status {ended}; its own message is above.")
     theirs = json.loads((folder / "peft" / "times.json").read_text())
 
     test = load_rows(task, options.split, options.eval_rows)
@@ -122,12 +124,8 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peft_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True)
-    add("--python", required=True, help="an interpreter with torch, transformers and peft")
     add("--backbone", default="smollm2")
     add("--task", default="supersense")
     add("--lengths", nargs="+", type=int, default=[20, 100])
@@ -138,15 +136,12 @@ def main() -> None:
     add("--split", default="test")
     add("--eval-rows", type=int, default=300)
     options = parser.parse_args()
-    try:
-        if shutil.which(options.python) is None:
-            raise UserError(f"--python {options.python!r} is no program; name an interpreter.")
+    with comparing(options):
         task, backbone = read_task(options.task), load_backbone(options.backbone, unroll=None)
         if not family.one_sequence(backbone.config):
             raise UserError(
                 f"--backbone {options.backbone!r} is not decoder-only; name one that is."
             )
-        options.out.mkdir(parents=True, exist_ok=True)
 
         def write(path: Path) -> None:
             save_hf(path, backbone.config, backbone.params)
@@ -158,8 +153,6 @@ def main() -> None:
             for length in options.lengths
             for seed in options.seeds
         ]
-    except UserError as error:
-        sys.exit(f"{error}")
     print("| P | seed | accuracy, ours | PEFT | s a step, ours | PEFT | PEFT / ours "
           "| with compilation |\n" + "|---" * 8 + "|")  # fmt: skip
     for r in records:

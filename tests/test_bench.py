@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from helpers import make_backbone, run_values
 
+from jaxprompt.data.pipeline import sorted_parts
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -36,11 +38,11 @@ def test_rows_are_as_long_as_those_of_boolq_and_repeat_with_the_seed(tools):
     assert rows == tools.draw_rows(np.random.default_rng(0), 4000, longest=412)
 
 
-def test_micro_batches_hold_each_row_once_sorted(tools):
+def test_micro_batches_hold_each_row_once_sorted():
     rng = np.random.default_rng(1)
     for size in (1, 4, 32):
         lengths = rng.integers(100, 500, 32).tolist()
-        found = tools.micro_batches(lengths, size)
+        found = sorted_parts(lengths, size)
         order = [row for rows in found for row in rows]
         assert sorted(order) == list(range(32))
         assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
@@ -216,7 +218,7 @@ def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
 
 def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path):
     bench = script("bench_time_to_accuracy")
-    monkeypatch.setattr(bench.loop, "answer", bench.loop.answer)  # put back afterwards
+    monkeypatch.setattr(bench.loop, "answer_each", bench.loop.answer_each)  # put back afterwards
     values = run_values(make_backbone(tmp_path / "backbone"), tmp_path)
     values["train"] |= {"steps": 5}
     found = bench.ours(values)

@@ -52,13 +52,17 @@ def test_the_second_process_compiles_nothing(tmp_path):
         ({"JAX_COMPILATION_CACHE_DIR": "own"}, False),
     ],
 )
-def test_where_programs_are_kept(tmp_path, environment, kept):
+def test_where_programs_are_kept(tmp_path, capsys, environment, kept):
     (tmp_path / "file").write_text("")
     given = {k: v.format(tmp=tmp_path) for k, v in environment.items()}
     found = {"XDG_CACHE_HOME": str(tmp_path / "home"), **given}
     before = dict(found)
     keep_compiled(found)
     assert (found != before) == kept
+    told = capsys.readouterr().err
+    assert ("nothing can be written" in told) == environment.get("JAXPROMPT_CACHE", "").endswith(
+        "/file"
+    )
     if kept:
         place = given.get("JAXPROMPT_CACHE", str(tmp_path / "home" / "jaxprompt"))
         assert found["JAX_COMPILATION_CACHE_DIR"].startswith(f"{place}/compiled/")

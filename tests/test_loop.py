@@ -157,6 +157,7 @@ def test_the_best_prompt_of_a_population_is_the_runs(population):
         for k in range(len(values))
     ]
     assert values[same.index(True)] == best
+    assert load_prompt(folder / "prompt").facts["step"] == result["best_step"]
     assert len((folder / "population.md").read_text().splitlines()) == 2 + len(values)
 
 
@@ -186,14 +187,16 @@ def test_the_worse_half_of_a_population_stops_and_a_kill_changes_nothing(backbon
         ({"prompt": {"population": {"speed": [1]}}}, "speed"),
         ({"prompt": {"population": {"seed": []}}}, "one or more different"),
         ({"prompt": {"population": {"seed": [1, 1]}}}, "one or more different"),
-        ({"prompt": {"population": {"learning_rate": [0.1, -1]}}}, "train.learning_rate -1"),
-        ({"prompt": {"population": {"init": ["class_labels", "best"]}}}, "prompt.init 'best'"),
+        ({"prompt": {"population": {"learning_rate": [0.1, -1]}}}, "'train.learning_rate' is -1"),
+        ({"prompt": {"population": {"init": ["class_labels", "best"]}}}, "'prompt.init' is 'best'"),
         ({"prompt": {"population": {"init": ["text"]}}}, "needs prompt.text"),
         ({"method": "model-tuning", "prompt": {"population": {"seed": [1, 2]}}}, "has none"),
         ({"train": {"halve_every": 3}}, "multiple of train.evaluate_every, 4"),
+        ({"train": {"micro_batch": 3}}, "use a divisor of it"),
+        ({"train": {"halve_every": 4}}, "for prompt.population, and there is none"),
     ],
 )
-def test_populations_that_cannot_be(backbone, tmp_path, settings, words):
+def test_populations_and_parts_that_cannot_be(backbone, tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         config(backbone, tmp_path, **settings)
 

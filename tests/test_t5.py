@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.model import t5
+from jaxprompt.model import layers, t5
 from jaxprompt.model.layers import shift_right
 
 VARIANTS = {
@@ -59,10 +59,12 @@ def test_cached_decoding_equals_teacher_forcing(tiny, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_unrolled_and_rematerialised_layers_change_nothing(tiny, name):
+def test_how_layers_and_rows_take_turns_changes_nothing(tiny, name, monkeypatch):
+    """Unrolled, rematerialised, and attention a row at a time."""
+    monkeypatch.setattr(layers, "_LOGITS_AT_A_TIME", 1)
     config, params = make(tiny, name)
     plain = forward(params, bank(), config, *batch())
-    other = dataclasses.replace(config, unroll=True, remat=True)
+    other = dataclasses.replace(config, unroll=True, remat=True, rows_in_turn=True)
     np.testing.assert_allclose(
         plain, forward(params, bank(), other, *batch()), rtol=1e-5, atol=1e-6
     )

@@ -194,6 +194,16 @@ def random_stream(seed: int, step: int) -> np.random.Generator:
     return _random(seed, step, stream=2**40)
 
 
+def sorted_parts(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Numbers of the rows of each micro-batch: ``rows`` of similar lengths, the longest first.
+
+    >>> sorted_parts([3, 9, 4, 8], rows=2)
+    [[1, 3], [2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # stable
+    return [order[first : first + rows] for first in range(0, len(order), rows)]
+
+
 def micro_batches(
     examples: Sequence[Example],
     *,
@@ -207,12 +217,9 @@ def micro_batches(
     and 95 tokens are two micro-batches of 2 rows, 96 and 32 wide, instead of one, 96 wide.
     """
     depth = target_length or round_target_length(max(len(e.targets) for e in examples))
-    longest_first = sorted(examples, key=lambda example: -len(example.inputs))  # stable
     return [
-        make_batch(
-            longest_first[first : first + rows], rows=rows, target_length=depth, widths=widths
-        )
-        for first in range(0, len(examples), rows)
+        make_batch([examples[i] for i in part], rows=rows, target_length=depth, widths=widths)
+        for part in sorted_parts([len(example.inputs) for example in examples], rows)
     ]
 
 

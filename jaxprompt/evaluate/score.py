@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import Example, evaluation_batches
+from jaxprompt.data.pipeline import Example, evaluation_batches, with_prompt
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS, check_packages
@@ -82,6 +82,33 @@ def answer(
 
     scores = _in_order(model, config, examples, batch_size, run, progress)
     return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
+
+
+def answer_each(
+    model: Model,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[Answers]:
+    """The answers of every prompt of the bank (of the bare model, if it has none).
+
+    All are asked in the same batches: an example is there once for each prompt.
+    """
+    count, length = (1, 0) if model.bank is None else model.bank.shape[:2]
+    asked = [
+        with_prompt(example, k, model.config.vocab_size, length)
+        for k in range(count)
+        for example in examples
+    ]
+    found = answer(model, task, asked, tokenizer, batch_size=batch_size, progress=progress)
+    parts = [slice(k * len(examples), (k + 1) * len(examples)) for k in range(count)]
+    return [
+        Answers(found.predictions[part], None if found.scores is None else found.scores[part])
+        for part in parts
+    ]
 
 
 def log_likelihoods(

@@ -3,7 +3,8 @@
 
 class Precision:
     """float32; bfloat16 (activations and products; parameters are cast at use); or mixed: float32,
-    but weights are multiplied as bfloat16 operands with float32 sums and results.
+    but the operands of matrix products are rounded to bfloat16, with float32 sums and results (in
+    decoder-only models not those of attention).
     """
 
     dtype: str

@@ -20,7 +20,7 @@ from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import Model, answer, check_metrics
+from jaxprompt.evaluate.score import Model, answer_each, check_metrics
 from jaxprompt.evaluate.score import measure as measure_answers
 from jaxprompt.model import family
 from jaxprompt.model.hf import read_json
@@ -75,6 +75,8 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     parallel.check_batch_size(settings.eval_batch_size, mesh, "train.eval_batch_size")
+    if settings.micro_batch:
+        parallel.check_batch_size(settings.micro_batch, mesh, "train.micro_batch")
     # before the backbone, which may take minutes: most mistakes are in the data
     rows = {
         name: load_rows(task, name, None if name == "train" else settings.eval_rows)
@@ -130,7 +132,6 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     members = config.members()
     starts = [start_of(member) for member in members]  # before anything is written
     shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
-    own = partial(with_prompt, vocabulary=backbone.config.vocab_size, length=length)
 
     def optimizer_of(alive: Sequence[int]):
         return per_prompt(settings, [members[k].train.learning_rate for k in alive])
@@ -149,18 +150,15 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             window=settings.length_window,
             rows=_micro_rows(config, training.examples, mesh, len(alive)),
             widths=family.widths(shape),
-            own=own,
+            own=partial(with_prompt, vocabulary=backbone.config.vocab_size, length=length),
         )
         return step, batches
 
     def measure(params, bank, on: Split) -> list[dict[str, float]]:
         """The metrics of every prompt of the bank (of one model without), in the same batches."""
         model = Model(params, bank, backbone.config, lambda batch: parallel.put_batch(batch, mesh))
-        count, rows = 1 if bank is None else len(bank), len(on.examples)
-        asked = [own(example, k) for k in range(count) for example in on.examples]
-        found = answer(model, task, asked, tokenizer, batch_size=settings.eval_batch_size)
-        each = [found.predictions[k * rows : (k + 1) * rows] for k in range(count)]
-        return [measure_answers(task, predictions, on.references) for predictions in each]
+        each = answer_each(model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size)
+        return [measure_answers(task, found.predictions, on.references) for found in each]
 
     open_run(config)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
@@ -172,6 +170,11 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     }  # fmt: skip
     if checkpoints.latest_step() is not None:
         progress = checkpoints.progress()
+        if "alive" not in progress:
+            raise UserError(
+                f"The checkpoints in {str(folder)!r} are of an earlier version; delete the "
+                "directory to start again, or choose another output."
+            )
     alive = progress["alive"]
     tree = stacked([starts[k] for k in alive])
     del starts  # of full fine-tuning it is the model
@@ -241,7 +244,8 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             progress["seconds"] = clock.seconds()
             checkpoints.save(done, state, progress)
 
-    winner = progress["best"].index(max(progress["best"]))
+    # the one in prompt/: of equals the first to be there
+    winner = min(range(count), key=lambda k: (-progress["best"][k], progress["best_step"][k], k))
     result = {
         "task": task.name,
         "method": config.method,
@@ -281,25 +285,20 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     return result
 
 
-# Positions of a micro-batch, where the config does not say: on a CPU what still fits its caches, on
-# an accelerator what fills its matrix units
-_POSITIONS = {"cpu": 1280}
-_POSITIONS_ELSEWHERE = 32_768
+# Positions of a micro-batch, where the config does not say: on a CPU what was measured to be fast,
+# on an accelerator, where nothing was, so many that batches are rarely cut
+_CPU_POSITIONS, _POSITIONS = 1280, 32_768
 
 
 def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh, prompts: int) -> int:
     """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
     devices, batch_size = mesh.shape["data"], config.train.batch_size * prompts
     if config.train.micro_batch is None:
-        positions = _POSITIONS.get(jax.default_backend(), _POSITIONS_ELSEWHERE) * devices
+        positions = _CPU_POSITIONS if jax.default_backend() == "cpu" else _POSITIONS
         lengths = np.array([len(e.inputs) for e in examples])
-        return micro_rows(lengths, batch_size=batch_size, positions=positions, multiple=devices)
-    if config.train.batch_size % config.train.micro_batch:
-        raise UserError(
-            f"train.micro_batch is {config.train.micro_batch}, which does not divide "
-            f"train.batch_size, {config.train.batch_size}; use a divisor of it."
+        return micro_rows(
+            lengths, batch_size=batch_size, positions=positions * devices, multiple=devices
         )
-    parallel.check_batch_size(config.train.micro_batch, mesh, "train.micro_batch")
     return config.train.micro_batch
 
 
@@ -313,7 +312,7 @@ def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: st
     loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
     if step % LOG_EVERY == 0:
         members = zip(alive, each, strict=True) if len(progress["best"]) > 1 else ()
-        own = {f"prompt{k}/loss": float(x) for k, x in members}
+        own = {f"prompt{k}/loss": float(x) for k, x in members if math.isfinite(x)}
         logbook.write({"step": step, "loss": loss, "token_accuracy": right, **own, **rates})
     best = max(progress["best"])
     shown = {f"best {metric}": best} if math.isfinite(best) else {}
