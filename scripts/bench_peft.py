@@ -40,6 +40,7 @@ from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config import UserError
 from jaxprompt.data.pipeline import micro_rows, sorted_parts
+from jaxprompt.memory import huge_pages
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
@@ -143,7 +144,8 @@ def start_worker(options: argparse.Namespace, side: str) -> Worker:
         "PEFT": (options.python, "peft_worker.py"),
     }
     python, script = program[side]
-    worker = Worker([python, str(HERE / script), str(options.out / "problem.json")], side)
+    command = [python, str(HERE / script), str(options.out / "problem.json")]
+    worker = Worker(command, side, huge_pages() if side in options.huge_pages else None)
     check_packages(worker, options.python)
     return worker
 
@@ -257,6 +259,8 @@ def main() -> None:
     add("--questions", type=int, default=256, help="rows to answer")
     add("--learning-rate", type=float, default=0.01)
     add("--rounds", type=int, default=5)
+    add("--huge-pages", nargs="*", choices=("ours", "PEFT"), default=["ours"],
+        help="whose process computes in huge pages, as the command jaxprompt does")  # fmt: skip
     add("--stages", nargs="+", choices=("train", "answer", "memory"),
         default=["train", "answer", "memory"])  # fmt: skip
     add("--only", default="", help="pattern of the jobs to run, such as 'float32.* B8$'")

@@ -46,7 +46,8 @@ def about(result: Result) -> str:
         f"rounds; seed {settings['seed']}. "
         f"{machine['processor']}, {machine['cores']} cores, {' '.join(machine['flags'])}; "
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}; "
-        f"{result['workers']['PEFT']['threads']} threads in torch{outside}. "
+        f"{result['workers']['PEFT']['threads']} threads in torch{outside}; huge pages for "
+        f"{' and '.join(settings['huge_pages']) or 'neither'}. "
         f"Others used more than {settings['idle']:g} cores during {disturbed} of {len(others)} "
         "measurements."
     )

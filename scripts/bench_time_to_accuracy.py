@@ -35,6 +35,7 @@ from peft_tools import check_packages, comparing, peft_parser
 from jaxprompt.config import RunConfig, UserError, parse
 from jaxprompt.data.tasks import resolve_task, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.model import family
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.prompts.artefact import replace_directory
@@ -248,4 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    start_again_with_huge_pages()  # both sides then have them
     main()

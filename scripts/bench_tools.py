@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,11 +177,14 @@ class WorkerEnded(Exception):
 class Worker:
     """A process that answers one JSON object a line with another."""
 
-    def __init__(self, command: Sequence[str], side: str):
+    def __init__(
+        self, command: Sequence[str], side: str, environment: Mapping[str, str] | None = None
+    ):
         self.side = side
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
         self.facts = self._read()  # what it says of itself once it has imported everything
 
     def _read(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_sides_that_compute_something_else_are_not_timed(script):
 def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_path):
     bench, report = script("bench_peft"), script("bench_report")
     parser_defaults = {"size": "small", "prompt": 100, "batches": 2, "rounds": 2, "seed": 0,
-                       "questions": 4, "batch_size": [8], "only": "",
+                       "questions": 4, "batch_size": [8], "only": "", "huge_pages": ["ours"],
                        "stages": ["train", "answer"], "idle": 0.05}  # fmt: skip
     options = bench.argparse.Namespace(**parser_defaults)
     jobs = bench.make_jobs(options)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,23 @@ def test_lower_precision_stays_close_and_returns_float32(tiny, dtype):
     assert rough.dtype == jnp.float32
     error = np.abs(np.asarray(exact - rough)).max() / np.abs(np.asarray(exact)).max()
     assert 1e-5 < error < (0.05 if dtype == "bfloat16" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtype):
+    """Its two inputs of norms, query, key and value, and the two halves of the gate."""
+    config = dataclasses.replace(tiny[0], dtype=dtype, rows_in_turn=True)
+    layer, rows, length = t5.EncoderLayer(config, True), 2, 24
+    mask = layers.additive(jnp.ones((rows, 1, length, length), bool))
+    bias = jnp.zeros((1, config.num_heads, length, length))
+    shared = t5.Shared(jnp.arange(length), jnp.arange(length), mask, bias)
+    x = jnp.ones((rows, length, config.d_model))
+    params = layer.init(jax.random.key(0), x, shared)
+    _, back = jax.vjp(lambda x: layer.apply(params, x, shared)[0], x)
+    per_position = [
+        math.prod(leaf.shape) // (rows * length)
+        for leaf in jax.tree.leaves(back)
+        if leaf.shape[:2] == (rows, length) or leaf.shape[1:3] == (rows, length)
+    ]
+    inner = config.num_heads * config.head_dim
+    assert sum(per_position) <= 2 * config.d_model + 3 * inner + 2 * config.d_ff + 8

@@ -35,7 +35,9 @@ class Mlp(nn.Module):
         project = functools.partial(layers.product, "bsd,df->bsf", mixed=c.mixed)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = activation(project(x, wi_0)) * project(x, wi_1)
+            # what the gate computes is cheaper to compute again than to keep
+            gate = jax.checkpoint(lambda a, b: activation(a) * b)
+            hidden = gate(project(x, wi_0), project(x, wi_1))
         else:
             hidden = activation(project(x, self.param("wi", *wide)))
         hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)

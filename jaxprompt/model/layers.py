@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -49,21 +50,31 @@ def _mixed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _mixed_forward(spec, a, b):
-    kept = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return _mixed_product(spec, *kept), (kept, jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype))
+    # an operand is kept for the gradient of the other: beside frozen weights, no activation is
+    rounded = a.value.astype(jnp.bfloat16), b.value.astype(jnp.bfloat16)
+    kept = rounded[0] if b.perturbed else None, rounded[1] if a.perturbed else None
+    like = jnp.zeros((0,), a.value.dtype), jnp.zeros((0,), b.value.dtype)
+    return _mixed_product(spec, *rounded), (*kept, *like)
 
 
 def _mixed_backward(spec, kept, cotangent):
     # without this, JAX would multiply the float32 cotangent by the operands in float32
-    (a, b), like_a, like_b = kept
+    a, b, like_a, like_b = kept
     names, result = spec.split("->")
     first, second = names.split(",")
-    grad_a: Any = _mixed_product(f"{result},{second}->{first}", cotangent, b)
-    grad_b: Any = _mixed_product(f"{first},{result}->{second}", a, cotangent)
-    return grad_a.astype(like_a.dtype), grad_b.astype(like_b.dtype)
+    grad_a: Any = None
+    grad_b: Any = None
+    if not isinstance(cotangent, SymbolicZero):
+        if b is not None:
+            grad_a = _mixed_product(f"{result},{second}->{first}", cotangent, b)
+            grad_a = grad_a.astype(like_a.dtype)
+        if a is not None:
+            grad_b = _mixed_product(f"{first},{result}->{second}", a, cotangent)
+            grad_b = grad_b.astype(like_b.dtype)
+    return grad_a, grad_b
 
 
-_mixed_product.defvjp(_mixed_forward, _mixed_backward)
+_mixed_product.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
 
 
 def head(
@@ -80,10 +91,14 @@ def head(
     return jnp.einsum(spec, y, table.astype(y.dtype), preferred_element_type=jnp.float32)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*B D"]:
-    """Divide by the root mean square, in float32, then scale; the result has the dtype of ``x``."""
+    """Divide by the root mean square, in float32, then scale; the result has the dtype of ``x``.
+
+    For the gradient ``x`` alone is kept, which the layers around it keep anyway.
+    """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,46 @@
+"""Huge pages for what a CPU computes with.
+
+XLA asks for the temporary memory of every call anew and gives it back at its end; in pages of 4 KB
+that is a hundred thousand page faults a training step. glibc (2.35 on) can ask for pages of 2 MB
+instead, but reads whether it should only when a process begins.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# "always [madvise] never": the pages are there for those who ask
+_POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_TUNABLE = "glibc.malloc.hugetlb"
+
+
+def huge_pages(
+    environment: Mapping[str, str] = os.environ, policy: Path = _POLICY
+) -> dict[str, str]:
+    """What to add to the environment of a process so that it computes in huge pages.
+
+    Nothing where they cannot be had, come unasked, or glibc was told about them already
+    (``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` keeps them away). Other tunables are kept.
+    """
+    told = environment.get("GLIBC_TUNABLES", "")
+    if _TUNABLE in told or platform.libc_ver()[0] != "glibc":
+        return {}
+    try:
+        offered = "[madvise]" in policy.read_text()
+    except OSError:
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(filter(None, [told, f"{_TUNABLE}=1"]))} if offered else {}
+
+
+def start_again_with_huge_pages(policy: Path = _POLICY) -> None:
+    """Replace this process by the same one with huge pages, if it has none; call it first of all.
+
+    The process keeps its number, its files and its arguments, and takes some 20 ms longer.
+    """
+    added = huge_pages(os.environ, policy)
+    if added:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})
