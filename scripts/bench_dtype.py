@@ -25,17 +25,22 @@ from jaxprompt.train.step import init_state, make_train_step
 ROWS, PROMPT, STEPS = 32, 20, 3  # STEPS a round
 
 
-def random_batch(vocabulary: int, inputs: int, targets: int, virtual: int) -> Batch:
-    """Random words in full rows of one segment, after ``virtual`` virtual tokens."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(3, vocabulary - 200, (ROWS, inputs)).astype(np.int32)
-    ids[:, :virtual] = vocabulary + np.arange(virtual)
-    words = rng.integers(3, vocabulary - 200, (ROWS, targets)).astype(np.int32)
-    ones = lambda width, dtype: np.ones((ROWS, width), dtype)
-    owners = np.zeros((ROWS, targets), np.int32)
+def random_batch(
+    vocabulary: int, inputs: int, targets: int, virtual: int, *, rows: int = ROWS, prompts: int = 1
+) -> Batch:
+    """Random words in full rows of one segment, after ``virtual`` virtual tokens.
+
+    ``rows`` of each of the ``prompts``.
+    """
+    rng, count = np.random.default_rng(0), rows * prompts
+    owners = np.repeat(np.arange(prompts, dtype=np.int32), rows)[:, None]
+    ids = rng.integers(3, vocabulary - 200, (count, inputs)).astype(np.int32)
+    ids[:, :virtual] = vocabulary + owners * virtual + np.arange(virtual)
+    words = rng.integers(3, vocabulary - 200, (count, targets)).astype(np.int32)
+    ones = lambda width, dtype: np.ones((count, width), dtype)
     return Batch(
-        ids, ones(inputs, np.int32), words, ones(targets, np.int32), owners,
-        ones(targets, np.float32),
+        ids, ones(inputs, np.int32), words, ones(targets, np.int32),
+        np.repeat(owners, targets, axis=1), ones(targets, np.float32),
     )  # fmt: skip
 
 

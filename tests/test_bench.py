@@ -1,18 +1,25 @@
 """The benchmark against PEFT: what of it needs neither torch nor an idle machine."""
 
+import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_backbone, run_values
+from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.data.pipeline import sorted_parts
+from jaxprompt.model import t5
+from jaxprompt.train import step
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -230,3 +237,57 @@ def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path
     assert list(scores) == [2, 4, 5]
     times = [event["seconds"] for event in found]
     assert times == sorted(times) and all(bench.without(event) > 0 for event in found)
+
+
+def products(jaxpr):
+    """Floating-point operations of all matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += times * products(inner)
+    return total
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_operations_of_a_step_are_those_of_its_products(script, tiny, gated):
+    bench = script("bench_step")
+    activation = "gelu" if gated else "relu"
+    config = dataclasses.replace(tiny[0], gated=gated, activation=activation, head_dim=16)
+    point = bench.Point("tiny", text=24, rows=3, vectors=8, prompts=2)
+    params = t5.abstract_params(config)
+    width = point.text + point.vectors
+    batch = bench.random_batch(
+        config.vocab_size + 200, width, bench.TARGETS, point.vectors, rows=3, prompts=2
+    )
+
+    def loss(bank, params):
+        return step.batch_losses(params, bank, config, batch, prompts=2)[0]
+
+    bank = jnp.zeros((2, point.vectors, config.d_model))
+    program = jax.make_jaxpr(jax.grad(loss))(bank, params)
+    assert sum(bench.flops(config, point).values()) == products(program.jaxpr)
+
+
+def test_steps_are_measured_in_turns_and_drawn(script, tmp_path, capsys, monkeypatch):
+    bench = script("bench_step")
+    monkeypatch.setattr(bench, "SWEEPS", {"rows": (1, 2), "model": ("builtin-small",)})
+    monkeypatch.setattr(bench.Point.__new__, "__defaults__", ("builtin-small", 24, 1, 8, 1))
+    command = ["bench_step.py", "--out", str(tmp_path), "--rounds", "2", "--dtype", "float32",
+               "--vary", "rows", "model"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    points = json.loads((tmp_path / "step.json").read_text())["points"]
+    assert [(p["varied"], p["point"]["rows"]) for p in points] == [
+        (["rows", "model"], 1),
+        (["rows"], 2),
+    ]
+    assert all(len(p["seconds"]) == len(p["peak"]) == 2 and p["temporary"] > 0 for p in points)
+    assert points[1]["flops"]["head"] == 2 * points[0]["flops"]["head"]
+    assert capsys.readouterr().out.count("| float32 |") == 3
+    assert (tmp_path / "step.png").stat().st_size > 10_000
