@@ -47,7 +47,11 @@ class TaskConfig(Schema):
     target: str = "{label}"
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
-    decoding: Literal["rank", "greedy"] = "rank"  # greedy writes freely although there are labels
+    # greedy and beam write freely although there are labels; without any, rank means greedy
+    decoding: Literal["rank", "greedy", "beam"] = "rank"
+    beams: Size = 4
+    # of a beam's hypotheses, alpha of Wu et al. (2016): log p / ((5 + length) / 6)^alpha
+    length_penalty: Annotated[float, Field(ge=0)] = 0.6
     rule: str | None = None  # how rows of the source become rows, by name: see data/rules.py
     answers: str | None = None  # column of all accepted answers (a list), for metrics of texts
     group: str | None = None  # column that says which rows are judged together
@@ -56,6 +60,11 @@ class TaskConfig(Schema):
     separator: str = "\nAnswer:"
     max_input_length: Size = 512  # text tokens with what ends them; the prompt comes on top
     max_target_length: Size = 64
+
+    @property
+    def ranks(self) -> bool:
+        """Whether labels are ranked, instead of answers written."""
+        return self.labels is not None and self.decoding == "rank"
 
     @model_validator(mode="after")
     def _can_be_answered(self):

@@ -77,3 +77,48 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
     for row, length in enumerate((3, 2, 3)):
         expected = sum(logp[row, i, targets[row, i]] for i in range(length))
         assert float(got[row]) == pytest.approx(expected, rel=1e-4)
+
+
+def searched(params, config, ids, segments, length, beams, alpha):
+    """Beam search of one row as it is defined, without a cache."""
+    worth = lambda score, count: score / ((5 + count) / 6) ** alpha
+    live, ended = [(0.0, [])], []
+    for step in range(length):
+        candidates = []
+        for score, words in live:
+            targets = np.full((1, length), 3, np.int32)
+            targets[0, : len(words)] = words
+            row = teacher_forced(params, config, ids, segments, targets)[0, step]
+            logp = np.asarray(jax.nn.log_softmax(row))
+            candidates += [(score + float(logp[v]), [*words, v]) for v in range(len(logp))]
+        candidates.sort(key=lambda found: -found[0])
+        for score, words in candidates[:beams]:
+            if words[-1] == config.eos_id:
+                ended.append((worth(score, step + 1), words))
+        live = [found for found in candidates if found[1][-1] != config.eos_id][:beams]
+    return max(ended or live)[1]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
+def test_beams_are_searched_as_defined(tiny, alpha):
+    config, params = tiny
+    ids, segments = inputs(seed=3)
+    greedy = np.asarray(generate.greedy(params, None, config, ids, segments, 5))
+    config = dataclasses.replace(config, eos_id=int(greedy[0, 1]))  # so that answers end
+    found = generate.beam(params, None, config, ids, segments, 5, beams=3, alpha=alpha)
+    for row in range(3):
+        one = slice(row, row + 1)
+        best = searched(params, config, ids[one], segments[one], 5, 3, alpha)
+        assert np.asarray(found[row]).tolist() == best + [config.pad_id] * (5 - len(best))
+
+
+def test_one_beam_without_a_penalty_is_greedy(tiny):
+    config, params = tiny
+    ids, segments = inputs(rows=5)
+    segments[4] = 0
+    first = int(generate.greedy(params, None, config, ids, segments, 8)[0, 1])
+    config = dataclasses.replace(config, eos_id=first)  # so that a row ends early
+    given = params, None, config, ids * segments, segments, 8
+    expected = np.asarray(generate.greedy(*given))
+    np.testing.assert_array_equal(generate.beam(*given, beams=1, alpha=0.0), expected)
+    assert (expected[0] == config.pad_id).any() and not expected[4].any()

@@ -338,52 +338,6 @@ def test_prompt_numbers_that_are_none(world, tmp_path, prompt, words):
         open_with(world, pairs=pairs)
 
 
-# -- the cache -------------------------------------------------------------------------------------
-
-
-def test_tokens_are_kept_until_text_or_tokenizer_change(world, tmp_path, monkeypatch):
-    texts = [" ".join(document(n)) for n in range(20)]
-    first = text._tokenized(texts, world.tokenizer, tmp_path)
-    assert [first.at(n).tolist() for n in range(len(first))] == [
-        world.tokenizer.encode(t) for t in texts
-    ]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".npz"]
-    fingerprint = world.tokenizer.fingerprint()
-    encoded = []
-
-    def encode_all(some):
-        encoded.append(len(some))
-        return [[7] * len(t) for t in some]
-
-    blank = SimpleNamespace(size=100, encode_all=encode_all, fingerprint=lambda: fingerprint)
-    again = text._tokenized(texts, blank, tmp_path)
-    np.testing.assert_array_equal(first.ids, again.ids)
-    np.testing.assert_array_equal(first.starts, again.starts)
-    assert first.ids.dtype == again.ids.dtype and not encoded
-    text._tokenized([*texts[:-1], texts[-1] + " x"], blank, tmp_path)
-    text._tokenized(texts[::-1], blank, tmp_path)
-    text._tokenized(texts, SimpleNamespace(**{**vars(blank), "fingerprint": lambda: "x"}), tmp_path)
-    assert encoded == [20, 20, 20]
-    assert not list(tmp_path.glob("*.part*"))
-
-
-def test_borders_of_documents_are_part_of_the_cache_key(world, tmp_path):
-    """A line break in a document is not the end of one."""
-    a, b, c = "d1w0 d1w1", "d2w0", "d3w0 d3w1"
-    one = text._tokenized([f"{a}\n{b}", c], world.tokenizer, tmp_path)
-    two = text._tokenized([a, f"{b}\n{c}"], world.tokenizer, tmp_path)
-    assert one.starts.tolist() == [0, 3, 5] and two.starts.tolist() == [0, 2, 5]
-
-
-def test_many_texts_are_tokenized_in_parts_without_a_seam(world, tmp_path, monkeypatch):
-    texts = [" ".join(document(n)) for n in range(25)]
-    whole = text._tokenized(texts, world.tokenizer, tmp_path / "a")
-    monkeypatch.setattr(text, "CHUNK", 7)
-    parts = text._tokenized(texts, world.tokenizer, tmp_path / "b")
-    np.testing.assert_array_equal(whole.ids, parts.ids)
-    np.testing.assert_array_equal(whole.starts, parts.starts)
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
+from jaxprompt.cache import cache_folder
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.templates import Piece, fill, place_prompt, to_target
+from jaxprompt.data.token_cache import tokenized
 from jaxprompt.data.tokenizer import Tokenizer
+
+CACHED_FROM = 20_000  # texts whose ids are kept on disk; fewer are cut in a second or two
 
 _BOOLEAN = {"0": "False", "1": "True", "False": "False", "True": "True"}
 _GLUE = {"train": "train", "validation": "validation"}
@@ -255,7 +259,9 @@ def tokenize(
         for i, row in enumerate(rows)
         for piece in pieces if piece.text
     ]  # fmt: skip
-    encoded = iter(tokenizer.encode_all(texts, trusted=True))
+    folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
+    ids = tokenized(texts, tokenizer, folder, trusted=True)
+    encoded = map(ids.at, range(len(ids)))
     ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
     room = task.max_input_length - sum(map(len, ends))
     if room < 0:
@@ -348,10 +354,10 @@ def _join(
     used, parts = 0, []
     for piece in pieces:
         if piece.text:
-            ids = [*start, *(words := next(encoded)[:room])]
+            words = next(encoded)[:room]
+            parts += [start, words]
             start, room = [], room - len(words)
         else:
-            ids = virtual[used : used + piece.virtual]
+            parts.append(virtual[used : used + piece.virtual])
             used += piece.virtual
-        parts.append(np.asarray(ids, np.int32))
-    return np.concatenate([*parts, np.array([*start, *end], np.int32)])
+    return np.concatenate([np.asarray(part, np.int32) for part in (*parts, start, end)])

@@ -4,39 +4,23 @@ Batch k is a pure function of the seed and k: examples are drawn with replacemen
 position to store and resuming is exact.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import UserError
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, pack_batch, random_stream
 from jaxprompt.data.sources import read_rows
+from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.pretrain_config import PairSource, PretrainConfig, TextSource
 
 BLOCK = 50  # consecutive documents that are held out together: neighbours often continue each other
 MISSES = 8  # a batch is full when so many examples in a row found no room
-CHUNK = 10_000  # texts tokenized at a time
-
-
-class Ragged(NamedTuple):
-    """Sequences of ids end to end: number i is ``ids[starts[i]:starts[i + 1]]``."""
-
-    ids: Int[np.ndarray, " n"]
-    starts: Int[np.ndarray, " m"]
-
-    def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return len(self.starts) - 1
-
-    def at(self, number: int) -> Int[np.ndarray, " s"]:
-        """Sequence ``number``."""
-        return self.ids[self.starts[number] : self.starts[number + 1]]
 
 
 class Stream(NamedTuple):
@@ -105,7 +89,7 @@ def open_streams(
     for source in config.text:
         documents = read_documents(source)
         say(f"{source.name}: {len(documents):,} documents")
-        parts = _split(_tokenized(documents, tokenizer, cache), config.validation, source.name)
+        parts = _split(tokenized(documents, tokenizer, cache), config.validation, source.name)
         streams.texts[source.name] = parts[1]
         streams.tokens[source.name] = len(parts[0].ids)
         for objective in ("span_corruption", "prefix_lm"):
@@ -118,7 +102,7 @@ def open_streams(
         say(f"{source.name}: {len(rows):,} pairs")
         prompts = _prompt_numbers(rows, config, source)
         inputs, outputs = (
-            _tokenized([_text(r, c, n, source) for n, r in enumerate(rows, 1)], tokenizer, cache)
+            tokenized([_text(r, c, n, source) for n, r in enumerate(rows, 1)], tokenizer, cache)
             for c in ("input", "target")
         )
         held = _held_out(len(rows), config.validation, source.name)
@@ -154,29 +138,6 @@ def _number(value):
     if isinstance(value, str):  # a CSV cell
         return int(value) if value.isdecimal() else value or None
     return value
-
-
-def _tokenized(texts: Sequence[str], tokenizer: Tokenizer, cache: Path) -> Ragged:
-    """Ids of ``texts`` without EOS; kept in ``cache`` under a hash of texts and tokenizer."""
-    digest = hashlib.sha256(tokenizer.fingerprint().encode())
-    for text in texts:
-        coded = text.encode("utf-8", "surrogatepass")
-        digest.update(b"%d " % len(coded) + coded)
-    file = cache / f"{digest.hexdigest()[:24]}.npz"
-    if file.is_file():
-        with np.load(file) as saved:
-            return Ragged(saved["ids"], saved["starts"])
-    lengths, pieces = [0], []
-    for start in range(0, len(texts), CHUNK):
-        for ids in tokenizer.encode_all(texts[start : start + CHUNK]):
-            lengths.append(len(ids))
-            pieces.append(np.array(ids, np.uint16 if tokenizer.size <= 2**16 else np.int32))
-    ragged = Ragged(np.concatenate(pieces), np.cumsum(lengths))
-    cache.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part.npz")
-    np.savez(part, ids=ragged.ids, starts=ragged.starts)
-    part.rename(file)
-    return ragged
 
 
 def _held_out(count: int, share: float, name: str) -> np.ndarray:

@@ -98,6 +98,15 @@ class Tokenizer:
         sample = self.encode("The quick brown fox -- 12.5% of it -- jumps, doesn't it?")
         return hashlib.sha256(json.dumps([names, sample]).encode()).hexdigest()
 
+    def identity(self) -> str:
+        """Hex digits that change with anything that ids follow from, as far as can be told."""
+        import transformers
+
+        fast = getattr(self._inner, "backend_tokenizer", None)
+        rules = "" if fast is None else fast.to_str()
+        facts = [type(self._inner).__name__, transformers.__version__, self.fingerprint(), rules]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def show(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text with its special tokens, for people to read."""
         kept = [int(id) for id in ids if id != self.pad_id and id < self.size]

@@ -2,8 +2,8 @@
 
 A task with labels is answered by rank classification: the input is encoded once, every label is
 scored by the likelihood of its whole token sequence (EOS included), the best one wins. A task
-without labels is answered by greedy generation, and so is one that sets ``decoding: greedy``, as in
-the paper: then what is written may be none of the labels.
+without labels is answered by generation, greedy or with beams, and so is one that sets
+``decoding: greedy``, as in the paper: then what is written may be none of the labels.
 """
 
 import dataclasses
@@ -61,15 +61,17 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
-    if task.labels is None or task.decoding == "greedy":
+    if task.labels is None or not task.ranks:
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
         def run(batch):
-            return generate.greedy(
-                model.params, prompts, config, batch.inputs, batch.input_segments,
-                task.max_target_length,
-            )  # fmt: skip
+            given = model.params, prompts, config, batch.inputs, batch.input_segments
+            if task.decoding != "beam":
+                return generate.greedy(*given, task.max_target_length)
+            return generate.beam(
+                *given, task.max_target_length, beams=task.beams, alpha=task.length_penalty
+            )
 
         ids = _in_order(model, config, examples, batch_size, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)

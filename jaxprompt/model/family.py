@@ -92,6 +92,14 @@ class Family(Protocol):
         """Logits after ``ids`` at position ``index`` of the answer."""
         ...
 
+    def repeat(self, cache: Cache, times: int) -> Cache:
+        """A cache in which each row stands so many times, one after another."""
+        ...
+
+    def reorder(self, cache: Cache, rows: Int[Array, " B"]) -> Cache:
+        """What was written for these rows in the places of all; the inputs of each stay."""
+        ...
+
     def init_params(self, config: Any, key: jax.Array) -> Params:
         """Random float32 parameters."""
         ...

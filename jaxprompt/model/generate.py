@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,103 @@ def greedy(
         cache,
     )
     return jax.lax.while_loop(unfinished, step, state)[2]
+
+
+class _Beams(NamedTuple):
+    """The hypotheses of every row: K that go on, and the best K that have ended."""
+
+    index: Int[Array, ""]
+    live: Int[Array, "B K T"]
+    live_scores: Float[Array, "B K"]  # log p
+    ended: Int[Array, "B K T"]
+    ended_scores: Float[Array, "B K"]  # log p by length; the lowest number where there is none
+    ids: Int[Array, " rows"]  # B x K of them
+    cache: family.Cache
+
+
+_NEVER = -1e30
+
+
+@functools.partial(jax.jit, static_argnames=("config", "length", "beams", "alpha"))
+def beam(
+    params: family.Params,
+    prompts: family.Prompts,
+    config: family.Config,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    length: int,
+    beams: int = 4,
+    alpha: float = 0.6,
+) -> Int[Array, "B T"]:
+    """The best of ``beams`` hypotheses of at most ``length`` ids a row; after EOS is padding.
+
+    A hypothesis of n ids, EOS included, is worth log p / ((5 + n) / 6)^alpha (Wu et al. 2016,
+    arXiv 1609.08144, equation 14; T5 used 4 beams and alpha 0.6 for long targets). One that has not
+    ended counts only where none has. Inputs are read once, and the loop stops as soon as no
+    hypothesis of any row can still become its best.
+    """
+    model, batch = family.of(config), inputs.shape[0]
+    first, cache = model.start(
+        params, config, model.read(params, prompts, config, inputs, segments), length
+    )
+    cache = model.repeat(cache, beams)
+    empty = ~jnp.any(segments > 0, axis=1)  # such rows have nothing to say
+    worth = lambda scores, count: scores / ((5.0 + count) / 6.0) ** alpha
+
+    def unfinished(state: _Beams):
+        # log p only falls, and the longest hypotheses are divided by most
+        hope = worth(jnp.max(state.live_scores, axis=1), length)
+        return (state.index < length) & jnp.any(hope > jnp.min(state.ended_scores, axis=1))
+
+    def step(state: _Beams):
+        logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
+        vocabulary = logits.shape[-1]
+        logp = jax.nn.log_softmax(logits).reshape(batch, beams, vocabulary)
+        scores = (state.live_scores[:, :, None] + logp).reshape(batch, -1)
+        # at most K of the best 2K can end here, so that K are left to go on
+        scores, chosen = jax.lax.top_k(scores, 2 * beams)
+        origin, ids = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
+        candidates = jnp.take_along_axis(state.live, origin[:, :, None], axis=1)
+        candidates = jax.lax.dynamic_update_index_in_dim(candidates, ids, state.index, axis=2)
+        ends = ids == config.eos_id
+
+        # one that ends must be among the best K, or it would not have been gone on with either
+        ending = ends & (jnp.arange(2 * beams) < beams)
+        values = jnp.where(ending, worth(scores, state.index + 1), _NEVER)
+        values = jnp.concatenate([state.ended_scores, values], axis=1)
+        ended_scores, best = jax.lax.top_k(values, beams)
+        known = jnp.concatenate([state.ended, candidates], axis=1)
+        ended = jnp.take_along_axis(known, best[:, :, None], axis=1)
+
+        live_scores, best = jax.lax.top_k(jnp.where(ends, _NEVER, scores), beams)
+        live = jnp.take_along_axis(candidates, best[:, :, None], axis=1)
+        rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(origin, best, axis=1)
+        ids = jnp.take_along_axis(ids, best, axis=1)
+        cache = model.reorder(cache, rows.reshape(-1))
+        return _Beams(
+            state.index + 1, live, live_scores, ended, ended_scores, ids.reshape(-1), cache
+        )
+
+    nothing = jnp.full((batch, beams, length), config.pad_id, jnp.int32)
+    # all beams of a row begin alike: only the first may be followed
+    start = jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)
+    state = jax.lax.while_loop(
+        unfinished,
+        step,
+        _Beams(
+            jnp.int32(0),
+            nothing,
+            jnp.where(empty[:, None], _NEVER, start),
+            nothing,
+            jnp.where(empty[:, None], 0.0, jnp.full((batch, beams), _NEVER)),
+            jnp.repeat(first, beams),
+            cache,
+        ),
+    )
+    found = jnp.where(
+        (state.ended_scores[:, 0] > _NEVER)[:, None], state.ended[:, 0], state.live[:, 0]
+    )
+    return jnp.where(empty[:, None], config.pad_id, found)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -352,3 +352,17 @@ def step(params, prompts: Prompts, config: LlamaConfig, cache: Cache, ids, index
     past = Past(prompts.leading, cache.reading.read, written)
     scores, written = _run(params, config, ids[:, None], prompts.bank, past, context, 1)
     return scores[:, 0], cache._replace(written=written)
+
+
+def repeat(cache: Cache, times: int) -> Cache:
+    """A cache in which each row stands so many times, one after another."""
+    (text, read), written = cache
+    stacked = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), tree)
+    text = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+    return Cache(Reading(text, stacked(read)), stacked(written))
+
+
+def reorder(cache: Cache, rows: Int[Array, " B"]) -> Cache:
+    """What was written for these rows in the places of all; the inputs of each stay."""
+    written = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.written)
+    return cache._replace(written=written)

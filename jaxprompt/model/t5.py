@@ -376,12 +376,25 @@ def answer_logits(
 
 def start(params, config: T5Config, reading: Reading, length: int):
     """The ids that generation begins with, and the cache for ``length`` positions."""
-    ids = jnp.full((reading.segments.shape[0],), config.decoder_start_id, jnp.int32)
+    ids = jnp.full(reading.segments.shape[:1], config.decoder_start_id, jnp.int32)
     return ids, (init_cache(params, config, reading.encoded, length), reading.segments)
 
 
 def step(params, prompts, config: T5Config, cache, ids, index):
     """Logits after ``ids`` at position ``index``, and the cache with it filled."""
     inner, segments = cache
-    scores, inner = decode_step(params, prompts, config, inner, segments, ids, index)
-    return scores, (inner, segments)
+    logits, inner = decode_step(params, prompts, config, inner, segments, ids, index)
+    return logits, (inner, segments)
+
+
+def repeat(cache, times: int):
+    """A cache in which each row stands so many times, one after another."""
+    inner = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache[0])
+    return inner, jnp.repeat(cache[1], times, axis=0)
+
+
+def reorder(cache, rows: Int[Array, " B"]):
+    """What was decoded for these rows in the places of all; what is encoded stays."""
+    inner, segments = cache
+    written = {k: jnp.take(getattr(inner, k), rows, axis=1) for k in ("self_key", "self_value")}
+    return inner._replace(**written), segments

@@ -1,0 +1,112 @@
+"""Ids of texts, kept on disk by what they follow from: the tokenizer and the texts themselves.
+
+So nothing has to be invalidated: other texts, or another tokenizer, have another name.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprompt.data.tokenizer import Tokenizer
+
+CHUNK = 10_000  # texts tokenized at a time
+# bytes in a folder; what was used longest ago goes first
+LARGEST = 8 * 2**30
+
+
+class Ragged(NamedTuple):
+    """Sequences of ids end to end: number i is ``ids[starts[i]:starts[i + 1]]``."""
+
+    ids: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " m"]
+
+    def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return len(self.starts) - 1
+
+    def at(self, number: int) -> Int[np.ndarray, " s"]:
+        """Sequence ``number``."""
+        return self.ids[self.starts[number] : self.starts[number + 1]]
+
+
+def tokenized(
+    texts: Sequence[str], tokenizer: Tokenizer, folder: Path | None, *, trusted: bool = False
+) -> Ragged:
+    """Ids of ``texts`` without EOS, from ``folder`` if the same were asked for before.
+
+    trusted: as in ``Tokenizer.encode_all``. A damaged file is made again; where nothing can be
+    written, nothing is kept.
+    """
+    if folder is None:
+        return _encoded(texts, tokenizer, trusted)
+    file = folder / f"{_name(texts, tokenizer, trusted)}.npz"
+    found = _read(file, len(texts))
+    if found is None:
+        found = _encoded(texts, tokenizer, trusted)
+        _write(file, found)
+        _tidy(folder)
+    return found
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> Ragged:
+    dtype = np.uint16 if tokenizer.size <= 2**16 else np.int32
+    lengths, pieces = [0], [np.zeros(0, dtype)]
+    for start in range(0, len(texts), CHUNK):
+        for ids in tokenizer.encode_all(texts[start : start + CHUNK], trusted=trusted):
+            lengths.append(len(ids))
+            pieces.append(np.array(ids, dtype))
+    return Ragged(np.concatenate(pieces), np.cumsum(lengths))
+
+
+def _name(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> str:
+    told = hashlib.sha256(f"{tokenizer.identity()} {trusted}".encode())
+    for text in texts:
+        coded = text.encode("utf-8", "surrogatepass")
+        told.update(b"%d " % len(coded) + coded)
+    return told.hexdigest()[:32]
+
+
+def _read(file: Path, count: int) -> Ragged | None:
+    """What was kept; None where there is nothing, or it is damaged (the archive has checksums)."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
+            found = Ragged(kept["ids"], kept["starts"])
+        os.utime(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    whole = len(found) == count and found.starts[0] == 0 and found.starts[-1] == len(found.ids)
+    return found if whole else None
+
+
+def _write(file: Path, found: Ragged) -> None:
+    """Write the whole file or none."""
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
+            temporary = Path(stream.name)
+            np.savez(stream, ids=found.ids, starts=found.starts)
+        os.replace(temporary, file)
+    except OSError:  # a full disk, a folder that is read only: the ids are here all the same
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what was used longest ago until the rest is no more than LARGEST."""
+    try:
+        files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in folder.glob("*.npz"))
+        excess = sum(size for _, size, _ in files) - LARGEST
+        for _, size, file in files:
+            if excess <= 0:
+                break
+            file.unlink(missing_ok=True)
+            excess -= size
+    except OSError:  # another run tidies too
+        return
