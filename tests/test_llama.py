@@ -115,6 +115,23 @@ def test_greedy_tokens_equal_pytorch(name):
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_beams_of_a_batch_are_those_of_its_rows(name):
+    b, g = backbone(name), golden(name)
+    batch = make_batch(examples_of(g))
+
+    def search(rows, beams):
+        ids, segments = batch.inputs[rows], batch.input_segments[rows]
+        arguments = b.params, llama.Prompts(None), b.config, ids, segments
+        return np.asarray(generate.beam(*arguments, 6, beams=beams, alpha=0.0))
+
+    together, count = search(slice(None), 3), len(batch.inputs)
+    alone = [search(slice(row, row + 1), 3)[0] for row in range(count)]
+    np.testing.assert_array_equal(together, np.stack(alone))
+    arguments = b.params, llama.Prompts(None), b.config, batch.inputs, batch.input_segments
+    np.testing.assert_array_equal(search(slice(None), 1), generate.greedy(*arguments, 6))
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["in each row", "once for all rows"])
 @pytest.mark.parametrize("attention", ["causal", "prompt", "prefix"])
 @pytest.mark.parametrize("name", ["smollm2", "mistral"])
