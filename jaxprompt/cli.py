@@ -15,7 +15,6 @@ import typer
 
 from jaxprompt.compilation import keep_compiled
 from jaxprompt.config import UserError, load_config, parse, read_config
-from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.pretrain_config import PretrainConfig
 
 app = typer.Typer(
@@ -301,12 +300,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def start() -> None:
-    """The command ``jaxprompt``: ``main`` in a process of its own."""
-    start_again_with_huge_pages()
-    main()
-
-
 def main() -> None:
     """Runs a command; turns a user's mistake into one sentence and exit code 2."""
     try:
@@ -320,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    start()
+    main()

@@ -61,11 +61,6 @@ class TaskConfig(Schema):
     max_input_length: Size = 512  # text tokens with what ends them; the prompt comes on top
     max_target_length: Size = 64
 
-    @property
-    def ranks(self) -> bool:
-        """Whether labels are ranked, instead of answers written."""
-        return self.labels is not None and self.decoding == "rank"
-
     @model_validator(mode="after")
     def _can_be_answered(self):
         labels = self.labels

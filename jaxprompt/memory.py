@@ -5,6 +5,7 @@ that is a hundred thousand page faults a training step. glibc (2.35 on) can ask 
 instead, but reads whether it should only when a process begins.
 """
 
+import contextlib
 import os
 import platform
 import sys
@@ -37,10 +38,12 @@ def huge_pages(
 def start_again_with_huge_pages(policy: Path = _POLICY) -> None:
     """Replace this process by the same one with huge pages, if it has none; call it first of all.
 
-    The process keeps its number, its files and its arguments, and takes some 20 ms longer.
+    The process keeps its number, its files and its arguments. Where it cannot, it goes on as it is.
     """
     added = huge_pages(os.environ, policy)
-    if added:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if not added or not sys.executable:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})

@@ -135,7 +135,7 @@ def compiled(backbone: Backbone, point: Point) -> tuple[Callable[[], float], dic
 def open_backbone(options: argparse.Namespace, name: str, dtype: str) -> Backbone:
     """A built-in backbone, or a random one in the shape of a released T5 1.1."""
     config = released(f"google/t5-v1_1-{name}")
-    path = name if config is None else str(options.out / "weights" / name)
+    path = name if config is None else str(options.out / "weights" / f"{name}-seed{options.seed}")
     if config is not None and not Path(path).is_dir():
         print(f"writing random weights of T5 1.1 {name}", file=sys.stderr)
         params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(options.seed))
@@ -260,6 +260,8 @@ def main() -> None:
     add("--rounds", type=int, default=5)
     add("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.rounds < 1:
+        raise UserError(f"--rounds is {options.rounds}; at least 1 is needed.")
     options.out.mkdir(parents=True, exist_ok=True)
     result = measure(options)
     print(tables(result))
@@ -272,4 +274,7 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # --out cannot be written
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         sys.exit(2)

@@ -98,14 +98,21 @@ def test_where_nothing_can_be_written_nothing_is_kept(counting, tmp_path):
     assert len(found) == 20 and sorted(f.name for f in tmp_path.iterdir()) == ["file"]
 
 
-def test_the_folder_does_not_grow_without_end(counting, tmp_path, monkeypatch):
+def test_the_folder_does_not_grow_without_end(counting, tmp_path):
     tokenized(TEXTS, counting, tmp_path)
     (first,) = tmp_path.iterdir()
-    monkeypatch.setattr(token_cache, "LARGEST", 2 * first.stat().st_size)
+    largest = 2 * first.stat().st_size
     for n in range(1, 4):
+        tokenized(TEXTS[n:], counting, tmp_path, largest=largest)
+        tokenized(TEXTS, counting, tmp_path, largest=largest)  # was used last, so it stays
+    assert first.is_file() and len(list(tmp_path.iterdir())) == 2 and counting.cut.count(20) == 1
+
+
+def test_nothing_is_removed_from_a_folder_without_a_bound(counting, tmp_path):
+    (tmp_path / "own.npz").write_text("somebody's")
+    for n in range(4):
         tokenized(TEXTS[n:], counting, tmp_path)
-        tokenized(TEXTS, counting, tmp_path)  # was used last, so it stays
-    assert first.is_file() and len(list(tmp_path.iterdir())) == 2 and counting.cut[0] == 20
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_large_tasks_use_the_cache_of_the_home(counting, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from jaxprompt.data.templates import Piece, fill, place_prompt, to_target
 from jaxprompt.data.token_cache import tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 
-CACHED_FROM = 20_000  # texts whose ids are kept on disk; fewer are cut in a second or two
+CACHED_FROM = 20_000  # texts whose ids are kept on disk
+CACHE_BYTES = 8 * 2**30
 
 _BOOLEAN = {"0": "False", "1": "True", "False": "False", "True": "True"}
 _GLUE = {"train": "train", "validation": "validation"}
@@ -260,7 +261,7 @@ def tokenize(
         for piece in pieces if piece.text
     ]  # fmt: skip
     folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
-    ids = tokenized(texts, tokenizer, folder, trusted=True)
+    ids = tokenized(texts, tokenizer, folder, trusted=True, largest=CACHE_BYTES)
     encoded = map(ids.at, range(len(ids)))
     ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
     room = task.max_input_length - sum(map(len, ends))

@@ -17,8 +17,6 @@ from jaxtyping import Int
 from jaxprompt.data.tokenizer import Tokenizer
 
 CHUNK = 10_000  # texts tokenized at a time
-# bytes in a folder; what was used longest ago goes first
-LARGEST = 8 * 2**30
 
 
 class Ragged(NamedTuple):
@@ -36,12 +34,18 @@ class Ragged(NamedTuple):
 
 
 def tokenized(
-    texts: Sequence[str], tokenizer: Tokenizer, folder: Path | None, *, trusted: bool = False
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    folder: Path | None,
+    *,
+    trusted: bool = False,
+    largest: int | None = None,
 ) -> Ragged:
     """Ids of ``texts`` without EOS, from ``folder`` if the same were asked for before.
 
-    trusted: as in ``Tokenizer.encode_all``. A damaged file is made again; where nothing can be
-    written, nothing is kept.
+    trusted: as in ``Tokenizer.encode_all``. largest: bytes that the folder may hold, where it is
+    nobody's but the cache's; what was used longest ago goes first. A damaged file is made again;
+    where nothing can be written, nothing is kept.
     """
     if folder is None:
         return _encoded(texts, tokenizer, trusted)
@@ -50,7 +54,8 @@ def tokenized(
     if found is None:
         found = _encoded(texts, tokenizer, trusted)
         _write(file, found)
-        _tidy(folder)
+        if largest is not None:
+            _tidy(folder, largest)
     return found
 
 
@@ -98,11 +103,11 @@ def _write(file: Path, found: Ragged) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what was used longest ago until the rest is no more than LARGEST."""
+def _tidy(folder: Path, largest: int) -> None:
+    """Remove what was used longest ago until the rest is no more than ``largest`` bytes."""
     try:
         files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in folder.glob("*.npz"))
-        excess = sum(size for _, size, _ in files) - LARGEST
+        excess = sum(size for _, size, _ in files) - largest
         for _, size, file in files:
             if excess <= 0:
                 break

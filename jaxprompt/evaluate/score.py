@@ -61,7 +61,7 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
-    if task.labels is None or not task.ranks:
+    if task.labels is None or task.decoding != "rank":
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 

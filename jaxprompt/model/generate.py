@@ -53,13 +53,13 @@ def greedy(
 
 
 class _Beams(NamedTuple):
-    """The hypotheses of every row: K that go on, and the best K that have ended."""
+    """The hypotheses of every row: K that go on, and the best that has ended."""
 
     index: Int[Array, ""]
     live: Int[Array, "B K T"]
     live_scores: Float[Array, "B K"]  # log p
-    ended: Int[Array, "B K T"]
-    ended_scores: Float[Array, "B K"]  # log p by length; the lowest number where there is none
+    ended: Int[Array, "B T"]
+    ended_score: Float[Array, " B"]  # log p by length; the lowest number where there is none
     ids: Int[Array, " rows"]  # B x K of them
     cache: family.Cache
 
@@ -96,7 +96,7 @@ def beam(
     def unfinished(state: _Beams):
         # log p only falls, and the longest hypotheses are divided by most
         hope = worth(jnp.max(state.live_scores, axis=1), length)
-        return (state.index < length) & jnp.any(hope > jnp.min(state.ended_scores, axis=1))
+        return (state.index < length) & jnp.any(hope > state.ended_score)
 
     def step(state: _Beams):
         logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
@@ -111,12 +111,14 @@ def beam(
         ends = ids == config.eos_id
 
         # one that ends must be among the best K, or it would not have been gone on with either
-        ending = ends & (jnp.arange(2 * beams) < beams)
+        ending = ends & (jnp.arange(2 * beams) < beams) & (scores > _NEVER / 2)
         values = jnp.where(ending, worth(scores, state.index + 1), _NEVER)
-        values = jnp.concatenate([state.ended_scores, values], axis=1)
-        ended_scores, best = jax.lax.top_k(values, beams)
-        known = jnp.concatenate([state.ended, candidates], axis=1)
-        ended = jnp.take_along_axis(known, best[:, :, None], axis=1)
+        best = jnp.argmax(values, axis=1)[:, None]
+        score = jnp.take_along_axis(values, best, axis=1)[:, 0]
+        found = jnp.take_along_axis(candidates, best[:, :, None], axis=1)[:, 0]
+        better = score > state.ended_score
+        ended = jnp.where(better[:, None], found, state.ended)
+        ended_score = jnp.where(better, score, state.ended_score)
 
         live_scores, best = jax.lax.top_k(jnp.where(ends, _NEVER, scores), beams)
         live = jnp.take_along_axis(candidates, best[:, :, None], axis=1)
@@ -124,7 +126,7 @@ def beam(
         ids = jnp.take_along_axis(ids, best, axis=1)
         cache = model.reorder(cache, rows.reshape(-1))
         return _Beams(
-            state.index + 1, live, live_scores, ended, ended_scores, ids.reshape(-1), cache
+            state.index + 1, live, live_scores, ended, ended_score, ids.reshape(-1), cache
         )
 
     nothing = jnp.full((batch, beams, length), config.pad_id, jnp.int32)
@@ -137,15 +139,13 @@ def beam(
             jnp.int32(0),
             nothing,
             jnp.where(empty[:, None], _NEVER, start),
-            nothing,
-            jnp.where(empty[:, None], 0.0, jnp.full((batch, beams), _NEVER)),
+            nothing[:, 0],
+            jnp.where(empty, 0.0, _NEVER),
             jnp.repeat(first, beams),
             cache,
         ),
     )
-    found = jnp.where(
-        (state.ended_scores[:, 0] > _NEVER)[:, None], state.ended[:, 0], state.live[:, 0]
-    )
+    found = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
     return jnp.where(empty[:, None], config.pad_id, found)
 
 

@@ -90,7 +90,7 @@ def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float 
 
     A label's probability is divided by its mean probability for inputs without content.
     """
-    if task.labels is None or not task.ranks:
+    if task.labels is None or task.decoding != "rank":
         return None
     columns = set(re.findall(r"\{(\w+)\}", task.template.replace("{{", "").replace("}}", "")))
     empty = [dict.fromkeys(columns, text) for text in CONTENT_FREE]
