@@ -117,9 +117,16 @@ def _attended(form, mixed=False):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize(("form", "like"), [("in turn", "at once"), ("to", "unbiased")])
-def test_the_forms_of_attention_agree(form, like, mixed, monkeypatch):
-    monkeypatch.setattr(layers, "_LOGITS_AT_A_TIME", 2 * 2 * 8 * 8)  # two rows at a time
+@pytest.mark.parametrize(
+    ("form", "like", "logits"),
+    [
+        ("in turn", "at once", 2 * 2 * 8 * 8),  # two rows at a time
+        ("in turn", "at once", 8 * 8),  # one head at a time
+        ("to", "unbiased", 8 * 8),
+    ],
+)
+def test_the_forms_of_attention_agree(form, like, logits, mixed, monkeypatch):
+    monkeypatch.setattr(layers, "_LOGITS_AT_A_TIME", logits)
     tolerance = 0.1 if mixed else 2e-6
     for a, b in zip(_attended(form, mixed), _attended(like), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max() + 1e-30))

@@ -169,7 +169,7 @@ def _scores(spec: str, a: jax.Array, b: jax.Array, mixed: bool) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-# of logits at a time, where rows are attended to in turn: they should stay in a core's cache
+# logits that stay in a core's cache, where rows are attended to in turn
 _LOGITS_AT_A_TIME = 2**19
 
 
@@ -187,29 +187,44 @@ def attention(
     """Multi-head attention with additive bias and mask, unscaled logits and float32 softmax.
 
     keep: what weights are multiplied with (dropout). mixed: as in ``product``.
-    in_turn: a few rows at a time, and their weights computed again in the backward pass instead of
-    kept, as far as the logits are many. On CPUs that is the faster form, because logits never leave
-    the cache; over devices it must not be used, where rows are spread.
+    in_turn: a few rows at a time, or one head of a row, as far as the logits are many, and their
+    weights computed again in the backward pass instead of kept. On CPUs that is the faster form,
+    because logits never leave the cache; over devices, where rows are spread, it must not be used.
     A query that may see nothing gets a uniform average (finite, and read by nobody).
     """
 
-    def few(query, key, value, mask, keep):
-        logits = _scores("btnh,bsnh->bnts", query, key, mixed) + mask
+    def few(query, key, value, bias, mask, keep, letters="bn"):
+        b, n = letters or ("", "")
+        logits = _scores(f"{b}t{n}h,{b}s{n}h->{b}{n}ts", query, key, mixed) + mask
         logits = logits if bias is None else logits + bias
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         weights = weights if keep is None else weights * keep
-        return product("bnts,bsnh->btnh", weights, value, mixed)
+        return product(f"{b}{n}ts,{b}s{n}h->{b}t{n}h", weights, value, mixed)
+
+    again = jax.checkpoint(few, static_argnums=6)
+
+    def some_rows(part):
+        *qkv, mask, keep = part
+        return again(*qkv, bias, mask, keep, "bn")
+
+    def heads_of_a_row(part):
+        *qkv, mask, keep = part
+        parts = *(x.swapaxes(0, 1) for x in qkv), None if bias is None else bias[0], keep
+        one = lambda part: again(*part[:4], mask[0], part[4], "")
+        return jax.lax.map(one, parts).swapaxes(0, 1)
 
     rows, length, heads, _ = query.shape
-    some = max(1, _LOGITS_AT_A_TIME // (heads * length * key.shape[1]))
-    some = next(n for n in range(min(some, rows), 0, -1) if rows % n == 0)
-    if not in_turn or some == rows or (bias is not None and bias.shape[0] > 1):
-        return few(query, key, value, mask, keep)
-    mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
-    split = lambda x: x.reshape(rows // some, some, *x.shape[1:])
-    parts = jax.tree.map(split, (query, key, value, mask, keep))
-    found = jax.lax.map(lambda part: jax.checkpoint(few)(*part), parts)
-    return found.reshape(rows, *found.shape[2:])
+    of_a_row = heads * length * key.shape[1]
+    in_turn = in_turn and (bias is None or bias.shape[0] == 1)
+    if not in_turn or rows * of_a_row <= _LOGITS_AT_A_TIME:
+        return few(query, key, value, bias, mask, keep)
+    parts = query, key, value, jnp.broadcast_to(mask, (rows, *mask.shape[1:])), keep
+    if of_a_row > _LOGITS_AT_A_TIME // 2:
+        return jax.lax.map(heads_of_a_row, parts)
+    some = _LOGITS_AT_A_TIME // of_a_row
+    some = next(n for n in range(some, 0, -1) if rows % n == 0)
+    parts = jax.tree.map(lambda x: x.reshape(rows // some, some, *x.shape[1:]), parts)
+    return jax.lax.map(some_rows, parts).reshape(rows, *query.shape[1:-1], value.shape[-1])
 
 
 def attention_to(
