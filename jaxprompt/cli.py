@@ -5,17 +5,22 @@ A user's mistake is one sentence and exit code 2. Heavy libraries are imported b
 needs them, so that ``--help`` answers at once.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxprompt.compilation import keep_compiled
 from jaxprompt.config import UserError, load_config, parse, read_config
 from jaxprompt.pretrain_config import PretrainConfig
+
+if TYPE_CHECKING:
+    from jaxprompt.train.interrupt import Signals
 
 app = typer.Typer(
     help="Soft prompt tuning of frozen T5 and decoder-only models in JAX.",
@@ -59,12 +64,8 @@ def train(
     from jaxprompt.progress import Bar, show_result
     from jaxprompt.train.loop import train as run_training
 
-    try:
-        with Bar("training", run.train.steps) as bar:
-            result = run_training(run, bar)
-    except KeyboardInterrupt:  # typer would end without a word
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with interruptible() as signals, Bar("training", run.train.steps) as bar:
+        result = run_training(run, bar, signals)
     show_result(result)
     print(json.dumps(result))
 
@@ -81,12 +82,8 @@ def pretrain(
     from jaxprompt.progress import Bar, show_pretraining
     from jaxprompt.train.pretrain import pretrain as run_pretraining
 
-    try:
-        with Bar("pre-training", run.train.steps) as bar:
-            result = run_pretraining(run, bar)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with interruptible() as signals, Bar("pre-training", run.train.steps) as bar:
+        result = run_pretraining(run, bar, signals)
     show_pretraining(result)
     print(json.dumps(result))
 
@@ -276,6 +273,19 @@ def reproduce(
     print(json.dumps({"report": str(page), "failed": failed}))
     if failed:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator["Signals"]:
+    """Ends the command with exit code 0 and a word on how to go on, where a signal asks for it."""
+    from jaxprompt.train.interrupt import Interrupted, Signals
+
+    try:
+        with Signals() as signals:
+            yield signals
+    except Interrupted as why:
+        print(f"{why}; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(0) from None
 
 
 def check_output(path: Path) -> None:

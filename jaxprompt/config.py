@@ -143,7 +143,7 @@ class Optimization(Schema):
     seed: Seed = 0
     evaluate_every: Positive = 1000
     checkpoint_every: Positive = 1000
-    keep: Positive = 2
+    keep: Positive = 2  # checkpoints
     tensorboard: bool = True
 
 
@@ -155,6 +155,8 @@ class TrainConfig(Optimization):
     patience: Positive | None = None  # stop after so many evaluations without a better metric
     # of a population, the worse half stops after so many steps, and again after as many
     halve_every: Positive | None = None
+    # of a loss that is no number: stop, or go back to the last checkpoint with half the rate
+    on_divergence: Literal["stop", "go_back"] = "stop"
     # rows of a part of a batch, see data/pipeline.py; null: as suits the data and the device
     micro_batch: Size | None = None
     # rows of similar length share a batch, within windows of so many batches; 0: plain random ones

@@ -1,7 +1,8 @@
-"""Meshes and shardings: one device is a mesh of one, a pod slice a larger one."""
+"""Meshes, shardings and processes: one device is a mesh of one, a pod slice a larger one."""
 
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -50,11 +51,72 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     needs to hear from another.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: put(x, sharding), batch)
 
-    def put(x):
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, batch)
+def put(value: np.ndarray, sharding: Any) -> jax.Array:
+    """A NumPy array that every process holds, as one array over the devices of all of them."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays over the devices of all processes as what each process can read; all must ask."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+T = TypeVar("T")
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns (JSON) in the first process, in all of them; so with a UserError.
+
+    What is not a user's mistake ends the first process, and thereby the others.
+    """
+    if jax.process_count() == 1:
+        return work()
+    said: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            said = {"value": work()}
+        except UserError as error:
+            said = {"error": str(error)}
+    said = json.loads(_from_first_bytes(json.dumps(said).encode()))
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def from_first(work: Callable[[], Any], like: Any) -> Any:
+    """Arrays of the shapes of ``like`` that ``work`` returns in the first process, in all."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, work())
+    from jax.experimental import multihost_utils
+
+    held: list[Any] = [like]
+
+    def fill() -> None:
+        held[0] = jax.tree.map(np.asarray, work())
+
+    by_first(fill)
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(held[0]))
+
+
+def _from_first_bytes(said: bytes) -> bytes:
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    data = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        data[:] = np.frombuffer(said, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes()
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:

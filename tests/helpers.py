@@ -8,8 +8,10 @@ import jax
 import yaml
 from helpers_data import make_tokenizer
 
+from jaxprompt.config import RunConfig, parse
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
+from jaxprompt.train.logbook import Silent
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,
@@ -65,3 +67,32 @@ def write_run(path: Path, values: dict) -> Path:
 def copy(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def run_config(backbone, folder, **settings) -> RunConfig:
+    folder.mkdir(exist_ok=True)
+    values = run_values(backbone, folder)
+    values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5, "patience": None}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            values[key] = values.get(key, {}) | value
+        else:
+            values[key] = value
+    return parse(RunConfig, values)
+
+
+class Killer(Silent):
+    """Raises at a step, as a kill would."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def step(self, done, rates):
+        if done == self.at:
+            raise KeyboardInterrupt
+
+
+def metrics(folder):
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows]

@@ -7,6 +7,7 @@ on standard output, no file is left half-written, and none that was there is los
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -266,8 +267,8 @@ def test_an_output_that_is_something_else_is_left_alone(refused, values, tmp_pat
 
 def test_a_run_with_other_settings_is_left_alone(refused, values, tmp_path):
     file = write_run(tmp_path / "run.yaml", values)
-    folder = open_run(load_config(file))
-    (folder / "checkpoints" / "0").mkdir(parents=True)
+    with open_run(load_config(file)) as folder:
+        (folder / "checkpoints" / "0").mkdir(parents=True)
     sentence = refused("train", file, "train.learning_rate=0.5", "task.name=other")
     assert "task.name was 'mine' and is 'other'; train.learning_rate was 0.3 and is 0.5" in sentence
     (folder / "config.yaml").write_text("task: [")
@@ -276,9 +277,20 @@ def test_a_run_with_other_settings_is_left_alone(refused, values, tmp_path):
 
 def test_a_run_that_never_started_may_change_its_settings(values, tmp_path):
     file = write_run(tmp_path / "run.yaml", values)
-    open_run(load_config(file))
+    with open_run(load_config(file)):
+        pass
     changed = load_config(file, ["train.learning_rate=0.5"])
-    assert load_config(open_run(changed) / "config.yaml") == changed
+    with open_run(changed) as folder:
+        assert load_config(folder / "config.yaml") == changed
+
+
+def test_two_runs_in_one_directory_refuse_each_other(refused, values, tmp_path):
+    file = write_run(tmp_path / "run.yaml", values)
+    with open_run(load_config(file)) as folder:
+        sentence = refused("train", file, "train.learning_rate=0.5")
+        assert f"process {os.getpid()} on " in sentence and "is at work in" in sentence
+        assert load_config(folder / "config.yaml") == load_config(file)  # the owner's
+    assert not (folder / "lock").exists()
 
 
 # -- backbones and prompts -------------------------------------------------------------------------
@@ -425,12 +437,13 @@ def test_rows_with_dates_can_be_written(tmp_path):
 def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
     from jaxprompt.train import loop
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(config, bar, signals):
+        signal.raise_signal(signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(loop, "train", interrupted)
     monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, train(values, tmp_path))])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert not stop.value.code and signal.getsignal(signal.SIGINT) is before
+    assert "stopped by SIGINT; run the same command again to go on" in capsys.readouterr().err

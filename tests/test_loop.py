@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_backbone, run_values, write_run
+from helpers import Killer, make_backbone, metrics, run_values, write_run
+from helpers import run_config as config
 
 from jaxprompt import api
-from jaxprompt.config import RunConfig, UserError, dump_yaml, load_config, parse
+from jaxprompt.config import UserError, dump_yaml, load_config
 from jaxprompt.data.tasks import read_split, references
 from jaxprompt.evaluate.metrics import vote
 from jaxprompt.model.load import fingerprint, load_backbone
@@ -23,35 +24,6 @@ from jaxprompt.train.loop import Silent, train
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
-
-
-def config(backbone, folder, **settings) -> RunConfig:
-    folder.mkdir(exist_ok=True)
-    values = run_values(backbone, folder)
-    values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5, "patience": None}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            values[key] = values.get(key, {}) | value
-        else:
-            values[key] = value
-    return parse(RunConfig, values)
-
-
-class Killer(Silent):
-    """Raises at a step, as a kill would."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def step(self, done, rates):
-        if done == self.at:
-            raise KeyboardInterrupt
-
-
-def metrics(folder):
-    """Rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows]
 
 
 @pytest.fixture(scope="module")

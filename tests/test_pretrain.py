@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 
 import jax
@@ -261,7 +262,8 @@ def test_steps_may_change_only_where_the_schedule_does_not_count_them(values, tm
         ({"schedule": "rsqrt", "cooldown_steps": 2}, False),  # its place follows from the steps
     ):
         folder = tmp_path / "-".join(map(str, settings.values()))
-        (open_run(config(values, folder, train=settings)) / "checkpoints" / "5").mkdir(parents=True)
+        with open_run(config(values, folder, train=settings)):
+            (folder / "run" / "checkpoints" / "5").mkdir(parents=True)
         more = config(values, folder, train=settings | {"steps": 20})
         if free:
             check_run(more)
@@ -349,7 +351,9 @@ def test_a_trained_tokenizer_is_trained_once_and_again_for_other_settings(
     def place(size, **changes):
         sizes = {"vocabulary": size, "sentinels": 10}
         run = config({**values, "text": text, "tokenizer": sizes, **changes}, tmp_path)
-        return load_tokenizer(module._tokenizer_place(run, tmp_path / "run", Silent()))
+        folder = tmp_path / "run"
+        begin = lambda: folder.mkdir(exist_ok=True)
+        return load_tokenizer(module._tokenizer_place(run, folder, begin, Silent()))
 
     first = place(150)
     assert first.size == 150 and place(150).fingerprint() == first.fingerprint()
@@ -436,12 +440,12 @@ def test_a_run_from_the_command_line(call, values, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(call, values, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(config, bar, signals):
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(module, "pretrain", interrupted)
     code, out, err = call("pretrain", write_run(values, tmp_path))
-    assert (code, out) == (130, "") and "run the same command again to go on" in err
+    assert (code, out) == (0, "") and "SIGTERM; run the same command again to go on" in err
 
 
 @pytest.mark.parametrize(

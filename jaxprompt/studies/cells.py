@@ -5,7 +5,6 @@ its checkpoint in OUT/runs. One that fails is noted in OUT/errors.jsonl and trie
 start. Checkpoints and fine-tuned models are deleted once a cell is complete, prompts stay.
 """
 
-import fcntl
 import json
 import shutil
 import statistics
@@ -33,6 +32,7 @@ from jaxprompt.evaluate.score import measure
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
+from jaxprompt.train.interrupt import locked
 from jaxprompt.train.logbook import write_atomically
 from jaxprompt.train.loop import load_rows, train
 
@@ -123,11 +123,7 @@ def read_records(out: Path) -> dict[Key, Record]:
 def run_cells(cells: Sequence[Cell], bench: Bench) -> int:
     """Measure what is missing; the number of cells that failed."""
     bench.out.mkdir(parents=True, exist_ok=True)
-    with (bench.out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"Another process measures in {bench.out}.") from None
+    with locked(bench.out):
         return _run_cells(cells, bench)
 
 

@@ -2,61 +2,168 @@
 
 The backbone is never copied: it is recorded by source and fingerprint in the run's files. The data
 position is the step, and random keys are pure functions of seed and step.
+
+A checkpoint is good when it holds a list of the SHA-256 of all of its files, which is written last,
+and when they agree. What is not is put aside, and the newest good one is used.
 """
 
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxprompt import parallel
 from jaxprompt.config import UserError
+from jaxprompt.train.logbook import write_atomically
+
+_LIST = "sha256.json"
+UNFINISHED = f"it has no {_LIST}"
 
 
 class Checkpoints:
-    """The checkpoints in one directory; the newest ``keep`` are kept."""
+    """The checkpoints in one directory; the newest ``keep`` are kept.
 
-    def __init__(self, path: Path, keep: int):
-        # orbax 0.12.8 declares a protocol that its own policies do not match
-        policy: Any = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(path.absolute()), preservation_policy=policy
-        )
+    Of several processes the first one alone reads and writes: no other needs to see the directory.
+    """
+
+    def __init__(self, path: Path, keep: int, say: Callable[[str], None] = lambda text: None):
+        self.path, self._keep = path.absolute(), keep
+        self._latest = parallel.by_first(lambda: newest_good(self.path, say))
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""
-        if self.latest_step() == step:
+        if self._latest == step:
             return
-        self._checkpointer.save_checkpointables(step, {"state": state, "progress": progress})
+        values = jax.tree.map(np.asarray, parallel.fetch(state))
+        parallel.by_first(lambda: self._save(step, values, progress))
+        self._latest = step
+
+    def _save(self, step: int, values: Any, progress: dict[str, Any]) -> None:
+        folder = self.path / str(step)
+        try:
+            self.path.mkdir(exist_ok=True)
+            with _alone():
+                ocp.save_checkpointables(str(folder), {"state": values, "progress": progress})
+            sums = {"step": step, "files": checksums(folder)}
+            write_atomically(folder / _LIST, json.dumps(sums, indent=1) + "\n")
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk has many names
+            raise UserError(
+                f"Checkpoint {step} cannot be written to {str(self.path)!r} ({_brief(error)}); "
+                "mend that and run the same command again: the checkpoint before it is intact."
+            ) from None
+        for old in _by_step(self.path)[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """Step of the newest good checkpoint."""
+        return self._latest
 
     def progress(self) -> dict[str, Any]:
         """The newest progress alone: it may say what shape the state has."""
-        return self._load({"progress": None})["progress"]
+        return parallel.by_first(lambda: self._load({"progress": None})["progress"])
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, with the shapes, dtypes and shardings of ``like``, and its progress."""
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        loaded = self._load({"state": abstract, "progress": None})
-        return loaded["state"], loaded["progress"]
+    def restore(self, like: Any) -> Any:
+        """The newest state, with the shapes, dtypes and shardings of ``like``.
+
+        The devices may be others than those that it was saved from.
+        """
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        state = parallel.from_first(lambda: self._load({"state": abstract})["state"], abstract)
+        if int(state.step) != self._latest:
+            raise UserError(
+                f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
+                "delete its folder to go on from an earlier one."
+            )
+        place = lambda value, x: parallel.put(value, x.sharding)
+        return jax.tree.map(place, state, like)
 
     def _load(self, what: dict[str, Any]) -> dict[str, Any]:
-        step = self.latest_step()
         try:
-            return self._checkpointer.load_checkpointables(step, what)
+            with _alone():
+                return ocp.load_checkpointables(str(self.path / str(self._latest)), what)
         except (ValueError, OSError, KeyError) as error:
-            problem = " ".join(str(error).split())[:300]
             raise UserError(
-                f"Checkpoint {step} cannot be read ({problem}); delete its folder to go on from an "
-                "earlier one, or the run directory to start again."
+                f"Checkpoint {self._latest} in {str(self.path)!r} cannot be read "
+                f"({_brief(error)}); delete its folder to go on from an earlier one, or the run "
+                "directory to start again."
             ) from None
 
-    def close(self) -> None:
-        """Wait for writes and release the directory."""
-        self._checkpointer.close()
+
+def _alone() -> Any:
+    """Orbax would wait for the other processes, which do not take part."""
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        context.multiprocessing.active_processes = {0}
+    return context
+
+
+def _by_step(path: Path) -> list[Path]:
+    """The folders of checkpoints, newest first."""
+    folders = [f for f in path.glob("*") if f.is_dir() and f.name.isdigit()]
+    return sorted(folders, key=lambda f: int(f.name), reverse=True)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` by its path there, the list itself left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != _LIST:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; ``UNFINISHED`` is what a killed run may leave."""
+    try:
+        said = json.loads((folder / _LIST).read_text())
+        step, files = said["step"], dict(said["files"])
+    except FileNotFoundError:
+        return UNFINISHED
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {_LIST} is damaged"
+    if str(step) != folder.name:
+        return f"it is that of step {step}"
+    found = checksums(folder)
+    differs = sorted(name for name in {*found, *files} if found.get(name) != files.get(name))
+    return f"{differs[0]} is not what was saved" if differs else None
+
+
+def newest_good(path: Path, say: Callable[[str], None]) -> int | None:
+    """Step of the newest good checkpoint; newer ones are moved to ``damaged/`` beside ``path``.
+
+    Raises UserError if there were checkpoints, one of them damaged, and none is good.
+    """
+    for part in path.glob("*.orbax-checkpoint-tmp*"):  # what a killed run was writing
+        shutil.rmtree(part, ignore_errors=True)
+    moved, place = [], path.parent / "damaged"
+    for folder in _by_step(path):
+        problem = problem_of(folder)
+        if problem is None:
+            return int(folder.name)
+        place.mkdir(exist_ok=True)
+        number = next(n for n in itertools.count() if not (place / f"{folder.name}-{n}").exists())
+        os.replace(folder, place / f"{folder.name}-{number}")
+        moved.append((folder.name, problem))
+        say(f"warning: checkpoint {folder.name} is not used ({problem}); it is now in {place}")
+    damaged = [f"{name}: {problem}" for name, problem in moved if problem != UNFINISHED]
+    if damaged:
+        raise UserError(
+            f"No checkpoint in {str(path)!r} is good ({'; '.join(damaged)}), and all were moved to "
+            f"{str(place)!r}; put a backup in their place, or run the same command again to start "
+            "from the beginning."
+        )
+    return None

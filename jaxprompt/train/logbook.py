@@ -1,16 +1,21 @@
 """What a run writes besides checkpoints: config, ``metrics.jsonl``, TensorBoard, result."""
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from jaxprompt.config import RunConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.model.hf import read_json
 from jaxprompt.pretrain_config import PretrainConfig
+from jaxprompt.train.interrupt import LOCK, locked
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
@@ -59,7 +64,7 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
                 "choose another output, or delete that directory to start again."
             )
     elif folder.exists() and not file.is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
             raise UserError(
                 f"Output {str(folder)!r} exists and is not a run; choose another output."
             )
@@ -72,15 +77,27 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     return folder
 
 
-def open_run(config: RunConfig | PretrainConfig) -> Path:
-    """Make the run directory, or go on with the run in it."""
+def complete(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
+    """What ``result.json`` holds, if there is one; else whether the run may start was checked."""
+    file = check_run(config) / "result.json"
+    return read_json(file) if file.is_file() else None
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig | PretrainConfig) -> Iterator[Path]:
+    """Make the run directory, or go on with the run in it; no other process can meanwhile."""
     folder = check_run(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", dump_yaml(config))
-    except OSError as error:
-        raise UserError(f"Output {str(folder)!r} cannot be written: {error.strerror}.") from None
-    return folder
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            check_run(config)  # another one may have begun since
+            write_atomically(folder / "config.yaml", dump_yaml(config))
+        except OSError as error:
+            raise UserError(
+                f"Output {str(folder)!r} cannot be written: {error.strerror}."
+            ) from None
+        yield folder
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -92,33 +109,51 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Logbook:
-    """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go."""
+    """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go.
+
+    Of several processes the first one alone writes.
+    """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool):
-        self.path = folder / "metrics.jsonl"
-        self.rows = [row for row in _read_rows(self.path) if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = self.path.open("a", buffering=1)
-        self._board = None
-        if tensorboard:
+        self.folder, self.tensorboard = folder, tensorboard
+        self._writes = jax.process_index() == 0
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file = self._board = None
+        if not self._writes:
+            return
+        path = self.folder / "metrics.jsonl"
+        self.rows = [row for row in _read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = path.open("a", buffering=1)
+        if self.tensorboard:
             from tensorboardX import SummaryWriter
 
             purge = step + 1 if step >= 0 else None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; it has a ``step``, and every other number becomes a curve."""
+        if self._file is None:
+            return
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if self._board is not None and name != "step":
                 self._board.add_scalar(name, value, row["step"])
 
+    def back_to(self, step: int) -> None:
+        """Forget the rows after ``step``."""
+        self.close()
+        self._open(step)
+
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -159,12 +194,17 @@ class Clock:
         }
 
 
+class Diverged(UserError):
+    """What is trained is no number any more."""
+
+
 def check_loss(loss: float, step: int) -> None:
     """Refuse to go on with a loss that is no number."""
     if not math.isfinite(loss):
-        raise UserError(
-            f"The loss is {loss} at step {step}; lower train.learning_rate, or use "
-            "model.dtype=float32. The checkpoint before it is intact."
+        raise Diverged(
+            f"The loss is {loss} at step {step}; lower train.learning_rate, use "
+            "model.dtype=float32, or let train.on_divergence=go_back do it. The checkpoint before "
+            "it is intact."
         )
 
 

@@ -10,38 +10,41 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, micro_rows, training_batches, with_prompt
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.templates import to_text
-from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import Model, answer_each, check_metrics
 from jaxprompt.evaluate.score import measure as measure_answers
 from jaxprompt.model import family
-from jaxprompt.model.hf import read_json
-from jaxprompt.model.load import Backbone, load_backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory, save_prompt
+from jaxprompt.model.load import load_backbone
+from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.checkpoint import Checkpoints
+from jaxprompt.train.interrupt import Interrupted, Signals
 from jaxprompt.train.logbook import (
     LOG_EVERY,
     Clock,
+    Diverged,
     Logbook,
     Silent,
     check_loss,
-    check_run,
+    complete,
     open_run,
     write_atomically,
 )
 from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.population import as_markdown, better_half, keep_of, stacked, table
-from jaxprompt.train.step import TrainState, make_train_step
+from jaxprompt.train.population import as_markdown, better_half, keep_of, room_for, stacked, table
+from jaxprompt.train.results import facts_of, save_tuned
+from jaxprompt.train.step import TrainState, make_train_step, sound
+
+MOST_ROLLBACKS = 10  # the rate is then a thousandth
 
 
 class Split(NamedTuple):
@@ -51,26 +54,31 @@ class Split(NamedTuple):
     references: list[Reference]
 
 
-def train(config: RunConfig, reporter: Any = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, reporter: Any = None, signals: Signals | None = None
+) -> dict[str, Any]:
     """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
 
     Killed at any moment and called again, it ends with a bit-identical prompt: batch k is a pure
-    function of seed and k, and so is all randomness.
+    function of seed and k, and so is all randomness. ``signals``: raises Interrupted, after the
+    state was saved, where one of them came.
     """
     with contextlib.ExitStack() as open_files:  # closed also where the run is interrupted
-        return _train(config, reporter or Silent(), open_files)
+        signals = signals or Signals(install=False)
+        return _train(config, reporter or Silent(), signals, open_files)
 
 
-def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -> dict[str, Any]:
+def _train(
+    config: RunConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
+) -> dict[str, Any]:
     method, settings = METHODS[config.method], config.train
     task = resolve_task(config.task)
     check_metrics(task)
-    folder = check_run(config)
-    if (folder / "result.json").is_file():
-        result = read_json(folder / "result.json")
-        if result.get("steps", 0) >= settings.steps or result.get("stopped_early"):
-            reporter.say(f"{folder} is complete; delete it to start again.")
-            return result
+    folder = Path(config.output)
+    result = parallel.by_first(lambda: complete(config))
+    if result and (result.get("steps", 0) >= settings.steps or result.get("stopped_early")):
+        reporter.say(f"{folder} is complete; delete it to start again.")
+        return result
 
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
@@ -134,7 +142,9 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     shape = family.specialise(backbone.config, [e.inputs for e in training.examples], length)
 
     def optimizer_of(alive: Sequence[int]):
-        return per_prompt(settings, [members[k].train.learning_rate for k in alive])
+        # a run that went back once or more goes on with a lower rate
+        rates = [members[k].train.learning_rate for k in alive]
+        return per_prompt(settings, [rate * 0.5 ** progress["rolled_back"] for rate in rates])
 
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
@@ -160,17 +170,21 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
         each = answer_each(model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size)
         return [measure_answers(task, found.predictions, on.references) for found in each]
 
-    open_run(config)
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    open_files.callback(checkpoints.close)
+    def open_folder() -> None:
+        open_files.enter_context(open_run(config))
+
+    parallel.by_first(open_folder)
+    open_files.enter_context(signals.held())
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
     metric, count = task.metrics[0], len(members)
-    done, progress = 0, {
+    progress: dict[str, Any] = {
         "alive": list(range(count)), "best": [-math.inf] * count, "best_step": [-1] * count,
-        "trained": [0] * count, "stale": 0, "seconds": 0.0,
+        "trained": [0] * count, "stale": 0, "seconds": 0.0, "evaluated": 0, "rolled_back": 0,
     }  # fmt: skip
+
     if checkpoints.latest_step() is not None:
         progress = checkpoints.progress()
-        if "alive" not in progress:
+        if "evaluated" not in progress:
             raise UserError(
                 f"The checkpoints in {str(folder)!r} are of an earlier version; delete the "
                 "directory to start again, or choose another output."
@@ -182,67 +196,105 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     del tree
     state = jax.device_put(state, parallel.replicated(mesh))
     if checkpoints.latest_step() is not None:
-        state, progress = checkpoints.restore(state)
-        alive, done = progress["alive"], int(state.step)
-        reporter.say(f"going on from step {done}")
+        state = checkpoints.restore(state)
+        reporter.say(f"going on from step {int(state.step)}")
+    done = int(state.step)
     train_step, batches = training_of(alive, done)
-    fresh = "untuned" not in progress
-    logbook = Logbook(folder, -1 if fresh else done, tensorboard=settings.tensorboard)
+    logbook = Logbook(
+        folder, done if "untuned" in progress else -1, tensorboard=settings.tensorboard
+    )  # fmt: skip
     open_files.callback(logbook.close)
-    if fresh:
+    if "untuned" not in progress:
         plain = split("validation", prompt_length=0)
-        untuned = measure(backbone.params, None, plain)[0][metric]
+        with signals.free():
+            untuned = measure(backbone.params, None, plain)[0][metric]
         majority_score = majority(task.metrics[0], validation.references, task.labels)
         progress |= {"untuned": untuned, "majority": majority_score}
         logbook.write({"step": 0, f"untuned/{metric}": untuned, "majority": majority_score})
         checkpoints.save(0, state, progress)
 
     clock = Clock(progress["seconds"])
-    stopped = bool(settings.patience and progress["stale"] >= settings.patience)
     pending = None  # the losses of the step before, fetched while the next one runs
-    while done < settings.steps and not stopped:
-        batch = next(batches)  # as micro-batches
-        state, losses = train_step(state, backbone.params, parallel.put_batch(batch, mesh))
-        done += 1
-        clock.count(batch)
-        if pending is not None:
-            _log(pending, logbook, reporter, clock, progress, metric)
-        pending = done, losses, alive
-        evaluating = done % settings.evaluate_every == 0 or done == settings.steps
-        saving = done % settings.checkpoint_every == 0 or done == settings.steps
-        if not (evaluating or saving):
-            continue
-        _log(pending, logbook, reporter, clock, progress, metric)
-        pending = None
-        if evaluating:
-            params, bank = method.apply(state.tree, backbone.params)
+
+    def flush() -> None:
+        nonlocal pending
+        now, pending = pending, None
+        if now is not None:
+            _log(now, logbook, reporter, clock, progress, metric)
+
+    def evaluate() -> None:
+        """Judge the prompts at ``done``, keep the best, and stop the worse half where asked."""
+        nonlocal state, alive, train_step, batches
+        params, bank = method.apply(state.tree, backbone.params)
+        with signals.free():
             scores = measure(params, bank, validation)
-            ahead = max(progress["best"])
-            for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
-                progress["trained"][k] = done
-                if not found[metric] > progress["best"][k]:
-                    continue
-                progress["best"][k], progress["best_step"][k] = found[metric], done
-                mine = None if bank is None else bank[place : place + 1]
-                facts = _facts(members[k], task, backbone, found, done, len(validation.examples))
-                if count > 1:
-                    save_tuned(folder / "population" / str(k), params, mine, backbone, facts)
-                others = progress["best"][:k] + progress["best"][k + 1 :]
-                if found[metric] > max([ahead, *others]):
-                    save_tuned(folder, params, mine, backbone, facts)
-            progress["stale"] = 0 if max(progress["best"]) > ahead else progress["stale"] + 1
-            _log_scores(logbook, reporter, done, alive, scores, metric)
+        ahead = max(progress["best"])
+        for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
+            progress["trained"][k] = done
+            if not found[metric] > progress["best"][k]:
+                continue
+            progress["best"][k], progress["best_step"][k] = found[metric], done
+            mine = None if bank is None else bank[place : place + 1]
+            facts = facts_of(members[k], task, backbone, found, done, len(validation.examples))
+            if count > 1:
+                save_tuned(folder / "population" / str(k), params, mine, backbone, facts)
+            others = progress["best"][:k] + progress["best"][k + 1 :]
+            if found[metric] > max([ahead, *others]):
+                save_tuned(folder, params, mine, backbone, facts)
+        progress["stale"] = 0 if max(progress["best"]) > ahead else progress["stale"] + 1
+        progress["evaluated"] = done
+        _log_scores(logbook, reporter, done, alive, scores, metric)
+        halving = settings.halve_every and done % settings.halve_every == 0
+        if halving and len(alive) > 1 and done < settings.steps:
+            kept = better_half(progress["best"], alive)
+            state = keep_of(state, [alive.index(k) for k in kept])
+            alive = progress["alive"] = kept
+            train_step, batches = training_of(alive, done)
+            reporter.say(f"going on with {len(alive)} of {count} prompts")
+
+    def save() -> None:
+        if not sound(state.tree).any():
+            check_loss(math.nan, done)
+        progress["seconds"] = clock.seconds()
+        checkpoints.save(done, state, progress)
+
+    while True:
+        try:
+            last = done == settings.steps
+            if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
+                flush()
+                evaluate()
             stopped = bool(settings.patience and progress["stale"] >= settings.patience)
-            halving = settings.halve_every and done % settings.halve_every == 0
-            if halving and len(alive) > 1 and done < settings.steps:
-                kept = better_half(progress["best"], alive)
-                state = keep_of(state, [alive.index(k) for k in kept])
-                alive = progress["alive"] = kept
-                train_step, batches = training_of(alive, done)
-                reporter.say(f"going on with {len(alive)} of {count} prompts")
-        if saving or stopped:
-            progress["seconds"] = clock.seconds()
-            checkpoints.save(done, state, progress)
+            if last or stopped or (done and done % settings.checkpoint_every == 0):
+                flush()
+                save()
+            if last or stopped:
+                break
+            signals.check(done)
+            batch = next(batches)  # as micro-batches
+            state, losses = train_step(state, backbone.params, parallel.put_batch(batch, mesh))
+            done += 1
+            clock.count(batch)
+            flush()
+            pending = done, losses, alive
+        except Interrupted as why:
+            flush()
+            save()
+            raise Interrupted(f"{why} after step {done}, which is saved") from None
+        except Diverged:
+            if settings.on_divergence == "stop" or progress["rolled_back"] == MOST_ROLLBACKS:
+                raise
+            pending, at, times = None, done, progress["rolled_back"] + 1
+            progress = checkpoints.progress() | {"rolled_back": times}
+            alive = progress["alive"]
+            state = checkpoints.restore(room_for(len(alive), state))
+            done = int(state.step)
+            train_step, batches = training_of(alive, done)
+            logbook.back_to(done)
+            reporter.say(
+                f"warning: the loss was no number at step {at}; going on from step {done} with "
+                f"{0.5**times:g} of the learning rate"
+            )
 
     # the one in prompt/: of equals the first to be there
     winner = min(range(count), key=lambda k: (-progress["best"][k], progress["best_step"][k], k))
@@ -271,7 +323,8 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
     if count > 1:
         result["population"] = table(config, progress)
         markdown = as_markdown(result["population"], metric)
-        write_atomically(folder / "population.md", markdown)
+        if jax.process_index() == 0:
+            write_atomically(folder / "population.md", markdown)
         reporter.say(markdown)
     if test is not None:
         params, bank = backbone.params, None
@@ -279,9 +332,11 @@ def _train(config: RunConfig, reporter: Any, open_files: contextlib.ExitStack) -
             bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
         else:
             params = load_backbone(str(folder / "model"), dtype=config.model.dtype).params
-        result["test"] = measure(params, bank, test)[0]
-    draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        with signals.free():
+            result["test"] = measure(params, bank, test)[0]
+    if jax.process_index() == 0:
+        draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
+        write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -339,57 +394,3 @@ def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequenc
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
     return rows
-
-
-def _facts(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
-    import flax
-
-    import jaxprompt
-
-    shape = backbone.config
-    return {
-        "backbone": {
-            "source": config.backbone,
-            "fingerprint": backbone.fingerprint,
-            "tokenizer": config.tokenizer,
-            "d_model": shape.d_model,
-            "vocab_size": shape.vocab_size,
-            "family": shape.family,
-            "num_layers": shape.num_layers,
-            "num_heads": shape.num_heads,
-        },
-        "task": task.model_dump(),
-        "method": config.method,
-        "metrics": scores,
-        "rows": rows,
-        "step": step,
-        "seed": config.train.seed,
-        "config": config.model_dump(),
-        "versions": {
-            "jaxprompt": jaxprompt.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-        },
-    }
-
-
-def save_tuned(
-    folder: Path,
-    params: family.Params,
-    bank: Float[Array, "1 P D"] | None,
-    backbone: Backbone,
-    facts: dict[str, Any],
-) -> None:
-    """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory."""
-    if jax.process_index() != 0:
-        return
-    if bank is not None:
-        save_prompt(folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], facts))
-        return
-
-    def write(path: Path) -> None:
-        save_hf(path, backbone.config, params)
-        copy_tokenizer(backbone.path, path)
-        (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-    replace_directory(folder / "model", write)

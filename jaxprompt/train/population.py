@@ -30,6 +30,14 @@ def keep_of(state: TrainState, places: Sequence[int]) -> TrainState:
     return state._replace(tree=tree, optimizer=optimizer)
 
 
+def room_for(count: int, state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of the state of ``count`` prompts."""
+    shape = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding)
+    step = jax.ShapeDtypeStruct((), state.step.dtype, sharding=state.step.sharding)
+    tree, optimizer = (jax.tree.map(shape, x) for x in (state.tree, state.optimizer))
+    return TrainState(step, tree, optimizer)  # pyright: ignore[reportArgumentType]
+
+
 def better_half(best: Sequence[float], alive: Sequence[int]) -> list[int]:
     """Of the prompts that are still trained the better half, rounded up, in their order.
 

@@ -30,19 +30,19 @@ from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluate.analyze import draw_losses
 from jaxprompt.model import generate, hub, t5
-from jaxprompt.model.hf import read_json
 from jaxprompt.model.load import fingerprint, load_backbone, one_cpu, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
 from jaxprompt.train.checkpoint import Checkpoints
+from jaxprompt.train.interrupt import Interrupted, Signals
 from jaxprompt.train.logbook import (
     LOG_EVERY,
     Clock,
     Logbook,
     Silent,
     check_loss,
-    check_run,
+    complete,
     open_run,
     write_atomically,
 )
@@ -55,29 +55,38 @@ HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
 _init = jax.jit(t5.init_params, static_argnums=0)
 
 
-def pretrain(config: PretrainConfig, reporter: Any = None) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig, reporter: Any = None, signals: Signals | None = None
+) -> dict[str, Any]:
     """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
 
     The directory gets ``model`` (a Hugging Face directory with tokenizer, usable as a backbone),
     ``metrics.jsonl``, ``losses.png``, ``samples.jsonl`` and ``checkpoints``. Killed at any moment
-    and called again, it ends with bit-identical weights.
+    and called again, it ends with bit-identical weights. ``signals``: as in ``loop.train``.
     """
     with contextlib.ExitStack() as open_files:
-        return _pretrain(config, reporter or Silent(), open_files)
+        signals = signals or Signals(install=False)
+        return _pretrain(config, reporter or Silent(), signals, open_files)
 
 
-def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.ExitStack):
-    settings, folder = config.train, check_run(config)
-    if (folder / "result.json").is_file():
-        result = read_json(folder / "result.json")
-        if result.get("steps", 0) >= settings.steps:
-            reporter.say(f"{folder} is complete; delete it to start again.")
-            return result
+def _pretrain(
+    config: PretrainConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
+):
+    settings, folder = config.train, Path(config.output)
+    result = parallel.by_first(lambda: complete(config))
+    if result and result.get("steps", 0) >= settings.steps:
+        reporter.say(f"{folder} is complete; delete it to start again.")
+        return result
     check_files(config)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     shape, params = _start(config, reporter)
-    place = _tokenizer_place(config, folder, reporter)
+
+    @functools.cache  # once, at the first that writes
+    def begin() -> Path:
+        return open_files.enter_context(open_run(config))
+
+    place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
     if shape is None:
         shape = _shape(config, tokenizer.size)
@@ -88,7 +97,7 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
         )
     if params is None:
         params = _init(shape, jax.random.key(settings.seed))
-    open_run(config)
+    begin()
     reporter.say("tokenizing")
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
@@ -101,11 +110,12 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
     train_step = make_train_step(
         shape, PRETRAINING, optimizer, seed=settings.seed, z_loss=settings.z_loss
     )
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    open_files.callback(checkpoints.close)
-    done, progress = 0, {"seconds": 0.0, "tokens": 0}
+    open_files.enter_context(signals.held())
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
+    done, progress = 0, {"seconds": 0.0, "tokens": 0, "evaluated": 0}
     if checkpoints.latest_step() is not None:
-        state, progress = checkpoints.restore(state)
+        progress |= checkpoints.progress()
+        state = checkpoints.restore(state)
         done = int(state.step)
         reporter.say(f"going on from step {done}")
     logbook = Logbook(folder, done if done else -1, tensorboard=settings.tensorboard)
@@ -114,7 +124,8 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
 
     def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
         put = functools.partial(parallel.put_batch, mesh=mesh)
-        return held_out_scores(state.tree, checks, shape, put)
+        with signals.free():
+            return held_out_scores(state.tree, checks, shape, put)
 
     def log_scores(step: int, scores) -> None:
         row = {f"held_out/{name}/loss": s["loss"] for name, s in scores.items()}
@@ -122,7 +133,9 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
         mean = np.mean([s["loss"] for s in scores.values()])
         reporter.say(f"step {step}: held-out loss {mean:.4f} (mean of {len(scores)} sets)")
 
-    def log(pending) -> None:
+    def flush(pending) -> None:
+        if pending is None:
+            return
         step, losses = pending
         loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
         check_loss(loss, step)
@@ -132,32 +145,41 @@ def _pretrain(config: PretrainConfig, reporter: Any, open_files: contextlib.Exit
             logbook.write({"step": step, **row})
         reporter.step(step, {"loss": loss, **rates})
 
+    def save() -> None:
+        progress["seconds"] = clock.seconds()
+        if checkpoints.latest_step() != done:
+            save_model(folder, shape, state, place)
+        checkpoints.save(done, state, progress)
+
     if done == 0:
         log_scores(0, evaluate(state))
     batches = packed_batches(config, streams.train, done)
     clock, pending, scores = Clock(progress["seconds"]), None, None
-    while done < settings.steps:
-        batch = next(batches)
-        state, losses = train_step(state, {}, [parallel.put_batch(batch, mesh)])
-        done += 1
-        clock.count([batch])
-        progress["tokens"] += _size(batch)
-        if pending is not None:
-            log(pending)
-        pending = done, losses
-        evaluating = done % settings.evaluate_every == 0 or done == settings.steps
-        saving = done % settings.checkpoint_every == 0 or done == settings.steps
-        if not (evaluating or saving):
-            continue
-        log(pending)
-        pending = None
-        if evaluating:
-            scores = evaluate(state)
-            log_scores(done, scores)
-        if saving:
-            progress["seconds"] = clock.seconds()
-            save_model(folder, shape, state, place)
-            checkpoints.save(done, state, progress)
+    while True:
+        try:
+            last = done == settings.steps
+            if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
+                pending = flush(pending)
+                scores = evaluate(state)
+                log_scores(done, scores)
+                progress["evaluated"] = done
+            if last or (done and done % settings.checkpoint_every == 0):
+                pending = flush(pending)
+                save()
+            if last:
+                break
+            signals.check(done)
+            batch = next(batches)
+            state, losses = train_step(state, {}, [parallel.put_batch(batch, mesh)])
+            done += 1
+            clock.count([batch])
+            progress["tokens"] += _size(batch)
+            flush(pending)
+            pending = done, losses
+        except Interrupted as why:
+            flush(pending)
+            save()
+            raise Interrupted(f"{why} after step {done}, which is saved") from None
 
     scores = scores or evaluate(state)
     trained: t5.Params = jax.tree.map(lambda x: x[0], state.tree["model"])
@@ -212,7 +234,9 @@ def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
     )
 
 
-def _tokenizer_place(config: PretrainConfig, folder: Path, reporter) -> str:
+def _tokenizer_place(
+    config: PretrainConfig, folder: Path, begin: Callable[[], Path], reporter
+) -> str:
     """Where the tokenizer is; one that the config asks to train is trained first, once."""
     if isinstance(config.tokenizer, str):
         return config.tokenizer
@@ -223,7 +247,7 @@ def _tokenizer_place(config: PretrainConfig, folder: Path, reporter) -> str:
     note, trained = place / "trained_on.json", (place / "tokenizer.json").is_file()
     going_on = any(folder.glob("checkpoints/*"))  # then the settings are the same
     if not trained or not (going_on or (note.is_file() and note.read_text() == made_of)):
-        open_run(config)
+        begin()
         reporter.say(f"training a tokenizer of {settings.vocabulary} rows")
         share = settings.characters // len(config.text) if config.text else 0
         texts = (text for source in config.text for text in _some(read_documents(source), share))

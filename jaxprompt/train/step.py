@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxprompt import parallel
 from jaxprompt.config import PromptConfig
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model import family
@@ -149,6 +151,12 @@ def make_train_step(
         return last(state, sums)
 
     return train_step
+
+
+def sound(tree: Any) -> Bool[np.ndarray, " K"]:
+    """Whether all numbers of a prompt are finite."""
+    leaves = map(np.asarray, jax.tree.leaves(parallel.fetch(tree)))
+    return np.all([np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in leaves], axis=0)
 
 
 def init_state(
