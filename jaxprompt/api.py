@@ -71,15 +71,13 @@ def open_session(
         )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
-        sharding = parallel.parameter_sharding(mesh)
-        backbone = load_backbone(backbone, dtype=dtype, sharding=sharding, unroll=None)
+        backbone = load_backbone(backbone, dtype=dtype, mesh=mesh, unroll=None)
     bank = None
     if prompt is not None:
         backbone = backbone._replace(config=family.attending(backbone.config, _attention(prompt)))
         check_pair(prompt, backbone, any_backbone)
         bank = jnp.asarray(prompt.vectors)[None]
-    # rows go to one place: prediction batches need not divide the devices
-    model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
+    model = Model(backbone.params, bank, backbone.config, backbone.mesh)
     words = tokenizer or recorded.get("tokenizer") or backbone.path
     words = load_tokenizer(words, one_sequence=family.one_sequence(backbone.config))
     return Session(backbone, words, prompt, model)

@@ -61,6 +61,9 @@ def train(
 ) -> None:
     """Tune a prompt, or go on with the run in its output directory."""
     run = load_config(config, overrides or [])
+    from jaxprompt import devices
+
+    devices.start([run.train.batch_size, run.train.micro_batch or 0], run.mesh)
     from jaxprompt.progress import Bar, show_result
     from jaxprompt.train.loop import train as run_training
 
@@ -79,6 +82,9 @@ def pretrain(
 ) -> None:
     """Pre-train a backbone on text, or adapt one; goes on with the run in its output directory."""
     run = parse(PretrainConfig, read_config(config, overrides or []))
+    from jaxprompt import devices
+
+    devices.start([run.train.batch_size], run.mesh)
     from jaxprompt.progress import Bar, show_pretraining
     from jaxprompt.train.pretrain import pretrain as run_pretraining
 
@@ -105,6 +111,9 @@ def evaluate(
     """Metrics of a prompt, or of several and of their joint answers, as one JSON object."""
     if split not in ("train", "validation", "test"):
         raise UserError(f"--split is {split!r}; allowed are train, validation and test.")
+    from jaxprompt import devices
+
+    devices.start()
     from jaxprompt import api
     from jaxprompt.progress import Bar
 
@@ -133,6 +142,9 @@ def predict(
     any_backbone: AnyBackbone = False,
 ) -> None:
     """Answer every row of a file."""
+    from jaxprompt import devices
+
+    devices.start()
     from jaxprompt import api
     from jaxprompt.data.rules import apply_rule
     from jaxprompt.data.sources import read_rows
@@ -165,6 +177,9 @@ def score(
     any_backbone: AnyBackbone = False,
 ) -> None:
     """Log-likelihood of targets given inputs."""
+    from jaxprompt import devices
+
+    devices.start()
     from jaxprompt import api
     from jaxprompt.data.sources import read_rows
     from jaxprompt.progress import Bar

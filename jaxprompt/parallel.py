@@ -54,6 +54,43 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: put(x, sharding), batch)
 
 
+def ways(mesh: Mesh | None) -> int:
+    """Over how many devices the rows of a batch go."""
+    return 1 if mesh is None else mesh.shape["data"]
+
+
+def over_rows(work: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: bool = False) -> Any:
+    """``work(shared, rows)`` of each device's own rows, by itself, and the results together.
+
+    summed: added up, which is all that the devices of ``data`` ever send each other; else one after
+    another, as the rows were. Other axes of the mesh are left to the compiler.
+    """
+    if ways(mesh) == 1:
+        return work
+
+    def mine(shared, rows):
+        found = work(shared, rows)
+        return jax.lax.psum(found, "data") if summed else found
+
+    return jax.shard_map(
+        mine, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec() if summed else PartitionSpec("data"),
+        axis_names={"data"}, check_vma=False,
+    )  # fmt: skip
+
+
+def place_of_rows(mesh: Mesh | None) -> jax.Array | int:
+    """Within ``over_rows``: which of the devices of ``data`` this is."""
+    return 0 if ways(mesh) == 1 else jax.lax.axis_index("data")
+
+
+def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
+    """Whether a CPU device has all of a row to itself, and attends to rows in turn."""
+    if jax.default_backend() != "cpu":
+        return False
+    return jax.device_count() == 1 if mesh is None else mesh.size == mesh.shape["data"]
+
+
 def put(value: np.ndarray, sharding: Any) -> jax.Array:
     """A NumPy array that every process holds, as one array over the devices of all of them."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

@@ -3,8 +3,10 @@
 python scripts/bench_ours.py PROBLEM.json
 """
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_tools import LABELS, Row, Start, resident, serve
 
+from jaxprompt import devices, parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, TrainConfig
 from jaxprompt.data.pipeline import Example, make_batch, round_target_length
@@ -27,13 +30,13 @@ METHOD = METHODS["prompt-tuning"]
 DEPTH = round_target_length(max(map(len, LABELS.values())))
 
 
-def take_step(step, state, params, examples, split, widths):
+def take_step(step, state, params, examples, split, widths, mesh):
     """One optimizer step on a batch in micro-batches, and the shapes of its inputs."""
     batches = [
         make_batch([examples[i] for i in rows], target_length=DEPTH, widths=widths)
         for rows in split
     ]
-    state, losses = step(state, params, batches)
+    state, losses = step(state, params, parallel.put_batch(batches, mesh))
     return state, losses, [batch.inputs.shape for batch in batches]
 
 
@@ -48,7 +51,10 @@ class Ours:
     """Runs jobs; what they share (a loaded backbone, a compiled step) is kept."""
 
     def __init__(self, problem: str):
+        # the cores that all jobs' rows go over, as in the command
+        devices.start([min(map(int, json.loads(Path(problem).read_text())["batches"]))])
         jnp.zeros(3).block_until_ready()  # the backend's own memory is not the work's
+        self.mesh = parallel.make_mesh()
         self.problem = problem
         self.given: Start | None = None
         self.backbones: dict[tuple[str, float], Backbone] = {}
@@ -57,9 +63,9 @@ class Ours:
     def facts(self) -> dict[str, Any]:
         import jaxprompt
 
-        devices = [device.device_kind for device in jax.devices()]
+        kinds = [device.device_kind for device in jax.devices()]
         return {"versions": {"jaxprompt": jaxprompt.__version__, "jax": jax.__version__},
-                "devices": devices}  # fmt: skip
+                "devices": kinds}  # fmt: skip
 
     def start(self) -> Start:
         self.given = self.given or Start.read(self.problem)
@@ -69,8 +75,9 @@ class Ours:
         key = job["dtype"], job["dropout"]
         if key not in self.backbones:
             self.backbones[key] = load_backbone(
-                self.start().weights, dtype=job["dtype"], dropout=job["dropout"], unroll=None
-            )
+                self.start().weights, dtype=job["dtype"], dropout=job["dropout"], unroll=None,
+                mesh=self.mesh,
+            )  # fmt: skip
         return self.backbones[key]
 
     def vectors(self, backbone: Backbone) -> np.ndarray:
@@ -96,15 +103,18 @@ class Ours:
         )  # fmt: skip
         optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"])
         if key not in self.steps:
-            self.steps[key] = make_train_step(backbone.config, METHOD, optimizer, z_loss=0.0)
+            self.steps[key] = make_train_step(
+                backbone.config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0
+            )
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))
+        state = jax.device_put(state, parallel.replicated(self.mesh))
         widths, found = family.widths(backbone.config), {"seconds": [], "losses": [], "shapes": []}
         for rows, split in list(zip(given.batches[size], given.splits[size], strict=True))[:steps]:
             examples = self.examples(backbone, rows)
             parts = split if job["micro"] else [list(range(len(rows)))]
             began = time.perf_counter()
             state, losses, shapes = take_step(
-                self.steps[key], state, backbone.params, examples, parts, widths
+                self.steps[key], state, backbone.params, examples, parts, widths, self.mesh
             )
             found["losses"].append(float(losses.loss[0]))  # waits until the step has ended
             found["seconds"].append(time.perf_counter() - began)
@@ -119,7 +129,7 @@ class Ours:
         )
         examples = self.examples(backbone, self.start().questions)
         bank = jnp.asarray(self.vectors(backbone))
-        model = Model(backbone.params, bank, backbone.config, lambda batch: batch)
+        model = Model(backbone.params, bank, backbone.config, self.mesh)
         began = time.perf_counter()
         answers = answer(model, task, examples, Words(), batch_size=job["batch_size"])  # type: ignore[arg-type]
         seconds = time.perf_counter() - began

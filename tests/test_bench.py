@@ -17,6 +17,7 @@ import pytest
 from helpers import make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
+from jaxprompt.config import MeshConfig
 from jaxprompt.data.pipeline import sorted_parts
 from jaxprompt.model import t5
 from jaxprompt.train import step
@@ -188,8 +189,9 @@ def test_our_step_gets_micro_batches(script):
     rows = [np.full(n, 9, np.int32) for n in (3, 40, 5, 20)]
     examples = [ours.Example(row, np.array([7, 1], np.int32)) for row in rows]
     step = lambda state, params, given: (given, params)
-    call = lambda split: ours.take_step(step, None, None, examples, split, ours.family.Widths())
-    given, _, shapes = call([[1, 3], [2, 0]])
+    mesh = ours.parallel.make_mesh(MeshConfig(data=2), ours.jax.devices()[:2])
+    split, widths = [[1, 3], [2, 0]], ours.family.Widths()
+    given, _, shapes = ours.take_step(step, None, None, examples, split, widths, mesh)
     assert [batch.inputs.shape for batch in given] == shapes == [(2, 64), (2, 32)]
     assert (given[1].inputs > 0).sum(axis=1).tolist() == [5, 3]
 

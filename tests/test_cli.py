@@ -195,7 +195,6 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
         ("task=xyzzy", "Task 'xyzzy' is unknown; known are"),
         ("prompt.init=file", "init=file needs prompt.file; give it"),
         ("train.batch_size=6", "train.batch_size is 6, which 4 data-parallel devices do not"),
-        ("train.eval_batch_size=9", "train.eval_batch_size is 9, which 4"),
         ("mesh.data=3", "does not cover 4 device(s)"),
         ("backbone=./nowhere", "there is no directory ./nowhere"),
     ],

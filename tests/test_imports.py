@@ -8,9 +8,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprompt"
-ORDER = ["yaml12", "config", "pretrain_config", "cache", "compilation", "memory", "parallel",
-         "bank", "data", "model", "prompts", "evaluate", "train", "api", "studies", "progress",
-         "cli", "__main__"]  # fmt: skip
+ORDER = ["yaml12", "config", "pretrain_config", "cache", "compilation", "memory", "devices",
+         "parallel", "bank", "data", "model", "prompts", "evaluate", "train", "api", "studies",
+         "progress", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"train/checkpoint.py"},
     "linen": {"model/blocks.py", "model/t5.py", "model/llama.py"},

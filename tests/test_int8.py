@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import CONFIG, make_backbone
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jaxprompt.config import UserError
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.model.safetensors_file import Output
@@ -135,14 +135,10 @@ def test_saved_and_loaded_again_it_stays_as_it_is(folder, stored, tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "embed", "mlp", "kv", "layers"])
-def test_sharded_loading_equals_plain_loading(folder, axis):
-    axes = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((2, 1), ("model", "other"), axis_types=axes, devices=jax.devices()[:2])
-
-    def rule(axes):
-        return NamedSharding(mesh, PartitionSpec(*["model" if a == axis else None for a in axes]))
-
-    expected, found = load_backbone(str(folder)), load_backbone(str(folder), sharding=rule)
+def test_sharded_loading_equals_plain_loading(folder, axis, monkeypatch):
+    monkeypatch.setattr(parallel, "RULES", {axis: "model"})
+    mesh = parallel.make_mesh(MeshConfig(data=1, model=2), jax.devices()[:2])
+    expected, found = load_backbone(str(folder)), load_backbone(str(folder), mesh=mesh)
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params, expected.params))
     assert found.fingerprint == expected.fingerprint
     assert len(found.params["head"].devices()) == 2

@@ -293,9 +293,8 @@ def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
 def test_sharded_over_devices_it_is_the_same_function(shape):
     """Rows over the data axis, heads (not those of keys) and MLP over the model axis."""
     mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
-    rule = parallel.parameter_sharding(mesh)
     b, g = backbone("llama"), golden("llama")
-    placed = load_backbone(str(GOLDENS / "llama"), unroll=True, sharding=rule)
+    placed = load_backbone(str(GOLDENS / "llama"), unroll=True, mesh=mesh)
     assert placed.fingerprint == b.fingerprint
     batch, bank, config = with_prompt(b, g)
     batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)  # four rows

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jaxprompt.config import UserError
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model import hf, hub, load, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.model.tensors import Leaf, Piece, Tensor, fill
@@ -108,21 +108,16 @@ def test_the_fingerprint_is_taken_on_the_device_where_that_is_not_the_host(monke
 def mesh():
     devices = jax.devices()
     size = 2 if len(devices) > 1 else 1
-    axes = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((size, 1), ("model", "other"), axis_types=axes, devices=devices[:size])
+    return parallel.make_mesh(MeshConfig(data=1, model=size), devices=devices[:size])
 
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "embed", "mlp", "kv", "layers"])
-def test_sharded_loading_equals_plain_loading(axis):
+def test_sharded_loading_equals_plain_loading(axis, monkeypatch):
     """Whatever axis is cut, merged with another in the file or not."""
     expected = load_backbone(str(GOLDENS / "t5_lm_adapt"))
     sizes = dict(vocab=96, heads=2, embed=24, mlp=32, kv=5, layers=3)
-
-    def rule(axes):
-        cut = ["model" if a == axis and sizes[axis] % 2 == 0 else None for a in axes]
-        return NamedSharding(mesh(), PartitionSpec(*cut))
-
-    found = load_backbone(str(GOLDENS / "t5_lm_adapt"), sharding=rule)
+    monkeypatch.setattr(parallel, "RULES", {axis: "model"} if sizes[axis] % 2 == 0 else {})
+    found = load_backbone(str(GOLDENS / "t5_lm_adapt"), mesh=mesh())
     assert_same(found.params, expected.params)
     assert found.fingerprint == expected.fingerprint
     assert len(found.params["head"].devices()) == mesh().size

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +37,10 @@ def prompts(count):
 
 
 @functools.cache
-def trainer(config, method="prompt-tuning", name="adafactor-t5x", rate=0.3):
+def trainer(config, method="prompt-tuning", name="adafactor-t5x", rate=0.3, mesh=None):
     """An optimizer and its compiled step, shared by the tests."""
     optimizer = per_prompt(TrainConfig(optimizer=name, learning_rate=rate))
-    return optimizer, make_train_step(config, METHODS[method], optimizer, z_loss=1e-4)
+    return optimizer, make_train_step(config, METHODS[method], optimizer, mesh=mesh, z_loss=1e-4)
 
 
 def concatenated(*batches):
@@ -145,22 +147,47 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
         jax.tree.map(same, a[0].optimizer, b[0].optimizer)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
-def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape):
+def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
     config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4)
     params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
     rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs - 1, np.minimum(e.inputs, 59)),
                        targets=np.minimum(e.targets, 59)) for e in examples(8)]  # fmt: skip
-    batches = [make_batch(rows)] * 3
+    batches = [[make_batch(rows), make_batch(rows[:4])]] * 3
     single, _ = run((config, params), batches, prompts(1))
     mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
     rule = parallel.parameter_sharding(mesh)
     axes = t5.logical_axes(config)
+    if by_rows and shape[1] == 1:
+        config = dataclasses.replace(config, rows_in_turn=True)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, rule(a)), params, axes)
     sharded, _ = run(
-        (config, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh)
-    )
+        (config, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh),
+        mesh=mesh if by_rows else None,
+    )  # fmt: skip
     np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
+
+
+def test_devices_send_each_other_sums_of_the_prompts_alone(tiny):
+    """All that leaves a device of the data axis: a gradient and three numbers for each prompt."""
+    config, params = tiny
+    mesh = parallel.make_mesh(MeshConfig(data=4, model=1))
+    optimizer, step = trainer(config, mesh=mesh)
+    start = prompts(2)
+    state = init_state(METHODS["prompt-tuning"], optimizer, params, start)
+    state, placed = jax.device_put((state, params), parallel.replicated(mesh))
+    batch = parallel.put_batch(make_batch(examples(8)), mesh)
+    text = jax.jit(lambda *args: step(*args)).lower(state, placed, [batch]).compile().as_text()
+    sent = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (all-|reduce-scatter|collective-)[\w-]*\(", line)
+    ]
+    assert sent and all("all-reduce(" in line for line in sent)
+    shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(line.split("all-reduce(")[0] for line in sent))
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes if shape]
+    assert sum(sizes) == start.size + 3 * len(start)
 
 
 def test_model_tuning_changes_a_copy(tiny):

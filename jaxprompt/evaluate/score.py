@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxprompt import parallel
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, evaluation_batches, with_prompt
 from jaxprompt.data.tasks import Reference
@@ -24,18 +26,51 @@ from jaxprompt.model import family, generate
 
 
 class Model(NamedTuple):
-    """What answers: parameters, prompts and the placement of batches."""
+    """What answers: parameters, prompts and the devices that rows go to."""
 
     params: family.Params
     bank: Float[Array, "K P D"] | None
     config: family.Config
-    put: Callable[[Any], Any]  # NumPy batch -> global arrays, see parallel.put_batch
+    mesh: Mesh | None = None  # rows go over its data axis; None: to the default device
 
     def prepared(self, examples: Sequence[Example]) -> tuple[family.Prompts, family.Config]:
         """What the prompts come to, worked out once for all batches, and the config to use it."""
         length = 0 if self.bank is None else self.bank.shape[1]
         config = family.specialise(self.config, [e.inputs for e in examples], length)
         return _prepare(self.params, self.bank, config), config
+
+    def ask(
+        self,
+        function: Callable[..., jax.Array],
+        prompts: Any,
+        config: family.Config,
+        *more: Any,
+        **settings: Any,
+    ) -> Callable[[Any], jax.Array]:
+        """A ``function`` of model/generate.py, with its settings, as one of batches.
+
+        more: arguments that all rows share.
+        """
+        compiled = _compiled(self.mesh, function, config, tuple(settings.items()))
+        shared = self.params, prompts, *more
+
+        def run(batch):
+            batch = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
+            return compiled(shared, batch)
+
+        return run
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(mesh, function, config, settings):
+    def of_rows(shared, batch):
+        params, prompts, *more = shared
+        rows = batch.inputs, batch.input_segments
+        if function is generate.log_likelihood:
+            rows += batch.targets, batch.target_segments
+        return function(params, prompts, config, *rows, *more, **dict(settings))
+
+    return jax.jit(parallel.over_rows(of_rows, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -65,24 +100,17 @@ def answer(
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
-        def run(batch):
-            given = model.params, prompts, config, batch.inputs, batch.input_segments
-            if task.decoding != "beam":
-                return generate.greedy(*given, task.max_target_length)
-            return generate.beam(
-                *given, task.max_target_length, beams=task.beams, alpha=task.length_penalty
-            )
-
-        ids = _in_order(model, config, examples, batch_size, run, progress)
+        length = task.max_target_length
+        if task.decoding == "beam":
+            how = {"length": length, "beams": task.beams, "alpha": task.length_penalty}
+            run = model.ask(generate.beam, prompts, config, **how)
+        else:
+            run = model.ask(generate.greedy, prompts, config, length=length)
+        ids = _in_order(model.mesh, config, examples, batch_size, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
     labels = label_ids(task.labels, tokenizer, task.separator)
-
-    def run(batch):
-        return generate.label_log_likelihoods(
-            model.params, prompts, config, batch.inputs, batch.input_segments, labels
-        )
-
-    scores = _in_order(model, config, examples, batch_size, run, progress)
+    run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
+    scores = _in_order(model.mesh, config, examples, batch_size, run, progress)
     return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
 
 
@@ -119,14 +147,8 @@ def log_likelihoods(
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
     prompts, config = model.prepared(examples)
-
-    def run(batch):
-        return generate.log_likelihood(
-            model.params, prompts, config, batch.inputs, batch.input_segments,
-            batch.targets, batch.target_segments,
-        )  # fmt: skip
-
-    return _in_order(model, config, examples, batch_size, run, progress)
+    run = model.ask(generate.log_likelihood, prompts, config)
+    return _in_order(model.mesh, config, examples, batch_size, run, progress)
 
 
 def measure(
@@ -164,7 +186,7 @@ def label_ids(
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
-def _in_order(model, config, examples, batch_size, run, progress) -> np.ndarray:
+def _in_order(mesh, config, examples, batch_size, run, progress) -> np.ndarray:
     """``run`` over length-sorted batches, results back in the order of the examples.
 
     The next batch is dispatched before the last one's result is fetched.
@@ -172,15 +194,17 @@ def _in_order(model, config, examples, batch_size, run, progress) -> np.ndarray:
     results: list[np.ndarray] = [np.empty(0)] * len(examples)
 
     def collect(numbers, output):
-        output = np.asarray(jax.device_get(output))
+        output = np.asarray(parallel.fetch(output))
         for number, row in zip(numbers, output, strict=True):
             if number >= 0:
                 results[number] = row
         progress(int((numbers >= 0).sum()))
 
     waiting, widths = None, family.widths(config)
-    for batch, numbers in evaluation_batches(examples, batch_size=batch_size, widths=widths):
-        output = run(model.put(batch))
+    # empty rows fill a batch that the devices would not divide
+    rows = -(-batch_size // parallel.ways(mesh)) * parallel.ways(mesh)
+    for batch, numbers in evaluation_batches(examples, batch_size=rows, widths=widths):
+        output = run(batch)
         if waiting is not None:
             collect(*waiting)
         waiting = numbers, output

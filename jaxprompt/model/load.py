@@ -5,10 +5,11 @@ filled one tensor of the file at a time, so that a host never holds more than th
 and the largest tensor. With a sharding, each device's slice alone is read.
 """
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxprompt import parallel
 from jaxprompt.config import UserError
 from jaxprompt.model import family, hf, hub, llama_hf, t5x
 from jaxprompt.model.gguf_file import read_gguf
@@ -29,7 +32,6 @@ from jaxprompt.model.t5_config import T5Config
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
 Params = family.Params
-ShardingRule = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
 # parameters that are operands of products and nothing else
@@ -44,13 +46,14 @@ class Backbone(NamedTuple):
     source: str  # as the user named it
     fingerprint: str
     path: Path | str  # directory or GGUF file with the tokenizer, or the source where there is none
+    mesh: Mesh | None = None  # that it is spread over
 
 
 def load_backbone(
     name_or_path: str,
     *,
     dtype: str = "float32",
-    sharding: ShardingRule | None = None,
+    mesh: Mesh | None = None,
     dropout: float = 0.0,
     unroll: bool | None = False,
     remat: bool = False,
@@ -62,7 +65,7 @@ def load_backbone(
 
     dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
     operands of matrix products, which are rounded to bfloat16).
-    sharding: maps the logical axes of a leaf to where it lives; None is the default device.
+    mesh: the devices that it is spread over, see parallel.py; None is the default device.
     unroll: the loop over layers; None: for T5, whose steps that makes faster on CPUs.
     attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
@@ -79,15 +82,16 @@ def load_backbone(
     unrolled = not isinstance(found, LlamaConfig) if unroll is None else unroll
     settings = replace(found, dtype=dtype, unroll=unrolled, remat=remat)
     if isinstance(settings, T5Config):
-        settings = replace(settings, rows_in_turn=one_cpu())
+        settings = replace(settings, rows_in_turn=parallel.whole_rows_on_cpu(mesh))
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
     rounded = () if trainable or not settings.mixed else _OPERANDS
-    axes = {} if sharding is None else family.of(settings).logical_axes(settings)
+    place = None if mesh is None else parallel.parameter_sharding(mesh)
+    axes = {} if place is None else family.of(settings).logical_axes(settings)
     params: Params = {}
     for leaf in leaves:
-        rule = None if sharding is None else sharding(_at(axes, leaf.path))
+        rule = None if place is None else place(_at(axes, leaf.path))
         *parents, last = leaf.path
         node = params
         for parent in parents:
@@ -95,12 +99,7 @@ def load_backbone(
         dtype = "bfloat16" if last in rounded else settings.activations
         node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
     path = name if location.startswith("gs://") else Path(location)
-    return Backbone(settings, params, name, fingerprint(params), path)
-
-
-def one_cpu() -> bool:
-    """Whether all work is done by one CPU device."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return Backbone(settings, params, name, fingerprint(params), path, mesh)
 
 
 def _with_choices(
@@ -189,7 +188,7 @@ def _load_leaf(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     dtype: np.dtype,
-    sharding: jax.sharding.Sharding | None,
+    sharding: jax.sharding.NamedSharding | None,
 ) -> jax.Array:
     here = layer_sizes(leaf, sizes)
     shape = tuple(here[letter] for letter in leaf.axes)
@@ -200,11 +199,17 @@ def _load_leaf(
         fill(leaf, tensors, sizes, index, out)
         return out
 
+    # a leaf that only this function knows may be adopted by a device instead of copied, and by
+    # several: the devices of a CPU share one
     if sharding is None:
-        # a leaf that only this function knows may be adopted by the device instead of copied
         return jax.device_put(read(tuple(slice(0, n) for n in shape)), may_alias=True)
-    # the index is None only for scalars, and there are none
-    return jax.make_array_from_callback(shape, sharding, read)  # pyright: ignore[reportArgumentType]
+    kept = functools.cache(lambda bounds: read(tuple(slice(*b) for b in bounds)))
+    parts = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or ()  # None only for scalars, and there are none
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        parts.append(jax.device_put(kept(bounds), device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _aligned(shape: list[int], dtype: np.dtype, to: int = 64) -> np.ndarray:

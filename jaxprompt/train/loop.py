@@ -82,7 +82,6 @@ def _train(
 
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
-    parallel.check_batch_size(settings.eval_batch_size, mesh, "train.eval_batch_size")
     if settings.micro_batch:
         parallel.check_batch_size(settings.micro_batch, mesh, "train.micro_batch")
     # before the backbone, which may take minutes: most mistakes are in the data
@@ -95,7 +94,7 @@ def _train(
     backbone = load_backbone(
         config.backbone,
         dtype=config.model.dtype,
-        sharding=parallel.parameter_sharding(mesh),
+        mesh=mesh,
         dropout=config.model.dropout,
         unroll=config.model.unroll,
         remat=config.model.remat,
@@ -150,7 +149,7 @@ def _train(
         """The step of these members and their batches from ``done`` on."""
         seed = members[alive[0]].train.seed
         step = make_train_step(
-            shape, method, optimizer_of(alive), seed=seed, z_loss=settings.z_loss
+            shape, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
         )
         batches = training_batches(
             training.examples,
@@ -166,7 +165,7 @@ def _train(
 
     def measure(params, bank, on: Split) -> list[dict[str, float]]:
         """The metrics of every prompt of the bank (of one model without), in the same batches."""
-        model = Model(params, bank, backbone.config, lambda batch: parallel.put_batch(batch, mesh))
+        model = Model(params, bank, backbone.config, mesh)
         each = answer_each(model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size)
         return [measure_answers(task, found.predictions, on.references) for found in each]
 
@@ -331,7 +330,9 @@ def _train(
         if method.uses_prompt:
             bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
         else:
-            params = load_backbone(str(folder / "model"), dtype=config.model.dtype).params
+            params = load_backbone(
+                str(folder / "model"), dtype=config.model.dtype, mesh=mesh
+            ).params
         with signals.free():
             result["test"] = measure(params, bank, test)[0]
     if jax.process_index() == 0:

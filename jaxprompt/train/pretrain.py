@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxprompt import parallel
@@ -30,7 +31,7 @@ from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluate.analyze import draw_losses
 from jaxprompt.model import generate, hub, t5
-from jaxprompt.model.load import fingerprint, load_backbone, one_cpu, save_hf
+from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
@@ -80,7 +81,7 @@ def _pretrain(
     check_files(config)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
-    shape, params = _start(config, reporter)
+    shape, params = _start(config, mesh, reporter)
 
     @functools.cache  # once, at the first that writes
     def begin() -> Path:
@@ -89,7 +90,7 @@ def _pretrain(
     place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
     if shape is None:
-        shape = _shape(config, tokenizer.size)
+        shape = _shape(config, tokenizer.size, mesh)
     if tokenizer.size > shape.vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.size} pieces and the backbone {shape.vocab_size} rows; "
@@ -108,7 +109,7 @@ def _pretrain(
     state = init_state(PRETRAINING, optimizer, params, bank)
     state = jax.device_put(state, parallel.replicated(mesh))
     train_step = make_train_step(
-        shape, PRETRAINING, optimizer, seed=settings.seed, z_loss=settings.z_loss
+        shape, PRETRAINING, optimizer, mesh=mesh, seed=settings.seed, z_loss=settings.z_loss
     )
     open_files.enter_context(signals.held())
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
@@ -204,13 +205,15 @@ def _pretrain(
     return result
 
 
-def _start(config: PretrainConfig, reporter) -> tuple[t5.T5Config | None, t5.Params | None]:
+def _start(
+    config: PretrainConfig, mesh: Mesh, reporter
+) -> tuple[t5.T5Config | None, t5.Params | None]:
     if config.start is None:
         return None, None
     reporter.say(f"loading {config.start}")
     model = config.model
     backbone = load_backbone(
-        config.start, dropout=model.dropout, unroll=model.unroll, remat=model.remat
+        config.start, mesh=mesh, dropout=model.dropout, unroll=model.unroll, remat=model.remat
     )
     if not isinstance(backbone.config, t5.T5Config):
         raise UserError(
@@ -220,7 +223,7 @@ def _start(config: PretrainConfig, reporter) -> tuple[t5.T5Config | None, t5.Par
     return dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
 
 
-def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
+def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
     """A T5 1.1 for a vocabulary of ``pieces``, rounded up to a multiple of 128."""
     model = config.model
     return t5.T5Config(
@@ -230,7 +233,7 @@ def _shape(config: PretrainConfig, pieces: int) -> t5.T5Config:
         dropout=model.dropout,
         unroll=model.unroll is not False,
         remat=model.remat,
-        rows_in_turn=one_cpu(),
+        rows_in_turn=parallel.whole_rows_on_cpu(mesh),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt import parallel
@@ -95,6 +96,7 @@ def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
     *,
+    mesh: Mesh | None = None,
     seed: int = 0,
     z_loss: float = 0.0,
 ) -> Step:
@@ -102,15 +104,18 @@ def make_train_step(
 
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
     add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
-    compiled once. Dropout keys are a pure function of seed, step and the micro-batch's number, so a
-    resumed run needs no random state.
+    compiled once. With a ``mesh``, each device of its ``data`` axis takes its own rows, and they
+    send each other nothing but these sums. Dropout keys are a pure function of seed, step, the
+    micro-batch's number and the device's, so a resumed run needs no random state.
     """
 
-    def sums_of(tree, step, params, batch, number):
+    def sums_of_rows(shared, batch):
+        tree, step, params, number = shared
         key = None
         if config.dropout > 0:
             key = jax.random.fold_in(jax.random.key(seed), step)
             key = jax.random.fold_in(key, number)
+            key = jax.random.fold_in(key, parallel.place_of_rows(mesh))
 
         def objective(tree):
             tuned, bank = method.apply(tree, params)
@@ -120,6 +125,11 @@ def make_train_step(
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
         return sums._replace(gradient=gradient)
+
+    everywhere = parallel.over_rows(sums_of_rows, mesh, summed=True)
+
+    def sums_of(tree, step, params, batch, number):
+        return everywhere((tree, step, params, number), batch)
 
     def finish(state, sums):
         gradient, losses = sums.means()

@@ -1,0 +1,99 @@
+"""What a command computes with, settled before JAX is used: processes, and devices of a CPU."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import jax
+
+from jaxprompt.config import MeshConfig, UserError
+
+# seconds in which all processes must have come
+START_TIMEOUT = "JAXPROMPT_START_TIMEOUT"
+# set to 1 where JAX finds the other processes by itself and none of the variables below tells of
+# them, as on the workers of a TPU pod
+SEVERAL = "JAXPROMPT_DISTRIBUTED"
+_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def start(rows: Sequence[int] = (), mesh: MeshConfig = MeshConfig()) -> None:
+    """Join the other processes, if there are any, else give a CPU a device for each core.
+
+    rows: batch sizes that the devices must divide. Call it before anything asks JAX for a device.
+    Raises UserError where the processes do not come together in time.
+    """
+    if several_processes(os.environ):
+        join(os.environ)
+    else:
+        spread(rows, mesh)
+
+
+def several_processes(environment: Mapping[str, str]) -> bool:
+    """Whether the environment says that this is one of several processes of a run.
+
+    Understood are explicit addresses (``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``,
+    ``JAX_PROCESS_ID``), Slurm (``srun``), Open MPI, and the workers of a TPU slice on GKE.
+    """
+    counts = [environment[name] for name in _COUNTS if environment.get(name)]
+    wrong = [count for count in counts if not count.isdigit()]
+    if wrong:
+        raise UserError(f"The number of processes is {wrong[0]!r}; set it to a whole number.")
+    if counts:
+        return any(int(count) > 1 for count in counts)
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
+    return environment.get(SEVERAL) == "1" or "," in workers
+
+
+def join(environment: Mapping[str, str]) -> None:
+    """Start JAX's distributed runtime, with what it finds out by itself or is told."""
+    explicit = "JAX_NUM_PROCESSES" in environment
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name in names if explicit and not environment.get(name)]
+    if missing:
+        raise UserError(f"{missing[0]} is not set; several processes need {', '.join(names)}.")
+    told, seconds = {}, environment.get(START_TIMEOUT, "300")
+    numbers = [environment[name] for name in names[1:]] if explicit else []
+    for text in (*numbers, seconds):
+        if not text.isdigit():
+            raise UserError(
+                f"{', '.join((*names[1:], START_TIMEOUT))} are whole numbers, and one is {text!r}."
+            )
+    if explicit:
+        told = {
+            "coordinator_address": environment[names[0]],
+            "num_processes": int(numbers[0]),
+            "process_id": int(numbers[1]),
+        }
+    try:
+        jax.distributed.initialize(**told, initialization_timeout=int(seconds))
+    except (RuntimeError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The processes of this run did not come together in {seconds} s ({problem}); see "
+            "that all were started, with the same number of processes and an address that each "
+            f"can reach; {START_TIMEOUT} gives them longer."
+        ) from None
+
+
+def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:
+    """As many devices of a CPU as it has cores, or as the mesh asks for, if not yet settled.
+
+    Each core computes rows of its own, which takes less time than that all share every product. A
+    smaller number is taken where the devices would not divide the rows of a batch.
+    """
+    told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or jax.config.jax_num_cpu_devices >= 0:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    cores = cores or len(os.sched_getaffinity(0))
+    if mesh.data > 0:
+        count = mesh.data * max(mesh.model, 1)
+    else:
+        shared, model = math.gcd(*rows), max(mesh.model, 1)
+        most = range(max(cores // model, 1), 0, -1)
+        count = model * next(n for n in most if shared % n == 0)
+    with suppress(RuntimeError):  # JAX is already in use: it stays as it is
+        jax.config.update("jax_num_cpu_devices", count)
+        if 1 < count == cores:  # no core is left to help another one
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()

@@ -1,0 +1,86 @@
+"""Processes and devices, settled before JAX is used."""
+
+import pytest
+
+from jaxprompt import devices
+from jaxprompt.config import MeshConfig, UserError
+
+
+@pytest.mark.parametrize(
+    "environment, several",
+    [
+        ({}, False),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, False),
+        ({"JAX_NUM_PROCESSES": "2"}, True),
+        ({"SLURM_NTASKS": "8"}, False),  # of an allocation: without srun there is one process
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"JAXPROMPT_DISTRIBUTED": "1"}, True),
+    ],
+)
+def test_the_environment_says_whether_there_are_others(environment, several):
+    assert devices.several_processes(environment) == several
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS is not set; several processes need"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_PROCESS_ID is not"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "x"},
+         "are whole numbers, and one is 'x'"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_told(environment, words):
+    with pytest.raises(UserError, match=words):
+        devices.join(environment)
+    with pytest.raises(UserError, match="number of processes is 'two'"):
+        devices.several_processes({"JAX_NUM_PROCESSES": "two"})
+
+
+@pytest.mark.parametrize(
+    "rows, mesh, cores, count, alone",
+    [
+        ([32, 0], {}, 2, 2, True),
+        ([32, 0], {}, 12, 8, False),  # the largest number of devices that divides 32
+        ([32, 4], {}, 12, 4, False),
+        ([5], {}, 4, 1, False),
+        ([], {}, 6, 6, True),
+        ([], {}, 1, 1, False),
+        ([32], {"data": 4}, 2, 4, False),
+        ([32], {"model": 2}, 4, 4, True),
+    ],
+)
+def test_a_cpu_gets_a_device_for_each_core(monkeypatch, rows, mesh, cores, count, alone):
+    told = {}
+
+    class Config:
+        jax_num_cpu_devices = -1
+        update = staticmethod(told.__setitem__)
+
+    monkeypatch.setenv("XLA_FLAGS", "--a")
+    monkeypatch.setattr(devices.jax, "config", Config)
+    devices.spread(rows, MeshConfig(**mesh), cores)
+    assert told == {"jax_num_cpu_devices": count}
+    assert devices.os.environ["XLA_FLAGS"] == (
+        "--a --xla_cpu_multi_thread_eigen=false" if alone else "--a"
+    )
+
+
+def test_what_the_user_has_settled_stays(monkeypatch):
+    class Config:
+        jax_num_cpu_devices = 3
+
+        @staticmethod
+        def update(name, value):
+            raise AssertionError(name)
+
+    monkeypatch.setattr(devices.jax, "config", Config)
+    monkeypatch.delenv("XLA_FLAGS")
+    devices.spread([32], MeshConfig())
+    Config.jax_num_cpu_devices = -1
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    devices.spread([32], MeshConfig())
