@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -69,7 +70,11 @@ def over_rows(work: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: boo
         return work
 
     def mine(shared, rows):
-        found = work(shared, rows)
+        told = _SHARED_BY.set((ways(mesh), jax.lax.axis_index("data")))
+        try:
+            found = work(shared, rows)
+        finally:
+            _SHARED_BY.reset(told)
         return jax.lax.psum(found, "data") if summed else found
 
     return jax.shard_map(
@@ -79,9 +84,16 @@ def over_rows(work: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: boo
     )  # fmt: skip
 
 
-def place_of_rows(mesh: Mesh | None) -> jax.Array | int:
-    """Within ``over_rows``: which of the devices of ``data`` this is."""
-    return 0 if ways(mesh) == 1 else jax.lax.axis_index("data")
+# within over_rows: the number of devices that share a batch's rows, and which one this is
+_SHARED_BY: ContextVar[tuple[int, Any]] = ContextVar("_SHARED_BY", default=(1, 0))
+
+
+def own_rows(draw: Callable[[int], jax.Array], rows: int) -> jax.Array:
+    """This device's ``rows`` of what ``draw`` makes for a whole batch: the same on any mesh."""
+    count, place = _SHARED_BY.get()
+    if count == 1:
+        return draw(rows)
+    return jax.lax.dynamic_slice_in_dim(draw(count * rows), place * rows, rows)
 
 
 def whole_rows_on_cpu(mesh: Mesh | None) -> bool:

@@ -180,7 +180,10 @@ def test_the_model_is_a_backbone_with_its_tokenizer(uninterrupted, values):
 
 def test_every_parameter_and_virtual_token_is_trained(uninterrupted, values):
     trained = weights(uninterrupted[0])
-    start = module._init(module._shape(config(values, uninterrupted[0]), 153), jax.random.key(0))
+    start = module._init(
+        module._shape(config(values, uninterrupted[0]), 153, MAKE_MESH()),
+        jax.random.key(0),
+    )
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, start)
     assert jax.tree.all(moved)
 

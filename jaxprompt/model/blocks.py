@@ -10,7 +10,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from jaxprompt import parallel
 from jaxprompt.bank import embed
 from jaxprompt.model import layers
 
@@ -22,6 +24,25 @@ class Norm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return layers.rms_norm(x, scale, self.eps)
+
+
+class Dropout(nn.Module):
+    """Drops elements of the last axis, in a row the same at all places of the one before, as T5X.
+
+    What is dropped does not depend on how many devices share the rows of a batch.
+    """
+
+    rate: float
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, deterministic=None):
+        deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
+        if deterministic or not self.rate:
+            return x
+        key, shape = self.make_rng("dropout"), (*x.shape[1:-2], 1, x.shape[-1])
+        draw = lambda rows: jax.random.bernoulli(key, 1.0 - self.rate, (rows, *shape))
+        return jnp.where(parallel.own_rows(draw, len(x)), x / (1.0 - self.rate), 0.0)
 
 
 class Mlp(nn.Module):
@@ -40,7 +61,7 @@ class Mlp(nn.Module):
             hidden = gate(project(x, wi_0), project(x, wi_1))
         else:
             hidden = activation(project(x, self.param("wi", *wide)))
-        hidden = nn.Dropout(c.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        hidden = Dropout(c.dropout)(hidden, deterministic)
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
         return layers.product("bsf,fd->bsd", hidden, wo, c.mixed)
 

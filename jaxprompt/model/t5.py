@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.model import layers
-from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.model.blocks import Dropout, Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.t5_config import T5Config
 
 Params = dict[str, Any]
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.key = self.param("key", normal(c.d_model**-0.5), into)
         self.value = self.param("value", normal(c.d_model**-0.5), into)
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
 
     def keys_values(self, x):
         return self._project(x, self.key), self._project(x, self.value)
@@ -104,7 +104,7 @@ class EncoderLayer(nn.Module):
         c = self.config
         self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.attention, self.mlp = Attention(c), Mlp(c)
-        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        self.dropout = Dropout(c.dropout, self.deterministic)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -128,7 +128,7 @@ class DecoderLayer(nn.Module):
         self.self_attention_norm, self.cross_attention_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.self_attention, self.cross_attention = Attention(c), Attention(c)
         self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(c)
-        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        self.dropout = Dropout(c.dropout, self.deterministic)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -169,7 +169,7 @@ class Stack(nn.Module):
         scanned = stacked(self.layer, c, self.depth, inputs)
         self.layers = scanned(c, self.deterministic)
         self.final_norm = Norm(c.norm_eps)
-        self.dropout = nn.Dropout(c.dropout, broadcast_dims=(-2,), deterministic=self.deterministic)
+        self.dropout = Dropout(c.dropout, self.deterministic)
         if not c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 

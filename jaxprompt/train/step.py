@@ -105,8 +105,8 @@ def make_train_step(
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
     add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
     compiled once. With a ``mesh``, each device of its ``data`` axis takes its own rows, and they
-    send each other nothing but these sums. Dropout keys are a pure function of seed, step, the
-    micro-batch's number and the device's, so a resumed run needs no random state.
+    send each other nothing but these sums. Dropout keys are a pure function of seed, step and the
+    micro-batch's number, so a resumed run needs no random state.
     """
 
     def sums_of_rows(shared, batch):
@@ -115,7 +115,6 @@ def make_train_step(
         if config.dropout > 0:
             key = jax.random.fold_in(jax.random.key(seed), step)
             key = jax.random.fold_in(key, number)
-            key = jax.random.fold_in(key, parallel.place_of_rows(mesh))
 
         def objective(tree):
             tuned, bank = method.apply(tree, params)
