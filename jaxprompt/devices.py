@@ -65,6 +65,8 @@ def join(environment: Mapping[str, str]) -> None:
             "num_processes": int(numbers[0]),
             "process_id": int(numbers[1]),
         }
+    # on CPUs two programs may be under way at a time, and would take each other's messages
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**told, initialization_timeout=int(seconds))
     except (RuntimeError, ValueError) as error:

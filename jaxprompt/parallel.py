@@ -125,10 +125,7 @@ T = TypeVar("T")
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns (JSON) in the first process, in all of them; so with a UserError.
-
-    What is not a user's mistake ends the first process, and thereby the others.
-    """
+    """What ``work`` returns (JSON) in the first process, in all of them; so with a UserError."""
     if jax.process_count() == 1:
         return work()
     said: dict[str, Any] = {}
@@ -137,6 +134,9 @@ def by_first(work: Callable[[], T]) -> T:
             said = {"value": work()}
         except UserError as error:
             said = {"error": str(error)}
+        except Exception as error:  # the others must not wait for what will not come
+            _from_first_bytes(json.dumps({"error": f"The first process failed: {error}"}).encode())
+            raise
     said = json.loads(_from_first_bytes(json.dumps(said).encode()))
     if "error" in said:
         raise UserError(said["error"])

@@ -213,17 +213,17 @@ def test_a_run_goes_on_from_the_checkpoint_before(whole, backbone, tmp_path):
 
 
 def test_a_full_disk_is_told_and_loses_nothing(whole, backbone, tmp_path, monkeypatch):
-    run, save = config(backbone, tmp_path), checkpoint.ocp.save_checkpointables
+    run, save = config(backbone, tmp_path), checkpoint.ocp.Checkpointer.save
 
-    def full(path, what):
-        if path.endswith("10"):
+    def full(self, path, args):
+        if path.name == "10":
             raise OSError(28, "No space left on device")
-        save(path, what)
+        save(self, path, args=args)
 
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", full)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
     with pytest.raises(UserError, match="Checkpoint 10 cannot be written.*No space left"):
         train(run)
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", save)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
     train(run)
     same_run(whole, tmp_path / "run")
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import options
 
 from jaxprompt import parallel
 from jaxprompt.config import UserError
@@ -50,8 +51,11 @@ class Checkpoints:
         folder = self.path / str(step)
         try:
             self.path.mkdir(exist_ok=True)
-            with _alone():
-                ocp.save_checkpointables(str(folder), {"state": values, "progress": progress})
+            what = ocp.args.Composite(
+                state=ocp.args.StandardSave(values), progress=ocp.args.JsonSave(progress)
+            )
+            with _orbax() as orbax:
+                orbax.save(folder, args=what)
             sums = {"step": step, "files": checksums(folder)}
             write_atomically(folder / _LIST, json.dumps(sums, indent=1) + "\n")
         except (OSError, ValueError, RuntimeError) as error:  # a full disk has many names
@@ -68,7 +72,7 @@ class Checkpoints:
 
     def progress(self) -> dict[str, Any]:
         """The newest progress alone: it may say what shape the state has."""
-        return parallel.by_first(lambda: self._load({"progress": None})["progress"])
+        return parallel.by_first(lambda: self._load(progress=ocp.args.JsonRestore()))
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the shapes, dtypes and shardings of ``like``.
@@ -76,7 +80,8 @@ class Checkpoints:
         The devices may be others than those that it was saved from.
         """
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        state = parallel.from_first(lambda: self._load({"state": abstract})["state"], abstract)
+        what = ocp.args.StandardRestore(abstract)
+        state = parallel.from_first(lambda: self._load(state=what), abstract)
         if int(state.step) != self._latest:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
@@ -85,10 +90,14 @@ class Checkpoints:
         place = lambda value, x: parallel.put(value, x.sharding)
         return jax.tree.map(place, state, like)
 
-    def _load(self, what: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, **what: Any) -> Any:
+        """The one part that is asked for."""
         try:
-            with _alone():
-                return ocp.load_checkpointables(str(self.path / str(self._latest)), what)
+            with _orbax() as orbax:
+                found = orbax.restore(
+                    self.path / str(self._latest), args=ocp.args.Composite(**what)
+                )
+            return next(iter(found.values()))
         except (ValueError, OSError, KeyError) as error:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} cannot be read "
@@ -97,12 +106,20 @@ class Checkpoints:
             ) from None
 
 
-def _alone() -> Any:
-    """Orbax would wait for the other processes, which do not take part."""
-    context = ocp.Context()
-    if jax.process_count() > 1:
-        context.multiprocessing.active_processes = {0}
-    return context
+def _orbax() -> ocp.Checkpointer:
+    """A checkpointer for the first process alone: it waits for no other."""
+    several = jax.process_count() > 1  # alone it would be told of no one else
+    alone = options.MultiprocessingOptions(
+        primary_host=0,
+        active_processes={0} if several else None,
+        barrier_sync_key_prefix="first" if several else None,
+    )
+    parts = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        progress=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(parts, multiprocessing_options=alone)
 
 
 def _by_step(path: Path) -> list[Path]:
