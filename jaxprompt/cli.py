@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -292,15 +293,34 @@ def reproduce(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator["Signals"]:
-    """Ends the command with exit code 0 and a word on how to go on, where a signal asks for it."""
+    """Ends the command with exit code 0 and a word on how to go on, where a signal asks for it.
+
+    Of several processes, each hears of a signal from JAX's runtime, and none outlives another.
+    """
+    import jax
+
     from jaxprompt.train.interrupt import Interrupted, Signals
 
+    several = jax.process_count() > 1
     try:
-        with Signals() as signals:
+        with Signals(install=not several) as signals:
             yield signals
     except Interrupted as why:
         print(f"{why}; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(0) from None
+    except (UserError, OSError):
+        raise
+    except BaseException as error:
+        if not several:
+            raise
+        traceback.print_exc()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends ({error!r}), perhaps "
+            "because another one did: see what the others say, then start all of them again to go "
+            "on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)  # without waiting for those that will not come
 
 
 def check_output(path: Path) -> None:
@@ -330,7 +350,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:  # a full disk, a file without permission
         print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)

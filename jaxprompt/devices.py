@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -14,6 +16,8 @@ START_TIMEOUT = "JAXPROMPT_START_TIMEOUT"
 # set to 1 where JAX finds the other processes by itself and none of the variables below tells of
 # them, as on the workers of a TPU pod
 SEVERAL = "JAXPROMPT_DISTRIBUTED"
+# seconds without a sign of life after which a process counts as dead, and ends the others
+SILENCE = 30
 _COUNTS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -21,7 +25,7 @@ def start(rows: Sequence[int] = (), mesh: MeshConfig = MeshConfig()) -> None:
     """Join the other processes, if there are any, else give a CPU a device for each core.
 
     rows: batch sizes that the devices must divide. Call it before anything asks JAX for a device.
-    Raises UserError where the processes do not come together in time.
+    Where the processes do not come together in time, this one ends with a sentence and exit code 2.
     """
     if several_processes(os.environ):
         join(os.environ)
@@ -67,15 +71,30 @@ def join(environment: Mapping[str, str]) -> None:
         }
     # on CPUs two programs may be under way at a time, and would take each other's messages
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+    def give_up(problem: str = "not all of them have come") -> None:
+        print(
+            f"error: The processes of this run did not come together in {seconds} s ({problem}); "
+            "see that all were started, with the same number of processes and an address that "
+            f"each can reach; {START_TIMEOUT} gives them longer.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(2)
+
+    # where one is missing, JAX's runtime would abort the process with a stack trace
+    alarm = threading.Timer(int(seconds), give_up)
+    alarm.daemon = True
+    alarm.start()
     try:
-        jax.distributed.initialize(**told, initialization_timeout=int(seconds))
+        jax.distributed.initialize(
+            **told,
+            initialization_timeout=int(seconds) + 60,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=SILENCE,
+        )
     except (RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"The processes of this run did not come together in {seconds} s ({problem}); see "
-            "that all were started, with the same number of processes and an address that each "
-            f"can reach; {START_TIMEOUT} gives them longer."
-        ) from None
+        give_up(" ".join(str(error).split())[:300])
+    alarm.cancel()
 
 
 def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """Meshes, shardings and processes: one device is a mesh of one, a pod slice a larger one."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -156,6 +157,23 @@ def from_first(work: Callable[[], Any], like: Any) -> Any:
 
     by_first(fill)
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(held[0]))
+
+
+def check_same(what: str, facts: Any) -> None:
+    """Raise UserError in all processes unless ``facts`` (JSON) are the same in all of them."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    all_of_them = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    differ = [n for n, own in enumerate(np.asarray(all_of_them)) if (own != all_of_them[0]).any()]
+    if differ:
+        numbers = ", ".join(map(str, differ))
+        raise UserError(
+            f"The {what} of process {numbers} differs from that of process 0; give all processes "
+            "of a run the same files and arguments."
+        )
 
 
 def _from_first_bytes(said: bytes) -> bytes:

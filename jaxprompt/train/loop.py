@@ -72,6 +72,7 @@ def _train(
     config: RunConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ) -> dict[str, Any]:
     method, settings = METHODS[config.method], config.train
+    parallel.check_same("config", config.model_dump(exclude={"output"}))
     task = resolve_task(config.task)
     check_metrics(task)
     folder = Path(config.output)
@@ -113,6 +114,8 @@ def _train(
         return Split(examples, references(task, rows[name], origin))
 
     training, validation = split("train"), split("validation")
+    lengths = [[len(e.inputs) for e in part.examples] for part in (training, validation)]
+    parallel.check_same("backbone or data", [backbone.fingerprint, *lengths])
     test = split("test") if task.test else None
     reporter.say(
         f"task {task.name}: {len(training.examples)} training rows, "

@@ -74,6 +74,7 @@ def _pretrain(
     config: PretrainConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ):
     settings, folder = config.train, Path(config.output)
+    parallel.check_same("config", config.model_dump(exclude={"output"}))
     result = parallel.by_first(lambda: complete(config))
     if result and result.get("steps", 0) >= settings.steps:
         reporter.say(f"{folder} is complete; delete it to start again.")

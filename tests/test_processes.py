@@ -1,0 +1,153 @@
+"""Several processes on one machine, over Gloo, train as one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_backbone, metrics, run_values, write_run
+
+from jaxprompt.prompts.artefact import load_prompt
+
+ROOT = Path(__file__).parent.parent
+# of final vectors of size 1 after 12 steps: the order of float32 sums differs between layouts
+CLOSE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+class Run:
+    """A run in ``folder`` by so many processes with so many devices each."""
+
+    def __init__(self, backbone, folder, processes=1, devices=1, overrides=(), **train):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.processes, self.devices = folder, processes, devices
+        values = run_values(backbone, folder)
+        values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5} | train
+        self.file, self.overrides = write_run(folder / "run.yaml", values), overrides
+        self.workers = []
+
+    def begin(self, only=None, timeout=120):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for number in range(self.processes) if only is None else only:
+            told = os.environ | {
+                "JAX_NUM_CPU_DEVICES": str(self.devices),
+                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            }
+            if self.processes > 1:
+                told |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(self.processes),
+                    "JAX_PROCESS_ID": str(number),
+                    "JAXPROMPT_START_TIMEOUT": str(timeout),
+                }
+            extra = self.overrides[number] if self.overrides else []
+            command = [sys.executable, "-m", "jaxprompt", "train", self.file, *extra]
+            with (self.folder / f"err{number}").open("w") as errors:
+                self.workers.append(
+                    subprocess.Popen(
+                        list(map(str, command)), env=told, cwd=ROOT, stderr=errors,
+                        stdout=subprocess.DEVNULL,
+                    )
+                )  # fmt: skip
+        return self
+
+    def end(self):
+        """Exit codes and what was said, of each process."""
+        codes = [worker.wait(timeout=280) for worker in self.workers]
+        said = [file.read_text() for file in sorted(self.folder.glob("err*"))]
+        return codes, said
+
+    def complete(self):
+        codes, said = self.begin().end()
+        assert codes == [0] * self.processes, said
+        return self
+
+    @property
+    def vectors(self):
+        return load_prompt(self.folder / "run" / "prompt").vectors
+
+    def losses(self):
+        rows = metrics(self.folder / "run")
+        return [row[name] for row in rows for name in sorted(row)]
+
+
+@pytest.fixture(scope="module")
+def alone(backbone, tmp_path_factory):
+    return Run(backbone, tmp_path_factory.mktemp("alone")).complete()
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (2, 2), (4, 1)])
+def test_the_layout_changes_nothing_but_the_order_of_sums(
+    alone, backbone, tmp_path, processes, devices
+):
+    run = Run(backbone, tmp_path, processes, devices).complete()
+    np.testing.assert_allclose(run.vectors, alone.vectors, atol=CLOSE)
+    np.testing.assert_allclose(run.losses(), alone.losses(), atol=CLOSE)
+    files = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert files == sorted(p.name for p in (alone.folder / "run").iterdir())
+
+
+def test_a_run_moves_to_another_number_of_processes(alone, backbone, tmp_path):
+    first = Run(backbone, tmp_path, 2, 1, steps=7).complete()
+    (tmp_path / "run" / "result.json").unlink()
+    again = Run(backbone, tmp_path, 1, 4).complete()
+    assert "going on from step 7" in (tmp_path / "err0").read_text()
+    np.testing.assert_allclose(again.losses()[-2:], alone.losses()[-2:], atol=CLOSE)
+    assert first.folder == again.folder
+
+
+def test_a_killed_worker_ends_all_and_the_run_goes_on(alone, backbone, tmp_path):
+    run = Run(backbone, tmp_path, 2, 1).begin()
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert run.workers[1].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.workers[1].send_signal(signal.SIGKILL)
+    codes, said = run.end()
+    assert codes[0] not in (0, -signal.SIGKILL) and codes[1] == -signal.SIGKILL
+    assert "start all of them again to go on" in said[0]
+    run = Run(backbone, tmp_path, 2, 1).complete()
+    np.testing.assert_allclose(run.vectors, alone.vectors, atol=CLOSE)
+
+
+def test_a_signal_to_one_worker_stops_all_at_one_step(alone, backbone, tmp_path):
+    run = Run(backbone, tmp_path, 2, 1, steps=4000, evaluate_every=4000).begin()
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and '"step": 10' in log.read_text()):
+        assert run.workers[1].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.workers[1].send_signal(signal.SIGTERM)
+    codes, said = run.end()
+    assert codes == [0, 0], said
+    words = {text.strip().splitlines()[-1] for text in said}
+    assert len(words) == 1 and "stopped by SIGTERM after step" in words.pop()
+
+
+def test_mistakes_are_told_by_every_process(backbone, tmp_path):
+    overrides = [["train.learning_rate=0.3"], ["train.learning_rate=0.1"]]
+    codes, said = Run(backbone, tmp_path / "a", 2, 1, overrides).begin().end()
+    assert codes == [2, 2], said
+    assert all("The config of process 1 differs from that of process 0" in t for t in said)
+    run = Run(backbone, tmp_path / "b", 2, 1)
+    (tmp_path / "b" / "run").mkdir()
+    (tmp_path / "b" / "run" / "thesis.tex").write_text("years of work")
+    codes, said = run.begin().end()
+    assert codes == [2, 2] and all("exists and is not a run" in t for t in said), said
+
+
+def test_a_missing_worker_is_told(backbone, tmp_path):
+    codes, said = Run(backbone, tmp_path, 2, 1).begin(only=[0], timeout=3).end()
+    assert codes == [2] and "did not come together in 3 s" in said[0], (codes, said)
+    codes, said = Run(backbone, tmp_path / "x", 2, 1).begin(only=[1], timeout=3).end()
+    assert codes == [2] and "did not come together in 3 s" in said[0], (codes, said)
