@@ -1,4 +1,4 @@
-"""``jaxprompt pretrain | train | eval | predict | score | inspect | reproduce``.
+"""``jaxprompt plan | pretrain | train | eval | predict | score | inspect | reproduce``.
 
 Machine output goes to standard output or a file, everything a person watches to standard error.
 A user's mistake is one sentence and exit code 2. Heavy libraries are imported by the command that
@@ -93,6 +93,31 @@ def pretrain(
         result = run_pretraining(run, bar, signals)
     show_pretraining(result)
     print(json.dumps(result))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="number of devices")] = 1,
+    kind: Annotated[
+        str, typer.Option(help="cpu, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, a100, h100 or h200")
+    ] = "tpu-v4",
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a device, instead of the kind's")
+    ] = None,
+    inputs: Annotated[
+        int | None, typer.Option(min=1, help="positions of a row, prompt included")
+    ] = None,
+) -> None:
+    """Memory and time of a step before there is a run, and the cheapest mesh that fits."""
+    run = load_config(config, overrides or [])
+    from jaxprompt.progress import show_plan
+    from jaxprompt.train.plan import plan_of
+
+    report = plan_of(run, devices=devices, kind=kind, memory=memory, inputs=inputs)
+    show_plan(report)
+    print(json.dumps(report))
 
 
 @app.command("eval")

@@ -84,6 +84,37 @@ def show_result(result: dict) -> None:
     )  # fmt: skip
 
 
+def show_plan(report: dict) -> None:
+    """The layouts of a plan and what each needs, on standard error."""
+    gib = lambda count: f"{count / 2**30:,.2f}"
+    head = f"{report['backbone']} on {report['devices']} x {report['kind']}, GiB a device"
+    table = Table(title=f"{head} of {report['memory_gib']:g}")
+    names = ("weights", "state", "kept", "in_work", "total")
+    for name in ("data x model", "remat", "rows at a time", *names, "fits"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in report["layouts"]:
+        style = "bold" if row == report["best"] else ""
+        table.add_row(
+            f"{row['data']} x {row['model']}", "yes" if row["remat"] else "no",
+            f"{row['rows at a time']} of {row['rows at a time'] * row['parts']}",
+            *(gib(row[name]) for name in names), "yes" if row["fits"] else "no", style=style,
+        )  # fmt: skip
+    console = Console(stderr=True)
+    console.print(table)
+    operations = f"{sum(report['flops'].values()) / 1e12:,.2f} TFLOP a step"
+    rows = f"rows of {report['inputs']} + {report['targets']} positions"
+    if report["best"] is None:
+        words = f"{operations} ({rows}); nothing fits: use more devices or smaller micro-batches"
+    else:
+        floor = (
+            "time not known"
+            if "floor_seconds" not in report
+            else f"at least {1e3 * report['floor_seconds']:,.1f} ms, bound by {report['bound_by']}"
+        )
+        words = f"{operations} ({rows}), {floor}; use: {' '.join(report['overrides'])}"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
 def show_pretraining(result: dict) -> None:
     """Held-out quality of a pre-trained backbone by source, on standard error."""
     table = Table(title="Held-out text, a target token")

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from jaxprompt.config import TrainConfig, UserError
 from jaxprompt.memory import start_again_with_huge_pages
-from jaxprompt.model import t5
+from jaxprompt.model import t5, t5_cost
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.model.t5_config import released
 from jaxprompt.prompts.artefact import replace_directory
@@ -74,23 +74,8 @@ WORDS = {
 
 def flops(config: Any, point: Point) -> dict[str, float]:
     """Floating-point operations of a step by part, forward and backward."""
-    c, rows, width = config, point.rows * point.prompts, point.text + point.vectors
-    inner, depth, targets = c.num_heads * c.head_dim, c.num_encoder_layers, TARGETS
-    read, written = rows * width, rows * targets  # positions
-    projections, mlp = 8 * c.d_model * inner, (6 if c.gated else 4) * c.d_model * c.d_ff
-    return {
-        "encoder, products with weights": 2 * depth * read * (projections + mlp),
-        "encoder, attention": 3 * depth * read * 4 * width * inner,
-        "decoder": c.num_decoder_layers
-        * written
-        * (
-            # queries go through the kernels of keys and values, instead of what is encoded
-            2 * (2 * projections + mlp)
-            + 3 * 4 * targets * inner
-            + 3 * 4 * c.num_heads * c.d_model * width
-        ),
-        "head": 2 * written * 2 * c.d_model * c.vocab_size,
-    }
+    rows, width = point.rows * point.prompts, point.text + point.vectors
+    return t5_cost.flops(config, rows, width, TARGETS)
 
 
 def peak(dtype: str, size: int = 2048) -> Callable[[], float]:

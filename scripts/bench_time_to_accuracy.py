@@ -33,7 +33,7 @@ from compare_report import markdown
 from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config import RunConfig, UserError, parse
-from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.tasks import load_rows, resolve_task, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.model import family
@@ -105,7 +105,7 @@ def write_problem(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(backbone.path)
 
     def rows(split: str, limit: int | None) -> list[dict[str, list[int]]]:
-        found = loop.load_rows(task, split, limit)
+        found = load_rows(task, split, limit)
         examples = tokenize(task, found, tokenizer, 0, backbone.config.vocab_size)
         return [{"inputs": e.inputs.tolist(), "targets": e.targets.tolist()} for e in examples]
 

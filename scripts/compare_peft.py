@@ -24,7 +24,7 @@ from peft_tools import comparing, peft_parser
 from jaxprompt import api
 from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
-from jaxprompt.data.tasks import references, tokenize
+from jaxprompt.data.tasks import load_rows, references, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluate.score import measure
 from jaxprompt.model import family
@@ -33,7 +33,6 @@ from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.studies.plan import read_task
-from jaxprompt.train.loop import load_rows
 from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state, make_train_step
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 # Few shapes mean few compilations; beyond 128 the steps grow so that at most a quarter is padding
-INPUT_LENGTHS = (*range(32, 129, 32), 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+INPUT_LENGTHS = (*range(32, 257, 32), *range(320, 513, 64), 640, 768, 1024)
 
 
 class Example(NamedTuple):

@@ -15,7 +15,7 @@ from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.templates import Piece, fill, place_prompt, to_target
+from jaxprompt.data.templates import Piece, fill, place_prompt, to_target, to_text
 from jaxprompt.data.token_cache import tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 
@@ -324,6 +324,16 @@ def read_split(
         )
     rows = read_rows(task.source if data is None else None, name)
     return apply_rule(task, rows, training=training, origin=name)
+
+
+def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
+    """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
+    rows, name = read_split(task, split, training=split == "train"), getattr(task, split)
+    for number, row in enumerate(rows, 1):
+        to_text(task, row, f"row {number} of {name}")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
+    return rows
 
 
 def references(

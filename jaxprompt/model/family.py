@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.data.pipeline import Widths
-from jaxprompt.model import llama, t5
+from jaxprompt.model import llama, t5, t5_cost
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.t5_config import T5Config
 
@@ -119,6 +119,11 @@ _FAMILIES: dict[type, Any] = {T5Config: t5, LlamaConfig: llama}
 def of(config: Config) -> Family:
     """The family of a config."""
     return cast(Family, _FAMILIES[type(config)])
+
+
+def cost(config: Config) -> Any:
+    """What a step on this family costs (``activations``, ``flops``); None if it is not counted."""
+    return t5_cost if isinstance(config, T5Config) else None
 
 
 def one_sequence(config: Config) -> bool:

@@ -28,7 +28,7 @@ from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.safetensors_file import Output, write_sharded
-from jaxprompt.model.t5_config import T5Config
+from jaxprompt.model.t5_config import T5Config, released
 from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
 
 Params = family.Params
@@ -86,7 +86,6 @@ def load_backbone(
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
-    rounded = () if trainable or not settings.mixed else _OPERANDS
     place = None if mesh is None else parallel.parameter_sharding(mesh)
     axes = {} if place is None else family.of(settings).logical_axes(settings)
     params: Params = {}
@@ -96,10 +95,21 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        dtype = "bfloat16" if last in rounded else settings.activations
+        rounded = rounded_at_load(last, settings, trainable)
+        dtype = "bfloat16" if rounded else settings.activations
         node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
     path = name if location.startswith("gs://") else Path(location)
     return Backbone(settings, params, name, fingerprint(params), path, mesh)
+
+
+def rounded_at_load(name: str, config: family.Config, trainable: bool) -> bool:
+    """Whether a parameter of that name is kept in bfloat16 although activations are float32."""
+    return config.mixed and not trainable and name in _OPERANDS
+
+
+def open_config(name: str) -> family.Config:
+    """The shape of a backbone, of which no weight is read; released T5 1.1 need not be there."""
+    return released(name) or _open(hub.resolve(name), None)[0]
 
 
 def _with_choices(

@@ -26,7 +26,7 @@ from jaxprompt.api import (
     open_session,
 )
 from jaxprompt.config import RunConfig, TaskConfig, UserError, parse
-from jaxprompt.data.tasks import references
+from jaxprompt.data.tasks import load_rows, references
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import measure
 from jaxprompt.model.load import Backbone, load_backbone
@@ -34,7 +34,7 @@ from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
 from jaxprompt.train.interrupt import locked
 from jaxprompt.train.logbook import write_atomically
-from jaxprompt.train.loop import load_rows, train
+from jaxprompt.train.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
 Key = tuple[Any, ...]

@@ -22,12 +22,11 @@ from jaxprompt.config import (
     read_yaml,
     set_value,
 )
-from jaxprompt.data.tasks import resolve_task
+from jaxprompt.data.tasks import load_rows, resolve_task
 from jaxprompt.data.templates import to_text
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.cells import RECIPES, Cell, Key, of_method
 from jaxprompt.train.logbook import write_atomically
-from jaxprompt.train.loop import load_rows
 
 
 class Plan(BaseModel):

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from jaxprompt import parallel
-from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.config import RunConfig, UserError
 from jaxprompt.data.pipeline import Example, micro_rows, training_batches, with_prompt
-from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
-from jaxprompt.data.templates import to_text
+from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
@@ -331,7 +330,9 @@ def _train(
     if test is not None:
         params, bank = backbone.params, None
         if method.uses_prompt:
-            bank = jax.numpy.asarray(load_prompt(folder / "prompt").vectors)[None]
+            like = np.zeros((length, backbone.config.d_model), np.float32)
+            best = parallel.from_first(lambda: load_prompt(folder / "prompt").vectors, like)
+            bank = jax.numpy.asarray(best)[None]
         else:
             params = load_backbone(
                 str(folder / "model"), dtype=config.model.dtype, mesh=mesh
@@ -346,14 +347,14 @@ def _train(
 
 # Positions of a micro-batch, where the config does not say: on a CPU what was measured to be fast,
 # on an accelerator, where nothing was, so many that batches are rarely cut
-_CPU_POSITIONS, _POSITIONS = 1280, 32_768
+CPU_POSITIONS, POSITIONS = 1280, 32_768
 
 
 def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh, prompts: int) -> int:
     """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
     devices, batch_size = mesh.shape["data"], config.train.batch_size * prompts
     if config.train.micro_batch is None:
-        positions = _CPU_POSITIONS if jax.default_backend() == "cpu" else _POSITIONS
+        positions = CPU_POSITIONS if jax.default_backend() == "cpu" else POSITIONS
         lengths = np.array([len(e.inputs) for e in examples])
         return micro_rows(
             lengths, batch_size=batch_size, positions=positions * devices, multiple=devices
@@ -388,13 +389,3 @@ def _log_scores(logbook: Logbook, reporter, step: int, alive, scores, metric: st
     logbook.write({"step": step, **row})
     among = f", the best of {len(alive)} prompts" if len(alive) > 1 else ""
     reporter.say(f"step {step}: validation {metric} {best[metric]:.4f}{among}")
-
-
-def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
-    """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
-    rows, name = read_split(task, split, training=split == "train"), getattr(task, split)
-    for number, row in enumerate(rows, 1):
-        to_text(task, row, f"row {number} of {name}")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
-    return rows
