@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import jax
 
@@ -97,6 +98,17 @@ def join(environment: Mapping[str, str]) -> None:
     alarm.cancel()
 
 
+def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it is bound to, or fewer where a container says so."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bound = bound or 1
+    try:
+        allowed, period = quota.read_text().split()
+        return max(1, min(bound, math.ceil(int(allowed) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return bound
+
+
 def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:
     """As many devices of a CPU as it has cores, or as the mesh asks for, if not yet settled.
 
@@ -106,7 +118,7 @@ def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> N
     told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if told or jax.config.jax_num_cpu_devices >= 0:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = cores or cores_here()
     if mesh.data > 0:
         count = mesh.data * max(mesh.model, 1)
     else:

@@ -84,3 +84,12 @@ def test_what_the_user_has_settled_stays(monkeypatch):
     Config.jax_num_cpu_devices = -1
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     devices.spread([32], MeshConfig())
+
+
+def test_the_quota_of_a_container_counts(tmp_path):
+    bound, file = devices.cores_here(tmp_path / "none"), tmp_path / "cpu.max"
+    assert bound >= 1
+    for text, count in (("max 100000", bound), ("50000 100000", 1), ("100000 100000", 1),
+                        ("99900000 100000", bound), ("", bound)):  # fmt: skip
+        file.write_text(text)
+        assert devices.cores_here(file) == count
