@@ -335,6 +335,14 @@ def interruptible() -> Iterator["Signals"]:
         raise typer.Exit(0) from None
     except (UserError, OSError):
         raise
+    except KeyboardInterrupt:  # typer would end without a word
+        print(
+            "interrupted; run the same command again to go on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        if several:
+            os._exit(130)
+        raise typer.Exit(130) from None
     except BaseException as error:
         if not several:
             raise

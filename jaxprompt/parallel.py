@@ -165,7 +165,7 @@ def check_same(what: str, facts: Any) -> None:
         return
     from jax.experimental import multihost_utils
 
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
     all_of_them = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     differ = [n for n, own in enumerate(np.asarray(all_of_them)) if (own != all_of_them[0]).any()]
     if differ:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-# Few shapes mean few compilations; beyond 128 the steps grow so that at most a quarter is padding
+# Few shapes mean few compilations; beyond 256 the steps grow, so that at most a quarter is padding
 INPUT_LENGTHS = (*range(32, 257, 32), *range(320, 513, 64), 640, 768, 1024)
 
 

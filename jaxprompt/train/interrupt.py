@@ -25,7 +25,8 @@ class Signals:
     """Turns SIGTERM and SIGINT into ``Interrupted``, at a moment that suits; a context manager.
 
     A signal raises at once, but within ``held`` it waits until ``check``: an update and its
-    checkpoint are never torn apart. The second signal of a held run is not waited for.
+    checkpoint are never torn apart. The second signal of a held run is not waited for: it is a
+    KeyboardInterrupt, which saves nothing.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -50,9 +51,12 @@ class Signals:
         self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
-        first, self._came = not self._came, signal.Signals(number).name
-        if not (self._held and first):
-            raise Interrupted(f"stopped by {self._came}")
+        name = signal.Signals(number).name
+        if self._held and self._came:
+            raise KeyboardInterrupt(name)  # in the middle of a step: there is nothing to save
+        self._came = name
+        if not self._held:
+            raise Interrupted(f"stopped by {name}")
 
     def check(self, step: int | None = None) -> None:
         """Raise what came while it was held; with a ``step``, at the same one in all processes."""

@@ -266,7 +266,9 @@ def _train(
                 flush()
                 evaluate()
             stopped = bool(settings.patience and progress["stale"] >= settings.patience)
-            if last or stopped or (done and done % settings.checkpoint_every == 0):
+            # who may go back needs the best prompt's scores beside it, or would keep a lost one
+            judged = settings.on_divergence == "go_back" and 0 < progress["evaluated"] == done
+            if last or stopped or judged or (done and done % settings.checkpoint_every == 0):
                 flush()
                 save()
             if last or stopped:

@@ -84,9 +84,12 @@ def _pretrain(
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     shape, params = _start(config, mesh, reporter)
 
+    def open_folder() -> None:
+        open_files.enter_context(open_run(config))
+
     @functools.cache  # once, at the first that writes
-    def begin() -> Path:
-        return open_files.enter_context(open_run(config))
+    def begin() -> None:
+        parallel.by_first(open_folder)
 
     place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
@@ -239,7 +242,7 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
 
 
 def _tokenizer_place(
-    config: PretrainConfig, folder: Path, begin: Callable[[], Path], reporter
+    config: PretrainConfig, folder: Path, begin: Callable[[], None], reporter
 ) -> str:
     """Where the tokenizer is; one that the config asks to train is trained first, once."""
     if isinstance(config.tokenizer, str):
