@@ -82,13 +82,17 @@ def run_config(backbone, folder, **settings) -> RunConfig:
 
 
 class Killer(Silent):
-    """Raises at a step, as a kill would."""
+    """Raises at a step, or at a line that starts as given, as a kill would."""
 
     def __init__(self, at):
         self.at = at
 
     def step(self, done, rates):
         if done == self.at:
+            raise KeyboardInterrupt
+
+    def say(self, text):
+        if isinstance(self.at, str) and text.startswith(self.at):
             raise KeyboardInterrupt
 
 

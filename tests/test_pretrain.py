@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import write_rows
+from helpers import Killer, metrics, write_rows
 from helpers_text import pretrain_config, word_tokenizer
 from PIL import Image
 
@@ -75,27 +75,6 @@ def values(tmp_path_factory):
 
 def config(values, folder, **changes) -> PretrainConfig:
     return pretrain_config(values | {"output": str(folder / "run")}, **changes)
-
-
-class Killer(Silent):
-    """Raises at a step, or at a line that starts as given, as a kill would."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def step(self, done, rates):
-        if done == self.at:
-            raise KeyboardInterrupt
-
-    def say(self, text):
-        if isinstance(self.at, str) and text.startswith(self.at):
-            raise KeyboardInterrupt
-
-
-def metrics(folder):
-    """Rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows]
 
 
 def without_clock(result):

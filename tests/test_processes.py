@@ -62,6 +62,12 @@ class Run:
                 )  # fmt: skip
         return self
 
+    def wait_for_step(self, step):
+        log, deadline = self.folder / "run" / "metrics.jsonl", time.monotonic() + 200
+        while not (log.exists() and f'"step": {step}' in log.read_text()):
+            assert self.workers[1].poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+
     def end(self):
         """Exit codes and what was said, of each process."""
         codes = [worker.wait(timeout=280) for worker in self.workers]
@@ -109,10 +115,7 @@ def test_a_run_moves_to_another_number_of_processes(alone, backbone, tmp_path):
 
 def test_a_killed_worker_ends_all_and_the_run_goes_on(alone, backbone, tmp_path):
     run = Run(backbone, tmp_path, 2, 1).begin()
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-    while not (log.exists() and '"step": 4' in log.read_text()):
-        assert run.workers[1].poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    run.wait_for_step(4)
     run.workers[1].send_signal(signal.SIGKILL)
     codes, said = run.end()
     assert codes[0] not in (0, -signal.SIGKILL) and codes[1] == -signal.SIGKILL
@@ -123,10 +126,7 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(alone, backbone, tmp_path)
 
 def test_a_signal_to_one_worker_stops_all_at_one_step(alone, backbone, tmp_path):
     run = Run(backbone, tmp_path, 2, 1, steps=4000, evaluate_every=4000).begin()
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-    while not (log.exists() and '"step": 10' in log.read_text()):
-        assert run.workers[1].poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    run.wait_for_step(10)
     run.workers[1].send_signal(signal.SIGTERM)
     codes, said = run.end()
     assert codes == [0, 0], said

@@ -48,7 +48,7 @@ from jaxprompt.train.logbook import (
     write_atomically,
 )
 from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import TrainState, batch_losses, init_state, make_train_step
+from jaxprompt.train.step import TrainState, batch_losses, init_state, make_train_step, sound
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
@@ -151,6 +151,8 @@ def _pretrain(
         reporter.step(step, {"loss": loss, **rates})
 
     def save() -> None:
+        if not sound(state.tree).all():
+            check_loss(math.nan, done)
         progress["seconds"] = clock.seconds()
         if checkpoints.latest_step() != done:
             save_model(folder, shape, state, place)
