@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -91,6 +92,24 @@ def test_the_second_signal_does_not_wait():
             signals.check()
         with pytest.raises(Interrupted), signals.free():
             pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_callback_that_swallows_it_is_heard_all_the_same(monkeypatch):
+    monkeypatch.setattr(Signals, "AGAIN", 0.05)
+
+    class Swallows:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), Signals() as signals:
+        thing = Swallows()
+        del thing  # what a finaliser raises is lost
+        with signals.held():
+            time.sleep(0.2)  # reminders keep away
+        for _ in range(100):
+            time.sleep(0.05)
+        raise AssertionError("was not heard")
 
 
 def test_a_lock_is_dropped_and_does_not_outlive_its_owner(tmp_path):

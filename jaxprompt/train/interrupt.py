@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,14 +27,17 @@ class Signals:
 
     A signal raises at once, but within ``held`` it waits until ``check``: an update and its
     checkpoint are never torn apart. The second signal of a held run is not waited for: it is a
-    KeyboardInterrupt, which saves nothing.
+    KeyboardInterrupt, which saves nothing. Where a callback swallows what is raised (those of the
+    garbage collector do), it is raised anew.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    AGAIN = 1.0  # seconds after which it is raised anew
 
     def __init__(self, install: bool = True):
         self._install, self._held, self._came = install, False, ""
         self._before: dict[int, Any] = {}
+        self._over, self._again, self._sending = threading.Event(), False, threading.Lock()
 
     def __enter__(self) -> "Signals":
         if self._install:
@@ -46,17 +50,28 @@ class Signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        self._held, self._before, before = True, {}, self._before
+        with self._sending:  # no reminder may meet the handlers of before, which end the process
+            self._over.set()
+        for number, handler in before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if self._held and self._came:
+        name, again, self._again = signal.Signals(number).name, self._again, False
+        if self._held and self._came and not again:
             raise KeyboardInterrupt(name)  # in the middle of a step: there is nothing to save
-        self._came = name
+        if not self._came:
+            threading.Thread(target=self._remind, args=(number,), daemon=True).start()
+            self._came = name
         if not self._held:
-            raise Interrupted(f"stopped by {name}")
+            raise Interrupted(f"stopped by {self._came}")
+
+    def _remind(self, number: int) -> None:
+        while not self._over.wait(self.AGAIN):
+            with self._sending:
+                if not self._held and not self._over.is_set():
+                    self._again = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def check(self, step: int | None = None) -> None:
         """Raise what came while it was held; with a ``step``, at the same one in all processes."""
