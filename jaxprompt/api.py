@@ -53,12 +53,14 @@ def open_session(
     *,
     tokenizer: str | None = None,
     dtype: str = "float32",
+    weights: str | None = None,
     any_backbone: bool = False,
 ) -> Session:
     """Load a prompt (or none) with its backbone, and refuse a pair that does not belong together.
 
     ``backbone`` and ``tokenizer`` default to those that the prompt records, the tokenizer then to
-    the one beside the weights; ``any_backbone`` allows other weights of the same width.
+    the one beside the weights; ``any_backbone`` allows other weights of the same width; ``dtype``
+    and ``weights`` are those of ``load_backbone``.
     """
     if isinstance(prompt, str | Path):
         prompt = load_prompt(prompt)
@@ -71,7 +73,7 @@ def open_session(
         )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
-        backbone = load_backbone(backbone, dtype=dtype, mesh=mesh, unroll=None)
+        backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh, unroll=None)
     bank = None
     if prompt is not None:
         backbone = backbone._replace(config=family.attending(backbone.config, _attention(prompt)))

@@ -85,6 +85,8 @@ class ModelConfig(Schema):
     # mixed: float32, but matrix products have bfloat16 operands with float32 results, which
     # processors with matrix units do several times faster
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    # frozen weights of products in 8 or 4 bits (model/small_weights.py); null: as dtype says
+    weights: Literal["int8", "int4", "nf4"] | None = None
     # The authors' code trains with dropout 0.1 in the frozen net, the paper does not mention any;
     # off is the default because it is faster and reported to be better (arXiv 2406.05279).
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -175,8 +177,9 @@ class TrainConfig(Optimization):
 class MeshConfig(Schema):
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1
-    model: int = 1
+    data: int = -1  # take rows of their own
+    fsdp: int = 1  # take rows of their own, and hold a part of each weight
+    tensor: int = 1  # share heads, MLP and vocabulary
 
 
 class RunConfig(Schema):

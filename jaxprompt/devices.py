@@ -19,6 +19,8 @@ START_TIMEOUT = "JAXPROMPT_START_TIMEOUT"
 SEVERAL = "JAXPROMPT_DISTRIBUTED"
 # seconds without a sign of life after which a process counts as dead, and ends the others
 SILENCE = 30
+# devices that a CPU is given at most
+MOST = 256
 _COUNTS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -119,12 +121,14 @@ def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> N
     if told or jax.config.jax_num_cpu_devices >= 0:  # pyright: ignore[reportAttributeAccessIssue]
         return
     cores = cores or cores_here()
-    if mesh.data > 0:
-        count = mesh.data * max(mesh.model, 1)
+    # make_mesh refuses what is no number of devices
+    fixed = math.prod(n for n in mesh.model_dump().values() if 0 < n <= MOST)
+    if -1 in mesh.model_dump().values():
+        shared, fsdp = math.gcd(*rows), max(mesh.fsdp, 1)
+        free = range(max(cores // fixed, 1), 0, -1)
+        count = fixed * next((n for n in free if shared % (n * fsdp) == 0), 1)
     else:
-        shared, model = math.gcd(*rows), max(mesh.model, 1)
-        most = range(max(cores // model, 1), 0, -1)
-        count = model * next(n for n in most if shared % n == 0)
+        count = min(fixed, MOST)
     with suppress(RuntimeError):  # JAX is already in use: it stays as it is
         jax.config.update("jax_num_cpu_devices", count)
         if 1 < count == cores:  # no core is left to help another one

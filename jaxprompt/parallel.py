@@ -1,10 +1,12 @@
 """Meshes, shardings and processes: one device is a mesh of one, a pod slice a larger one."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -13,13 +15,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxprompt.config import MeshConfig, UserError
 
 # logical axis of a parameter -> mesh axis; what is not named is replicated
-RULES = {"vocab": "model", "heads": "model", "mlp": "model"}
+RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+# axes that rows of a batch go over
+ROWS = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
-    """A mesh with axes ``data`` and ``model``; a size of -1 takes the devices that are left."""
+    """A mesh with axes ``data``, ``fsdp`` and ``tensor``; a size of -1 takes what is left.
+
+    Rows of a batch go over ``data`` and ``fsdp``. Devices of ``fsdp`` hold a part of each weight
+    and put a layer together when they need it; those of ``tensor`` share heads, MLP and vocabulary.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "model": config.model}
+    sizes = config.model_dump()
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [axis for axis, size in sizes.items() if size == -1]
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
@@ -29,16 +37,55 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = Non
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise UserError(
             f"Mesh {sizes} does not cover {len(devices)} device(s); "
-            "set mesh.data and mesh.model so that their product is the number of devices."
+            "mesh.data, mesh.fsdp and mesh.tensor must multiply to the number of devices."
         )
     # Auto, not Explicit: with explicit axes the embedding gather raises a sharding error
-    types = (AxisType.Auto, AxisType.Auto)
+    types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+_WORDS = {"vocab": "words", "heads": "heads", "mlp": "dimensions of its MLP", "embed": "dimensions"}
+
+
+def check_divides(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], source: str
+) -> None:
+    """Refuse a mesh that does not divide a parameter of the model from ``source``."""
+    for axis, size in zip(axes, shape, strict=True):
+        over = RULES.get(str(axis))
+        if over and size % mesh.shape[over]:
+            raise UserError(
+                f"mesh.{over} is {mesh.shape[over]}, which does not divide the {size} "
+                f"{_WORDS[str(axis)]} of {source}; use a divisor."
+            )
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str | None, ...]], NamedSharding]:
     """A function from the logical axes of a parameter to its sharding on ``mesh``."""
     return lambda axes: NamedSharding(mesh, PartitionSpec(*(RULES.get(str(a)) for a in axes)))
+
+
+def spread(function: Callable[[Any, Any], Any], params: Any, axes: Any) -> Any:
+    """``function`` of each array of ``params`` and the logical axes of its parameter."""
+    return jax.tree.map(lambda x, of: jax.tree.map(lambda y: function(y, of), x), params, axes,
+                        is_leaf=lambda x: not isinstance(x, dict))  # fmt: skip
+
+
+def part_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """The sharding of what belongs to a parameter: as that, where its own axes can be divided."""
+    return NamedSharding(mesh, _spec(shape, axes, dict(mesh.shape)))
+
+
+def _spec(
+    shape: Sequence[int], axes: Sequence[str | None], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    along = (RULES.get(str(axis)) for axis in axes)
+    return PartitionSpec(
+        *(
+            to if to is not None and to in sizes and size % sizes[to] == 0 else None
+            for size, to in zip(shape, along, strict=True)
+        )
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -47,61 +94,129 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Rows of a NumPy batch over the ``data`` axis; each process places only the rows it holds.
+    """Rows of a NumPy batch over the devices; each process places only the rows it holds.
 
     Every process computes the same global batch (a pure function of seed and step), so no host
     needs to hear from another.
     """
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: put(x, sharding), batch)
 
 
 def ways(mesh: Mesh | None) -> int:
     """Over how many devices the rows of a batch go."""
-    return 1 if mesh is None else mesh.shape["data"]
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def over_rows(work: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: bool = False) -> Any:
-    """``work(shared, rows)`` of each device's own rows, by itself, and the results together.
+def over_rows(
+    work: Callable[[Any, Any, Any], Any],
+    mesh: Mesh | None,
+    axes: Any = None,
+    *,
+    summed: bool = False,
+) -> Callable[[Any, Any, Any], Any]:
+    """``work(params, shared, rows)`` of each device's own rows, by itself; results together.
 
+    axes: the logical axes of ``params``, of which each device of ``fsdp`` holds its part. A layer
+    is put together where it is used (``layers.project``), what is in no layer at once. None: every
+    device holds all of ``params``.
     summed: added up, which is all that the devices of ``data`` ever send each other; else one after
-    another, as the rows were. Other axes of the mesh are left to the compiler.
+    another, as the rows were. What ``tensor`` shares is the compiler's, along ``constrained``.
     """
-    if ways(mesh) == 1:
+    if mesh is None or mesh.size == 1:
         return work
+    parts = 1 if axes is None else mesh.shape["fsdp"]
+    place = _Place(ways(mesh), mesh.shape["tensor"], parts)
 
-    def mine(shared, rows):
-        told = _SHARED_BY.set((ways(mesh), jax.lax.axis_index("data")))
+    def put_together(x, of):
+        return x if of[0] == "layers" or "embed" not in of else whole(x, of)
+
+    def mine(params, shared, rows):
+        told = _PLACE.set(place._replace(number=jax.lax.axis_index(ROWS)))
         try:
-            found = work(shared, rows)
+            params = spread(put_together, params, axes) if parts > 1 else params
+            found = work(params, shared, rows)
         finally:
-            _SHARED_BY.reset(told)
-        return jax.lax.psum(found, "data") if summed else found
+            _PLACE.reset(told)
+        return jax.lax.psum(found, ROWS) if summed else found
 
+    def everywhere(params, shared, rows):
+        specs = PartitionSpec()
+        if parts > 1:
+            specs = spread(lambda x, of: _spec(x.shape, of, {"fsdp": parts}), params, axes)
+        return jax.shard_map(
+            mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
+            out_specs=PartitionSpec() if summed else PartitionSpec(ROWS),
+            axis_names=set(ROWS), check_vma=False,
+        )(params, shared, rows)  # fmt: skip
+
+    return everywhere
+
+
+class _Place(NamedTuple):
+    """Where a computation within ``over_rows`` is."""
+
+    ways: int = 1  # devices that share a batch's rows
+    tensor: int = 1  # devices that share its products
+    parts: int = 1  # of a layer's weights, of which it has one
+    number: Any = 0  # of this device among ``ways``
+
+
+_ALONE = _Place()
+_PLACE: ContextVar[_Place] = ContextVar("_PLACE", default=_ALONE)
+
+
+def parts() -> int:
+    """In how many parts, one a device, the weights of each layer are along the model dimension."""
+    return _PLACE.get().parts
+
+
+def whole(weight: Any, axes: Sequence[str | None]) -> Any:
+    """A weight of these logical axes, with what other devices of ``fsdp`` hold."""
+    return jax.tree.map(functools.partial(_whole, axes=axes), weight)
+
+
+def _whole(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    along = [RULES.get(str(axis)) for axis in axes]
+    if weight.shape[along.index("fsdp")] == 1:  # scales that all parts share
+        return weight
+    gather = functools.partial(
+        jax.lax.all_gather, axis_name="fsdp", axis=along.index("fsdp"), tiled=True
+    )
+    if _PLACE.get().tensor == 1:
+        return gather(weight)
+    # by each of those that share heads, MLP and vocabulary: the compiler would put together all of
+    # it everywhere
+    spec = _spec(weight.shape, axes, {"tensor": _PLACE.get().tensor})
     return jax.shard_map(
-        mine, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec() if summed else PartitionSpec("data"),
-        axis_names={"data"}, check_vma=False,
-    )  # fmt: skip
+        gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False
+    )(weight)
 
 
-# within over_rows: the number of devices that share a batch's rows, and which one this is
-_SHARED_BY: ContextVar[tuple[int, Any]] = ContextVar("_SHARED_BY", default=(1, 0))
+def constrained(x: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation of rows, split over ``tensor`` as its logical axes after the first ask.
+
+    Without this the compiler could follow the weights instead, and send activations around.
+    """
+    if _PLACE.get().tensor == 1:
+        return x
+    spec = [None if RULES.get(str(axis)) == "fsdp" else RULES.get(str(axis)) for axis in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *spec))
 
 
 def own_rows(draw: Callable[[int], jax.Array], rows: int) -> jax.Array:
     """This device's ``rows`` of what ``draw`` makes for a whole batch: the same on any mesh."""
-    count, place = _SHARED_BY.get()
-    if count == 1:
+    place = _PLACE.get()
+    if place.ways == 1:
         return draw(rows)
-    return jax.lax.dynamic_slice_in_dim(draw(count * rows), place * rows, rows)
+    return jax.lax.dynamic_slice_in_dim(draw(place.ways * rows), place.number * rows, rows)
 
 
 def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
     """Whether a CPU device has all of a row to itself, and attends to rows in turn."""
     if jax.default_backend() != "cpu":
         return False
-    return jax.device_count() == 1 if mesh is None else mesh.size == mesh.shape["data"]
+    return jax.device_count() == 1 if mesh is None else mesh.shape["tensor"] == 1
 
 
 def put(value: np.ndarray, sharding: Any) -> jax.Array:
@@ -187,8 +302,8 @@ def _from_first_bytes(said: bytes) -> bytes:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
-    """Refuse a batch size that the ``data`` axis does not divide."""
-    rows = mesh.shape["data"]
+    """Refuse a batch size that the devices do not divide."""
+    rows = ways(mesh)
     if batch_size % rows:
         raise UserError(
             f"{key} is {batch_size}, which {rows} data-parallel devices do not divide; "

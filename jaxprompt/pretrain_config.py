@@ -111,6 +111,11 @@ class PretrainConfig(Schema):
             kind = "pairs" if objective == "pairs" else "text"
             if not getattr(self, kind):
                 raise ValueError(f"objective {objective!r} reads {kind}, and none is given; add it")
+        if self.model.weights is not None:
+            raise ValueError(
+                f"model.weights is {self.model.weights!r}, and pre-training trains the weights; "
+                "leave it out"
+            )
         names = [s.name for s in (*self.text, *self.pairs)]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:

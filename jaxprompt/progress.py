@@ -84,20 +84,27 @@ def show_result(result: dict) -> None:
     )  # fmt: skip
 
 
+SHOWN = 8  # layouts of a plan, of those that fit and of those that do not
+
+
 def show_plan(report: dict) -> None:
     """The layouts of a plan and what each needs, on standard error."""
     gib = lambda count: f"{count / 2**30:,.2f}"
     head = f"{report['backbone']} on {report['devices']} x {report['kind']}, GiB a device"
     table = Table(title=f"{head} of {report['memory_gib']:g}")
-    names = ("weights", "state", "kept", "in_work", "total")
-    for name in ("data x model", "remat", "rows at a time", *names, "fits"):
+    names = ("weights", "state", "kept", "in_work", "total", "sent")
+    head = ("data x fsdp x tensor", "remat", "rows at a time", *names, "fits", "ms")
+    for name in head:
         table.add_column(name.replace("_", " "), justify="right")
-    for row in report["layouts"]:
+    fitting = [row for row in report["layouts"] if row["fits"]]
+    some = [row for row in report["layouts"][:SHOWN] if row not in fitting[:SHOWN]]
+    for row in [*some, *fitting[:SHOWN]]:
         style = "bold" if row == report["best"] else ""
         table.add_row(
-            f"{row['data']} x {row['model']}", "yes" if row["remat"] else "no",
+            f"{row['data']} x {row['fsdp']} x {row['tensor']}", "yes" if row["remat"] else "no",
             f"{row['rows at a time']} of {row['rows at a time'] * row['parts']}",
-            *(gib(row[name]) for name in names), "yes" if row["fits"] else "no", style=style,
+            *(gib(row[name]) for name in names), "yes" if row["fits"] else "no",
+            f"{1e3 * sum(row['seconds'].values()):,.1f}" if row["seconds"] else "", style=style,
         )  # fmt: skip
     console = Console(stderr=True)
     console.print(table)

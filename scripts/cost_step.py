@@ -1,14 +1,17 @@
 """What a training step of a recipe costs on a mesh, from shapes alone: no weights are allocated.
 
     python scripts/cost_step.py configs/paper/xxl.yaml --devices 16
-    python scripts/cost_step.py configs/paper/xl.yaml mesh.model=4 --devices 8 --inputs 256
+    python scripts/cost_step.py configs/paper/xl.yaml mesh.tensor=4 --devices 8 --inputs 256
+    python scripts/cost_step.py configs/paper/small.yaml --devices 1 2 4 8 16 32 64 128 256 --rows 2
+
+With several numbers of devices, a table: weak scaling, of so many rows a device.
 
 The real step is lowered and compiled for so many (emulated) devices with the recipe's mesh. FLOPs
 are those of the whole program before it is split; bytes of weights, arguments and temporaries are
 those of one device. Temporaries are the CPU compiler's, which holds bfloat16 products in float32,
 so they are an upper bound. The time is a roofline's: the larger of arithmetic at peak and of
 reading the weights once forward and once backward; what is sent between devices is counted, not
-timed.
+timed: bytes that a device receives in a step, where all-reduce and the others go around a ring.
 """
 
 import argparse
@@ -19,14 +22,17 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("config", type=Path)
 parser.add_argument("overrides", nargs="*")
-parser.add_argument("--devices", type=int, default=16)
+parser.add_argument("--devices", type=int, nargs="+", default=[16])
+parser.add_argument("--rows", type=int, help="rows a device, instead of the recipe's batch")
 parser.add_argument("--inputs", type=int, default=512, help="text tokens a row")
 parser.add_argument("--targets", type=int, default=8, help="target tokens a row")
 # TPU v4: 275 TFLOP/s in bfloat16, 1,200 GB/s, 32 GiB a chip (cloud.google.com/tpu/docs/v4)
@@ -35,16 +41,57 @@ parser.add_argument("--bandwidth", type=float, default=1200, help="GB/s of a dev
 parser.add_argument("--memory", type=float, default=32, help="GiB of a device")
 
 GIB = 2**30
+RESULT = re.compile(
+    r" = (?P<result>.*?) "
+    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s64": 8, "pred": 1, "s8": 1, "u8": 1}
+# bytes that a device receives in a ring of n, as a share of the result's
+RING = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
 
 
-def main(options: argparse.Namespace) -> None:
-    """Compile, count, and print one JSON object."""
+class Sent(NamedTuple):
+    """One operation of a compiled program in which devices send each other something."""
+
+    kind: str
+    bytes: int  # of its result on a device
+    received: float  # bytes that a device receives, around a ring
+
+
+def collectives(program: str) -> list[Sent]:
+    """What a compiled program sends; what is in a loop is there once."""
+    found = []
+    for line in program.splitlines():
+        match = RESULT.search(line)
+        if match is None:
+            continue
+        size = sum(
+            BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
+        )
+        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+        count = 2
+        if groups:
+            count = int(groups[2]) if groups[2] else len(groups[1].split(","))
+        if count > 1:
+            found.append(Sent(match["kind"], size, RING[match["kind"]](count) * size))
+    return found
+
+
+def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile the step for so many devices and count."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jaxprompt import parallel
-    from jaxprompt.config import UserError, load_config
+    from jaxprompt.config import UserError
     from jaxprompt.data.pipeline import Batch
     from jaxprompt.model import family
     from jaxprompt.model.t5_config import released
@@ -52,7 +99,6 @@ def main(options: argparse.Namespace) -> None:
     from jaxprompt.train.optimizer import per_prompt
     from jaxprompt.train.step import init_state, make_train_step
 
-    config = load_config(options.config, options.overrides)
     shape = released(config.backbone)
     if shape is None:
         raise UserError(
@@ -61,8 +107,9 @@ def main(options: argparse.Namespace) -> None:
     numerics = {"dtype": config.model.dtype, "dropout": config.model.dropout}
     unroll = config.model.unroll in (None, True)
     shape = dataclasses.replace(shape, remat=config.model.remat, unroll=unroll, **numerics)
-    mesh = parallel.make_mesh(config.mesh, jax.devices()[: options.devices])
-    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
+    size = options.rows * devices if options.rows else config.train.batch_size
+    parallel.check_batch_size(size, mesh, "train.batch_size")
     model, method, length = family.of(shape), METHODS[config.method], config.prompt.length
     kept = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
     place = parallel.parameter_sharding(mesh)
@@ -78,59 +125,80 @@ def main(options: argparse.Namespace) -> None:
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
     )
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.ROWS))
 
     def array(width, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((config.train.batch_size, width), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((size, width), dtype, sharding=rows)
 
     wide, narrow = length + options.inputs, options.targets
     batch = Batch(*map(array, (wide, wide, narrow, narrow, narrow)), array(narrow, jnp.float32))
-    step = make_train_step(shape, method, optimizer, z_loss=config.train.z_loss)
+    step = make_train_step(shape, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
 
     begun = time.monotonic()
     lowered = jax.jit(step, donate_argnums=0).lower(state, params, [batch])
-    # counted unrolled: in a loop a layer's FLOPs would count once
+    # counted unrolled, and before it is split: in a loop a layer's FLOPs would count once
     flat = dataclasses.replace(shape, unroll=True)
     counted = make_train_step(flat, method, optimizer, z_loss=config.train.z_loss)
     flops = jax.jit(counted).lower(state, params, [batch]).cost_analysis()["flops"]
-    print("lowered; compiling", file=sys.stderr, flush=True)
+    print(f"{devices} devices: lowered; compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()
     seconds = time.monotonic() - begun
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    sent = {
-        kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
-        # in a loop, once for all of a stack's layers
-        for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-    }
+    memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
     held = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(params)
     )
-    compute = flops / options.devices / (options.peak * 1e12)
+    compute = flops / devices / (options.peak * 1e12)
     reading = 2 * held / (options.bandwidth * 1e9)
-    print(json.dumps({
+    return {
         "backbone": config.backbone,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "trainable": sum(x.size for x in jax.tree.leaves(state.tree)),
         "mesh": dict(mesh.shape),
-        "rows x tokens": [config.train.batch_size, wide, narrow],
+        "rows x tokens": [size, wide, narrow],
         "flops": flops,
-        "flops_per_device": flops / options.devices,
+        "flops_per_device": flops / devices,
         "weights_gib_per_device": round(held / GIB, 3),
         "arguments_gib_per_device": round(memory.argument_size_in_bytes / GIB, 3),
         "temporaries_gib_per_device": round(memory.temp_size_in_bytes / GIB, 3),
         "fits": memory.argument_size_in_bytes + memory.temp_size_in_bytes < options.memory * GIB,
-        "collectives": {kind: count for kind, count in sent.items() if count},
+        # in a loop, once for all of a stack's layers
+        "collectives": dict(Counter(one.kind for one in sent)),
+        "largest_collective": max((one.bytes for one in sent), default=0),
+        "result_bytes": sum(one.bytes for one in sent),
+        "received_bytes_per_device": round(sum(one.received for one in sent)),
         "roofline_ms": round(1e3 * max(compute, reading), 2),
         "bound_by": "arithmetic" if compute > reading else "reading weights",
         "compile_seconds": round(seconds, 1),
-    }, indent=2))  # fmt: skip
+    }
+
+
+def main(options: argparse.Namespace) -> None:
+    """One JSON object, or a table of several numbers of devices."""
+    from jaxprompt.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if len(options.devices) == 1:
+        print(json.dumps(cost(config, options.devices[0], options), indent=2))
+        return
+    print("| devices | mesh | rows | TFLOP a device | operations | bytes of results | received |")
+    print("|---|---|---|---|---|---|---|")
+    for devices in options.devices:
+        found = cost(config, devices, options)
+        mesh = " x ".join(map(str, found["mesh"].values()))
+        kinds = ", ".join(f"{n} {kind}" for kind, n in found["collectives"].items()) or "none"
+        print(
+            f"| {devices} | {mesh} | {found['rows x tokens'][0]} "
+            f"| {found['flops_per_device'] / 1e12:.3f} | {kinds} "
+            f"| {found['result_bytes']:,} | {found['received_bytes_per_device']:,} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
     chosen = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={chosen.devices}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(chosen.devices)}"
     from jaxprompt.config import UserError
 
     try:

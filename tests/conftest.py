@@ -1,8 +1,10 @@
 """Four virtual CPU devices, and the tiny models that the tests share."""
 
+import gc
 import getpass
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     # tiny models: most of the time of a test is LLVM's, which need not optimize
@@ -33,3 +35,16 @@ TINY = t5.T5Config(
 def tiny():
     """A random T5 1.1 with logits of order 1: (config, parameters)."""
     return TINY, jax.jit(t5.init_params, static_argnums=0)(TINY, jax.random.key(0))
+
+
+@pytest.fixture(autouse=True)
+def memory_maps():
+    """Programs compiled by earlier tests are dropped before Linux's limit of maps is reached.
+
+    Each program takes dozens, a process may have 65,530, and beyond them LLVM's loader crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

@@ -196,6 +196,7 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
         ("prompt.init=file", "init=file needs prompt.file; give it"),
         ("train.batch_size=6", "train.batch_size is 6, which 4 data-parallel devices do not"),
         ("mesh.data=3", "does not cover 4 device(s)"),
+        ("mesh.tensor=4", "mesh.tensor is 4, which does not divide the 2 heads of"),
         ("backbone=./nowhere", "there is no directory ./nowhere"),
     ],
 )

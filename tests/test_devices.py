@@ -51,7 +51,10 @@ def test_what_is_missing_is_told(environment, words):
         ([], {}, 6, 6, True),
         ([], {}, 1, 1, False),
         ([32], {"data": 4}, 2, 4, False),
-        ([32], {"model": 2}, 4, 4, True),
+        ([32], {"tensor": 2}, 4, 4, True),
+        ([12], {"fsdp": 2}, 8, 6, False),  # 12 rows go over 3 x 2 devices, and not over 4 x 2
+        ([32], {"data": 2, "fsdp": -1}, 6, 4, False),
+        ([32], {"data": 10**6}, 2, 1, False),  # refused later, and memory is not filled before
     ],
 )
 def test_a_cpu_gets_a_device_for_each_core(monkeypatch, rows, mesh, cores, count, alone):

@@ -289,10 +289,10 @@ def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
     assert np.linalg.norm(grad_one - grad_other) < GRADIENT * np.linalg.norm(grad_one)
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2)])
 def test_sharded_over_devices_it_is_the_same_function(shape):
-    """Rows over the data axis, heads (not those of keys) and MLP over the model axis."""
-    mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
+    """Rows over data and fsdp, heads (not those of keys) and MLP over tensor."""
+    mesh = parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     b, g = backbone("llama"), golden("llama")
     placed = load_backbone(str(GOLDENS / "llama"), unroll=True, mesh=mesh)
     assert placed.fingerprint == b.fingerprint

@@ -108,7 +108,7 @@ def test_the_fingerprint_is_taken_on_the_device_where_that_is_not_the_host(monke
 def mesh():
     devices = jax.devices()
     size = 2 if len(devices) > 1 else 1
-    return parallel.make_mesh(MeshConfig(data=1, model=size), devices=devices[:size])
+    return parallel.make_mesh(MeshConfig(data=1, tensor=size), devices=devices[:size])
 
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "embed", "mlp", "kv", "layers"])
@@ -116,7 +116,7 @@ def test_sharded_loading_equals_plain_loading(axis, monkeypatch):
     """Whatever axis is cut, merged with another in the file or not."""
     expected = load_backbone(str(GOLDENS / "t5_lm_adapt"))
     sizes = dict(vocab=96, heads=2, embed=24, mlp=32, kv=5, layers=3)
-    monkeypatch.setattr(parallel, "RULES", {axis: "model"} if sizes[axis] % 2 == 0 else {})
+    monkeypatch.setattr(parallel, "RULES", {axis: "tensor"} if sizes[axis] % 2 == 0 else {})
     found = load_backbone(str(GOLDENS / "t5_lm_adapt"), mesh=mesh())
     assert_same(found.params, expected.params)
     assert found.fingerprint == expected.fingerprint

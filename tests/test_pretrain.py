@@ -312,7 +312,7 @@ def test_two_devices_give_what_one_gives(values, tmp_path, monkeypatch):
 
 
 def test_a_mesh_may_change_when_a_run_goes_on(uninterrupted, values):
-    check_run(config(values, uninterrupted[0], mesh={"data": 2, "model": 1}))
+    check_run(config(values, uninterrupted[0], mesh={"data": 2, "tensor": 1}))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------

@@ -93,21 +93,32 @@ def alone(backbone, tmp_path_factory):
     return Run(backbone, tmp_path_factory.mktemp("alone")).complete()
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [
+        (1, 4, []),
+        (2, 2, []),
+        (4, 1, []),
+        (1, 4, ["mesh.fsdp=4"]),
+        (2, 2, ["mesh.tensor=2"]),
+        (2, 2, ["mesh.fsdp=2", "mesh.tensor=2"]),
+    ],
+)
 def test_the_layout_changes_nothing_but_the_order_of_sums(
-    alone, backbone, tmp_path, processes, devices
+    alone, backbone, tmp_path, processes, devices, mesh
 ):
-    run = Run(backbone, tmp_path, processes, devices).complete()
+    run = Run(backbone, tmp_path, processes, devices, [mesh] * processes).complete()
     np.testing.assert_allclose(run.vectors, alone.vectors, atol=CLOSE)
     np.testing.assert_allclose(run.losses(), alone.losses(), atol=CLOSE)
     files = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert files == sorted(p.name for p in (alone.folder / "run").iterdir())
 
 
-def test_a_run_moves_to_another_number_of_processes(alone, backbone, tmp_path):
-    first = Run(backbone, tmp_path, 2, 1, steps=7).complete()
+@pytest.mark.parametrize("first", [(2, 1), (1, 1)])
+def test_a_run_moves_to_other_processes_and_devices(alone, backbone, tmp_path, first):
+    first = Run(backbone, tmp_path, *first, steps=7).complete()
     (tmp_path / "run" / "result.json").unlink()
-    again = Run(backbone, tmp_path, 1, 4).complete()
+    again = Run(backbone, tmp_path, 1, 4, [["mesh.fsdp=2"]]).complete()
     assert "going on from step 7" in (tmp_path / "err0").read_text()
     np.testing.assert_allclose(again.losses()[-2:], alone.losses()[-2:], atol=CLOSE)
     assert first.folder == again.folder

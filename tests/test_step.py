@@ -148,7 +148,7 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (2, 2, 1)])
 def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
     config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4)
     params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
@@ -156,10 +156,10 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
                        targets=np.minimum(e.targets, 59)) for e in examples(8)]  # fmt: skip
     batches = [[make_batch(rows), make_batch(rows[:4])]] * 3
     single, _ = run((config, params), batches, prompts(1))
-    mesh = parallel.make_mesh(MeshConfig(data=shape[0], model=shape[1]))
+    mesh = parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     rule = parallel.parameter_sharding(mesh)
     axes = t5.logical_axes(config)
-    if by_rows and shape[1] == 1:
+    if by_rows and shape[1:] == (1, 1):
         config = dataclasses.replace(config, rows_in_turn=True)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, rule(a)), params, axes)
     sharded, _ = run(
@@ -172,7 +172,7 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
 def test_devices_send_each_other_sums_of_the_prompts_alone(tiny):
     """All that leaves a device of the data axis: a gradient and three numbers for each prompt."""
     config, params = tiny
-    mesh = parallel.make_mesh(MeshConfig(data=4, model=1))
+    mesh = parallel.make_mesh(MeshConfig(data=4, tensor=1))
     optimizer, step = trainer(config, mesh=mesh)
     start = prompts(2)
     state = init_state(METHODS["prompt-tuning"], optimizer, params, start)
@@ -214,7 +214,7 @@ def test_dropout_is_a_function_of_seed_and_step(tiny):
 
 
 def test_meshes_that_cannot_be():
-    for config in (MeshConfig(data=3), MeshConfig(data=-1, model=-1), MeshConfig(data=0)):
+    for config in (MeshConfig(data=3), MeshConfig(data=-1, tensor=-1), MeshConfig(data=0)):
         with pytest.raises(UserError, match="[Mm]esh"):
             parallel.make_mesh(config)
     with pytest.raises(UserError, match="multiple of 4"):

@@ -52,25 +52,26 @@ class Model(NamedTuple):
         more: arguments that all rows share.
         """
         compiled = _compiled(self.mesh, function, config, tuple(settings.items()))
-        shared = self.params, prompts, *more
+        shared = prompts, *more
 
         def run(batch):
             batch = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
-            return compiled(shared, batch)
+            return compiled(self.params, shared, batch)
 
         return run
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(mesh, function, config, settings):
-    def of_rows(shared, batch):
-        params, prompts, *more = shared
+    def of_rows(params, shared, batch):
+        prompts, *more = shared
         rows = batch.inputs, batch.input_segments
         if function is generate.log_likelihood:
             rows += batch.targets, batch.target_segments
         return function(params, prompts, config, *rows, *more, **dict(settings))
 
-    return jax.jit(parallel.over_rows(of_rows, mesh))
+    axes = family.of(config).logical_axes(config)
+    return jax.jit(parallel.over_rows(of_rows, mesh, axes))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

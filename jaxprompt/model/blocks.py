@@ -51,9 +51,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
         c = self.config
-        wide = nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_ff)
+        width = c.d_model // parallel.parts()
+        wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
         activation = layers.ACTIVATIONS[c.activation]
-        project = functools.partial(layers.product, "bsd,df->bsf", mixed=c.mixed)
+        project = functools.partial(layers.project, "bsd,df->bsf", mixed=c.mixed)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
             # what the gate computes is cheaper to compute again than to keep
@@ -61,9 +62,9 @@ class Mlp(nn.Module):
             hidden = gate(project(x, wi_0), project(x, wi_1))
         else:
             hidden = activation(project(x, self.param("wi", *wide)))
-        hidden = Dropout(c.dropout)(hidden, deterministic)
-        wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, c.d_model))
-        return layers.product("bsf,fd->bsd", hidden, wo, c.mixed)
+        hidden = parallel.constrained(Dropout(c.dropout)(hidden, deterministic), None, "mlp")
+        wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
+        return layers.project("bsf,fd->bsd", hidden, wo, c.mixed)
 
 
 class TokenEmbedder(nn.Module):
@@ -75,7 +76,8 @@ class TokenEmbedder(nn.Module):
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
 
     def __call__(self, ids, bank):
-        return embed(ids, self.embedding.astype(self.config.activations), bank)
+        table = self.embedding.astype(self.config.activations)
+        return parallel.constrained(embed(ids, table, bank))
 
 
 def abstract(init: Callable[[Any, jax.Array], Any], config: Any, dtype: str) -> Any:

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprompt import parallel
+from jaxprompt.model.small_weights import dequantise
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -35,6 +38,50 @@ def product(
     Every index of an operand must occur in the other one or in the result.
     """
     return _mixed_product(spec, a, b) if mixed else jnp.einsum(spec, a, b.astype(a.dtype))
+
+
+def project(
+    spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], mixed: bool = False
+) -> Float[Array, "..."]:
+    """``product`` of activations with a weight: d is the model's dimension, n heads, f the MLP's.
+
+    A frozen weight of which this device has a part (``parallel.over_rows``), or which is stored in
+    fewer bits (``small_weights``), is made ready for the product, and again for the backward pass
+    instead of kept.
+    """
+    if parallel.parts() == 1 and isinstance(weight, jax.Array):
+        return product(spec, x, weight, mixed)
+    return _product_with_stored(spec, x, weight, mixed)
+
+
+_AXES = {"d": "embed", "n": "heads", "f": "mlp"}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product_with_stored(spec, x, stored, mixed):
+    return product(spec, x, _ready(spec, stored, x.dtype), mixed)
+
+
+def _ready(spec, stored, dtype):
+    if parallel.parts() > 1:
+        axes = [_AXES.get(letter) for letter in re.split(",|->", spec)[1]]
+        stored = parallel.whole(stored, axes)
+    return stored if isinstance(stored, jax.Array) else dequantise(stored, dtype)
+
+
+def _product_with_stored_forward(spec, x, stored, mixed):
+    return _product_with_stored(spec, x, stored, mixed), stored
+
+
+def _product_with_stored_backward(spec, mixed, stored, cotangent):
+    # unrolled, the compiler would else keep what the forward pass has made
+    stored, cotangent = jax.lax.optimization_barrier((stored, cotangent))
+    first, second, result = re.split(",|->", spec)
+    back = f"{result},{second}->{first}"
+    return product(back, cotangent, _ready(spec, stored, cotangent.dtype), mixed), None
+
+
+_product_with_stored.defvjp(_product_with_stored_forward, _product_with_stored_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,6 +133,7 @@ def head(
     with a transposed result, which the table's gradient would be.
     """
     spec = "btd,vd->btv" if tied else "btd,dv->btv"
+    table = table if isinstance(table, jax.Array) else dequantise(table, y.dtype)
     if mixed:
         return product(spec, y, table, mixed=True)
     return jnp.einsum(spec, y, table.astype(y.dtype), preferred_element_type=jnp.float32)
@@ -244,14 +292,14 @@ def attention_to(
     """
     batch, length, heads, _ = query.shape
     flat = lambda x: x.reshape(batch, length * heads, -1)
-    asked = flat(product("btnh,dnh->btnd", query, key_kernel, mixed))
+    asked = flat(project("btnh,dnh->btnd", query, key_kernel, mixed))
     logits = _scores("bqd,bsd->bqs", asked, encoded, mixed)
     logits = logits.reshape(batch, length, heads, -1) + mask.swapaxes(1, 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(encoded.dtype)
     weights = weights if keep is None else weights * keep.swapaxes(1, 2)
     found = product("bqs,bsd->bqd", flat(weights), encoded, mixed)
     found = found.reshape(batch, length, heads, -1)
-    return product("btnd,dnh->btnh", found, value_kernel, mixed)
+    return project("btnd,dnh->btnh", found, value_kernel, mixed)
 
 
 def shift_right(

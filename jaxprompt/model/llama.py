@@ -21,6 +21,7 @@ from jaxprompt.model import layers, llama_layers
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.llama_layers import Block, last_of_segment, ranks
+from jaxprompt.parallel import constrained, parts
 
 Params = dict[str, Any]
 
@@ -62,13 +63,13 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     def setup(self):
-        c = self.config
+        c, width = self.config, self.config.d_model // parts()
         normal = nn.initializers.normal(c.d_model**-0.5)
         narrow = (c.num_kv_heads, c.head_dim)
-        self.query = self.param("query", normal, (c.d_model, c.num_heads, c.head_dim))
-        self.key = self.param("key", normal, (c.d_model, *narrow))
-        self.value = self.param("value", normal, (c.d_model, *narrow))
-        self.out = self.param("out", normal, (c.num_heads, c.head_dim, c.d_model))
+        self.query = self.param("query", normal, (width, c.num_heads, c.head_dim))
+        self.key = self.param("key", normal, (width, *narrow))
+        self.value = self.param("value", normal, (width, *narrow))
+        self.out = self.param("out", normal, (c.num_heads, c.head_dim, width))
         if c.qkv_bias:
             zeros = nn.initializers.zeros
             self.query_bias = self.param("query_bias", zeros, (c.num_heads, c.head_dim))
@@ -76,7 +77,8 @@ class Attention(nn.Module):
             self.value_bias = self.param("value_bias", zeros, narrow)
 
     def _project(self, x, name):
-        y = layers.product("bsd,dnh->bsnh", x, getattr(self, name), self.config.mixed)
+        spec = "bsd,dnh->bsnh" if name == "query" else "bsd,dgh->bsgh"
+        y = layers.project(spec, x, getattr(self, name), self.config.mixed)
         if self.config.qkv_bias:
             y += getattr(self, f"{name}_bias").astype(y.dtype)
         return y
@@ -98,7 +100,7 @@ class Attention(nn.Module):
                 rows = KeysValues(rows.key[context.owners], rows.value[context.owners])
             blocks.insert(0, Block(*rows, context.prompt_mask))
         y = llama_layers.grouped_attention(query, blocks)
-        return layers.product("btnh,nhd->btd", y, self.out, self.config.mixed), (key, value)
+        return layers.project("btnh,nhd->btd", y, self.out, self.config.mixed), (key, value)
 
 
 class Layer(nn.Module):
@@ -112,7 +114,7 @@ class Layer(nn.Module):
     def __call__(self, x, past: Past, context: Context):
         y, written = self.attention(self.attention_norm(x), past, context)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x), True), KeysValues(*written)
+        return constrained(x + self.mlp(self.mlp_norm(x), True)), KeysValues(*written)
 
 
 class Llama(nn.Module):

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxprompt import parallel
 from jaxprompt.config import UserError
-from jaxprompt.model import family, hf, hub, llama_hf, t5x
+from jaxprompt.model import family, hf, hub, llama_hf, small_weights, t5x
 from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
@@ -35,7 +35,7 @@ Params = family.Params
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
 # parameters that are operands of products and nothing else
-_OPERANDS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
+OPERANDS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
 
 
 class Backbone(NamedTuple):
@@ -60,6 +60,7 @@ def load_backbone(
     attention: str = "causal",
     config: str | Path | None = None,
     trainable: bool = False,
+    weights: str | None = None,
 ) -> Backbone:
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
@@ -72,6 +73,7 @@ def load_backbone(
     are read as one).
     trainable: whether the weights will be trained, and are needed in full with "mixed" too; else
     those that are only ever operands are rounded here, once, and take half the memory.
+    weights: "int8", "int4" or "nf4": those operands in 8 or 4 bits, see small_weights.py.
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
     """
     name = str(name_or_path)
@@ -79,32 +81,68 @@ def load_backbone(
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
     found, tensors, leaves = _open(location, None if config is None else Path(config))
-    unrolled = not isinstance(found, LlamaConfig) if unroll is None else unroll
+    in_parts = mesh is not None and mesh.shape["fsdp"] > 1  # of which a loop holds one at a time
+    unrolled = unroll
+    if unroll is None:
+        unrolled = not (isinstance(found, LlamaConfig) or in_parts)
     settings = replace(found, dtype=dtype, unroll=unrolled, remat=remat)
     if isinstance(settings, T5Config):
         settings = replace(settings, rows_in_turn=parallel.whole_rows_on_cpu(mesh))
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)
+    if weights is not None:
+        _check_small(weights, trainable)
     place = None if mesh is None else parallel.parameter_sharding(mesh)
-    axes = {} if place is None else family.of(settings).logical_axes(settings)
+    axes = family.of(settings).logical_axes(settings)
+    if mesh is not None:
+        for leaf in leaves:
+            shape = _shape_of(leaf, sizes)
+            parallel.check_divides(mesh, _at(axes, leaf.path), shape, name)
     params: Params = {}
+    samples = {}
     for leaf in leaves:
         rule = None if place is None else place(_at(axes, leaf.path))
         *parents, last = leaf.path
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        rounded = rounded_at_load(last, settings, trainable)
+        small = weights is not None and last in OPERANDS
+        rounded = rounded_at_load(last, settings, trainable) and not small
         dtype = "bfloat16" if rounded else settings.activations
-        node[last] = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
+        array = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
+        if small:
+            samples[leaf.path] = array.shape, _sample([array])[0]
+            array = _small(array, _at(axes, leaf.path), str(weights), mesh)
+        node[last] = array
     path = name if location.startswith("gs://") else Path(location)
-    return Backbone(settings, params, name, fingerprint(params), path, mesh)
+    return Backbone(settings, params, name, fingerprint(params, samples), path, mesh)
 
 
 def rounded_at_load(name: str, config: family.Config, trainable: bool) -> bool:
     """Whether a parameter of that name is kept in bfloat16 although activations are float32."""
-    return config.mixed and not trainable and name in _OPERANDS
+    return config.mixed and not trainable and name in OPERANDS
+
+
+def _check_small(weights: str, trainable: bool) -> None:
+    if weights not in small_weights.BITS:
+        known = ", ".join(small_weights.BITS)
+        raise UserError(f"weights {weights!r} is not supported, use one of {known}")
+    if trainable:
+        raise UserError(
+            f"model.weights is {weights!r}, and the weights are to be trained; leave the key out"
+        )
+    small_weights.check_installed()
+
+
+def _small(array: jax.Array, axes: tuple[str, ...], kind: str, mesh: Mesh | None) -> Any:
+    parts = 1 if mesh is None else mesh.shape["fsdp"]
+    quantise = functools.partial(small_weights.quantise, axes=axes, kind=kind, parts=parts)
+    if mesh is None:
+        return jax.jit(quantise)(array)
+    place = lambda x: parallel.part_sharding(mesh, x.shape, axes)
+    shardings = jax.tree.map(place, jax.eval_shape(quantise, array))
+    return jax.jit(quantise, out_shardings=shardings)(array)
 
 
 def open_config(name: str) -> family.Config:
@@ -193,6 +231,11 @@ def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return tree
 
 
+def _shape_of(leaf: Leaf, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    here = layer_sizes(leaf, sizes)
+    return tuple(here[letter] for letter in leaf.axes)
+
+
 def _load_leaf(
     leaf: Leaf,
     tensors: Mapping[str, Tensor],
@@ -200,8 +243,7 @@ def _load_leaf(
     dtype: np.dtype,
     sharding: jax.sharding.NamedSharding | None,
 ) -> jax.Array:
-    here = layer_sizes(leaf, sizes)
-    shape = tuple(here[letter] for letter in leaf.axes)
+    shape = _shape_of(leaf, sizes)
 
     def read(index: Index) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
@@ -230,18 +272,21 @@ def _aligned(shape: list[int], dtype: np.dtype, to: int = 64) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def fingerprint(params: Params) -> str:
+def fingerprint(params: Params, samples: Mapping[tuple[str, ...], Any] | None = None) -> str:
     """16 hex digits that tell backbones apart, whatever file format and dtype they came from.
 
     SHA-256 over path, shape and at most 4096 evenly strided values of each leaf, rounded to
     bfloat16: constant work a leaf, also where leaves are sharded over devices.
+    samples: shape and those values of leaves, by path, that are quantised by now.
     """
     digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    samples = _sample([leaf for _, leaf in leaves])
-    for (path, leaf), sample in zip(leaves, samples, strict=True):
-        name = "/".join(str(key.key) for key in path)
-        digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
+    known = samples or {}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, lambda x: not isinstance(x, dict))
+    paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
+    taken = iter(_sample([x for p, (_, x) in zip(paths, leaves, strict=True) if p not in known]))
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        shape, sample = known[path] if path in known else (tuple(leaf.shape), next(taken))
+        digest.update(f"{'/'.join(path)} {tuple(shape)}\n".encode())
         digest.update(np.ascontiguousarray(sample).view(np.uint16).astype("<u2").tobytes())
     return digest.hexdigest()[:16]
 

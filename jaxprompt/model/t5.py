@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt.model import layers
 from jaxprompt.model.blocks import Dropout, Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.t5_config import T5Config
+from jaxprompt.parallel import constrained, parts
 
 Params = dict[str, Any]
 
@@ -25,8 +26,8 @@ class Attention(nn.Module):
     config: T5Config
 
     def setup(self):
-        c = self.config
-        into, out = (c.d_model, c.num_heads, c.head_dim), (c.num_heads, c.head_dim, c.d_model)
+        c, width = self.config, self.config.d_model // parts()
+        into, out = (width, c.num_heads, c.head_dim), (c.num_heads, c.head_dim, width)
         normal = nn.initializers.normal
         self.query = self.param("query", normal((c.d_model * c.head_dim) ** -0.5), into)
         self.key = self.param("key", normal(c.d_model**-0.5), into)
@@ -38,7 +39,8 @@ class Attention(nn.Module):
         return self._project(x, self.key), self._project(x, self.value)
 
     def _project(self, x, kernel):
-        return layers.product("bsd,dnh->bsnh", x, kernel, self.config.mixed)
+        found = layers.project("bsd,dnh->bsnh", x, kernel, self.config.mixed)
+        return constrained(found, None, "heads", None)
 
     def mix(self, x, key, value, bias, mask, deterministic):
         c, query = self.config, self._project(x, self.query)
@@ -46,7 +48,7 @@ class Attention(nn.Module):
         y = layers.attention(
             query, key, value, bias, mask, keep, mixed=c.mixed, in_turn=c.rows_in_turn
         )
-        return layers.product("btnh,nhd->btd", y, self.out, c.mixed)
+        return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
 
     def mix_with(self, x, encoded, mask, deterministic):
         """The same to what is encoded, without keys and values where that is less work."""
@@ -55,7 +57,7 @@ class Attention(nn.Module):
         query, mixed = self._project(x, self.query), self.config.mixed
         keep = self._keep(x.shape[0], encoded.shape[1], x.dtype, deterministic)
         y = layers.attention_to(query, self.key, self.value, encoded, mask, keep, mixed=mixed)
-        return layers.product("btnh,nhd->btd", y, self.out, mixed)
+        return layers.project("btnh,nhd->btd", y, self.out, mixed)
 
     def _keep(self, rows, keys, dtype, deterministic):
         """What dropout multiplies weights with: one draw a key, for all queries, as in T5X."""
@@ -116,7 +118,7 @@ class EncoderLayer(nn.Module):
         key, value = self.attention.keys_values(y)
         y = self.attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic)), None
+        return constrained(x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))), None
 
 
 class DecoderLayer(nn.Module):
@@ -152,7 +154,8 @@ class DecoderLayer(nn.Module):
             y = attend.mix(y, *known, None, shared.cross_mask, self.deterministic)
         x = x + self.dropout(y)
         written = None if cache is None else (key, value)
-        return x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic)), written
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))
+        return constrained(x), written
 
 
 class Stack(nn.Module):
@@ -166,8 +169,7 @@ class Stack(nn.Module):
     def setup(self):
         c = self.config
         inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
-        scanned = stacked(self.layer, c, self.depth, inputs)
-        self.layers = scanned(c, self.deterministic)
+        self.layers = stacked(self.layer, c, self.depth, inputs)(c, self.deterministic)
         self.final_norm = Norm(c.norm_eps)
         self.dropout = Dropout(c.dropout, self.deterministic)
         if not c.per_layer_bias:
@@ -199,8 +201,7 @@ class T5(nn.Module):
 
     def encode(self, inputs, segments, bank):
         offsets = jnp.arange(inputs.shape[1])
-        mask = layers.additive(layers.segment_mask(segments, segments))
-        shared = Shared(offsets, offsets, mask)
+        shared = Shared(offsets, offsets, layers.additive(layers.segment_mask(segments, segments)))
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
     def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
@@ -311,12 +312,11 @@ def init_cache(
     """
     kernels = params["decoder"]["layers"]["cross_attention"]
     cross_key, cross_value = (
-        layers.product("bsd,ldnh->lbsnh", encoded, kernels[name], config.mixed)
+        layers.project("bsd,ldnh->lbsnh", encoded, kernels[name], config.mixed)
         for name in ("key", "value")
     )
     depth, batch = config.num_decoder_layers, encoded.shape[0]
-    shape = (depth, batch, length, config.num_heads, config.head_dim)
-    empty = jnp.zeros(shape, encoded.dtype)
+    empty = jnp.zeros((depth, batch, length, config.num_heads, config.head_dim), encoded.dtype)
     return LayerCache(empty, empty, cross_key, cross_value)
 
 

@@ -33,6 +33,27 @@ def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
     return {"kept": kept + bias, "in_work": max(in_work, head)}
 
 
+def depth(shape: T5Config) -> int:
+    """Layers in all."""
+    return shape.num_encoder_layers + shape.num_decoder_layers
+
+
+def shared(shape: T5Config, work: Work, ways: int) -> int:
+    """Bytes that a device receives for a part of a batch where ``ways`` share heads and MLP.
+
+    What is looked up and what each of an attention and an MLP puts out is summed around a ring,
+    again where that is rematerialised; backward, the gradient of what each of its products reads.
+    """
+    size = 2 if shape.dtype == "bfloat16" else 4
+    again, mlp = 2 if shape.remat else 1, 2 if shape.gated else 1
+    encoder = shape.num_encoder_layers * work.inputs * (2 * again + 3 + mlp)
+    # of the inputs, cross-attention's queries alone
+    decoder = shape.num_decoder_layers * work.targets * (3 * again + 4 + mlp)
+    lookup = work.inputs + work.targets
+    summed = (encoder + decoder + lookup) * work.rows * shape.d_model * size
+    return summed * 2 * (ways - 1) // ways
+
+
 def flops(config: T5Config, rows: int, inputs: int, targets: int) -> dict[str, float]:
     """Floating-point operations of a step of prompt tuning by part, forward and backward.
 

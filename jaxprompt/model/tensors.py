@@ -126,6 +126,9 @@ def layer_sizes(leaf: Leaf, sizes: Mapping[str, int]) -> dict[str, int]:
     return {**sizes, "L": sizes.get(leaf.path[0], 0)}
 
 
+_AT_A_TIME = 2**25  # bytes of a tensor that is not in a layer
+
+
 def fill(
     leaf: Leaf,
     tensors: Mapping[str, Tensor],
@@ -133,12 +136,28 @@ def fill(
     index: Index,
     out: np.ndarray,
 ) -> None:
-    """Read ``leaf[index]`` into ``out``, casting to its dtype, one tensor of the file at a time."""
+    """Read ``leaf[index]`` into ``out``, casting to its dtype, a tensor of the file at a time.
+
+    Of a large tensor that is not in a layer, the embedding, some rows at a time: where a device has
+    a part of each row, all of them pass through memory.
+    """
     sizes = layer_sizes(leaf, sizes)
     stacked_here = leaf.axes[0] == "L" and not any("L" in p.axes for p in leaf.pieces)
     if not stacked_here:
         (piece,) = leaf.pieces
-        out[...] = _read(piece, tensors[piece.name], leaf.axes, sizes, index)
+        tensor, first = tensors[piece.name], piece.axes.split()[0]
+        if len(first) > 1:
+            out[...] = _read(piece, tensor, leaf.axes, sizes, index)
+            return
+        axis = leaf.axes.index(first)
+        start, stop, _ = index[axis].indices(sizes[first])
+        a_row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        some = max(_AT_A_TIME // max(a_row, 1), 1)
+        for begin in range(start, stop, some):
+            end = min(begin + some, stop)
+            part = (*index[:axis], slice(begin, end), *index[axis + 1 :])
+            here = (*[slice(None)] * axis, slice(begin - start, end - start))
+            out[here] = _read(piece, tensor, leaf.axes, sizes, part)
         return
     start, stop, _ = index[0].indices(sizes["L"])
     for row, layer in enumerate(range(start, stop)):

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprompt import parallel
 from jaxprompt.config import PromptConfig, UserError
 
 Rows = Float[np.ndarray, "P D"]
@@ -67,7 +67,7 @@ def initial_prompt(
 
 def lookup(table: Float[Array, "V D"], ids: Sequence[int] | np.ndarray) -> Rows:
     """Rows of the table as float32 on the host, without copying the table."""
-    return np.asarray(jax.device_get(table[np.asarray(ids, np.int32)])).astype(np.float32)
+    return np.asarray(parallel.fetch(table[np.asarray(ids, np.int32)])).astype(np.float32)
 
 
 def resized(rows: Rows, length: int, width: int, config: PromptConfig) -> Rows:

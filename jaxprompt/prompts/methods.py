@@ -33,6 +33,7 @@ class Method(NamedTuple):
     apply: Callable[[Tree, Params], tuple[Params, Float[Array, "K P D"] | None]]
     rows: Callable[[PromptConfig], int] = lambda config: config.length
     uses_prompt: bool = True
+    frozen: bool = True  # params are the model's, not the tree
 
 
 def _tune_prompt(params: Params, start, config: PromptConfig, seed: int) -> Tree:
@@ -100,7 +101,7 @@ def _use_both(tree: Tree, params: Params) -> tuple[Params, Array | None]:
 
 # pre-training: the backbone and, where the mixture has them, virtual tokens. Not among METHODS: its
 # result is a backbone, not something tuned on one
-PRETRAINING = Method(_train_both, _use_both)
+PRETRAINING = Method(_train_both, _use_both, frozen=False)
 
 METHODS = {
     # Lester et al. 2021: the prompt is the only trainable thing
@@ -122,5 +123,6 @@ METHODS = {
         lambda tree, params: (jax.tree.map(lambda x: x[0], tree), None),
         rows=lambda config: 0,
         uses_prompt=False,
+        frozen=False,
     ),
 }

@@ -26,7 +26,8 @@ FREE = {
     "train.keep",
     "train.eval_batch_size",
     "mesh.data",
-    "mesh.model",
+    "mesh.fsdp",
+    "mesh.tensor",
 }
 
 

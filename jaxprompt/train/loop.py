@@ -94,6 +94,7 @@ def _train(
     backbone = load_backbone(
         config.backbone,
         dtype=config.model.dtype,
+        weights=config.model.weights,
         mesh=mesh,
         dropout=config.model.dropout,
         unroll=config.model.unroll,
@@ -354,7 +355,7 @@ CPU_POSITIONS, POSITIONS = 1280, 32_768
 
 def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh, prompts: int) -> int:
     """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
-    devices, batch_size = mesh.shape["data"], config.train.batch_size * prompts
+    devices, batch_size = parallel.ways(mesh), config.train.batch_size * prompts
     if config.train.micro_batch is None:
         positions = CPU_POSITIONS if jax.default_backend() == "cpu" else POSITIONS
         lengths = np.array([len(e.inputs) for e in examples])

@@ -4,6 +4,7 @@ Nothing is allocated or compiled. Bytes of weights are exact; those of activatio
 ``model/t5_cost.py``.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, UserError
 from jaxprompt.data.pipeline import round_target_length
 from jaxprompt.data.tasks import resolve_task
-from jaxprompt.model import family
-from jaxprompt.model.load import open_config, rounded_at_load
+from jaxprompt.model import family, small_weights
+from jaxprompt.model.load import OPERANDS, open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.loop import CPU_POSITIONS, POSITIONS
@@ -26,6 +27,7 @@ from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state
 
 GIB = 2**30
+USABLE = 0.9  # share of a device's memory; the rest is for its runtime and for gaps
 
 
 class Device(NamedTuple):
@@ -34,66 +36,99 @@ class Device(NamedTuple):
     tflops: float  # in bfloat16, dense
     bandwidth: float  # GB/s of its memory
     memory: float  # GiB
+    link: float  # GB/s that it receives from others of a slice or a server
 
 
-# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; NVIDIA's sheets of A100 80GB, H100 and H200 SXM
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; NVIDIA's sheets of A100 80GB, H100 and H200 SXM.
+# Links: half of what is given for both directions; v4: all-reduce of a pod, by its chips
 DEVICES = {
-    "tpu-v4": Device(275, 1200, 32),
-    "tpu-v5e": Device(197, 819, 16),
-    "tpu-v5p": Device(459, 2765, 95),
-    "tpu-v6e": Device(918, 1640, 32),
-    "a100": Device(312, 2039, 80),
-    "h100": Device(989, 3350, 80),
-    "h200": Device(989, 4800, 141),
+    "tpu-v4": Device(275, 1200, 32, 268),
+    "tpu-v5e": Device(197, 819, 16, 200),
+    "tpu-v5p": Device(459, 2765, 95, 600),
+    "tpu-v6e": Device(918, 1640, 32, 400),
+    "a100": Device(312, 2039, 80, 300),
+    "h100": Device(989, 3350, 80, 450),
+    "h200": Device(989, 4800, 141, 450),
 }
 
 
 class Layout(NamedTuple):
-    """How a step is spread: rows over ``data``, heads, MLP and vocabulary over ``model``."""
+    """How a step is spread, see ``parallel.make_mesh``."""
 
     data: int
-    model: int
+    fsdp: int
+    tensor: int
     remat: bool
 
+    @property
+    def ways(self) -> int:
+        """Devices that share a batch's rows."""
+        return self.data * self.fsdp
 
-def layouts(devices: int, batch_size: int, axes: dict[str, int]) -> Iterator[Layout]:
-    """All that are possible, cheapest first.
 
-    Fewer devices on ``model`` send each other less, and remat computes the forward pass twice.
-    """
-    for remat in (False, True):
-        for model in range(1, devices + 1):
-            data = devices // model
-            fits = data * model == devices and batch_size % data == 0
-            if fits and all(size % model == 0 for size in axes.values()):
-                yield Layout(data, model, remat)
+def layouts(
+    devices: int, batch_size: int, widths: dict[str, int], d_model: int
+) -> Iterator[Layout]:
+    """All that are possible: rows, ``widths`` and the model's width must divide."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for tensor, fsdp in itertools.product(divisors, divisors):
+        data = devices // (tensor * fsdp)
+        if data * fsdp * tensor != devices or batch_size % (data * fsdp) or d_model % fsdp:
+            continue
+        if all(size % tensor == 0 for size in widths.values()):
+            yield from (Layout(data, fsdp, tensor, remat) for remat in (False, True))
 
 
 def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: bool) -> Work:
     """Rows of the longest length that a device holds at a time, as the loop cuts batches."""
-    rows = config.train.batch_size * len(config.members()) // layout.data
+    rows = config.train.batch_size * len(config.members()) // layout.ways
     some = rows
     if config.train.micro_batch is not None:
-        some = max(config.train.micro_batch // layout.data, 1)
+        some = max(config.train.micro_batch // layout.ways, 1)
     elif rows * inputs > (most := CPU_POSITIONS if cpu else POSITIONS):
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
         some = max(fitting, default=1)
     return Work(some, rows // some, inputs, targets)
 
 
-def weights(shape: family.Config, layout: Layout, trainable: bool) -> int:
+class Weights(NamedTuple):
     """Bytes of the frozen weights on a device."""
-    model = family.of(shape)
-    found = 0
-    params, axes = model.abstract_params(shape), model.logical_axes(shape)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-    for (path, leaf), named in zip(leaves, names, strict=True):
-        cut = layout.model if any(parallel.RULES.get(str(name)) for name in named) else 1
-        rounded = rounded_at_load(path[-1].key, shape, trainable)
-        size = 2 if rounded or shape.activations == "bfloat16" else 4
-        found += math.prod(leaf.shape) * size // cut
-    return found
+
+    layers: int
+    others: int  # embedding and head
+
+    @classmethod
+    def of(cls, shape: family.Config, layout: Layout, small: str | None = None) -> "Weights":
+        """Those of a model on a layout's devices; ``small``: ``model.weights`` of the config."""
+        found = {True: 0, False: 0}
+        model = family.of(shape)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params(shape))
+        names = jax.tree.leaves(model.logical_axes(shape), is_leaf=lambda x: isinstance(x, tuple))
+        for (path, leaf), named in zip(leaves, names, strict=True):
+            axes = {parallel.RULES.get(str(name)) for name in named}
+            cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
+            size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
+            size = 2 if shape.activations == "bfloat16" else size
+            if small is not None and path[-1].key in OPERANDS:
+                size = small_weights.bytes_each(small, named, leaf.shape)
+            found[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
+        return cls(found[True], found[False])
+
+
+def needs(
+    shape: family.Config, work: Work, layout: Layout, small: str | None = None
+) -> tuple[dict[str, int], int]:
+    """Bytes that a device holds, by part, and that it receives in a step beside the prompts'."""
+    cost, held = family.cost(shape), Weights.of(shape, layout, small)
+    parts = {"weights": sum(held), **cost.activations(shape, work, layout.tensor)}
+    gathered = 0
+    if layout.fsdp > 1:
+        # in one piece are the head, and a layer while the next one is on its way
+        parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(shape)
+        parts["in_work"] += held.others * layout.fsdp // (1 if shape.tied else 2)
+        # each layer is put together forward and backward
+        gathered = (2 * held.layers + held.others) * (layout.fsdp - 1)
+    return parts, work.parts * (gathered + cost.shared(shape, work, layout.tensor))
 
 
 def plan_of(
@@ -112,7 +147,7 @@ def plan_of(
     """
     if kind != "cpu" and kind not in DEVICES:
         raise UserError(f"--kind is {kind!r}; known are cpu, {', '.join(DEVICES)}.")
-    cpu, device = kind == "cpu", DEVICES.get(kind, Device(0, 0, _memory_here()))
+    cpu, device = kind == "cpu", DEVICES.get(kind, Device(0, 0, _memory_here(), 0))
     limit = device.memory if memory is None else memory
     task = resolve_task(config.task)
     shape = open_config(config.backbone)
@@ -125,44 +160,52 @@ def plan_of(
             "on T5; measure a run of a few steps instead."
         )
     shape = replace(shape, dtype=config.model.dtype)
-    axes = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
+    widths = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
     batch = config.train.batch_size
-    rows = []
-    for layout in layouts(devices, batch, axes):
-        own = replace(shape, remat=layout.remat, rows_in_turn=cpu and layout.model == 1)
+    counted = cost.flops(shape, batch * len(config.members()), inputs, targets)
+    rows, state = [], state_bytes(config, shape)
+    for layout in layouts(devices, batch, widths, shape.d_model):
+        own = replace(shape, remat=layout.remat, rows_in_turn=cpu and layout.tensor == 1)
         work = work_of(config, layout, inputs, targets, cpu)
-        parts = {
-            "weights": weights(own, layout, trainable=False),
-            "state": state_bytes(config, own),
-        }
-        parts |= cost.activations(own, work, layout.model)
+        held, sent = needs(own, work, layout, config.model.weights)
+        parts = {"weights": held.pop("weights"), "state": state, **held}
         total = sum(parts.values())
+        times = {}
+        if not cpu:
+            operations = sum(counted.values()) * (4 / 3 if layout.remat else 1)
+            times = {
+                "arithmetic": operations / devices / (device.tflops * 1e12),
+                "reading weights": 2 * work.parts * parts["weights"] * layout.fsdp
+                / (device.bandwidth * 1e9),
+                "what devices send": sent / (device.link * 1e9),
+            }  # fmt: skip
         rows.append({
-            "data": layout.data, "model": layout.model, "remat": layout.remat,
-            "rows at a time": work.rows, "parts": work.parts, **parts, "total": total,
-            "fits": total <= limit * GIB,
+            **layout._asdict(), "rows at a time": work.rows, "parts": work.parts, **parts,
+            "total": total, "fits": total <= limit * GIB * USABLE, "sent": sent, "seconds": times,
         })  # fmt: skip
     if not rows:
         raise UserError(
             f"{devices} devices divide neither train.batch_size, {batch}, nor heads, MLP and "
-            f"vocabulary ({axes}); choose another number of devices, or another batch size."
+            f"vocabulary ({widths}); choose another number of devices, or another batch size."
         )
+    # cheapest first: where nothing overlaps, and of those that take as long, the simplest
+    rows.sort(
+        key=lambda row: (
+            sum(row["seconds"].values()), row["remat"], row["sent"], row["tensor"], row["fsdp"]
+        )
+    )  # fmt: skip
     best = next((row for row in rows if row["fits"]), None)
-    counted = cost.flops(shape, batch * len(config.members()), inputs, targets)
     report = {
         "backbone": config.backbone, "devices": devices, "kind": kind, "memory_gib": limit,
         "inputs": inputs, "targets": targets, "flops": counted, "layouts": rows, "best": best,
     }  # fmt: skip
     if best is not None and not cpu:
-        operations = sum(counted.values()) * (4 / 3 if best["remat"] else 1)
-        compute = operations / devices / (device.tflops * 1e12)
-        reading = 2 * best["parts"] * best["weights"] / (device.bandwidth * 1e9)
-        report["floor_seconds"] = max(compute, reading)
-        report["bound_by"] = "arithmetic" if compute > reading else "reading weights"
+        report["bound_by"] = max(best["seconds"], key=best["seconds"].get)
+        report["floor_seconds"] = best["seconds"][report["bound_by"]]
     if best is not None:
         report["overrides"] = [
-            f"mesh.data={best['data']}", f"mesh.model={best['model']}",
-            f"model.remat={str(best['remat']).lower()}",
+            f"mesh.data={best['data']}", f"mesh.fsdp={best['fsdp']}",
+            f"mesh.tensor={best['tensor']}", f"model.remat={str(best['remat']).lower()}",
         ]  # fmt: skip
     return report
 

@@ -104,13 +104,13 @@ def make_train_step(
 
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
     add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
-    compiled once. With a ``mesh``, each device of its ``data`` axis takes its own rows, and they
-    send each other nothing but these sums. Dropout keys are a pure function of seed, step and the
-    micro-batch's number, so a resumed run needs no random state.
+    compiled once. With a ``mesh``, each device of its ``data`` and ``fsdp`` axes takes rows of its
+    own, and they add up nothing but these sums. Dropout keys are a pure function of seed, step and
+    the micro-batch's number, so a resumed run needs no random state.
     """
 
-    def sums_of_rows(shared, batch):
-        tree, step, params, number = shared
+    def sums_of_rows(params, shared, batch):
+        tree, step, number = shared
         key = None
         if config.dropout > 0:
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -125,10 +125,11 @@ def make_train_step(
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
         return sums._replace(gradient=gradient)
 
-    everywhere = parallel.over_rows(sums_of_rows, mesh, summed=True)
+    axes = family.of(config).logical_axes(config) if method.frozen else None
+    everywhere = parallel.over_rows(sums_of_rows, mesh, axes, summed=True)
 
     def sums_of(tree, step, params, batch, number):
-        return everywhere((tree, step, params, number), batch)
+        return everywhere(params, (tree, step, number), batch)
 
     def finish(state, sums):
         gradient, losses = sums.means()

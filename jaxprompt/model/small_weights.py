@@ -1,0 +1,77 @@
+"""Frozen weights in 8 or 4 bits, dequantised where a product uses them (qwix does the arithmetic).
+
+A weight is a ``qwix.QArray``: integers and the scales that they are multiplied with. int8 has one
+scale an output of the product, int4 and nf4 (Dettmers et al. 2023, arXiv 2305.14314) one for each
+32 inputs of an output.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprompt.config import UserError
+
+GROUP = 32
+BITS = {"int8": 8, "int4": 4, "nf4": 4}
+
+
+def check_installed() -> None:
+    """Raise UserError where qwix is missing."""
+    try:
+        importlib.import_module("qwix")
+    except ImportError as error:
+        raise UserError(
+            "model.weights needs the package qwix; install it with pip install 'jaxprompt[small]'"
+        ) from error
+
+
+def quantise(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1) -> Any:
+    """A weight of a product, of these logical axes, as a QArray of ``kind``.
+
+    parts: into which the model's dimension will be cut, between two groups. Raises UserError where
+    that cannot be.
+    """
+    import qwix
+
+    inputs = _inputs(axes)
+    groups = {}
+    if kind != "int8":
+        last = inputs[-1]
+        size = math.gcd(weight.shape[last], GROUP)
+        if axes[last] == "embed" and parts > 1:
+            own = weight.shape[last] // parts
+            if own % size or own == size:
+                raise UserError(
+                    f"model.weights is {kind!r}, whose groups of {size} mesh.fsdp, {parts}, would "
+                    "cut; use a smaller mesh.fsdp, or int8."
+                )
+        groups, inputs = {last: size}, inputs[-1:]
+    outputs = [i for i in range(len(axes)) if i not in inputs]
+    return qwix.quantize(
+        weight, kind, channelwise_axes=outputs, tiled_axes=groups, scale_dtype=jnp.float32
+    )
+
+
+def bytes_each(kind: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> float:
+    """Bytes of a number of a weight, and of its share of a float32 scale."""
+    inputs = [shape[i] for i in _inputs(axes)]
+    shared = math.prod(inputs) if kind == "int8" else math.gcd(inputs[-1], GROUP)
+    return BITS[kind] / 8 + 4 / shared
+
+
+def dequantise(stored: Any, dtype: Any) -> jax.Array:
+    """The weight that a QArray stands for."""
+    import qwix
+
+    return qwix.dequantize(stored).astype(dtype)
+
+
+def _inputs(axes: tuple[str, ...]) -> list[int]:
+    """Axes that a product sums over; they come first, after that of the layers."""
+    first = 1 if axes[0] == "layers" else 0
+    if axes[first] == "embed":
+        return [first]
+    return list(range(first, len(axes) - 1))

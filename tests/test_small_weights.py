@@ -1,0 +1,137 @@
+"""Frozen weights in 8 and 4 bits: errors within a step of theirs, the same on any mesh."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import make_backbone
+from test_step import P, V, examples, make_batch, run
+
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, UserError
+from jaxprompt.model import layers, small_weights, t5
+from jaxprompt.model.load import load_backbone
+from jaxprompt.model.work import Work
+from jaxprompt.train import plan
+
+CONFIG = t5.T5Config(
+    vocab_size=64, d_model=64, num_heads=4, head_dim=32, d_ff=64,
+    num_encoder_layers=2, num_decoder_layers=2,
+)  # fmt: skip
+AXES = {
+    "query": ("layers", "embed", "heads", "kv"), "out": ("heads", "kv", "embed"),
+    "wo": ("mlp", "embed"), "head": ("embed", "vocab"),
+}  # fmt: skip
+SHAPE = {"layers": 2, "embed": 64, "heads": 3, "kv": 32, "mlp": 96, "vocab": 50}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "wide", config=CONFIG)
+
+
+@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize(("kind", "steps"), [("int8", 127), ("int4", 7)])
+def test_a_number_is_off_by_half_a_step_of_its_own_scale(name, kind, steps):
+    axes = AXES[name]
+    shape = [SHAPE[axis] for axis in axes]
+    weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    stored = small_weights.quantise(jnp.asarray(weight), axes, kind)
+    found = np.asarray(small_weights.dequantise(stored, jnp.float32))
+    inputs = small_weights._inputs(axes)
+    if kind == "int8":
+        largest = np.abs(weight).max(axis=tuple(inputs), keepdims=True)
+    else:
+        groups = [n for i, n in enumerate(shape) if i < inputs[-1]] + [-1, 32]
+        groups += shape[inputs[-1] + 1 :]
+        parts = np.abs(weight).reshape(groups).max(axis=inputs[-1] + 1, keepdims=True)
+        largest = np.broadcast_to(parts, weight.reshape(groups).shape).reshape(shape)
+    assert (np.abs(found - weight) <= largest / steps * 0.501).all()
+    size = sum(x.size for x in jax.tree.leaves(stored)[1:]) * 4 + weight.size * (
+        small_weights.BITS[kind] / 8
+    )
+    assert size == small_weights.bytes_each(kind, axes, tuple(shape)) * weight.size
+
+
+@pytest.mark.parametrize("kind", small_weights.BITS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(64, 3, 32)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32)
+    stored = small_weights.quantise(weight, ("embed", "heads", "kv"), kind)
+    plain = small_weights.dequantise(stored, jnp.float32)
+
+    def loss(x, weight):
+        return jnp.sum(jnp.sin(layers.project("bsd,dnh->bsnh", x, weight, mixed)))
+
+    for one, other in zip(
+        jax.value_and_grad(loss)(x, stored), jax.value_and_grad(loss)(x, plain), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("int8", (2, 2, 1)), ("int8", (1, 2, 2)), ("int4", (2, 1, 2)), ("nf4", (2, 1, 1))],
+)
+def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, kind, mesh):
+    plain, small = load_backbone(str(folder)), load_backbone(str(folder), weights=kind)
+    placed = load_backbone(str(folder), weights=kind, mesh=mesh_of(*mesh))
+    assert plain.fingerprint == small.fingerprint == placed.fingerprint
+    layer = small.params["encoder"]["layers"]["attention"]
+    assert not any(isinstance(leaf, jax.Array) for leaf in layer.values())
+    rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs + 64 - V, e.inputs))
+            for e in examples(8)]  # fmt: skip
+    start = np.random.default_rng(2).normal(size=(1, P, 64)).astype(np.float32)
+    batches = [[make_batch(rows)]] * 2
+    alone, losses = run((small.config, small.params), batches, start)
+    spread, _ = run(
+        (placed.config, placed.params), batches, start, mesh=placed.mesh,
+        put=lambda batch: parallel.put_batch(batch, placed.mesh),
+    )  # fmt: skip
+    np.testing.assert_allclose(alone.tree["prompt"], spread.tree["prompt"], atol=1e-5)
+    exact, other = run((plain.config, plain.params), batches, start)
+    assert 0 < abs(float(losses.loss[0] - other.loss[0])) < 0.3
+
+
+def mesh_of(data, fsdp, tensor):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return parallel.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weights": "int3"}, "weights 'int3' is not supported, use one of int8, int4, nf4"),
+        ({"weights": "int8", "trainable": True}, "the weights are to be trained"),
+        ({"weights": "int4", "mesh": (1, 2, 1)}, "groups of 32 mesh.fsdp, 2, would cut"),
+    ],
+)
+def test_what_cannot_be_stored_so_is_told(folder, settings, words):
+    if "mesh" in settings:
+        settings = settings | {"mesh": mesh_of(*settings["mesh"])}
+    with pytest.raises(UserError, match=words):
+        load_backbone(str(folder), **settings)
+
+
+def test_without_qwix_a_sentence_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxprompt\[small\]'"):
+        load_backbone(str(folder), weights="int8")
+
+
+@pytest.mark.parametrize("kind", small_weights.BITS)
+def test_plan_counts_their_bytes(folder, kind):
+    config = load_backbone(str(folder)).config
+    parts, _ = plan.needs(config, Work(2, 1, 8, 4), plan.Layout(1, 1, 1, False), kind)
+    params = load_backbone(str(folder), weights=kind).params
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
+    plain = sum(x.nbytes for x in leaves if isinstance(x, jax.Array))
+    small = [x for x in leaves if not isinstance(x, jax.Array)]
+    bits = small_weights.BITS[kind]
+    assert parts["weights"] == plain + sum(
+        x.qvalue.size * bits // 8 + x.scale.nbytes for x in small
+    )
