@@ -136,7 +136,7 @@ def test_saved_and_loaded_again_it_stays_as_it_is(folder, stored, tmp_path):
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "embed", "mlp", "kv", "layers"])
 def test_sharded_loading_equals_plain_loading(folder, axis, monkeypatch):
-    monkeypatch.setattr(parallel, "RULES", {axis: "model"})
+    monkeypatch.setattr(parallel, "RULES", {axis: "tensor"})
     mesh = parallel.make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
     expected, found = load_backbone(str(folder)), load_backbone(str(folder), mesh=mesh)
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params, expected.params))

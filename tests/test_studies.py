@@ -331,6 +331,47 @@ def test_the_shipped_results_are_read_by_the_report(tmp_path):
     assert "0.605 ± 0.002" in write_report(tmp_path).read_text()
 
 
+BOTH = {"builtin-small": "builtin-small", "builtin": "builtin"}
+
+
+def cells_with(cells, scores):
+    return {c.key: {"test": x} for c, x in zip(cells, scores, strict=True)}
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(0.1, "holds"), (0.3, "does not hold")])
+def test_whether_prompts_come_closer_with_size(above, verdict):
+    plan = make_plan("scale", backbones=BOTH, tasks=["supersense"], seeds=2)
+    found = {}
+    for name, gap in (("builtin-small", 0.2), ("builtin", above)):
+        found |= cells_with(plan.full("supersense", backbone=name), [0.9, 0.902])
+        found |= cells_with(plan.prompts("supersense", backbone=name), [0.9 - gap, 0.902 - gap])
+    (told,) = STUDIES["scale"].summary(plan, found)
+    # each of four means has a variance of 1e-6
+    assert f"size: {verdict} here (0.200 below with builtin-small, {above:.3f} with" in told
+    assert "difference 0.002" in told
+    found.popitem()
+    assert "cannot be told" in STUDIES["scale"].summary(plan, found)[0]
+
+
+def test_whether_longer_adaptation_is_better():
+    plan = make_plan("adaptation", backbones=BOTH, tasks=["supersense"],
+                     seeds=2, adapted={"builtin-small": 600, "builtin": 150})  # fmt: skip
+    found = cells_with(plan.prompts("supersense", backbone="builtin-small"), [0.52, 0.54])
+    found |= cells_with(plan.prompts("supersense", backbone="builtin"), [0.3, 0.32])
+    (told,) = STUDIES["adaptation"].summary(plan, found)
+    assert "600 steps against 150: holds here (+0.220, standard error 0.014)" in told
+
+
+def test_what_a_vote_is_worth():
+    plan = make_plan(
+        "ensemble", backbones={"builtin-small": "builtin-small"}, tasks=["supersense"], seeds=2
+    )
+    cell = plan.cell("ensemble", "supersense", length=plan.length, seeds=[0, 1])
+    record = {"vote": 0.63, "mean": 0.61, "best": 0.64}
+    (told,) = STUDIES["ensemble"].summary(plan, {cell.key: record})
+    assert "holds here (+0.020); it is -0.010 from the best prompt" in told
+
+
 def test_config_of_studies_is_a_config_of_runs():
     """Settings in recipes and levers are keys of a run."""
     for settings in (*RECIPES["paper"].values(), *RECIPES["miniature"].values()):

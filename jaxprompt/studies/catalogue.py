@@ -4,14 +4,11 @@ Findings and numbers are the paper's (tables 1 to 4, figures 1 and 3, sections 3
 figure shows a value, the direction alone is given.
 """
 
-import statistics
 from functools import partial
 from typing import Any
 
-from jaxprompt.evaluate.metrics import SUPERGLUE as SUPERGLUE_TASKS
-from jaxprompt.evaluate.metrics import superglue_score
+from jaxprompt.studies import summaries
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.cells import Key
 from jaxprompt.studies.plan import FULL, Arm, Claim, Plan, Study, full_arm, illegal, score
 
 LENGTHS = (1, 5, 20, 100, 150)
@@ -264,23 +261,6 @@ def _superglue(plan: Plan) -> list[Arm]:
     ]
 
 
-def _superglue_average(plan: Plan, found: dict[Key, Record]) -> str | None:
-    """The benchmark's score, seed by seed, where all tasks are there."""
-    scores = []
-    for seed in range(plan.seeds):
-        cells = {task: plan.prompts(task)[seed] for task in SUPERGLUE_TASKS if task in plan.tasks}
-        figures = {t: found[c.key].get("metrics", {}) for t, c in cells.items() if c.key in found}
-        if len(figures) == len(SUPERGLUE_TASKS):
-            scores.append(superglue_score(figures))
-    if not scores:
-        return None
-    mean = statistics.mean(scores)
-    return (
-        f"SuperGLUE score: {mean:.3f} over {len(scores)} seeds ({min(scores):.3f} to "
-        f"{max(scores):.3f}); the paper's T5-XXL 0.905 ({mean - 0.905:+.3f})"
-    )
-
-
 STUDIES = {
     "scale": Study(
         "Prompt tuning, prompt design and fine-tuning against size (figure 1)",
@@ -288,12 +268,13 @@ STUDIES = {
         " fine-tuning at 11 billion parameters; prompt design stays far below both.",
         _scale,
         axis="parameters of the backbone",
+        summary=summaries.closer_with_size,
     ),
     "superglue": Study(
         "SuperGLUE (table 3)",
         "T5-XXL with prompts of 100 reaches 90.5 on average over five runs.",
         _superglue,
-        summary=_superglue_average,
+        summary=summaries.superglue_average,
     ),
     "length": Study(
         "Prompt length (figure 3a)",
@@ -333,6 +314,7 @@ STUDIES = {
         "Longer adaptation is better, up to 100,000 steps; the largest model hardly needs it.",
         _adaptation,
         axis="steps of LM adaptation",
+        summary=summaries.longer_adaptation,
         needs="--adapted NAME=STEPS for some of the --backbone NAME=PATH",
     ),
     "levers": Study(
@@ -381,6 +363,7 @@ STUDIES = {
         "The majority vote of five prompts on one frozen model beats their mean and mostly the best"
         " of them.",
         _ensemble,
+        summary=summaries.joint_answers,
     ),
     "interpretability": Study(
         "What prompts look like (section 7)",

@@ -7,7 +7,7 @@ results, so that the report knows what was asked for and not run.
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ class Study(NamedTuple):
     claims: Sequence[Claim] = ()
     axis: str = ""
     needs: str | None = None  # an option without which there is nothing to run
-    summary: Callable[[Plan, dict[Key, Record]], str | None] = lambda plan, found: None
+    summary: Callable[[Plan, Mapping[Key, Record]], list[str]] = lambda plan, found: []
 
 
 FULL = "full fine-tuning"

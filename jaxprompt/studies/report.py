@@ -75,7 +75,7 @@ def section(plan: Plan, found: dict[Key, dict[str, Any]], figures: Path) -> Sect
     tables = [(group, table(inside, found)) for group, inside in by_group.items()]
     figure = draw(study, by_group, found, figures / f"{plan.study}.png")
     claims = findings(study, by_group, found)
-    claims += filter(None, [study.summary(plan, found)])
+    claims += study.summary(plan, found)
     return Section(study.title, told, tables, claims, figure)
 
 
