@@ -122,6 +122,10 @@ def needs(
     cost, held = family.cost(shape), Weights.of(shape, layout, small)
     parts = {"weights": sum(held), **cost.activations(shape, work, layout.tensor)}
     gathered = 0
+    if small is not None:  # a layer as it is used, and the head
+        dense = Weights.of(shape, layout)
+        parts["in_work"] += dense.layers * layout.fsdp // cost.depth(shape)
+        parts["in_work"] += dense.others * layout.fsdp // 2
     if layout.fsdp > 1:
         # in one piece are the head, and a layer while the next one is on its way
         parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(shape)
