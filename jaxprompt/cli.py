@@ -141,6 +141,7 @@ def evaluate(
 
     devices.start()
     from jaxprompt import api
+    from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
     first, *others = prompts or [None]
@@ -153,7 +154,7 @@ def evaluate(
             report = api.evaluate_ensemble(sessions, **options, progress=bar.advance)
         else:
             report = api.evaluate(session, **options, progress=bar.advance)
-    print(json.dumps(report))
+    by_first(lambda: print(json.dumps(report)))
 
 
 @app.command()
@@ -174,10 +175,11 @@ def predict(
     from jaxprompt import api
     from jaxprompt.data.rules import apply_rule
     from jaxprompt.data.sources import read_rows
+    from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
     rows = read_rows(None, str(input))
-    check_output(output)
+    by_first(lambda: check_output(output))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     chosen = api.prompt_task(session.prompt, task)
     rows = apply_rule(chosen, rows, training=False, origin=str(input))
@@ -185,10 +187,8 @@ def predict(
         answers = api.answer_rows(
             session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input)
         )
-    write_rows(
-        output,
-        [{**row, **found} for row, found in zip(rows, api.rows_of(chosen, answers), strict=True)],
-    )
+    found = zip(rows, api.rows_of(chosen, answers), strict=True)
+    by_first(lambda: write_rows(output, [{**row, **answer} for row, answer in found]))
 
 
 @app.command()
@@ -208,6 +208,7 @@ def score(
     devices.start()
     from jaxprompt import api
     from jaxprompt.data.sources import read_rows
+    from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
     pairs = read_rows(None, str(input))
@@ -218,7 +219,7 @@ def score(
                 f"Row {number} of {input} has no text in {wrong[0]!r}; it has {sorted(pair)}, and "
                 "'input' and 'target' are needed."
             )
-    check_output(output)
+    by_first(lambda: check_output(output))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     with Bar("scoring", len(pairs)) as bar:
         rows = api.score(
@@ -228,7 +229,7 @@ def score(
             batch_size=batch_size,
             progress=bar.advance,
         )
-    write_rows(output, rows)
+    by_first(lambda: write_rows(output, rows))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Several processes on one machine, over Gloo, train as one."""
 
+import json
 import os
 import signal
 import socket
@@ -35,7 +36,7 @@ class Run:
         self.file, self.overrides = write_run(folder / "run.yaml", values), overrides
         self.workers = []
 
-    def begin(self, only=None, timeout=120):
+    def begin(self, only=None, timeout=120, command=None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -52,12 +53,12 @@ class Run:
                     "JAXPROMPT_START_TIMEOUT": str(timeout),
                 }
             extra = self.overrides[number] if self.overrides else []
-            command = [sys.executable, "-m", "jaxprompt", "train", self.file, *extra]
+            words = command or ["train", self.file, *extra]
             with (self.folder / f"err{number}").open("w") as errors:
                 self.workers.append(
                     subprocess.Popen(
-                        list(map(str, command)), env=told, cwd=ROOT, stderr=errors,
-                        stdout=subprocess.DEVNULL,
+                        [sys.executable, "-m", "jaxprompt", *map(str, words)], env=told,
+                        cwd=ROOT, stderr=errors, stdout=subprocess.DEVNULL,
                     )
                 )  # fmt: skip
         return self
@@ -122,6 +123,19 @@ def test_a_run_moves_to_other_processes_and_devices(alone, backbone, tmp_path, f
     assert "going on from step 7" in (tmp_path / "err0").read_text()
     np.testing.assert_allclose(again.losses()[-2:], alone.losses()[-2:], atol=CLOSE)
     assert first.folder == again.folder
+
+
+def test_two_processes_answer_a_file_and_the_first_writes(alone, backbone, tmp_path):
+    answers = []
+    for processes in (1, 2):
+        run = Run(backbone, tmp_path / str(processes), processes)
+        output = run.folder / "answers.jsonl"
+        command = ["predict", alone.folder / "run" / "prompt", "--input",
+                   run.folder / "valid.jsonl", "--output", output]  # fmt: skip
+        codes, said = run.begin(command=command).end()
+        assert codes == [0] * processes, said
+        answers.append([json.loads(line)["prediction"] for line in output.read_text().splitlines()])
+    assert answers[0] == answers[1] and len(answers[0]) == 8
 
 
 def test_a_killed_worker_ends_all_and_the_run_goes_on(alone, backbone, tmp_path):

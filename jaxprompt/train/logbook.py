@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import yaml
 
-from jaxprompt.config import RunConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.config import RunConfig, TaskConfig, UserError, dump_yaml, parse, read_yaml
 from jaxprompt.model.hf import read_json
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.train.interrupt import LOCK, locked
@@ -38,6 +38,13 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:
+    values = yaml.safe_load(dump_yaml(config))
+    if isinstance(values.get("task"), dict):
+        values["task"] = parse(TaskConfig, values["task"]).model_dump()
+    return _flat(values)
+
+
 def check_run(config: RunConfig | PretrainConfig) -> Path:
     """The run directory, if a run may start there or the one in it go on; nothing is written.
 
@@ -46,10 +53,11 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     folder = Path(config.output)
     file = folder / "config.yaml"
     if file.is_file() and any(folder.glob("checkpoints/*")):
-        # through the schema: settings that are newer than the run had their defaults
-        values = parse(type(config), read_yaml(file.read_text(), str(file)))
-        old = _flat(yaml.safe_load(dump_yaml(values)))
-        new = _flat(yaml.safe_load(dump_yaml(config)))
+        # through the schema: settings that are newer than the run had their defaults; its mesh is
+        # free, whatever axes had names then
+        values = read_yaml(file.read_text(), str(file))
+        old = _settings(parse(type(config), {k: v for k, v in values.items() if k != "mesh"}))
+        new = _settings(config)
         free = set(FREE)
         if config.train.schedule in ("constant", "rsqrt") and not config.train.cooldown_steps:
             # these schedules do not depend on the number of steps, and a cool-down is yet to come
