@@ -240,15 +240,17 @@ def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(uninterrupt
     config_file = uninterrupted[0] / "config.yaml"
     run = load_config(config_file, [f"output={tmp_path / 'run'}"])
     (tmp_path / "run/checkpoints/5").mkdir(parents=True)
-    # of the model, of the task, and a mesh whose axes had other names
-    newer = ("bottleneck", "beams", "length_penalty", "tensor")
+    # the axes of its mesh had other names, too
     lines = dump_yaml(run).replace("fsdp:", "model:").splitlines(True)
-    old = [line for line in lines if not any(name in line for name in newer)]
-    assert len(old) == len(lines) - 4
+    old = [line for line in lines if "bottleneck" not in line and "tensor:" not in line]
+    assert len(old) == len(lines) - 2
     (tmp_path / "run/config.yaml").write_text("".join(old))
-    assert check_run(run) == tmp_path / "run"
+    again = lambda *more: check_run(load_config(config_file, [f"output={run.output}", *more]))
+    assert again() == again("task.beams=4") == tmp_path / "run"
     with pytest.raises(UserError, match=r"prompt.bottleneck was 128 and is 7"):
-        check_run(load_config(config_file, [f"output={tmp_path / 'run'}", "prompt.bottleneck=7"]))
+        again("prompt.bottleneck=7")
+    with pytest.raises(UserError, match=r"task.beams was 4 and is 5"):
+        again("task.beams=5")
 
 
 def test_patience_stops_a_run_that_does_not_improve(backbone, tmp_path):
