@@ -83,6 +83,7 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
     assert plain.fingerprint == small.fingerprint == placed.fingerprint
     layer = small.params["encoder"]["layers"]["attention"]
     assert not any(isinstance(leaf, jax.Array) for leaf in layer.values())
+    assert small_weights.count(small.params) == small_weights.count(plain.params)
     rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs + 64 - V, e.inputs))
             for e in examples(8)]  # fmt: skip
     start = np.random.default_rng(2).normal(size=(1, P, 64)).astype(np.float32)

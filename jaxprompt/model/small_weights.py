@@ -69,6 +69,12 @@ def dequantise(stored: Any, dtype: Any) -> jax.Array:
     return qwix.dequantize(stored).astype(dtype)
 
 
+def count(params: Any) -> int:
+    """Numbers of a tree of weights, scales not among them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
 def _inputs(axes: tuple[str, ...]) -> list[int]:
     """Axes that a product sums over; they come first, after that of the layers."""
     first = 1 if axes[0] == "layers" else 0

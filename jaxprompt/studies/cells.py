@@ -29,6 +29,7 @@ from jaxprompt.config import RunConfig, TaskConfig, UserError, parse
 from jaxprompt.data.tasks import load_rows, references
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import measure
+from jaxprompt.model import small_weights
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
@@ -171,7 +172,7 @@ def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     metric = task.metrics[0]
     record: Record = dict(zip(KEY, cell, strict=False))
     record |= {"recipe": bench.recipe, "metric": metric}
-    record |= {"parameters": sum(x.size for x in jax.tree.leaves(backbone.params))}
+    record |= {"parameters": small_weights.count(backbone.params)}
 
     if cell.method == "ensemble":
         record |= _ensemble(cell, bench, task, backbone)

@@ -20,7 +20,7 @@ from jaxprompt.evaluate.analyze import draw_curves
 from jaxprompt.evaluate.metrics import majority
 from jaxprompt.evaluate.score import Model, answer_each, check_metrics
 from jaxprompt.evaluate.score import measure as measure_answers
-from jaxprompt.model import family
+from jaxprompt.model import family, small_weights
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.init import initial_prompt
@@ -318,9 +318,7 @@ def _train(
             sum(progress["trained"]) * settings.batch_size / max(clock.seconds(), 1e-9), 3
         ),
         "trainable_parameters": sum(x.size for x in jax.tree.leaves(state.tree)) // len(alive),
-        "frozen_parameters": sum(x.size for x in jax.tree.leaves(backbone.params))
-        if method.uses_prompt
-        else 0,
+        "frozen_parameters": small_weights.count(backbone.params) if method.uses_prompt else 0,
         "prompt": str(folder / "prompt") if method.uses_prompt else None,
         "model": None if method.uses_prompt else str(folder / "model"),
     }
