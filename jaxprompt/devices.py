@@ -124,9 +124,10 @@ def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> N
     # make_mesh refuses what is no number of devices
     fixed = math.prod(n for n in mesh.model_dump().values() if 0 < n <= MOST)
     if -1 in mesh.model_dump().values():
-        shared, fsdp = math.gcd(*rows), max(mesh.fsdp, 1)
+        shared = math.gcd(*rows)
+        taken = math.prod(n for n in (mesh.data, mesh.fsdp) if 0 < n <= MOST)
         free = range(max(cores // fixed, 1), 0, -1)
-        count = fixed * next((n for n in free if shared % (n * fsdp) == 0), 1)
+        count = fixed * next((n for n in free if shared % (n * taken) == 0), 1)
     else:
         count = min(fixed, MOST)
     with suppress(RuntimeError):  # JAX is already in use: it stays as it is

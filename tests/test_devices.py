@@ -54,6 +54,7 @@ def test_what_is_missing_is_told(environment, words):
         ([32], {"tensor": 2}, 4, 4, True),
         ([12], {"fsdp": 2}, 8, 6, False),  # 12 rows go over 3 x 2 devices, and not over 4 x 2
         ([32], {"data": 2, "fsdp": -1}, 6, 4, False),
+        ([2], {"data": 2, "fsdp": -1}, 6, 2, False),  # 2 rows go over no more than 2
         ([32], {"data": 10**6}, 2, 1, False),  # refused later, and memory is not filled before
     ],
 )
