@@ -4,6 +4,7 @@ Nothing is allocated or compiled. Bytes of weights are exact; those of activatio
 ``model/t5_cost.py``.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -91,6 +92,15 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
     return Work(some, rows // some, inputs, targets)
 
 
+@functools.lru_cache(maxsize=4)
+def _parameters(shape: family.Config) -> list[Any]:
+    """Paths and shapes of all parameters, and their logical axes: the same for all layouts."""
+    model = family.of(shape)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params(shape))
+    names = jax.tree.leaves(model.logical_axes(shape), is_leaf=lambda x: isinstance(x, tuple))
+    return list(zip(leaves, names, strict=True))
+
+
 class Weights(NamedTuple):
     """Bytes of the frozen weights on a device."""
 
@@ -101,10 +111,7 @@ class Weights(NamedTuple):
     def of(cls, shape: family.Config, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small``: ``model.weights`` of the config."""
         found = {True: 0, False: 0}
-        model = family.of(shape)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params(shape))
-        names = jax.tree.leaves(model.logical_axes(shape), is_leaf=lambda x: isinstance(x, tuple))
-        for (path, leaf), named in zip(leaves, names, strict=True):
+        for (path, leaf), named in _parameters(replace(shape, remat=False)):
             axes = {parallel.RULES.get(str(name)) for name in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
             size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
