@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_backbone
+from test_llama import GOLDENS
 from test_step import P, V, examples, make_batch, run
 
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import layers, small_weights, t5
+from jaxprompt.model import layers, llama, small_weights, t5
 from jaxprompt.model.load import load_backbone
 from jaxprompt.model.work import Work
 from jaxprompt.train import plan
@@ -96,6 +97,17 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
     np.testing.assert_allclose(alone.tree["prompt"], spread.tree["prompt"], atol=1e-5)
     exact, other = run((plain.config, plain.params), batches, start)
     assert 0 < abs(float(losses.loss[0] - other.loss[0])) < 0.3
+
+
+def test_decoder_only_models_are_stored_so_too():
+    ids = np.arange(5, 13, dtype=np.int32)[None]
+    one, found = np.ones_like(ids), []
+    for weights in (None, "int8"):
+        b = load_backbone(str(GOLDENS / "llama"), weights=weights)
+        prompts = llama.prepare(b.params, None, b.config)
+        found.append(llama.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
+    error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
+    assert 0 < error < 0.05
 
 
 def mesh_of(data, fsdp, tensor):
