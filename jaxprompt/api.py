@@ -73,7 +73,7 @@ def open_session(
         )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
-        backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh, unroll=None)
+        backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh)
     bank = None
     if prompt is not None:
         backbone = backbone._replace(config=family.attending(backbone.config, _attention(prompt)))

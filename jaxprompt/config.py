@@ -94,7 +94,7 @@ class ModelConfig(Schema):
     # all of the input does (prefix LM)
     attention: Literal["causal", "prompt", "prefix"] = "causal"
     remat: bool = False
-    # layers one by one instead of in a loop: slower to compile; null: where its steps are faster
+    # layers one by one instead of in a loop, which takes longer to compile
     unroll: bool | None = None
 
 

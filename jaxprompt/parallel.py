@@ -113,18 +113,20 @@ def over_rows(
     mesh: Mesh | None,
     axes: Any = None,
     *,
-    summed: bool = False,
+    stacked: bool = False,
 ) -> Callable[[Any, Any, Any], Any]:
     """``work(params, shared, rows)`` of each device's own rows, by itself; results together.
 
     axes: the logical axes of ``params``, of which each device of ``fsdp`` holds its part. A layer
     is put together where it is used (``layers.project``), what is in no layer at once. None: every
     device holds all of ``params``.
-    summed: added up, which is all that the devices of ``data`` ever send each other; else one after
-    another, as the rows were. What ``tensor`` shares is the compiler's, along ``constrained``.
+    stacked: each device's result along a new first axis, for ``summed``, which is all that the
+    devices of ``data`` ever send each other; else one after another, as the rows were. What
+    ``tensor`` shares is the compiler's, along ``constrained``.
     """
+    own = lambda found: jax.tree.map(lambda x: x[None], found) if stacked else found
     if mesh is None or mesh.size == 1:
-        return work
+        return lambda params, shared, rows: own(work(params, shared, rows))
     parts = 1 if axes is None else mesh.shape["fsdp"]
     place = _Place(ways(mesh), mesh.shape["tensor"], parts)
 
@@ -138,7 +140,7 @@ def over_rows(
             found = work(params, shared, rows)
         finally:
             _PLACE.reset(told)
-        return jax.lax.psum(found, ROWS) if summed else found
+        return own(found)
 
     def everywhere(params, shared, rows):
         specs = PartitionSpec()
@@ -146,11 +148,27 @@ def over_rows(
             specs = spread(lambda x, of: _spec(x.shape, of, {"fsdp": parts}), params, axes)
         return jax.shard_map(
             mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
-            out_specs=PartitionSpec() if summed else PartitionSpec(ROWS),
+            out_specs=PartitionSpec(ROWS),
             axis_names=set(ROWS), check_vma=False,
         )(params, shared, rows)  # fmt: skip
 
     return everywhere
+
+
+def by_device(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of what ``over_rows`` has stacked."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def summed(results: Any, mesh: Mesh | None) -> Any:
+    """What ``over_rows`` has stacked, added up, on every device."""
+    own = lambda found: jax.tree.map(lambda x: x[0], found)
+    if mesh is None or mesh.size == 1:
+        return own(results)
+    return jax.shard_map(
+        lambda found: jax.lax.psum(own(found), ROWS), mesh=mesh, in_specs=PartitionSpec(ROWS),
+        out_specs=PartitionSpec(), axis_names=set(ROWS), check_vma=False,
+    )(results)  # fmt: skip
 
 
 class _Place(NamedTuple):
@@ -217,6 +235,16 @@ def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
     if jax.default_backend() != "cpu":
         return False
     return jax.device_count() == 1 if mesh is None else mesh.shape["tensor"] == 1
+
+
+def positions(cpu: bool | None = None) -> int:
+    """Positions that are best computed at a time on a device.
+
+    On a CPU what was measured to be fast, on an accelerator, where nothing was, so many that
+    batches are rarely cut.
+    """
+    cpu = jax.default_backend() == "cpu" if cpu is None else cpu
+    return 1280 if cpu else 32_768
 
 
 def put(value: np.ndarray, sharding: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from bench_tools import LABELS, Row, Start, resident, serve
 from jaxprompt import devices, parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, TrainConfig
-from jaxprompt.data.pipeline import Example, make_batch, round_target_length
+from jaxprompt.data.pipeline import Example, micro_batches, round_target_length
 from jaxprompt.evaluate.score import Model, answer
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
@@ -30,12 +30,11 @@ METHOD = METHODS["prompt-tuning"]
 DEPTH = round_target_length(max(map(len, LABELS.values())))
 
 
-def take_step(step, state, params, examples, split, widths, mesh):
-    """One optimizer step on a batch in micro-batches, and the shapes of its inputs."""
-    batches = [
-        make_batch([examples[i] for i in rows], target_length=DEPTH, widths=widths)
-        for rows in split
-    ]
+def take_step(step, state, params, examples, rows, widths, mesh):
+    """One optimizer step on a batch in micro-batches of ``rows``, and the shapes of its inputs."""
+    batches = micro_batches(
+        examples, rows=rows, target_length=DEPTH, widths=widths, devices=parallel.ways(mesh)
+    )
     state, losses = step(state, params, parallel.put_batch(batches, mesh))
     return state, losses, [batch.inputs.shape for batch in batches]
 
@@ -64,8 +63,9 @@ class Ours:
         import jaxprompt
 
         kinds = [device.device_kind for device in jax.devices()]
-        return {"versions": {"jaxprompt": jaxprompt.__version__, "jax": jax.__version__},
-                "devices": kinds}  # fmt: skip
+        found = {"versions": {"jaxprompt": jaxprompt.__version__, "jax": jax.__version__}}
+        # of a GPU's memory nothing is used yet
+        return found | ({} if jax.default_backend() == "cpu" else {"devices": kinds, "bare": 0})
 
     def start(self) -> Start:
         self.given = self.given or Start.read(self.problem)
@@ -75,7 +75,7 @@ class Ours:
         key = job["dtype"], job["dropout"]
         if key not in self.backbones:
             self.backbones[key] = load_backbone(
-                self.start().weights, dtype=job["dtype"], dropout=job["dropout"], unroll=None,
+                self.start().weights, dtype=job["dtype"], dropout=job["dropout"],
                 mesh=self.mesh,
             )  # fmt: skip
         return self.backbones[key]
@@ -101,20 +101,20 @@ class Ours:
             steps=1000, optimizer="adamw", learning_rate=given.learning_rate, schedule="constant",
             weight_decay=0.0, z_loss=0.0, clip=1.0,
         )  # fmt: skip
-        optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"])
+        optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"], size)
+        drawn = [self.examples(backbone, rows) for rows in given.batches[size]]
+        rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
+        lengths = [len(example.inputs) for examples in drawn for example in examples]
+        config = family.sharing_rows(backbone.config, lengths, rows // parallel.ways(self.mesh))
         if key not in self.steps:
-            self.steps[key] = make_train_step(
-                backbone.config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0
-            )
+            self.steps[key] = make_train_step(config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0)
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))
         state = jax.device_put(state, parallel.replicated(self.mesh))
-        widths, found = family.widths(backbone.config), {"seconds": [], "losses": [], "shapes": []}
-        for rows, split in list(zip(given.batches[size], given.splits[size], strict=True))[:steps]:
-            examples = self.examples(backbone, rows)
-            parts = split if job["micro"] else [list(range(len(rows)))]
+        widths, found = family.widths(config), {"seconds": [], "losses": [], "shapes": []}
+        for examples in drawn[:steps]:
             began = time.perf_counter()
             state, losses, shapes = take_step(
-                self.steps[key], state, backbone.params, examples, parts, widths, self.mesh
+                self.steps[key], state, backbone.params, examples, rows, widths, self.mesh
             )
             found["losses"].append(float(losses.loss[0]))  # waits until the step has ended
             found["seconds"].append(time.perf_counter() - began)
@@ -136,7 +136,9 @@ class Ours:
         return {"seconds": [seconds], "answers": answers.predictions}
 
     def peak(self) -> dict[str, int]:
-        return {"peak": resident("VmHWM")}
+        """Bytes: of the GPU where there is one, else of the process."""
+        found = jax.devices()[0].memory_stats() or {}
+        return {"peak": found.get("peak_bytes_in_use") or resident("VmHWM")}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ the batches from the same start, AdamW included; all jobs take turns in every ro
 until others leave the machine idle. A job that was disturbed is repeated, and the try that others
 disturbed least is kept, whatever its time. Nothing is timed where the first losses differ.
 
+--gpu compares what both sides do on one: bfloat16, autocast and torch.compile there, bfloat16 and
+mixed here, with as many positions at a time as fit; without a GPU it runs on the CPU, to test it.
+
 Prints Markdown tables: times, then the medians over rounds of PEFT's time divided by ours, with the
 least and the largest. OUT/bench.json has everything, OUT/ratios.png the figure. Linux.
 """
@@ -44,6 +47,7 @@ from jaxprompt.memory import huge_pages
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
+from jaxprompt.parallel import positions
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.train.logbook import write_atomically
 
@@ -57,13 +61,24 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
     def job(side, kind, name, dtype, size, **other) -> Job:
         own = side == "ours"
-        plain = {"attention": None, "dropout": 0.0, "micro": own, "sorted": own}
+        plain = {"attention": None, "dropout": 0.0, "micro": own, "sorted": own, "compiled": False}
         full = f"{side} {name} {'answers' if kind == 'answer' else f'B{size}'}"
         return plain | {"name": full, "side": side, "kind": kind, "dtype": dtype,
                         "batch_size": size, **other}  # fmt: skip
 
     found = []
-    for size in options.batch_size if "train" in options.stages else ():
+    for size in options.batch_size if "train" in options.stages and options.gpu else ():
+        found += [
+            job("PEFT", "train", "bfloat16", "bfloat16", size),
+            job("ours", "train", "bfloat16", "bfloat16", size),
+            job("PEFT", "train", "bfloat16 compiled", "bfloat16", size, compiled=True),
+            job("ours", "train", "mixed", "mixed", size),
+            job("PEFT", "train", "autocast", "autocast", size),
+            job("PEFT", "train", "autocast compiled", "autocast", size, compiled=True),
+            job("PEFT", "train", "bfloat16 compiled micro", "bfloat16", size, compiled=True,
+                micro=True),
+        ]  # fmt: skip
+    for size in options.batch_size if "train" in options.stages and not options.gpu else ():
         found += [
             job("PEFT", "train", "float32", "float32", size),
             job("ours", "train", "float32", "float32", size),
@@ -78,7 +93,13 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             job("PEFT", "train", "float32 dropout micro", "float32", size, dropout=DROPOUT,
                 micro=True),
         ]  # fmt: skip
-    if "answer" in options.stages:
+    if "answer" in options.stages and options.gpu:
+        found += [
+            job("PEFT", "answer", "bfloat16", "bfloat16", 128),
+            job("ours", "answer", "bfloat16", "bfloat16", 128),
+            job("PEFT", "answer", "bfloat16 sorted", "bfloat16", 128, sorted=True),
+        ]
+    elif "answer" in options.stages:
         found += [
             job("PEFT", "answer", "float32", "float32", 32),
             job("ours", "answer", "float32", "float32", 32),
@@ -145,7 +166,9 @@ def start_worker(options: argparse.Namespace, side: str) -> Worker:
     }
     python, script = program[side]
     command = [python, str(HERE / script), str(options.out / "problem.json")]
-    worker = Worker(command, side, huge_pages() if side in options.huge_pages else None)
+    outside = huge_pages() if side in options.huge_pages else {}
+    # both live on one GPU
+    worker = Worker(command, side, {**outside, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     check_packages(worker, options.python)
     return worker
 
@@ -251,11 +274,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = peft_parser(__doc__)
     add = parser.add_argument
-    add("--size", choices=("small", "base", "large"), default="small")
+    add("--size", choices=("small", "base", "large", "xl"), default="small")
+    add("--gpu", action="store_true", help="jobs and defaults for a GPU")
     add("--prompt", type=int, default=100, help="vectors of the prompt")
-    add("--batch-size", nargs="+", type=int, default=[32, 8])
+    add("--batch-size", nargs="+", type=int, help="32 8, on a GPU 32 128 256")
     add("--batches", type=int, default=4, help="of each size")
-    add("--positions", type=int, default=1280, help="of a micro-batch, prompt included")
+    add("--positions", type=int, help="of a micro-batch, prompt included; 1280, on a GPU 32768")
     add("--questions", type=int, default=256, help="rows to answer")
     add("--learning-rate", type=float, default=0.01)
     add("--rounds", type=int, default=5)
@@ -269,6 +293,8 @@ def main() -> None:
     add("--tries", type=int, default=3, help="of a job that others have disturbed")
     add("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.batch_size = options.batch_size or ([32, 128, 256] if options.gpu else [32, 8])
+    options.positions = options.positions or positions(cpu=not options.gpu)
     with comparing(options):
         result = run(options)
         print(tables(result))

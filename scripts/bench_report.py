@@ -36,6 +36,10 @@ def about(result: Result) -> str:
         "useful on average"
         for size, found in result["typical"].items()
     )
+    devices = "".join(
+        f"{side} on {', '.join(facts['devices'])}; "
+        for side, facts in result["workers"].items() if facts.get("devices")
+    )  # fmt: skip
     outside = "".join(f", {key}={value}" for key, value in machine["environment"].items())
     others = [found["others"] for rounds in result["rounds"].values() for found in rounds]
     disturbed = sum(used > settings["idle"] for used in others)
@@ -44,7 +48,7 @@ def about(result: Result) -> str:
         f"batches of each size from BoolQ's lengths cut to {512 - settings['prompt']} (padded to "
         f"their longest row, {batches}); targets of 2 or 3 tokens; AdamW; {settings['rounds']} "
         f"rounds; seed {settings['seed']}. "
-        f"{machine['processor']}, {machine['cores']} cores, {' '.join(machine['flags'])}; "
+        f"{machine['processor']}, {machine['cores']} cores, {' '.join(machine['flags'])}; {devices}"
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}; "
         f"{result['workers']['PEFT']['threads']} threads in torch{outside}; huge pages for "
         f"{' and '.join(settings['huge_pages']) or 'neither'}. "

@@ -125,7 +125,7 @@ def open_backbone(options: argparse.Namespace, name: str, dtype: str) -> Backbon
         print(f"writing random weights of T5 1.1 {name}", file=sys.stderr)
         params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(options.seed))
         replace_directory(Path(path), lambda folder: save_hf(folder, config, params))
-    return load_backbone(path, dtype=dtype, unroll=None)
+    return load_backbone(path, dtype=dtype)
 
 
 def points(options: argparse.Namespace) -> list[tuple[str, Point]]:

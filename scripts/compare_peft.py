@@ -136,7 +136,7 @@ def main() -> None:
     add("--eval-rows", type=int, default=300)
     options = parser.parse_args()
     with comparing(options):
-        task, backbone = read_task(options.task), load_backbone(options.backbone, unroll=None)
+        task, backbone = read_task(options.task), load_backbone(options.backbone)
         if not family.one_sequence(backbone.config):
             raise UserError(
                 f"--backbone {options.backbone!r} is not decoder-only; name one that is."

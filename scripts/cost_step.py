@@ -105,7 +105,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
             f"{config.backbone!r} is none of the released T5 1.1, whose shape is known."
         )
     numerics = {"dtype": config.model.dtype, "dropout": config.model.dropout}
-    unroll = config.model.unroll in (None, True)
+    unroll = bool(config.model.unroll)
     shape = dataclasses.replace(shape, remat=config.model.remat, unroll=unroll, **numerics)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size

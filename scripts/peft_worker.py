@@ -31,15 +31,23 @@ DTYPES = {
 }
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def there(array) -> Any:
+    """A NumPy array on the device."""
+    return torch.from_numpy(array).to(DEVICE)
+
+
 def inputs_of(rows) -> dict[str, Any]:
     """Ids and mask, padded to the longest row."""
     ids = padded([row["inputs"] for row in rows], 0)
     mask = padded([[1] * len(row["inputs"]) for row in rows], 0)
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    return {"input_ids": there(ids), "attention_mask": there(mask)}
 
 
 def labels_of(rows) -> Any:
-    return torch.from_numpy(padded([row["targets"] for row in rows], -100))
+    return there(padded([row["targets"] for row in rows], -100))
 
 
 def prepare() -> None:
@@ -62,9 +70,12 @@ class Peer:
         self.problem = problem
         self.given: Start | None = None
         self.models: dict[tuple[Any, str | None], Any] = {}
+        self.compiled: dict[int, Any] = {}  # by the model's id
 
     def facts(self) -> dict[str, Any]:
-        return versions()
+        if DEVICE == "cpu":
+            return versions()
+        return versions() | {"devices": [torch.cuda.get_device_name()], "bare": 0}
 
     def start(self) -> Start:
         self.given = self.given or Start.read(self.problem)
@@ -84,7 +95,7 @@ class Peer:
             config = peft.PromptTuningConfig(
                 task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(given.start)
             )
-            self.models[key] = peft.get_peft_model(base, config)
+            self.models[key] = peft.get_peft_model(base, config).to(DEVICE)
         model = self.models[key]
         prompt = model.prompt_encoder["default"].embedding.weight
         with torch.no_grad():  # it has twice as many rows; the second half is never looked at
@@ -94,7 +105,7 @@ class Peer:
     def autocast(self, job: Job):
         if job["dtype"] != "autocast":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(DEVICE, dtype=torch.bfloat16)
 
     def train(self, job: Job, steps: int | None = None) -> dict[str, Any]:
         """Every batch once, from the same start: seconds, loss and shapes of each step."""
@@ -102,6 +113,9 @@ class Peer:
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=given.learning_rate, weight_decay=0.0)
         model.train(job["dropout"] > 0)
+        forward = model
+        if job["compiled"]:  # static shapes: each that comes is compiled, and none is slower for it
+            forward = self.compiled.setdefault(id(model), torch.compile(model, dynamic=False))
         found: dict[str, Any] = {"seconds": [], "losses": [], "shapes": []}
         for rows, split in list(zip(given.batches[size], given.splits[size], strict=True))[:steps]:
             parts = split if job["micro"] else [list(range(len(rows)))]
@@ -111,7 +125,7 @@ class Peer:
                 chosen = [rows[i] for i in numbers]
                 inputs, labels = inputs_of(chosen), labels_of(chosen)
                 with self.autocast(job):
-                    loss = model(**inputs, labels=labels).loss
+                    loss = forward(**inputs, labels=labels).loss
                 if len(parts) > 1:  # the mean over the tokens of the whole batch
                     loss = loss * (sum(len(row["targets"]) for row in chosen) / tokens)
                 loss.backward()
@@ -121,6 +135,8 @@ class Peer:
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             found["seconds"].append(time.perf_counter() - began)
             found["losses"].append(total)
             found["shapes"].append(shapes)
@@ -149,6 +165,9 @@ class Peer:
         return {"seconds": [time.perf_counter() - began], "answers": answers}
 
     def peak(self) -> dict[str, int]:
+        """Bytes: of the GPU where there is one, else of the process."""
+        if DEVICE == "cuda":
+            return {"peak": torch.cuda.max_memory_allocated()}
         return {"peak": resident("VmHWM")}
 
 

@@ -152,7 +152,7 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
     bench, report = script("bench_peft"), script("bench_report")
     parser_defaults = {"size": "small", "prompt": 100, "batches": 2, "rounds": 2, "seed": 0,
                        "questions": 4, "batch_size": [8], "only": "", "huge_pages": ["ours"],
-                       "stages": ["train", "answer"], "idle": 0.05}  # fmt: skip
+                       "stages": ["train", "answer"], "idle": 0.05, "gpu": False}  # fmt: skip
     options = bench.argparse.Namespace(**parser_defaults)
     jobs = bench.make_jobs(options)
     assert len({job["name"] for job in jobs}) == len(jobs)
@@ -190,10 +190,11 @@ def test_our_step_gets_micro_batches(script):
     examples = [ours.Example(row, np.array([7, 1], np.int32)) for row in rows]
     step = lambda state, params, given: (given, params)
     mesh = ours.parallel.make_mesh(MeshConfig(data=2), ours.jax.devices()[:2])
-    split, widths = [[1, 3], [2, 0]], ours.family.Widths()
-    given, _, shapes = ours.take_step(step, None, None, examples, split, widths, mesh)
+    take = lambda widths: ours.take_step(step, None, None, examples, 2, widths, mesh)
+    given, _, shapes = take(ours.family.Widths())
     assert [batch.inputs.shape for batch in given] == shapes == [(2, 64), (2, 32)]
     assert (given[1].inputs > 0).sum(axis=1).tolist() == [5, 3]
+    assert take(ours.family.Widths(packed=64))[2] == [(2, 64), (2, 64)]
 
 
 # ---- time to accuracy

@@ -90,46 +90,46 @@ def test_attention_ignores_what_the_mask_hides():
 
 
 def _attended(form, mixed=False):
-    """Values and gradients of attention over packed rows, with dropout, in one of its forms."""
+    """Values and gradients of cross-attention over packed rows, with dropout, in both forms."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     query, weights = normal(6, 8, 2, 4), normal(6, 8, 2, 4)
-    encoded, kernels, bias = normal(6, 8, 5), normal(2, 5, 2, 4) / 2, normal(1, 2, 8, 8)
+    encoded, kernels = normal(6, 8, 5), normal(2, 5, 2, 4) / 2
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (6, 8)), axis=1)[:, ::-1])
     mask = layers.additive(layers.segment_mask(segments, segments))
     keep = jnp.asarray(rng.integers(0, 2, (6, 2, 1, 8)), jnp.float32)
 
     @jax.jit
-    def value(query, encoded, kernels, bias):
+    def value(query, encoded, kernels):
         if form == "to":
             y = layers.attention_to(query, *kernels, encoded, mask, keep, mixed=mixed)
         else:
             key, val = (layers.product("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
-            bias = None if form == "unbiased" else bias
-            y = layers.attention(
-                query, key, val, bias, mask, keep, mixed=mixed, in_turn=form == "in turn"
-            )
+            val = val * keep[:, :, 0].swapaxes(1, 2)[..., None]
+            y = layers.attention(query, key, val, None, mask, mixed=mixed)
         return jnp.sum(y * weights), y
 
-    args = query, encoded, kernels, bias
-    grads, found = jax.grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+    grads, found = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(query, encoded, kernels)
     return found, *grads
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize(
-    ("form", "like", "logits"),
-    [
-        ("in turn", "at once", 2 * 2 * 8 * 8),  # two rows at a time
-        ("in turn", "at once", 8 * 8),  # one head at a time
-        ("to", "unbiased", 8 * 8),
-    ],
-)
-def test_the_forms_of_attention_agree(form, like, logits, mixed, monkeypatch):
-    monkeypatch.setattr(layers, "_LOGITS_AT_A_TIME", logits)
+def test_the_forms_of_cross_attention_agree(mixed):
     tolerance = 0.1 if mixed else 2e-6
-    for a, b in zip(_attended(form, mixed), _attended(like), strict=True):
+    for a, b in zip(_attended("to", mixed), _attended("of keys"), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max() + 1e-30))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_gate_and_its_gradients(mixed):
+    rng = np.random.default_rng(0)
+    a, b, of = (jnp.asarray(rng.normal(size=(3, 7)), jnp.float32) for _ in range(3))
+    plain = lambda a, b: jnp.sum(of * jax.nn.gelu(a, approximate=True) * b)
+    ours = lambda a, b: jnp.sum(of * layers.gate(a, b, "gelu", mixed))
+    assert ours(a, b) == pytest.approx(float(plain(a, b)), rel=1e-6)  # nothing is rounded here
+    for x, y in zip(jax.grad(ours, (0, 1))(a, b), jax.grad(plain, (0, 1))(a, b), strict=True):
+        np.testing.assert_allclose(x, y, atol=0.02 if mixed else 1e-6)
+        assert mixed == bool((np.abs(x - y) > 1e-4).any())
 
 
 def test_shift_right_starts_each_segment():

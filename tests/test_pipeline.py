@@ -15,10 +15,13 @@ from jaxprompt.data.pipeline import (
     evaluation_batches,
     first_fit,
     make_batch,
+    micro_batches,
     micro_rows,
     pack_batch,
     round_input_length,
     round_target_length,
+    shared_rows,
+    shares,
     training_batches,
 )
 
@@ -60,7 +63,7 @@ def test_pack_batch_is_this():
 def test_few_shapes():
     inputs = {round_input_length(n) for n in range(1, 4097)}
     assert all(n <= round_input_length(n) for n in range(1, 4097))
-    assert len(inputs) < 24 and all(size % 32 == 0 for size in inputs)
+    assert len(inputs) < 28 and all(size % 32 == 0 for size in inputs)
     assert [round_target_length(n) for n in (0, 1, 4, 5, 9, 64)] == [4, 4, 4, 8, 16, 64]
 
 
@@ -176,6 +179,34 @@ def test_training_batches_are_those_of_batch_indices():
             assert_equal(part, make_batch([examples[i] for i in mine], target_length=8))
 
 
+def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(30, 200, 32).tolist()
+        found = shares(lengths, 8, most=6)
+        assert sorted(i for row in found for i in row) == list(range(32))
+        assert max(map(len, found)) <= 6
+        longest = max(sum(lengths[i] for i in row) for row in found)
+        assert longest < 1.02 * sum(lengths) / 8
+    assert shares([5, 5, 5], 2, most=2) in ([[0, 2], [1]], [[0], [1, 2]])
+
+
+def test_shared_rows_are_this():
+    examples = [example(range(1, n + 1), [n, 1]) for n in (40, 30, 50, 20)]
+    one, two = shared_rows(examples, parts=2, devices=1, longest=50, target_length=4)
+    assert one.inputs.shape == two.inputs.shape == (1, 128) and len(one.targets) == 3
+    for batch in (one, two):
+        lengths = batch.targets[:, 0]
+        assert lengths.sum() == 70 and (batch.target_segments[:, 0] == (lengths > 0)).all()
+        for number, length in enumerate(lengths[lengths > 0], 1):
+            ids = batch.inputs[batch.input_segments == number]
+            assert ids.tolist() == list(range(1, length + 1))
+    [whole] = micro_batches(examples, rows=4, widths=Widths(packed=50), devices=2)
+    assert whole.inputs.shape == (2, 128) and whole.targets.shape == (6, 4)
+    with pytest.raises(ValueError, match="50 ids, more than 49"):
+        shared_rows(examples, parts=1, devices=1, longest=49, target_length=4)
+
+
 def test_the_rows_of_a_micro_batch_divide_the_batch_and_fit_the_positions():
     lengths = np.array([100, 300])  # 200 on average
     rows = functools.partial(micro_rows, lengths)
@@ -224,4 +255,4 @@ def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
 def test_fine_widths_are_multiples_of_sixteen():
     widths = Widths(lead=20, fine=True)
     found = [round_input_length(20 + n, widths) - 20 for n in (1, 16, 17, 40, 256, 257, 1025)]
-    assert found == [16, 16, 32, 48, 256, 320, 1536]
+    assert found == [16, 16, 32, 48, 256, 288, 1536]

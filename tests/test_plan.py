@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -13,6 +14,7 @@ from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, RunConfig, UserError, parse
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model import t5, t5_cost
+from jaxprompt.model.load import rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train import plan
@@ -35,6 +37,10 @@ SHAPES = {
         vocab_size=32_128, d_model=512, num_heads=6, head_dim=64, d_ff=1024,
         num_encoder_layers=8, num_decoder_layers=8,
     ),
+    "mixed": t5.T5Config(
+        vocab_size=4096, d_model=512, num_heads=6, head_dim=64, d_ff=1024,
+        num_encoder_layers=8, num_decoder_layers=8, dtype="mixed",
+    ),
     "wide": t5.T5Config(
         vocab_size=4096, d_model=768, num_heads=12, head_dim=64, d_ff=2048,
         num_encoder_layers=6, num_decoder_layers=6,
@@ -51,10 +57,17 @@ def compiled(shape, work, layout, prompt=20):
     method, optimizer = METHODS["prompt-tuning"], per_prompt(config().train)
     place, everywhere = parallel.parameter_sharding(mesh), parallel.replicated(mesh)
     array = jax.ShapeDtypeStruct
-    params = jax.tree.map(
-        lambda x, axes: array(x.shape, x.dtype, sharding=place(axes)),
-        t5.abstract_params(shape), t5.logical_axes(shape),
-    )  # fmt: skip
+
+    def held(path, leaf, axes):
+        """As ``load_backbone`` rounds a weight and ``in_bits`` gives it to a step."""
+        kind = leaf.dtype
+        if rounded_at_load(path[-1].key, shape, False):
+            kind = np.uint16 if axes[0] == "layers" else jnp.bfloat16
+        return array(leaf.shape, kind, sharding=place(axes))
+
+    params = jax.tree_util.tree_map_with_path(
+        held, t5.abstract_params(shape), t5.logical_axes(shape)
+    )
     start = np.zeros((1, prompt, shape.d_model), np.float32)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start), params)
     state = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=everywhere), state)
@@ -82,6 +95,11 @@ def test_bytes_are_those_of_the_compiled_step(name, rows, inputs, in_turn, remat
     counted = sum(plan.Weights.of(shape, layout))
     counted += sum(t5_cost.activations(shape, work, 1).values())
     assert counted == pytest.approx(bytes_of(compiled(shape, work, layout)), rel=WITHIN)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_bytes_of_a_mixed_step_on_a_cpu(remat):
+    test_bytes_are_those_of_the_compiled_step("mixed", 8, 320, True, remat)
 
 
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)])

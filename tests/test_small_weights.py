@@ -40,7 +40,7 @@ def test_a_number_is_off_by_half_a_step_of_its_own_scale(name, kind, steps):
     shape = [SHAPE[axis] for axis in axes]
     weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     stored = small_weights.quantise(jnp.asarray(weight), axes, kind)
-    found = np.asarray(small_weights.dequantise(stored, jnp.float32))
+    found = np.asarray(small_weights.usable(stored, jnp.float32))
     inputs = small_weights._inputs(axes)
     if kind == "int8":
         largest = np.abs(weight).max(axis=tuple(inputs), keepdims=True)
@@ -63,7 +63,7 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     weight = jnp.asarray(rng.normal(size=(64, 3, 32)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32)
     stored = small_weights.quantise(weight, ("embed", "heads", "kv"), kind)
-    plain = small_weights.dequantise(stored, jnp.float32)
+    plain = small_weights.usable(stored, jnp.float32)
 
     def loss(x, weight):
         return jnp.sum(jnp.sin(layers.project("bsd,dnh->bsnh", x, weight, mixed)))
@@ -148,3 +148,23 @@ def test_plan_counts_their_bytes(folder, kind):
     assert parts["weights"] == plain + sum(
         x.qvalue.size * bits // 8 + x.scale.nbytes for x in small
     )
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_bits_are_the_same_memory_and_the_same_products(spread):
+    mesh = parallel.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)), jnp.bfloat16)
+    if spread:
+        weight = jax.device_put(weight, parallel.replicated(mesh))
+    params = {"encoder": {"layers": {"wi": weight, "scale": jnp.ones(3)}}, "head": weight}
+    found = small_weights.in_bits(params)
+    bits = found["encoder"]["layers"]["wi"]
+    assert bits.dtype == jnp.uint16 and found["head"] is weight and bits.sharding == weight.sharding
+    assert found["encoder"]["layers"]["scale"] is params["encoder"]["layers"]["scale"]
+    where = lambda x: [s.data.unsafe_buffer_pointer() for s in x.addressable_shards]
+    assert where(bits) == where(weight)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 6)), jnp.float32)
+    for mixed in (False, True):
+        product = lambda x, w, mixed=mixed: layers.project("bsd,df->bsf", x, w[1], mixed)
+        of = lambda w, product=product: jax.value_and_grad(lambda x: (product(x, w) ** 2).sum())(x)
+        jax.tree.map(np.testing.assert_array_equal, of(weight), of(bits))

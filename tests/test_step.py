@@ -11,7 +11,7 @@ import pytest
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import Batch, Example, make_batch, micro_batches, pack_batch
-from jaxprompt.model import t5
+from jaxprompt.model import family, t5
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import batch_losses, init_state, make_train_step
@@ -145,6 +145,33 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
     if not dropout:
         np.testing.assert_array_equal(a[1].accuracy, b[1].accuracy)
         jax.tree.map(same, a[0].optimizer, b[0].optimizer)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("method", ["prompt-tuning", "model-tuning"])
+def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devices):
+    """Two prompts of different shares; full fine-tuning has gradients for the relative bias."""
+    whole = method == "model-tuning"
+    rows = examples(8) if whole else [*examples(5), *examples(3, prompt=1)]
+    if whole:
+        rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
+    config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16))
+    parts = micro_batches(
+        rows, rows=4, target_length=4, widths=family.widths(config), devices=devices
+    )
+    assert [b.inputs.shape for b in parts] == [(devices, 64)] * 2 and len(parts[0].targets) >= 4
+    mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    start = np.zeros((1, 0, D), np.float32) if whole else prompts(2)
+    settings = {"method": method, "name": "adamw", "rate": 0.01}
+    a = run(tiny, [make_batch(rows, target_length=4)], start, **settings)
+    params = jax.device_put(tiny[1], parallel.replicated(mesh))
+    b = run((config, params), [parts], start, put=lambda b: parallel.put_batch(b, mesh),
+            mesh=mesh, **settings)  # fmt: skip
+    np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=1e-5)
+    np.testing.assert_array_equal(a[1].accuracy, b[1].accuracy)
+    # Adam's first step is the gradient's sign: its moments show the gradient itself
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, a[0].optimizer, b[0].optimizer)
 
 
 @pytest.mark.parametrize("by_rows", [True, False])

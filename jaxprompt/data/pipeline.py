@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-# Few shapes mean few compilations; beyond 256 the steps grow, so that at most a quarter is padding
-INPUT_LENGTHS = (*range(32, 257, 32), *range(320, 513, 64), 640, 768, 1024)
+# Few shapes mean few compilations; beyond 512 the steps grow, so that at most a quarter is padding
+INPUT_LENGTHS = (*range(32, 513, 32), 640, 768, 1024)
 
 
 class Example(NamedTuple):
@@ -33,6 +33,7 @@ class Widths(NamedTuple):
 
     lead: int = 0  # so many ids at the start of every row cost nothing
     fine: bool = False  # steps of 16 up to 256: more shapes to compile, fewer wasted positions
+    packed: int = 0  # several examples share a row, none longer than this; 0: each has its own
 
 
 class Batch(NamedTuple):
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
 
     Positions are not carried: segments are contiguous, so offsets in the row are enough for
     relative positions, and the offset from a segment's start can be had from the segments.
+    Targets may have G times as many rows as inputs: those from b G on then answer, as their segment
+    1, segments 1, 2, ... of row b of the inputs, in order (``shared_rows``).
     """
 
     inputs: Int[np.ndarray, "B S"]
@@ -204,19 +207,90 @@ def sorted_parts(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
+def shares(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
+    """Numbers of the examples of each of ``count`` rows that are about equally long.
+
+    No row has more than ``most``. The longest are placed first, each in the row that is shortest;
+    then the longest row swaps examples with others as long as that makes it shorter.
+
+    >>> shares([3, 9, 4, 8], count=2, most=2)
+    [[1, 0], [3, 2]]
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    total = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        to = min((n for n in range(count) if len(rows[n]) < most), key=lambda n: total[n])
+        rows[to].append(i)
+        total[to] += lengths[i]
+    while True:
+        longest = max(range(count), key=lambda n: total[n])
+        found = min(
+            (
+                (max(total[longest] - less, total[n] + less), n, i, j)
+                for n in range(count)
+                if n != longest
+                for i in rows[longest]
+                for j in rows[n]
+                if (less := lengths[i] - lengths[j]) > 0
+            ),
+            default=None,
+        )
+        if found is None or found[0] >= total[longest]:
+            return rows
+        _, n, i, j = found
+        rows[longest][rows[longest].index(i)], rows[n][rows[n].index(j)] = j, i
+        total[longest] -= lengths[i] - lengths[j]
+        total[n] += lengths[i] - lengths[j]
+
+
+def shared_rows(
+    examples: Sequence[Example], *, parts: int, devices: int, longest: int, target_length: int
+) -> list[Batch]:
+    """A batch in ``parts`` of a row for each of ``devices``, which are filled with examples.
+
+    All rows are as wide, so that hardly a position is wasted and one shape is compiled. Targets
+    have rows of their own, see ``Batch``. Raises ValueError for an example beyond ``longest``.
+    """
+    lengths = [len(example.inputs) for example in examples]
+    if max(lengths) > longest:
+        raise ValueError(f"An example has {max(lengths)} ids, more than {longest}.")
+    rows = parts * devices
+    most = -(-3 * len(examples) // (2 * rows))
+    groups = [[examples[i] for i in share] for share in shares(lengths, rows, most)]
+    none = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    width = -(-_longest([[e.inputs for e in row] for row in groups]) // 64) * 64
+    found = []
+    for first in range(0, rows, devices):
+        own = groups[first : first + devices]
+        inputs, segments = _fill([[e.inputs for e in row] for row in own], devices, width)
+        answers = [e for row in own for e in [*row, *[none] * (most - len(row))]]
+        batch = make_batch([e._replace(inputs=none.inputs) for e in answers],
+                           input_length=1, target_length=target_length)  # fmt: skip
+        found.append(batch._replace(inputs=inputs, input_segments=segments))
+    return found
+
+
 def micro_batches(
     examples: Sequence[Example],
     *,
     rows: int,
     target_length: int | None = None,
     widths: Widths = Widths(),
+    devices: int = 1,
 ) -> list[Batch]:
     """A batch as micro-batches of ``rows`` rows of similar length, the longest rows first.
 
     Their gradients add up to the whole batch's, and few positions are padding: rows of 9, 70, 12
     and 95 tokens are two micro-batches of 2 rows, 96 and 32 wide, instead of one, 96 wide.
+    Where ``widths`` wants rows to be shared, each of ``devices`` has one with as many examples as
+    would else be its rows.
     """
     depth = target_length or round_target_length(max(len(e.targets) for e in examples))
+    if widths.packed:
+        return shared_rows(
+            examples, parts=len(examples) // rows, devices=devices, longest=widths.packed,
+            target_length=depth,
+        )  # fmt: skip
     return [
         make_batch([examples[i] for i in part], rows=rows, target_length=depth, widths=widths)
         for part in sorted_parts([len(example.inputs) for example in examples], rows)
@@ -245,6 +319,7 @@ def training_batches(
     window: int = 0,
     rows: int | None = None,
     widths: Widths = Widths(),
+    devices: int = 1,
     own: Callable[[Example, int], Example] = lambda example, prompt: example,
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
@@ -267,8 +342,9 @@ def training_batches(
             )
         ]
         return micro_batches(
-            chosen, rows=rows or len(chosen), target_length=target_length, widths=widths
-        )
+            chosen, rows=rows or len(chosen), target_length=target_length, widths=widths,
+            devices=devices,
+        )  # fmt: skip
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxprompt import parallel
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import Example, evaluation_batches, with_prompt
+from jaxprompt.data.pipeline import Example, evaluation_batches, micro_rows, with_prompt
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS, check_packages
-from jaxprompt.model import family, generate
+from jaxprompt.model import family, generate, small_weights
 
 
 class Model(NamedTuple):
@@ -52,11 +52,11 @@ class Model(NamedTuple):
         more: arguments that all rows share.
         """
         compiled = _compiled(self.mesh, function, config, tuple(settings.items()))
-        shared = prompts, *more
+        params, shared = small_weights.in_bits(self.params), (prompts, *more)
 
         def run(batch):
             batch = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
-            return compiled(self.params, shared, batch)
+            return compiled(params, shared, batch)
 
         return run
 
@@ -203,7 +203,12 @@ def _in_order(mesh, config, examples, batch_size, run, progress) -> np.ndarray:
 
     waiting, widths = None, family.widths(config)
     # empty rows fill a batch that the devices would not divide
-    rows = -(-batch_size // parallel.ways(mesh)) * parallel.ways(mesh)
+    devices = parallel.ways(mesh)
+    rows = -(-batch_size // devices) * devices
+    if examples:  # a few at a time, as far as they are long: rows of one length, sooner in a cache
+        lengths = np.array([len(example.inputs) for example in examples])
+        most = parallel.positions() * devices
+        rows = micro_rows(lengths, batch_size=rows, positions=most, multiple=devices)
     for batch, numbers in evaluation_batches(examples, batch_size=rows, widths=widths):
         output = run(batch)
         if waiting is not None:

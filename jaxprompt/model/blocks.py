@@ -53,15 +53,12 @@ class Mlp(nn.Module):
         c = self.config
         width = c.d_model // parallel.parts()
         wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
-        activation = layers.ACTIVATIONS[c.activation]
         project = functools.partial(layers.project, "bsd,df->bsf", mixed=c.mixed)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            # what the gate computes is cheaper to compute again than to keep
-            gate = jax.checkpoint(lambda a, b: activation(a) * b)
-            hidden = gate(project(x, wi_0), project(x, wi_1))
+            hidden = layers.gate(project(x, wi_0), project(x, wi_1), c.activation, c.mixed)
         else:
-            hidden = activation(project(x, self.param("wi", *wide)))
+            hidden = layers.ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
         hidden = parallel.constrained(Dropout(c.dropout)(hidden, deterministic), None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
         return layers.project("bsf,fd->bsd", hidden, wo, c.mixed)

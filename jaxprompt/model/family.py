@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.data.pipeline import Widths
-from jaxprompt.model import llama, t5, t5_cost
+from jaxprompt.model import llama, segment_attention, t5, t5_cost
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.t5_config import T5Config
 
@@ -158,6 +158,26 @@ def specialise(
     return replace(config, leading=length if whole and len(inputs) else 0)
 
 
+# shorter ones are padded to much the same lengths anyway, and cost more one by one
+_SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
+
+
+def sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyConfig:
+    """The config for training batches whose rows several examples of ``lengths`` share.
+
+    Where the device attends to one example after another (CPUs), and a row that holds what else
+    would be ``rows`` of padded ones is worth it; else the config as it is. Dropout is drawn for a
+    row, so with it each example keeps its own.
+    """
+    if not isinstance(config, T5Config) or not config.rows_in_turn or config.dropout:
+        return config
+    if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
+        return config
+    return replace(config, packed=segment_attention.best_widths(lengths))
+
+
 def widths(config: Config) -> Widths:
     """How wide batches for this config become: a prompt computed once takes no columns."""
-    return Widths(config.leading, fine=True) if isinstance(config, LlamaConfig) else Widths()
+    if isinstance(config, LlamaConfig):
+        return Widths(config.leading, fine=True)
+    return Widths(packed=max(config.packed, default=0))

@@ -192,5 +192,5 @@ def label_log_likelihoods(
 
 
 def _sum(logits, targets, segments):
-    tokens = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(tokens * (segments > 0), axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((picked - jax.nn.logsumexp(logits, axis=-1)) * (segments > 0), axis=-1)

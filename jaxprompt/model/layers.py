@@ -18,7 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt import parallel
-from jaxprompt.model.small_weights import dequantise
+from jaxprompt.model.precision import from_bits, to_bits
+from jaxprompt.model.small_weights import is_stored, usable
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -49,7 +50,7 @@ def project(
     fewer bits (``small_weights``), is made ready for the product, and again for the backward pass
     instead of kept.
     """
-    if parallel.parts() == 1 and isinstance(weight, jax.Array):
+    if parallel.parts() == 1 and not is_stored(weight):
         return product(spec, x, weight, mixed)
     return _product_with_stored(spec, x, weight, mixed)
 
@@ -66,7 +67,7 @@ def _ready(spec, stored, dtype):
     if parallel.parts() > 1:
         axes = [_AXES.get(letter) for letter in re.split(",|->", spec)[1]]
         stored = parallel.whole(stored, axes)
-    return stored if isinstance(stored, jax.Array) else dequantise(stored, dtype)
+    return usable(stored, dtype) if is_stored(stored) else stored
 
 
 def _product_with_stored_forward(spec, x, stored, mixed):
@@ -124,6 +125,32 @@ def _mixed_backward(spec, kept, cotangent):
 _mixed_product.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gate(
+    a: Float[Array, "*B F"], b: Float[Array, "*B F"], activation: str, mixed: bool = False
+) -> Float[Array, "*B F"]:
+    """The activation of ``a``, times ``b``. For the gradient these two alone are kept.
+
+    mixed: kept as bfloat16, which their gradients are rounded to in the next product anyway.
+    """
+    return ACTIVATIONS[activation](a) * b
+
+
+def _gate_forward(a, b, activation, mixed):
+    kept = (to_bits(a), to_bits(b), jnp.zeros((0,), a.dtype)) if mixed else (a, b, a)
+    return gate(a, b, activation, mixed), kept
+
+
+def _gate_backward(activation, mixed, kept, cotangent):
+    a, b, like = kept
+    if mixed:
+        a, b = (from_bits(x).astype(like.dtype) for x in (a, b))
+    return jax.vjp(lambda a, b: ACTIVATIONS[activation](a) * b, a, b)[1](cotangent)
+
+
+gate.defvjp(_gate_forward, _gate_backward)
+
+
 def head(
     y: Float[Array, "B T D"], table: Float[Array, "..."], mixed: bool = False, tied: bool = False
 ) -> Float[Array, "B T V"]:
@@ -133,7 +160,7 @@ def head(
     with a transposed result, which the table's gradient would be.
     """
     spec = "btd,vd->btv" if tied else "btd,dv->btv"
-    table = table if isinstance(table, jax.Array) else dequantise(table, y.dtype)
+    table = usable(table, y.dtype) if is_stored(table) else table
     if mixed:
         return product(spec, y, table, mixed=True)
     return jnp.einsum(spec, y, table.astype(y.dtype), preferred_element_type=jnp.float32)
@@ -217,62 +244,24 @@ def _scores(spec: str, a: jax.Array, b: jax.Array, mixed: bool) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-# logits that stay in a core's cache, where rows are attended to in turn
-_LOGITS_AT_A_TIME = 2**19
-
-
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     bias: Float[Array, "#B N T S"] | None,
     mask: Float[Array, "#B 1 #T S"],
-    keep: Float[Array, "B N 1 S"] | None = None,
     *,
     mixed: bool = False,
-    in_turn: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Multi-head attention with additive bias and mask, unscaled logits and float32 softmax.
 
-    keep: what weights are multiplied with (dropout). mixed: as in ``product``.
-    in_turn: a few rows at a time, or one head of a row, as far as the logits are many, and their
-    weights computed again in the backward pass instead of kept. On CPUs that is the faster form,
-    because logits never leave the cache; over devices, where rows are spread, it must not be used.
-    A query that may see nothing gets a uniform average (finite, and read by nobody).
+    mixed: as in ``product``. A query that may see nothing gets a uniform average (finite, and read
+    by nobody).
     """
-
-    def few(query, key, value, bias, mask, keep, letters="bn"):
-        b, n = letters or ("", "")
-        logits = _scores(f"{b}t{n}h,{b}s{n}h->{b}{n}ts", query, key, mixed) + mask
-        logits = logits if bias is None else logits + bias
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        weights = weights if keep is None else weights * keep
-        return product(f"{b}{n}ts,{b}s{n}h->{b}t{n}h", weights, value, mixed)
-
-    again = jax.checkpoint(few, static_argnums=6)
-
-    def some_rows(part):
-        *qkv, mask, keep = part
-        return again(*qkv, bias, mask, keep, "bn")
-
-    def heads_of_a_row(part):
-        *qkv, mask, keep = part
-        parts = *(x.swapaxes(0, 1) for x in qkv), None if bias is None else bias[0], keep
-        one = lambda part: again(*part[:4], mask[0], part[4], "")
-        return jax.lax.map(one, parts).swapaxes(0, 1)
-
-    rows, length, heads, _ = query.shape
-    of_a_row = heads * length * key.shape[1]
-    in_turn = in_turn and (bias is None or bias.shape[0] == 1)
-    if not in_turn or rows * of_a_row <= _LOGITS_AT_A_TIME:
-        return few(query, key, value, bias, mask, keep)
-    parts = query, key, value, jnp.broadcast_to(mask, (rows, *mask.shape[1:])), keep
-    if of_a_row > _LOGITS_AT_A_TIME // 2:
-        return jax.lax.map(heads_of_a_row, parts)
-    some = _LOGITS_AT_A_TIME // of_a_row
-    some = next(n for n in range(some, 0, -1) if rows % n == 0)
-    parts = jax.tree.map(lambda x: x.reshape(rows // some, some, *x.shape[1:]), parts)
-    return jax.lax.map(some_rows, parts).reshape(rows, *query.shape[1:-1], value.shape[-1])
+    logits = _scores("btnh,bsnh->bnts", query, key, mixed) + mask
+    logits = logits if bias is None else logits + bias
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return product("bnts,bsnh->btnh", weights, value, mixed)
 
 
 def attention_to(

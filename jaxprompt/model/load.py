@@ -55,7 +55,7 @@ def load_backbone(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     dropout: float = 0.0,
-    unroll: bool | None = False,
+    unroll: bool | None = None,
     remat: bool = False,
     attention: str = "causal",
     config: str | Path | None = None,
@@ -67,7 +67,7 @@ def load_backbone(
     dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
     operands of matrix products, which are rounded to bfloat16).
     mesh: the devices that it is spread over, see parallel.py; None is the default device.
-    unroll: the loop over layers; None: for T5, whose steps that makes faster on CPUs.
+    unroll: the loop over layers, which takes longer to compile and no less time to run on CPUs.
     attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
     config: a config.json to use instead of the source's own (a T5X checkpoint has none; its shapes
     are read as one).
@@ -81,11 +81,7 @@ def load_backbone(
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
     found, tensors, leaves = _open(location, None if config is None else Path(config))
-    in_parts = mesh is not None and mesh.shape["fsdp"] > 1  # of which a loop holds one at a time
-    unrolled = unroll
-    if unroll is None:
-        unrolled = not (isinstance(found, LlamaConfig) or in_parts)
-    settings = replace(found, dtype=dtype, unroll=unrolled, remat=remat)
+    settings = replace(found, dtype=dtype, unroll=bool(unroll), remat=remat)
     if isinstance(settings, T5Config):
         settings = replace(settings, rows_in_turn=parallel.whole_rows_on_cpu(mesh))
     settings = _with_choices(settings, name, dropout, attention)

@@ -1,4 +1,8 @@
-"""What the dtype of a config means, for every family."""
+"""What the dtype of a config means, for every family, and bfloat16 that is kept for later."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt16
 
 
 class Precision:
@@ -18,3 +22,17 @@ class Precision:
     def activations(self) -> str:
         """dtype of what flows between the products."""
         return "float32" if self.mixed else self.dtype
+
+
+def to_bits(x: Float[Array, "..."]) -> UInt16[Array, "..."]:
+    """Rounded to bfloat16, as its bits.
+
+    XLA's CPU runtime (jax 0.10, 0.11) has no slice of bfloat16 in a loop, nor can it write one: it
+    would turn all of the array to float32, and back, each time.
+    """
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+
+def from_bits(bits: UInt16[Array, "..."]) -> Float[Array, "..."]:
+    """The bfloat16 numbers of these bits."""
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)

@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxprompt.config import UserError
+from jaxprompt.model.precision import from_bits
 
 GROUP = 32
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
@@ -62,8 +65,37 @@ def bytes_each(kind: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> floa
     return BITS[kind] / 8 + 4 / shared
 
 
-def dequantise(stored: Any, dtype: Any) -> jax.Array:
-    """The weight that a QArray stands for."""
+def in_bits(params: Any) -> Any:
+    """bfloat16 weights of layers on CPUs as uint16 of the same memory; all else as it is.
+
+    Layers are sliced from them in a loop, see ``precision.to_bits``. Not for weights that are to
+    have gradients.
+    """
+
+    def view(path, leaf):
+        stacked = any(getattr(part, "key", "") == "layers" for part in path)
+        if not stacked or not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            return leaf
+        if leaf.dtype != jnp.bfloat16 or next(iter(leaf.devices())).platform != "cpu":
+            return leaf
+        parts = [
+            jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
+            for shard in leaf.addressable_shards
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+    return jax.tree_util.tree_map_with_path(view, params)
+
+
+def is_stored(weight: Any) -> bool:
+    """Whether a weight has another form than that in which it is used; then it is frozen."""
+    return not isinstance(weight, jax.Array) or weight.dtype == jnp.uint16
+
+
+def usable(stored: Any, dtype: Any) -> jax.Array:
+    """The weight that a QArray or bits stand for."""
+    if isinstance(stored, jax.Array):
+        return from_bits(stored)
     import qwix
 
     return qwix.dequantize(stored).astype(dtype)

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.model import layers
+from jaxprompt.model import layers, segment_attention
 from jaxprompt.model.blocks import Dropout, Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
-from jaxprompt.model.t5_config import T5Config
+from jaxprompt.model.segment_attention import Segments
+from jaxprompt.model.t5_config import AXES, T5Config
 from jaxprompt.parallel import constrained, parts
 
 Params = dict[str, Any]
@@ -42,12 +43,15 @@ class Attention(nn.Module):
         found = layers.project("bsd,dnh->bsnh", x, kernel, self.config.mixed)
         return constrained(found, None, "heads", None)
 
-    def mix(self, x, key, value, bias, mask, deterministic):
+    def mix(self, x, key, value, bias, seen, deterministic):
         c, query = self.config, self._project(x, self.query)
         keep = self._keep(x.shape[0], key.shape[1], x.dtype, deterministic)
-        y = layers.attention(
-            query, key, value, bias, mask, keep, mixed=c.mixed, in_turn=c.rows_in_turn
-        )
+        if keep is not None:  # a dropped weight is a dropped value
+            value = value * keep.swapaxes(1, 3).swapaxes(2, 3)
+        if isinstance(seen, Segments):
+            y = segment_attention.attention(query, key, value, bias, seen, c.packed, mixed=c.mixed)
+        else:
+            y = layers.attention(query, key, value, bias, seen, mixed=c.mixed)
         return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
 
     def mix_with(self, x, encoded, mask, deterministic):
@@ -72,7 +76,7 @@ class Shared(NamedTuple):
 
     queries: Int[Array, " T"]  # offsets in the row
     keys: Int[Array, " S"]
-    self_mask: Float[Array, "#B 1 #T S"]  # additive, as the other
+    seen: Float[Array, "#B 1 #T S"] | Segments  # by each other; a mask is additive
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Float[Array, "B 1 #T S"] | None = None
@@ -116,7 +120,7 @@ class EncoderLayer(nn.Module):
             bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, True)
         y = self.attention_norm(x)
         key, value = self.attention.keys_values(y)
-        y = self.attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
+        y = self.attention.mix(y, key, value, bias, shared.seen, self.deterministic)
         x = x + self.dropout(y)
         return constrained(x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))), None
 
@@ -144,7 +148,7 @@ class DecoderLayer(nn.Module):
             at = (0, shared.queries[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-        y = self.self_attention.mix(y, key, value, bias, shared.self_mask, self.deterministic)
+        y = self.self_attention.mix(y, key, value, bias, shared.seen, self.deterministic)
         x = x + self.dropout(y)
         y, attend = self.cross_attention_norm(x), self.cross_attention
         if cache is None:
@@ -200,23 +204,29 @@ class T5(nn.Module):
             self.head = self.param("head", init, (c.d_model, c.vocab_size))
 
     def encode(self, inputs, segments, bank):
-        offsets = jnp.arange(inputs.shape[1])
-        shared = Shared(offsets, offsets, layers.additive(layers.segment_mask(segments, segments)))
+        c, (rows, width) = self.config, inputs.shape
+        many = rows * c.num_heads * width**2 > segment_attention.LOGITS_AT_ONCE
+        if c.rows_in_turn and (c.packed or many):
+            seen, width = segment_attention.find(segments), min((width, *c.packed[-1:]))
+        else:
+            seen = layers.additive(layers.segment_mask(segments, segments))
+        offsets = jnp.arange(width)
+        shared = Shared(offsets, offsets, seen)
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
     def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
         offsets = jnp.arange(decoder_inputs.shape[1])
         causal = offsets[None, :] <= offsets[:, None]
-        self_mask = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
+        seen = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
         cross_mask = layers.additive(layers.segment_mask(target_segments, input_segments))
-        shared = Shared(offsets, offsets, self_mask, encoded=encoded, cross_mask=cross_mask)
+        shared = Shared(offsets, offsets, seen, encoded=encoded, cross_mask=cross_mask)
         return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
 
     def decode_step(self, cache, input_segments, ids, index, bank):
         keys = jnp.arange(cache.self_key.shape[2])
-        self_mask = layers.additive(keys <= index)[None, None, None, :]
+        seen = layers.additive(keys <= index)[None, None, None, :]
         cross_mask = layers.additive(input_segments > 0)[:, None, None, :]
-        shared = Shared(index[None], keys, self_mask, cross_mask=cross_mask)
+        shared = Shared(index[None], keys, seen, cross_mask=cross_mask)
         y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
         return self.logits(y)[:, 0], written
 
@@ -244,25 +254,9 @@ def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
     return abstract(init_params, config, dtype)
 
 
-_AXES = {
-    "embedding": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "query": ("embed", "heads", "kv"),
-    "key": ("embed", "heads", "kv"),
-    "value": ("embed", "heads", "kv"),
-    "out": ("heads", "kv", "embed"),
-    "wi": ("embed", "mlp"),
-    "wi_0": ("embed", "mlp"),
-    "wi_1": ("embed", "mlp"),
-    "wo": ("mlp", "embed"),
-    "relative_bias": ("buckets", "heads"),
-    "scale": ("norm",),
-}
-
-
 def logical_axes(config: T5Config) -> dict[str, Any]:
     """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
-    return named_axes(_AXES, abstract_params(config))
+    return named_axes(AXES, abstract_params(config))
 
 
 def _apply(params, config, method, *args, dropout_key=None) -> Any:
@@ -355,6 +349,10 @@ def logits(
     """Teacher-forced logits of the targets, see ``model/family.py``."""
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     encoded = encode(params, prompts, config, inputs, segments, dropout_key=keys[0])
+    if len(targets) > len(inputs):
+        encoded, segments = segment_attention.rows_of_their_own(
+            encoded, segments, len(targets) // len(inputs), min(config.packed[-1], inputs.shape[1])
+        )
     shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
     return decode(
         params, prompts, config, encoded, segments, shifted, target_segments, dropout_key=keys[1]

@@ -32,7 +32,10 @@ class T5Config(Precision):
     dtype: str = "float32"  # see Precision
     unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
     remat: bool = False  # recompute each layer in the backward pass
-    rows_in_turn: bool = False  # see layers.attention: faster on one CPU, not for several devices
+    rows_in_turn: bool = False  # see model/segment_attention.py: for CPUs
+    # positions that examples which share rows are computed at, each at the least that holds it;
+    # none is longer than the last. Empty: none share rows
+    packed: tuple[int, ...] = ()
     decoder_start_id: int = 0
     pad_id: int = 0
     eos_id: int = 1
@@ -42,6 +45,22 @@ class T5Config(Precision):
         """Depth of the stack that carries the prompt."""
         return self.num_encoder_layers
 
+
+# logical axes of each parameter (parallel.RULES), by its name
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads", "kv"),
+    "key": ("embed", "heads", "kv"),
+    "value": ("embed", "heads", "kv"),
+    "out": ("heads", "kv", "embed"),
+    "wi": ("embed", "mlp"),
+    "wi_0": ("embed", "mlp"),
+    "wi_1": ("embed", "mlp"),
+    "wo": ("mlp", "embed"),
+    "relative_bias": ("buckets", "heads"),
+    "scale": ("norm",),
+}
 
 # num_layers of both stacks, num_heads, d_model, d_ff of T5 1.1; 64 numbers a head, 32,128 rows
 _RELEASED = {

@@ -12,14 +12,20 @@ def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
     Per position an encoder layer keeps its two inputs of norms, q, k and v, the two inputs of the
     gate (Shazeer 2020), and, where rows are not attended to in turn, logits and weights of
     attention; rematerialised, its input alone. In work are the gradients of one layer's MLP or
-    attention.
+    attention. With mixed precision the gate's inputs are kept in bfloat16, and q, k and v where
+    rows are attended to in turn.
     """
     size = 2 if shape.dtype == "bfloat16" else 4
     wide = (2 if shape.gated else 1) * shape.d_ff // ways
     inner = shape.num_heads * shape.head_dim // ways
     heads, positions = max(shape.num_heads // ways, 1), work.rows * work.inputs
     looked_at = 0 if shape.rows_in_turn else positions * heads * work.inputs
-    of_a_layer = positions * (2 * shape.d_model + 3 * inner + wide) * size
+    half = lambda does: 2 if shape.mixed and does else size
+    of_a_layer = positions * (
+        2 * shape.d_model * size
+        + 3 * inner * half(shape.rows_in_turn)
+        + wide * half(shape.gated)
+    )  # fmt: skip
     of_a_layer += looked_at * 8
     depth = shape.num_encoder_layers
     if shape.remat:

@@ -216,7 +216,7 @@ def _train(
     test = result.get("test", {}).get(task.metrics[0])
     scores = {"validation": result["value"], "test": test} | {key: result[key] for key in keys}
     if cell.method == "full":
-        return scores, open_session(None, load_backbone(str(folder / "model"), unroll=None))
+        return scores, open_session(None, load_backbone(str(folder / "model")))
     prompt = load_prompt(folder / "prompt")
     scores["metrics"] = prompt.facts["metrics"]
     session = open_session(prompt, backbone)
@@ -310,7 +310,7 @@ def _load(name: str, bench: Bench, held: Record) -> Backbone:
         if held:  # the last one's weights would stay in compiled code
             held.clear()
             jax.clear_caches()
-        held.update(backbone=load_backbone(path, unroll=None), name=name)
+        held.update(backbone=load_backbone(path), name=name)
     backbone, file = held["backbone"], bench.out / "runs" / name / "fingerprint"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():

@@ -189,7 +189,7 @@ class Clock:
             self.first = time.monotonic()
             return
         for batch in batches:
-            self.examples += len(batch.inputs)
+            self.examples += int((batch.target_segments[:, 0] > 0).sum())
             self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
 
     def seconds(self) -> float:

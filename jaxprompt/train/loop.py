@@ -150,9 +150,11 @@ def _train(
 
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
-        seed = members[alive[0]].train.seed
+        seed, devices = members[alive[0]].train.seed, parallel.ways(mesh)
+        micro = _micro_rows(config, lengths[0], devices, len(alive))
+        model = family.sharing_rows(shape, lengths[0], micro // devices)
         step = make_train_step(
-            shape, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
+            model, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
         )
         batches = training_batches(
             training.examples,
@@ -160,8 +162,9 @@ def _train(
             seeds=[members[k].train.seed for k in alive],
             start=done,
             window=settings.length_window,
-            rows=_micro_rows(config, training.examples, mesh, len(alive)),
-            widths=family.widths(shape),
+            rows=micro,
+            widths=family.widths(model),
+            devices=devices,
             own=partial(with_prompt, vocabulary=backbone.config.vocab_size, length=length),
         )
         return step, batches
@@ -346,20 +349,13 @@ def _train(
     return result
 
 
-# Positions of a micro-batch, where the config does not say: on a CPU what was measured to be fast,
-# on an accelerator, where nothing was, so many that batches are rarely cut
-CPU_POSITIONS, POSITIONS = 1280, 32_768
-
-
-def _micro_rows(config: RunConfig, examples: Sequence[Example], mesh, prompts: int) -> int:
+def _micro_rows(config: RunConfig, lengths: Sequence[int], devices: int, prompts: int) -> int:
     """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
-    devices, batch_size = parallel.ways(mesh), config.train.batch_size * prompts
     if config.train.micro_batch is None:
-        positions = CPU_POSITIONS if jax.default_backend() == "cpu" else POSITIONS
-        lengths = np.array([len(e.inputs) for e in examples])
         return micro_rows(
-            lengths, batch_size=batch_size, positions=positions * devices, multiple=devices
-        )
+            np.array(lengths), batch_size=config.train.batch_size * prompts,
+            positions=parallel.positions() * devices, multiple=devices,
+        )  # fmt: skip
     return config.train.micro_batch
 
 

@@ -23,7 +23,6 @@ from jaxprompt.model import family, small_weights
 from jaxprompt.model.load import OPERANDS, open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.loop import CPU_POSITIONS, POSITIONS
 from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.step import init_state
 
@@ -86,7 +85,7 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
     some = rows
     if config.train.micro_batch is not None:
         some = max(config.train.micro_batch // layout.ways, 1)
-    elif rows * inputs > (most := CPU_POSITIONS if cpu else POSITIONS):
+    elif rows * inputs > (most := parallel.positions(cpu)):
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
         some = max(fitting, default=1)
     return Work(some, rows // some, inputs, targets)

@@ -226,7 +226,8 @@ def _start(
             f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
             "a T5, or tune that model with method: model-tuning."
         )
-    return dataclasses.replace(backbone.config, dtype=model.dtype), backbone.params
+    shape = dataclasses.replace(backbone.config, dtype=model.dtype, packed=_widths(config))
+    return shape, backbone.params
 
 
 def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
@@ -237,10 +238,16 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
         **config.shape.model_dump(),
         dtype=model.dtype,
         dropout=model.dropout,
-        unroll=model.unroll is not False,
+        unroll=bool(model.unroll),
         remat=model.remat,
         rows_in_turn=parallel.whole_rows_on_cpu(mesh),
+        packed=_widths(config),
     )
+
+
+def _widths(config: PretrainConfig) -> tuple[int, ...]:
+    """What lengths of the examples that share a row are rounded up to."""
+    return tuple(sorted({-(-config.input_length // n) for n in (8, 4, 2, 1)}))
 
 
 def _tokenizer_place(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprompt import parallel
 from jaxprompt.config import PromptConfig
 from jaxprompt.data.pipeline import Batch
-from jaxprompt.model import family
+from jaxprompt.model import family, small_weights
 from jaxprompt.prompts.methods import Method
 
 
@@ -105,8 +105,8 @@ def make_train_step(
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
     add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
     compiled once. With a ``mesh``, each device of its ``data`` and ``fsdp`` axes takes rows of its
-    own, and they add up nothing but these sums. Dropout keys are a pure function of seed, step and
-    the micro-batch's number, so a resumed run needs no random state.
+    own, and they add up nothing but these sums, once a step. Dropout keys are a pure function of
+    seed, step and the micro-batch's number, so a resumed run needs no random state.
     """
 
     def sums_of_rows(params, shared, batch):
@@ -126,13 +126,13 @@ def make_train_step(
         return sums._replace(gradient=gradient)
 
     axes = family.of(config).logical_axes(config) if method.frozen else None
-    everywhere = parallel.over_rows(sums_of_rows, mesh, axes, summed=True)
+    everywhere = parallel.over_rows(sums_of_rows, mesh, axes, stacked=True)
 
     def sums_of(tree, step, params, batch, number):
         return everywhere(params, (tree, step, number), batch)
 
     def finish(state, sums):
-        gradient, losses = sums.means()
+        gradient, losses = parallel.summed(sums, mesh).means()
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
         return TrainState(state.step + 1, tree, opt_state), losses
@@ -141,10 +141,12 @@ def make_train_step(
     def at_once(state, params, batch):
         return finish(state, sums_of(state.tree, state.step, params, batch, 0))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=parallel.by_device(mesh))
     def nothing(tree):
-        zeros = jnp.zeros(jax.tree.leaves(tree)[0].shape[0])
-        return Sums(jax.tree.map(jnp.zeros_like, tree), zeros, zeros, zeros)
+        ways, prompts = parallel.ways(mesh), len(jax.tree.leaves(tree)[0])
+        gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
+        each = jnp.zeros((ways, prompts))
+        return Sums(gradient, each, each, each)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, tree, step, params, batch, number):
@@ -152,7 +154,12 @@ def make_train_step(
 
     last = jax.jit(finish, donate_argnums=0)
 
+    held: list[Any] = [None, None]
+
     def train_step(state, params, batches):
+        if method.frozen and held[0] is not params:
+            held[:] = params, small_weights.in_bits(params)
+        params = held[1] if method.frozen else params
         if len(batches) == 1:
             return at_once(state, params, batches[0])
         sums = nothing(state.tree)
