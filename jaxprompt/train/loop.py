@@ -152,7 +152,9 @@ def _train(
         """The step of these members and their batches from ``done`` on."""
         seed, devices = members[alive[0]].train.seed, parallel.ways(mesh)
         micro = _micro_rows(config, lengths[0], devices, len(alive))
-        model = family.sharing_rows(shape, lengths[0], micro // devices)
+        model = shape
+        if settings.length_window == 0:  # else hardly a position is padding, and totals differ
+            model = family.sharing_rows(shape, lengths[0], micro // devices)
         step = make_train_step(
             model, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
         )
