@@ -12,7 +12,7 @@ from test_step import P, V, examples, make_batch, run
 
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import layers, llama, small_weights, t5
+from jaxprompt.model import family, layers, llama, small_weights, t5
 from jaxprompt.model.load import load_backbone
 from jaxprompt.model.work import Work
 from jaxprompt.train import plan
@@ -156,7 +156,8 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)), jnp.bfloat16)
     if spread:
         weight = jax.device_put(weight, parallel.replicated(mesh))
-    params = {"encoder": {"layers": {"wi": weight, "scale": jnp.ones(3)}}, "head": weight}
+    own = {"wi": weight, "scale": weight[0]}
+    params = {"encoder": {"layers": own}, "head": weight}
     found = small_weights.in_bits(params)
     bits = found["encoder"]["layers"]["wi"]
     assert bits.dtype == jnp.uint16 and found["head"] is weight and bits.sharding == weight.sharding
@@ -168,3 +169,23 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
         product = lambda x, w, mixed=mixed: layers.project("bsd,df->bsf", x, w[1], mixed)
         of = lambda w, product=product: jax.value_and_grad(lambda x: (product(x, w) ** 2).sum())(x)
         jax.tree.map(np.testing.assert_array_equal, of(weight), of(bits))
+
+
+@pytest.mark.parametrize("name", ["umt5", "llama"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_a_model_in_bits_is_that_model(name, dtype):
+    """Norms, biases and all: the same logits, to the bit."""
+    folder = GOLDENS if name == "llama" else GOLDENS.parent / "goldens"
+    b = load_backbone(str(folder / name), dtype=dtype)
+    bits = small_weights.in_bits(b.params)
+    found = {str(x.dtype) for x in jax.tree.leaves(bits["encoder" if name == "umt5" else "layers"])}
+    assert "uint16" in found and len(found) > 1
+    ids = jnp.arange(1, 13).reshape(2, 6)
+    ones, targets = jnp.ones_like(ids), ids[:, :3]
+    of = family.of(b.config)
+
+    def logits(params):
+        prompts = of.prepare(params, None, b.config)
+        return of.logits(params, prompts, b.config, ids, ones, targets, jnp.ones_like(targets))
+
+    np.testing.assert_array_equal(logits(bits), logits(b.params))

@@ -34,8 +34,6 @@ from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, la
 Params = family.Params
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
 _SAMPLES = 4096
-# parameters that are operands of products and nothing else
-OPERANDS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
 
 
 class Backbone(NamedTuple):
@@ -103,7 +101,7 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        small = weights is not None and last in OPERANDS
+        small = weights is not None and last in small_weights.OPERANDS
         rounded = rounded_at_load(last, settings, trainable) and not small
         dtype = "bfloat16" if rounded else settings.activations
         array = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
@@ -117,7 +115,7 @@ def load_backbone(
 
 def rounded_at_load(name: str, config: family.Config, trainable: bool) -> bool:
     """Whether a parameter of that name is kept in bfloat16 although activations are float32."""
-    return config.mixed and not trainable and name in OPERANDS
+    return config.mixed and not trainable and name in small_weights.OPERANDS
 
 
 def _check_small(weights: str, trainable: bool) -> None:

@@ -17,6 +17,8 @@ from jax.core import Tracer
 from jaxprompt.config import UserError
 from jaxprompt.model.precision import from_bits
 
+# parameters that are operands of products and nothing else
+OPERANDS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
 GROUP = 32
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
 
@@ -66,15 +68,17 @@ def bytes_each(kind: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> floa
 
 
 def in_bits(params: Any) -> Any:
-    """bfloat16 weights of layers on CPUs as uint16 of the same memory; all else as it is.
+    """bfloat16 operands of layers on CPUs as uint16 of the same memory; all else as it is.
 
     Layers are sliced from them in a loop, see ``precision.to_bits``. Not for weights that are to
     have gradients.
     """
 
     def view(path, leaf):
-        stacked = any(getattr(part, "key", "") == "layers" for part in path)
-        if not stacked or not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+        names = [getattr(part, "key", "") for part in path]
+        if "layers" not in names or names[-1] not in OPERANDS or isinstance(leaf, Tracer):
+            return leaf
+        if not isinstance(leaf, jax.Array):
             return leaf
         if leaf.dtype != jnp.bfloat16 or next(iter(leaf.devices())).platform != "cpu":
             return leaf

@@ -20,7 +20,7 @@ from jaxprompt.config import RunConfig, UserError
 from jaxprompt.data.pipeline import round_target_length
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.model import family, small_weights
-from jaxprompt.model.load import OPERANDS, open_config, rounded_at_load
+from jaxprompt.model.load import open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.optimizer import per_prompt
@@ -115,7 +115,7 @@ class Weights(NamedTuple):
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
             size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
             size = 2 if shape.activations == "bfloat16" else size
-            if small is not None and path[-1].key in OPERANDS:
+            if small is not None and path[-1].key in small_weights.OPERANDS:
                 size = small_weights.bytes_each(small, named, leaf.shape)
             found[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
         return cls(found[True], found[False])
