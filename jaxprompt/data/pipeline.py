@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-# Few shapes mean few compilations; beyond 512 the steps grow, so that at most a quarter is padding
-INPUT_LENGTHS = (*range(32, 513, 32), 640, 768, 1024)
+# Few shapes mean few compilations; beyond 384 the steps grow, so that at most a quarter is padding
+INPUT_LENGTHS = (*range(32, 385, 32), 448, 512, 640, 768, 1024)
 
 
 class Example(NamedTuple):
