@@ -193,7 +193,7 @@ def _forward(widths, mixed, query, key, value, bias, segments):
         most = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - most)
         mass = jnp.sum(weights, axis=-1, keepdims=True)
-        y = _product("ts,sh->th", weights.astype(value.dtype), value) / mass
+        y = _product("ts,sh->th", (weights / mass).astype(value.dtype), value)
         return block.write(carry[0], y), block.write(carry[1], most + jnp.log(mass))
 
     carry = jnp.zeros_like(given[0]), jnp.zeros(shape)
