@@ -237,14 +237,14 @@ def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
     return jax.device_count() == 1 if mesh is None else mesh.shape["tensor"] == 1
 
 
-def positions(cpu: bool | None = None) -> int:
-    """Positions that are best computed at a time on a device.
+def positions(cpu: bool | None = None, shared: bool = False) -> int:
+    """Positions that are best computed at a time on a device; shared: where examples share rows.
 
     On a CPU what was measured to be fast, on an accelerator, where nothing was, so many that
     batches are rarely cut.
     """
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
-    return 1280 if cpu else 32_768
+    return (2560 if shared else 1280) if cpu else 32_768
 
 
 def put(value: np.ndarray, sharding: Any) -> jax.Array:

@@ -17,17 +17,17 @@ from bench_tools import LABELS, Row, Start, resident, serve
 from jaxprompt import devices, parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, TrainConfig
-from jaxprompt.data.pipeline import Example, micro_batches, round_target_length
+from jaxprompt.data.pipeline import Example, micro_batches
 from jaxprompt.evaluate.score import Model, answer
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.train.step import cut, init_state, make_train_step
 
 Job = dict[str, Any]
 METHOD = METHODS["prompt-tuning"]
-DEPTH = round_target_length(max(map(len, LABELS.values())))
+DEPTH = max(map(len, LABELS.values()))
 
 
 def take_step(step, state, params, examples, rows, widths, mesh):
@@ -105,7 +105,11 @@ class Ours:
         drawn = [self.examples(backbone, rows) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
-        config = family.sharing_rows(backbone.config, lengths, rows // parallel.ways(self.mesh))
+        config, many = cut(
+            backbone.config, lengths, batch_size=job["batch_size"],
+            devices=parallel.ways(self.mesh), share=job["micro"],
+        )  # fmt: skip
+        rows = rows if config is backbone.config else many
         if key not in self.steps:
             self.steps[key] = make_train_step(config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0)
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))

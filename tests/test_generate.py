@@ -1,11 +1,16 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, TaskConfig
+from jaxprompt.data.pipeline import Example
+from jaxprompt.evaluate import score as scoring
 from jaxprompt.model import generate, t5
 from jaxprompt.model.layers import shift_right
 
@@ -77,6 +82,43 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
     for row, length in enumerate((3, 2, 3)):
         expected = sum(logp[row, i, targets[row, i]] for i in range(length))
         assert float(got[row]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_likelihoods_are_the_same_where_examples_share_rows(tiny, devices, monkeypatch):
+    config, params = dataclasses.replace(tiny[0], rows_in_turn=True), tiny[1]
+    rng, words = np.random.default_rng(0), [[7, 1], [9, 11, 1], [30, 1]]
+    examples = [
+        Example(rng.integers(3, 61, length).astype(np.int32), np.array(words[length % 3], np.int32))
+        for length in rng.integers(20, 250, scoring._FEWEST_SHARING + 3)
+    ]
+    mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    params = jax.device_put(params, parallel.replicated(mesh))
+    task = TaskConfig(
+        name="q", train="-", validation="-", template="{text}", labels=["a", "b", "c"]
+    )
+    tokenizer = SimpleNamespace(encode_targets=lambda labels, separator: words)
+    shapes = []
+
+    def both(model):
+        likely = scoring.log_likelihoods(model, examples, batch_size=16)
+        return likely, scoring.answer(model, task, examples, tokenizer, batch_size=16)
+
+    batches = scoring.evaluation_batches
+
+    def counted(*args, **kwargs):
+        for batch, numbers in batches(*args, **kwargs):
+            shapes.append(batch.inputs.shape)
+            yield batch, numbers
+
+    monkeypatch.setattr(scoring, "evaluation_batches", counted)
+    shared = both(scoring.Model(params, None, config, mesh))
+    assert len(set(shapes)) == 1 and shapes[0][0] == devices
+    alone = both(scoring.Model(params, None, tiny[0], mesh))
+    assert len(set(shapes)) > 5
+    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(shared[1].scores, alone[1].scores, rtol=1e-5)
+    assert shared[1].predictions == alone[1].predictions
 
 
 def searched(params, config, ids, segments, length, beams, alpha):

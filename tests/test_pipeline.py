@@ -167,6 +167,7 @@ def test_resuming_continues_the_very_same_batches(window):
 def test_training_batches_are_those_of_batch_indices():
     examples = random_examples(50)
     lengths = np.array([len(e.inputs) for e in examples])
+    longest = max(len(e.targets) for e in examples)
     options = {"batch_size": 8, "seeds": [3], "window": 2}
     whole, parts = (
         itertools.islice(training_batches(examples, rows=rows, **options), 9) for rows in (None, 4)
@@ -174,9 +175,9 @@ def test_training_batches_are_those_of_batch_indices():
     for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)
         ordered = sorted(chosen, key=lambda i: -lengths[i])
-        assert_equal(batch, make_batch([examples[i] for i in ordered], target_length=8))
+        assert_equal(batch, make_batch([examples[i] for i in ordered], target_length=longest))
         for part, mine in ((longer, ordered[:4]), (shorter, ordered[4:])):
-            assert_equal(part, make_batch([examples[i] for i in mine], target_length=8))
+            assert_equal(part, make_batch([examples[i] for i in mine], target_length=longest))
 
 
 def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
@@ -193,7 +194,14 @@ def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
 
 def test_shared_rows_are_this():
     examples = [example(range(1, n + 1), [n, 1]) for n in (40, 30, 50, 20)]
-    one, two = shared_rows(examples, parts=2, devices=1, longest=50, target_length=4)
+    widths = Widths(shared=3, packed=50)
+    (one, first), (two, second) = shared_rows(
+        examples, parts=2, devices=1, widths=widths, target_length=4
+    )
+    assert sorted([*first, *second]) == [-1, -1, 0, 1, 2, 3]
+    for batch, numbers in ((one, first), (two, second)):
+        targets = [0 if i < 0 else len(examples[i].inputs) for i in numbers]
+        assert batch.targets[:, 0].tolist() == targets
     assert one.inputs.shape == two.inputs.shape == (1, 128) and len(one.targets) == 3
     for batch in (one, two):
         lengths = batch.targets[:, 0]
@@ -201,10 +209,11 @@ def test_shared_rows_are_this():
         for number, length in enumerate(lengths[lengths > 0], 1):
             ids = batch.inputs[batch.input_segments == number]
             assert ids.tolist() == list(range(1, length + 1))
-    [whole] = micro_batches(examples, rows=4, widths=Widths(packed=50), devices=2)
+    [whole] = micro_batches(examples, rows=4, widths=widths, devices=2)
     assert whole.inputs.shape == (2, 128) and whole.targets.shape == (6, 4)
     with pytest.raises(ValueError, match="50 ids, more than 49"):
-        shared_rows(examples, parts=1, devices=1, longest=49, target_length=4)
+        next(shared_rows(examples, parts=1, devices=1, widths=widths._replace(packed=49),
+                         target_length=4))  # fmt: skip
 
 
 def test_the_rows_of_a_micro_batch_divide_the_batch_and_fit_the_positions():

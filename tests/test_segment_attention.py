@@ -43,9 +43,9 @@ def both(rows, widths, dtype="float32", mixed=False):
         return layers.attention(query, key, value, bias(WIDTH, table), mask)
 
     def in_turn(query, key, value, table):
-        found = own.find(segments)
+        found = own.find(segments, widths)
         biases = bias(widths[-1], table)
-        return own.attention(query, key, value, biases, found, widths, mixed=mixed)
+        return own.attention(query, key, value, biases, found, mixed=mixed)
 
     results = []
     for form in (plain, in_turn):
@@ -75,7 +75,7 @@ def test_positions_of_no_segment_get_nothing_and_give_nothing():
     segments = segments_of([[3], [2, 4]])
     x = jnp.ones((2, WIDTH, 1, 2))
     bias = jnp.zeros((1, 1, 8, 8))
-    attend = lambda x: own.attention(x, x, x, bias, own.find(segments), (8,))
+    attend = lambda x: own.attention(x, x, x, bias, own.find(segments, (8,)))
     assert not attend(x)[segments == 0].any() and (attend(x)[segments > 0] == 1).all()
     gradient = jax.grad(lambda x: attend(x).sum())(x)
     assert not gradient[segments == 0].any() and np.isfinite(gradient).all()
@@ -83,14 +83,20 @@ def test_positions_of_no_segment_get_nothing_and_give_nothing():
 
 def test_a_segment_beyond_the_last_width_is_never_cut_in_silence():
     x, bias = jnp.ones((1, WIDTH, 1, 2)), jnp.zeros((1, 1, 8, 8))
-    found = own.attention(x, x, x, bias, own.find(segments_of([[9, 2]])), (4, 8))
+    found = own.attention(x, x, x, bias, own.find(segments_of([[9, 2]]), (4, 8)))
     assert np.isnan(found).all()
 
 
 def test_segments_are_found():
-    found = own.find(segments_of([[5, 12], [], [24]]))
-    assert int(found.count) == 3
+    segments = segments_of([[5, 12], [], [24]])
+    found = own.find(segments)
+    assert found.widths == (WIDTH,) and found.bounds.tolist() == [0, 3]
     assert found.starts[:3].tolist() == [0, 5, 48] and found.lengths[:3].tolist() == [5, 12, 24]
+    found = own.find(segments, (5, 16, 20, 99), each=2)  # by their widths
+    assert found.widths == (5, 16, 20, WIDTH) and found.bounds.tolist() == [0, 1, 2, 2, 3]
+    assert found.lengths[:3].tolist() == [5, 12, 24] and found.asked_by[:3].tolist() == [0, 1, 4]
+    found = own.find(segments_of([[12, 5], [3, 2]]), (5, 16))
+    assert found.starts[:4].tolist() == [12, 24, 27, 0] and found.bounds.tolist() == [0, 3, 4]
 
 
 def test_widths_are_the_least_work_there_is():
@@ -112,13 +118,28 @@ def test_widths_are_the_least_work_there_is():
         assert len(found) <= count and work(found) == min(map(work, others))
 
 
-def test_rows_of_their_own_and_back():
-    segments = segments_of([[5, 12, 7], [10, 3]])
-    encoded = jnp.arange(2.0 * WIDTH * 3).reshape(2, WIDTH, 3)
-    rows, marks = own.rows_of_their_own(encoded, segments, each=3, width=12)
-    assert rows.shape == (6, 12, 3) and marks.sum(1).tolist() == [5, 12, 7, 10, 3, 0]
-    np.testing.assert_array_equal(rows[1], encoded[0, 5:17])
-    np.testing.assert_array_equal(rows[4, :3], encoded[1, 10:13])
-    taken = lambda x: (own.rows_of_their_own(x, segments, 3, 12)[0] * marks[..., None]).sum()
-    gradient = jax.grad(taken)(encoded)  # each position is in one row
-    np.testing.assert_array_equal(gradient[..., 0], segments > 0)
+def test_rows_of_queries_attend_to_a_segment_each():
+    """Two heads, and one whose keys are its values too, as where nothing is projected."""
+    rows = [[5, 12, 7], [10, 3], []]
+    segments, each, asking = segments_of(rows), 4, 3
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(len(rows) * each, asking, 2, 4)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, len(rows), WIDTH, 2, 4)), jnp.float32)
+    numbers = jnp.tile(jnp.arange(1, each + 1), len(rows))
+    find = lambda *widths: own.find(segments, widths, each=each)
+
+    def plain(query, key, value):
+        keys, values, marks = (jnp.repeat(x, each, axis=0) for x in (key, value, segments))
+        seen = (marks == numbers[:, None])[:, None, None]
+        y = layers.attention(query, keys, values, None, layers.additive(seen))
+        return jnp.where(seen.any(-1)[:, :, :, None], y, 0)
+
+    forms = plain, lambda *args: own.attention(*args, None, find(4, 12))
+    for given in ((query, key, value), (query, key, key)):
+        a, b = (
+            (form(*given), *jax.grad(lambda *x, f=form: jnp.sin(f(*x)).sum(), (0, 1, 2))(*given))
+            for form in forms
+        )
+        for expected, got in zip(a, b, strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert np.isnan(own.attention(query, key, value, None, find(4, 8))).all()

@@ -155,7 +155,7 @@ def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devic
     rows = examples(8) if whole else [*examples(5), *examples(3, prompt=1)]
     if whole:
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
-    config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16))
+    config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16), shared=6)
     parts = micro_batches(
         rows, rows=4, target_length=4, widths=family.widths(config), devices=devices
     )

@@ -1,6 +1,7 @@
 """From examples to batches. Batch k is a pure function of the seed and k, so resuming is exact."""
 
 import functools
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ class Widths(NamedTuple):
 
     lead: int = 0  # so many ids at the start of every row cost nothing
     fine: bool = False  # steps of 16 up to 256: more shapes to compile, fewer wasted positions
-    packed: int = 0  # several examples share a row, none longer than this; 0: each has its own
+    shared: int = 1  # so many examples at most share a row, each is answered in a row of its own
+    packed: int = 0  # and none of them is longer than this
 
 
 class Batch(NamedTuple):
@@ -214,60 +216,55 @@ def shares(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
     then the longest row swaps examples with others as long as that makes it shorter.
 
     >>> shares([3, 9, 4, 8], count=2, most=2)
-    [[1, 0], [3, 2]]
+    [[0, 1], [2, 3]]
     """
-    rows: list[list[int]] = [[] for _ in range(count)]
-    total = [0] * count
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        to = min((n for n in range(count) if len(rows[n]) < most), key=lambda n: total[n])
-        rows[to].append(i)
-        total[to] += lengths[i]
+    sizes = np.array(lengths)
+    row_of, total = np.zeros(len(sizes), int), np.zeros(count, int)
+    room = [(0, row, 0) for row in range(count)]  # a heap: the shortest row, and how many it has
+    for i in np.argsort(-sizes, kind="stable"):
+        length, row, held = heapq.heappop(room)
+        row_of[i], total[row] = row, length + sizes[i]
+        if held + 1 < most:
+            heapq.heappush(room, (int(total[row]), row, held + 1))
     while True:
-        longest = max(range(count), key=lambda n: total[n])
-        found = min(
-            (
-                (max(total[longest] - less, total[n] + less), n, i, j)
-                for n in range(count)
-                if n != longest
-                for i in rows[longest]
-                for j in rows[n]
-                if (less := lengths[i] - lengths[j]) > 0
-            ),
-            default=None,
-        )
-        if found is None or found[0] >= total[longest]:
-            return rows
-        _, n, i, j = found
-        rows[longest][rows[longest].index(i)], rows[n][rows[n].index(j)] = j, i
-        total[longest] -= lengths[i] - lengths[j]
-        total[n] += lengths[i] - lengths[j]
+        longest = total.argmax()
+        own = np.flatnonzero(row_of == longest)
+        less = sizes[own, None] - sizes
+        worst = np.maximum(total[longest] - less, total[row_of] + less)
+        worst[(less <= 0) | (row_of == longest)] = total[longest]
+        i, j = np.unravel_index(worst.argmin(), worst.shape)
+        if worst[i, j] >= total[longest]:
+            return [np.flatnonzero(row_of == row).tolist() for row in range(count)]
+        total[longest] -= less[i, j]
+        total[row_of[j]] += less[i, j]
+        row_of[own[i]], row_of[j] = row_of[j], longest
 
 
 def shared_rows(
-    examples: Sequence[Example], *, parts: int, devices: int, longest: int, target_length: int
-) -> list[Batch]:
-    """A batch in ``parts`` of a row for each of ``devices``, which are filled with examples.
+    examples: Sequence[Example], *, parts: int, devices: int, widths: Widths, target_length: int
+) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
+    """``parts`` batches of a row for each of ``devices``, which are filled with examples.
 
-    All rows are as wide, so that hardly a position is wasted and one shape is compiled. Targets
-    have rows of their own, see ``Batch``. Raises ValueError for an example beyond ``longest``.
+    With each batch, the numbers of the examples that its rows of targets answer, -1 where none.
+    All rows are as wide, so that hardly a position is wasted and one shape is compiled. Raises
+    ValueError for an example that ``widths`` does not allow.
     """
     lengths = [len(example.inputs) for example in examples]
-    if max(lengths) > longest:
-        raise ValueError(f"An example has {max(lengths)} ids, more than {longest}.")
-    rows = parts * devices
-    most = -(-3 * len(examples) // (2 * rows))
-    groups = [[examples[i] for i in share] for share in shares(lengths, rows, most)]
+    if max(lengths) > widths.packed:
+        raise ValueError(f"An example has {max(lengths)} ids, more than {widths.packed}.")
+    groups = shares(lengths, parts * devices, widths.shared)
+    width = max(sum(lengths[i] for i in group) for group in groups)
+    width = -(-width // 64) * 64
     none = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
-    width = -(-_longest([[e.inputs for e in row] for row in groups]) // 64) * 64
-    found = []
-    for first in range(0, rows, devices):
+    for first in range(0, len(groups), devices):
         own = groups[first : first + devices]
-        inputs, segments = _fill([[e.inputs for e in row] for row in own], devices, width)
-        answers = [e for row in own for e in [*row, *[none] * (most - len(row))]]
-        batch = make_batch([e._replace(inputs=none.inputs) for e in answers],
-                           input_length=1, target_length=target_length)  # fmt: skip
-        found.append(batch._replace(inputs=inputs, input_segments=segments))
-    return found
+        numbers = np.array([[*group, *[-1] * (widths.shared - len(group))] for group in own])
+        answers = [none if i < 0 else examples[i]._replace(inputs=none.inputs)
+                   for i in numbers.flat]  # fmt: skip
+        batch = make_batch(answers, input_length=1, target_length=target_length)
+        inputs = [[examples[i].inputs for i in group] for group in own]
+        ids, segments = _fill(inputs, devices, width)
+        yield batch._replace(inputs=ids, input_segments=segments), numbers.reshape(-1)
 
 
 def micro_batches(
@@ -286,11 +283,10 @@ def micro_batches(
     would else be its rows.
     """
     depth = target_length or round_target_length(max(len(e.targets) for e in examples))
-    if widths.packed:
-        return shared_rows(
-            examples, parts=len(examples) // rows, devices=devices, longest=widths.packed,
-            target_length=depth,
-        )  # fmt: skip
+    if widths.shared > 1:
+        parts = len(examples) // rows
+        return [batch for batch, _ in shared_rows(examples, parts=parts, devices=devices,
+                                                  widths=widths, target_length=depth)]  # fmt: skip
     return [
         make_batch([examples[i] for i in part], rows=rows, target_length=depth, widths=widths)
         for part in sorted_parts([len(example.inputs) for example in examples], rows)
@@ -331,7 +327,8 @@ def training_batches(
     import grain
 
     lengths = np.array([len(example.inputs) for example in examples])
-    target_length = round_target_length(max(len(example.targets) for example in examples))
+    # as long as the longest of all: one shape in any case
+    target_length = max(len(example.targets) for example in examples)
 
     def batch(step: int) -> list[Batch]:
         chosen = [
@@ -352,15 +349,26 @@ def training_batches(
 
 
 def evaluation_batches(
-    examples: Sequence[Example], *, batch_size: int, widths: Widths = Widths()
-) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    widths: Widths = Widths(),
+    devices: int = 1,
+) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
     """Batches of similar lengths, longest first, with the number of the example in each row.
 
-    The last batch is filled with empty rows, whose number is -1.
+    The last batch is filled with empty rows, whose number is -1. Where ``widths`` wants rows to be
+    shared, each of ``devices`` has one with as many examples as would else be its rows.
     """
     lengths = np.array([len(example.inputs) for example in examples])
     order = np.argsort(-lengths, kind="stable")
     depth = round_target_length(max((len(e.targets) for e in examples), default=1))
+    if widths.shared > 1:
+        parts = -(-len(examples) // batch_size)
+        yield from shared_rows(
+            examples, parts=parts, devices=devices, widths=widths, target_length=depth
+        )
+        return
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         chosen = [examples[i] for i in numbers]

@@ -18,11 +18,20 @@ from jaxtyping import Array, Float, Int
 
 from jaxprompt import parallel
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import Example, evaluation_batches, micro_rows, with_prompt
+from jaxprompt.data.pipeline import (
+    Example,
+    evaluation_batches,
+    micro_rows,
+    round_input_length,
+    with_prompt,
+)
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS, check_packages
 from jaxprompt.model import family, generate, small_weights
+
+# else examples do not share rows: fewer shapes, and ones that other examples have too
+_FEWEST_SHARING, _FEWEST_SHAPES = 128, 5
 
 
 class Model(NamedTuple):
@@ -97,6 +106,7 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
+    rows = _rows(model.mesh, examples, batch_size)
     if task.labels is None or task.decoding != "rank":
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
@@ -107,11 +117,12 @@ def answer(
             run = model.ask(generate.beam, prompts, config, **how)
         else:
             run = model.ask(generate.greedy, prompts, config, length=length)
-        ids = _in_order(model.mesh, config, examples, batch_size, run, progress)
+        ids = _in_order(model.mesh, config, examples, rows, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
     labels = label_ids(task.labels, tokenizer, task.separator)
+    config = _sharing(model.mesh, config, examples, rows)
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
-    scores = _in_order(model.mesh, config, examples, batch_size, run, progress)
+    scores = _in_order(model.mesh, config, examples, rows, run, progress)
     return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
 
 
@@ -148,8 +159,10 @@ def log_likelihoods(
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
     prompts, config = model.prepared(examples)
+    rows = _rows(model.mesh, examples, batch_size)
+    config = _sharing(model.mesh, config, examples, rows)
     run = model.ask(generate.log_likelihood, prompts, config)
-    return _in_order(model.mesh, config, examples, batch_size, run, progress)
+    return _in_order(model.mesh, config, examples, rows, run, progress)
 
 
 def measure(
@@ -187,7 +200,31 @@ def label_ids(
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
-def _in_order(mesh, config, examples, batch_size, run, progress) -> np.ndarray:
+def _rows(mesh: Mesh | None, examples: Sequence[Example], batch_size: int) -> int:
+    """Rows of a batch: a few, as far as they are long: rows of one length, sooner in a cache.
+
+    Empty ones fill a batch that the devices would not divide.
+    """
+    devices = parallel.ways(mesh)
+    rows = -(-batch_size // devices) * devices
+    lengths = np.array([len(example.inputs) for example in examples] or [1])
+    most = parallel.positions() * devices
+    return micro_rows(lengths, batch_size=rows, positions=most, multiple=devices)
+
+
+def _sharing(mesh: Mesh | None, config, examples: Sequence[Example], rows: int):
+    """The config with which examples share rows, where that is less to compile and to compute.
+
+    Then all batches have one shape, but one that other examples will not have.
+    """
+    lengths = [len(example.inputs) for example in examples]
+    shapes = len(set(map(round_input_length, lengths)))
+    if len(examples) < _FEWEST_SHARING or shapes < _FEWEST_SHAPES:
+        return config
+    return family.sharing_rows(config, lengths, rows // parallel.ways(mesh))
+
+
+def _in_order(mesh, config, examples, rows, run, progress) -> np.ndarray:
     """``run`` over length-sorted batches, results back in the order of the examples.
 
     The next batch is dispatched before the last one's result is fetched.
@@ -201,15 +238,10 @@ def _in_order(mesh, config, examples, batch_size, run, progress) -> np.ndarray:
                 results[number] = row
         progress(int((numbers >= 0).sum()))
 
-    waiting, widths = None, family.widths(config)
-    # empty rows fill a batch that the devices would not divide
-    devices = parallel.ways(mesh)
-    rows = -(-batch_size // devices) * devices
-    if examples:  # a few at a time, as far as they are long: rows of one length, sooner in a cache
-        lengths = np.array([len(example.inputs) for example in examples])
-        most = parallel.positions() * devices
-        rows = micro_rows(lengths, batch_size=rows, positions=most, multiple=devices)
-    for batch, numbers in evaluation_batches(examples, batch_size=rows, widths=widths):
+    waiting, widths, devices = None, family.widths(config), parallel.ways(mesh)
+    for batch, numbers in evaluation_batches(
+        examples, batch_size=rows, widths=widths, devices=devices
+    ):
         output = run(batch)
         if waiting is not None:
             collect(*waiting)

@@ -163,7 +163,7 @@ _SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
 
 
 def sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyConfig:
-    """The config for training batches whose rows several examples of ``lengths`` share.
+    """The config for batches whose rows several examples of ``lengths`` share.
 
     Where the device attends to one example after another (CPUs), and a row that holds what else
     would be ``rows`` of padded ones is worth it; else the config as it is. Dropout is drawn for a
@@ -173,11 +173,12 @@ def sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyCon
         return config
     if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
         return config
-    return replace(config, packed=segment_attention.best_widths(lengths))
+    most = -(-3 * rows // 2)
+    return replace(config, packed=segment_attention.best_widths(lengths), shared=most)
 
 
 def widths(config: Config) -> Widths:
     """How wide batches for this config become: a prompt computed once takes no columns."""
     if isinstance(config, LlamaConfig):
         return Widths(config.leading, fine=True)
-    return Widths(packed=max(config.packed, default=0))
+    return Widths(packed=max(config.packed, default=0), shared=config.shared)

@@ -18,7 +18,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt import parallel
+from jaxprompt.model import segment_attention
 from jaxprompt.model.precision import from_bits, to_bits
+from jaxprompt.model.segment_attention import Segments
 from jaxprompt.model.small_weights import is_stored, usable
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -175,8 +177,11 @@ def rms_norm(
     For the gradient ``x`` alone is kept, which the layers around it keep anyway.
     """
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    size = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1) + eps)
+    # products and not broadcasts: sums over what was broadcast, which gradients are, are slow in
+    # XLA's CPU runtime (jax 0.10) as reductions of a product of two arrays
+    normed = jnp.einsum("...d,...->...d", x32, size)
+    return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def relative_buckets(
@@ -237,6 +242,18 @@ def additive(mask: Bool[Array, "*B"]) -> Float[Array, "*B"]:
     return jnp.where(mask, 0.0, -1e30)
 
 
+def seen_of_inputs(
+    targets: Int[Array, "R T"], inputs: Int[Array, "B S"], widths: tuple[int, ...]
+) -> Float[Array, "B 1 T S"] | Segments:
+    """What targets see of inputs, by their segments: with R = B those of the same number.
+
+    With R = G B, all of a row of targets see one, see ``pipeline.Batch``. widths: of segments.
+    """
+    if len(targets) > len(inputs):
+        return segment_attention.find(inputs, widths, each=len(targets) // len(inputs))
+    return additive(segment_mask(targets, inputs))
+
+
 def _scores(spec: str, a: jax.Array, b: jax.Array, mixed: bool) -> jax.Array:
     """A product with a float32 result."""
     if mixed:
@@ -265,30 +282,39 @@ def attention(
 
 
 def attention_to(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "R T N H"],
     key_kernel: Float[Array, "D N H"],
     value_kernel: Float[Array, "D N H"],
     encoded: Float[Array, "B S D"],
-    mask: Float[Array, "#B 1 #T S"],
+    seen: Float[Array, "#B 1 #T S"] | Segments,
     keep: Float[Array, "B N 1 S"] | None = None,
     *,
     mixed: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """``attention`` to what is encoded, for few queries: no token is projected to key or value.
 
     (x W_q)(e W_k)^T = (x W_q W_k^T) e^T, and likewise for values: the projections move from the S
     rows of the encoder to the T x N of the queries, which is less work as long as T < H.
+    Segments have rows of queries of their own, R of them; with a mask R is B.
     """
-    batch, length, heads, _ = query.shape
-    flat = lambda x: x.reshape(batch, length * heads, -1)
+    rows, length, heads, _ = query.shape
+    flat = lambda x: x.reshape(rows, length * heads, -1)
     asked = flat(project("btnh,dnh->btnd", query, key_kernel, mixed))
+    if isinstance(seen, Segments):
+        one = encoded[:, :, None]
+        found = segment_attention.attention(asked[:, :, None], one, one, None, seen, mixed=mixed)
+    else:
+        found = _attention_to(asked, encoded, seen, keep, (rows, length, heads), mixed)
+    found = found.reshape(rows, length, heads, -1)
+    return project("btnd,dnh->btnh", found, value_kernel, mixed)
+
+
+def _attention_to(asked, encoded, mask, keep, shape, mixed):
     logits = _scores("bqd,bsd->bqs", asked, encoded, mixed)
-    logits = logits.reshape(batch, length, heads, -1) + mask.swapaxes(1, 2)
+    logits = logits.reshape(*shape, -1) + mask.swapaxes(1, 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(encoded.dtype)
     weights = weights if keep is None else weights * keep.swapaxes(1, 2)
-    found = product("bqs,bsd->bqd", flat(weights), encoded, mixed)
-    found = found.reshape(batch, length, heads, -1)
-    return project("btnd,dnh->btnh", found, value_kernel, mixed)
+    return product("bqs,bsd->bqd", weights.reshape(*asked.shape[:2], -1), encoded, mixed)
 
 
 def shift_right(

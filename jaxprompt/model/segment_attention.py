@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,43 +25,48 @@ _LOW = -1e30
 LOGITS_AT_ONCE = 2**19
 
 
-class Segments(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["starts", "lengths", "bounds", "asked_by"], meta_fields=["widths"],
+)  # fmt: skip
+@dataclass(frozen=True)
+class Segments:
     """Where the segments of a batch are, in its rows one after another; found once for all layers.
 
-    Those after the first ``count`` are none.
+    Those from ``bounds[k]`` to ``bounds[k + 1]`` are computed at ``widths[k]`` positions.
     """
 
-    count: Int[Array, ""]
     starts: Int[Array, " n"]
     lengths: Int[Array, " n"]
+    bounds: Int[Array, " W+1"]
+    asked_by: Int[Array, " n"] | None  # rows of queries; None: by their own positions
+    widths: tuple[int, ...]
 
 
-def find(segments: Int[Array, "B S"]) -> Segments:
-    """The segments of all rows; segment 0 is padding and no segment."""
+def find(segments: Int[Array, "B S"], widths: tuple[int, ...] = (), *, each: int = 0) -> Segments:
+    """The segments of all rows; segment 0 is padding and no segment.
+
+    widths: what lengths are rounded up to, in order; each is compiled for itself. No segment may
+    be longer than the last of them, or than S.
+    each: those of row b are attended to by rows b each, b each + 1, ... of queries, if not 0.
+    """
+    longest = min((segments.shape[1], *widths[-1:]))
+    widths = *(width for width in widths if width < longest), longest
     before, after = (jnp.pad(segments, ((0, 0), pad)) for pad in ((1, 0), (0, 1)))
     size = segments.size
     first = (segments > 0) & (segments != before[:, :-1])
     last = (segments > 0) & (segments != after[:, 1:])
     places = lambda x: jnp.nonzero(x.reshape(-1), size=size, fill_value=size)[0].astype(jnp.int32)
-    starts, ends = places(first), places(last) + 1
-    return Segments(first.sum(dtype=jnp.int32), starts, ends - starts)
-
-
-def rows_of_their_own(
-    encoded: Float[Array, "B S D"], segments: Int[Array, "B S"], each: int, width: int
-) -> tuple[Float[Array, "R W D"], Int[Array, "R W"]]:
-    """Segments 1 to ``each`` of every row as rows, of which segment 1 is what they hold.
-
-    Beyond that a row has what came after. Segments start with the row, and none is longer than
-    ``width``.
-    """
-    lengths = (segments[:, None] == jnp.arange(1, each + 1)[:, None]).sum(-1)
-    starts = jnp.cumsum(lengths, axis=1) - lengths
-    padded = jnp.pad(encoded, ((0, 0), (0, width), (0, 0)))
-    take = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width)
-    found = jax.vmap(jax.vmap(take, in_axes=(None, 0)))(padded, starts)
-    own = jnp.arange(width) < lengths.reshape(-1, 1)
-    return found.reshape(-1, width, encoded.shape[-1]), own.astype(segments.dtype)
+    starts, lengths = places(first), places(last) + 1 - places(first)
+    # no segment, if the start is beyond the rows; those come last
+    at = jnp.searchsorted(jnp.array(widths), lengths, method="compare_all")
+    at = jnp.where(starts < size, at, len(widths) + 1)
+    order = jnp.argsort(at, stable=True)
+    starts, lengths, at = starts[order], lengths[order], at[order]
+    bounds = (at[:, None] < jnp.arange(len(widths) + 1)).sum(0, dtype=jnp.int32)
+    number = segments.reshape(-1).at[starts].get(mode="clip")
+    asked_by = starts // segments.shape[1] * each + number - 1 if each else None
+    return Segments(starts, lengths, bounds, asked_by, widths)
 
 
 def best_widths(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
@@ -89,32 +95,31 @@ def best_widths(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
 
 
 def attention(
-    query: Float[Array, "B S N H"],
+    query: Float[Array, "R T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
-    bias: Float[Array, "1 N W W"],
+    bias: Float[Array, "1 N W W"] | None,
     segments: Segments,
-    widths: tuple[int, ...] = (),
     *,
     mixed: bool = False,
-) -> Float[Array, "B S N H"]:
-    """``layers.attention`` within each segment; 0 at positions of none.
+) -> Float[Array, "R T N H"]:
+    """``layers.attention`` within each segment, or to it by the row that asks it; else 0.
 
-    bias: for offsets up to W, beyond which no segment may be; one that is makes all of the result
-    NaN. widths: what lengths below W are rounded up to, in order; each is compiled for itself.
+    bias: for offsets up to W, the last width of the segments. One that is longer makes all of the
+    result NaN.
     mixed: as in ``layers.product``, and the result is bfloat16.
     """
-    shape, longest = query.shape, bias.shape[-1]
-    widths = *(width for width in widths if width < longest), longest
+    shape = query.shape
     flat = [x.reshape(-1, *shape[2:]) for x in (query, key, value)]
     mixed = mixed or query.dtype == jnp.bfloat16
-    found: Any = _attend(widths, mixed, *flat, bias[0], segments)
+    bias = None if bias is None else bias[0]
+    found: Any = _attend(mixed, shape[1], *flat, bias, segments)
     return found.reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(widths, mixed, query, key, value, bias, segments):
-    return _forward(widths, mixed, query, key, value, bias, segments)[0]
+def _attend(mixed, asking, query, key, value, bias, segments):
+    return _forward(mixed, asking, query, key, value, bias, segments)[0]
 
 
 def _stored(x, mixed):
@@ -131,11 +136,11 @@ def _product(spec, a, b):
     return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
 
 
-class _Block(NamedTuple):
-    """A head of a segment, within ``width`` positions of the rows."""
+class _Span(NamedTuple):
+    """A head of ``width`` positions in the rows."""
 
     start: Any
-    own: Any  # [width], which positions are its own
+    own: Any  # [width], which positions are meant
     head: Any
 
     def read(self, x, size):
@@ -152,66 +157,77 @@ class _Block(NamedTuple):
         new = jnp.where(self.own[:, None], new, self.read(x, new.shape[1]))
         return jax.lax.dynamic_update_slice(x, new, (self.start, self.head * new.shape[1]))
 
-    def logits(self, query, key, bias):
-        bias = jax.lax.dynamic_slice(bias, (self.head, 0, 0), (1, *2 * (len(self.own),)))[0]
-        return _product("th,sh->ts", query, key) + bias + jnp.where(self.own, 0.0, _LOW)
+
+def _logits(query, key, bias, keys):
+    found = _product("th,sh->ts", query, key) + jnp.where(keys.own, 0.0, _LOW)
+    if bias is None:
+        return found
+    return found + jax.lax.dynamic_slice(bias, (keys.head, 0, 0), (1, *found.shape))[0]
 
 
-def _each(widths, segments, shape, work, carry):
-    """``carry = work(block, carry)`` for every head of every segment of rows of ``shape`` [n, N].
+def _each(segments, asking, shape, work, carry):
+    """``carry = work(queries, keys, carry)`` for every head of every segment of keys [n, N].
 
-    A segment is computed at the least of ``widths`` that holds it.
+    asking: queries of a row, where they are not the segment itself.
     """
     total, heads = shape
 
-    def one(i, carry):
-        start, length = segments.starts[i], segments.lengths[i]
+    def of_segment(width, i, carry):
+        start = segments.starts[i]
+        begin = jnp.minimum(start, total - width)
+        places = begin + jnp.arange(width)
+        own = (places >= start) & (places < start + segments.lengths[i])
 
-        def at(width):
-            def run(carry):
-                begin = jnp.minimum(start, total - width)
-                places = begin + jnp.arange(width)
-                own = (places >= start) & (places < start + length)
-                of_head = lambda head, carry: work(_Block(begin, own, head), carry)
-                return jax.lax.fori_loop(0, heads, of_head, carry)
+        def of_head(head, carry):
+            keys = queries = _Span(begin, own, head)
+            if segments.asked_by is not None:
+                first = segments.asked_by[i] * asking
+                queries = _Span(first, jnp.ones(asking, bool), head)
+            return work(queries, keys, carry)
 
-            return run
+        return jax.lax.fori_loop(0, heads, of_head, carry)
 
-        fits = jnp.searchsorted(jnp.array(widths), length, method="compare_all")
-        return jax.lax.switch(fits, [at(width) for width in widths], carry)
+    for k, width in enumerate(segments.widths):  # a switch in one loop would copy what is carried
+        some = segments.bounds[k], segments.bounds[k + 1]
+        carry = jax.lax.fori_loop(*some, functools.partial(of_segment, width), carry)
+    return carry
 
-    return jax.lax.fori_loop(0, segments.count, one, carry)
+
+def _read(given, queries, keys, size):
+    """What there is of query, key and value, and of what else is as the query."""
+    spans = queries, keys, keys, queries
+    return [span.read(x, size) for span, x in zip(spans, given, strict=False)]
 
 
-def _forward(widths, mixed, query, key, value, bias, segments):
+def _forward(mixed, asking, query, key, value, bias, segments):
     given = [_stored(x, mixed) for x in (query, key, value)]
-    *shape, size = query.shape
+    size = query.shape[-1]
 
-    def work(block, carry):
-        query, key, value = (_usable(block.read(x, size)) for x in given)
-        logits = block.logits(query, key, bias)
+    def work(queries, keys, carry):
+        query, key, value = map(_usable, _read(given, queries, keys, size))
+        logits = _logits(query, key, bias, keys)
         most = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - most)
         mass = jnp.sum(weights, axis=-1, keepdims=True)
         y = _product("ts,sh->th", (weights / mass).astype(value.dtype), value)
-        return block.write(carry[0], y), block.write(carry[1], most + jnp.log(mass))
+        return queries.write(carry[0], y), queries.write(carry[1], most + jnp.log(mass))
 
-    carry = jnp.zeros_like(given[0]), jnp.zeros(shape)
-    y, log_mass = _each(widths, segments, shape, work, carry)
-    y = jnp.where(jnp.max(segments.lengths) > widths[-1], jnp.nan, _usable(y))
+    carry = jnp.zeros_like(given[0]), jnp.zeros(query.shape[:2])
+    y, log_mass = _each(segments, asking, key.shape[:2], work, carry)
+    y = jnp.where(jnp.max(segments.lengths) > segments.widths[-1], jnp.nan, _usable(y))
     return y.reshape(query.shape), (*given, log_mass)
 
 
-def _attend_forward(widths, mixed, query, key, value, bias, segments):
-    learned = jnp.zeros(()) if bias.perturbed else None
-    query, key, value, bias = (x.value for x in (query, key, value, bias))
-    segments = jax.tree.map(lambda x: x.value, segments)
-    y, kept = _forward(widths, mixed, query, key, value, bias, segments)
+def _attend_forward(mixed, asking, query, key, value, bias, segments):
+    learned = None if bias is None or not bias.perturbed else jnp.zeros(())
+    every = query, key, value, bias, segments
+    query, key, value, bias, segments = jax.tree.map(lambda x: x.value, every)
+    y, kept = _forward(mixed, asking, query, key, value, bias, segments)
     like = jnp.zeros((0, *query.shape[1:]), query.dtype)
     return y, (kept, bias, segments, like, learned)
 
 
-def _attend_backward(widths, mixed, kept, cotangent):
+def _attend_backward(mixed, asking, kept, cotangent):
     (*given, log_mass), bias, segments, like, learned = kept
     if isinstance(cotangent, SymbolicZero):
         return None, None, None, None, None
@@ -220,15 +236,15 @@ def _attend_backward(widths, mixed, kept, cotangent):
     # here and not in the loop, where XLA would make one of a transposition and a product
     turned = given[0].T, cotangent.T
 
-    def work(block, carry):
-        parts = [block.read(x, size) for x in (*given, cotangent)]
+    def work(queries, keys, carry):
+        parts = _read((*given, cotangent), queries, keys, size)
         # what belongs to others has weight 0 and gives nothing
-        parts[3] = jnp.where(block.own[:, None], parts[3], 0)
+        parts[3] = jnp.where(queries.own[:, None], parts[3], 0)
         query, key, value, grad = map(_usable, parts)
-        query_turned, grad_turned = (_usable(block.read_turned(x, size)) for x in turned)
-        own = lambda x: jnp.where(block.own, x, 0)
-        mass = jnp.where(block.own[:, None], block.read(log_mass, 1), -_LOW)
-        weights = jnp.exp(block.logits(query, key, bias) - mass)
+        query_turned, grad_turned = (_usable(queries.read_turned(x, size)) for x in turned)
+        own = lambda x: jnp.where(keys.own, x, 0)
+        mass = jnp.where(queries.own[:, None], queries.read(log_mass, 1), -_LOW)
+        weights = jnp.exp(_logits(query, key, bias, keys) - mass)
         of_weights = _product("th,sh->ts", grad, value)
         mean = jnp.sum(weights * of_weights, axis=-1, keepdims=True)
         of_logits = weights * (of_weights - mean)
@@ -236,18 +252,21 @@ def _attend_backward(widths, mixed, kept, cotangent):
         found = (
             _product("ts,sh->th", narrow, key),
             own(_product("ht,ts->hs", query_turned, narrow)).T,
-            own(_product("ht,ts->hs", jnp.where(block.own, grad_turned, 0), weights)).T,
+            own(_product("ht,ts->hs", jnp.where(queries.own, grad_turned, 0), weights)).T,
         )
         of_bias = carry[3:]
         if learned is not None:
-            at = (block.head, 0, 0)
+            at = (keys.head, 0, 0)
             old = jax.lax.dynamic_slice(of_bias[0], at, (1, *of_logits.shape))
             of_bias = (jax.lax.dynamic_update_slice(of_bias[0], old + of_logits, at),)
-        return *map(block.write, carry[:3], found), *of_bias
+        spans = queries, keys, keys
+        written = (span.write(x, y) for span, x, y in zip(spans, carry, found, strict=False))
+        return *written, *of_bias
 
     carry = [jnp.zeros_like(x) for x in given]
     carry += [] if learned is None else [jnp.zeros(bias.shape)]
-    found = _each(widths, segments, log_mass.shape, work, tuple(carry))
+    shape = len(given[1]), like.shape[1]
+    found = _each(segments, asking, shape, work, tuple(carry))
     three = [_usable(x).reshape(-1, *like.shape[1:]).astype(like.dtype) for x in found[:3]]
     return *three, None if learned is None else found[3].astype(bias.dtype), None
 

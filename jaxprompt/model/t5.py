@@ -49,19 +49,20 @@ class Attention(nn.Module):
         if keep is not None:  # a dropped weight is a dropped value
             value = value * keep.swapaxes(1, 3).swapaxes(2, 3)
         if isinstance(seen, Segments):
-            y = segment_attention.attention(query, key, value, bias, seen, c.packed, mixed=c.mixed)
+            y = segment_attention.attention(query, key, value, bias, seen, mixed=c.mixed)
         else:
             y = layers.attention(query, key, value, bias, seen, mixed=c.mixed)
         return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
 
-    def mix_with(self, x, encoded, mask, deterministic):
+    def mix_with(self, x, encoded, seen, deterministic):
         """The same to what is encoded, without keys and values where that is less work."""
-        if x.shape[1] >= self.config.head_dim // 2:
-            return self.mix(x, *self.keys_values(encoded), None, mask, deterministic)
-        query, mixed = self._project(x, self.query), self.config.mixed
+        c = self.config
+        if x.shape[1] >= c.head_dim // 2:
+            return self.mix(x, *self.keys_values(encoded), None, seen, deterministic)
+        query = self._project(x, self.query)
         keep = self._keep(x.shape[0], encoded.shape[1], x.dtype, deterministic)
-        y = layers.attention_to(query, self.key, self.value, encoded, mask, keep, mixed=mixed)
-        return layers.project("btnh,nhd->btd", y, self.out, mixed)
+        y = layers.attention_to(query, self.key, self.value, encoded, seen, keep, mixed=c.mixed)
+        return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
 
     def _keep(self, rows, keys, dtype, deterministic):
         """What dropout multiplies weights with: one draw a key, for all queries, as in T5X."""
@@ -79,7 +80,7 @@ class Shared(NamedTuple):
     seen: Float[Array, "#B 1 #T S"] | Segments  # by each other; a mask is additive
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
-    cross_mask: Float[Array, "B 1 #T S"] | None = None
+    seen_of_inputs: Float[Array, "B 1 #T S"] | Segments | None = None
 
 
 class LayerCache(NamedTuple):
@@ -152,10 +153,10 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y)
         y, attend = self.cross_attention_norm(x), self.cross_attention
         if cache is None:
-            y = attend.mix_with(y, shared.encoded, shared.cross_mask, self.deterministic)
+            y = attend.mix_with(y, shared.encoded, shared.seen_of_inputs, self.deterministic)
         else:
             known = cache.cross_key, cache.cross_value
-            y = attend.mix(y, *known, None, shared.cross_mask, self.deterministic)
+            y = attend.mix(y, *known, None, shared.seen_of_inputs, self.deterministic)
         x = x + self.dropout(y)
         written = None if cache is None else (key, value)
         x = x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))
@@ -207,7 +208,8 @@ class T5(nn.Module):
         c, (rows, width) = self.config, inputs.shape
         many = rows * c.num_heads * width**2 > segment_attention.LOGITS_AT_ONCE
         if c.rows_in_turn and (c.packed or many):
-            seen, width = segment_attention.find(segments), min((width, *c.packed[-1:]))
+            seen = segment_attention.find(segments, c.packed)
+            width = seen.widths[-1]
         else:
             seen = layers.additive(layers.segment_mask(segments, segments))
         offsets = jnp.arange(width)
@@ -218,15 +220,15 @@ class T5(nn.Module):
         offsets = jnp.arange(decoder_inputs.shape[1])
         causal = offsets[None, :] <= offsets[:, None]
         seen = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
-        cross_mask = layers.additive(layers.segment_mask(target_segments, input_segments))
-        shared = Shared(offsets, offsets, seen, encoded=encoded, cross_mask=cross_mask)
+        of_inputs = layers.seen_of_inputs(target_segments, input_segments, self.config.packed)
+        shared = Shared(offsets, offsets, seen, encoded=encoded, seen_of_inputs=of_inputs)
         return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
 
     def decode_step(self, cache, input_segments, ids, index, bank):
         keys = jnp.arange(cache.self_key.shape[2])
         seen = layers.additive(keys <= index)[None, None, None, :]
-        cross_mask = layers.additive(input_segments > 0)[:, None, None, :]
-        shared = Shared(index[None], keys, seen, cross_mask=cross_mask)
+        of_inputs = layers.additive(input_segments > 0)[:, None, None, :]
+        shared = Shared(index[None], keys, seen, seen_of_inputs=of_inputs)
         y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
         return self.logits(y)[:, 0], written
 
@@ -284,13 +286,14 @@ def decode(
     config: T5Config,
     encoded: Float[Array, "B S D"],
     input_segments: Int[Array, "B S"],
-    decoder_inputs: Int[Array, "B T"],
-    target_segments: Int[Array, "B T"],
+    decoder_inputs: Int[Array, "R T"],
+    target_segments: Int[Array, "R T"],
     *,
     dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T V"]:
+) -> Float[Array, "R T V"]:
     """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
 
+    R is B or, where each segment is answered in a row of its own, G x B (``pipeline.Batch``).
     The head has V columns, so no virtual id can ever be predicted.
     """
     args = encoded, input_segments, decoder_inputs, target_segments, bank
@@ -349,10 +352,6 @@ def logits(
     """Teacher-forced logits of the targets, see ``model/family.py``."""
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     encoded = encode(params, prompts, config, inputs, segments, dropout_key=keys[0])
-    if len(targets) > len(inputs):
-        encoded, segments = segment_attention.rows_of_their_own(
-            encoded, segments, len(targets) // len(inputs), min(config.packed[-1], inputs.shape[1])
-        )
     shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
     return decode(
         params, prompts, config, encoded, segments, shifted, target_segments, dropout_key=keys[1]

@@ -36,6 +36,7 @@ class T5Config(Precision):
     # positions that examples which share rows are computed at, each at the least that holds it;
     # none is longer than the last. Empty: none share rows
     packed: tuple[int, ...] = ()
+    shared: int = 1  # so many examples at most are in a row, and answered in rows of their own
     decoder_start_id: int = 0
     pad_id: int = 0
     eos_id: int = 1

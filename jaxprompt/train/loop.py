@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxprompt import parallel
 from jaxprompt.config import RunConfig, UserError
-from jaxprompt.data.pipeline import Example, micro_rows, training_batches, with_prompt
+from jaxprompt.data.pipeline import Example, training_batches, with_prompt
 from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluate.analyze import draw_curves
@@ -41,7 +41,7 @@ from jaxprompt.train.logbook import (
 from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.population import as_markdown, better_half, keep_of, room_for, stacked, table
 from jaxprompt.train.results import facts_of, save_tuned
-from jaxprompt.train.step import TrainState, make_train_step, sound
+from jaxprompt.train.step import TrainState, cut, make_train_step, sound
 
 MOST_ROLLBACKS = 10  # the rate is then a thousandth
 
@@ -151,10 +151,11 @@ def _train(
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
         seed, devices = members[alive[0]].train.seed, parallel.ways(mesh)
-        micro = _micro_rows(config, lengths[0], devices, len(alive))
-        model = shape
-        if settings.length_window == 0:  # else hardly a position is padding, and totals differ
-            model = family.sharing_rows(shape, lengths[0], micro // devices)
+        model, micro = cut(
+            shape, lengths[0], batch_size=settings.batch_size * len(alive), devices=devices,
+            rows=settings.micro_batch,
+            share=settings.length_window == 0,  # else hardly a position is padding, totals differ
+        )  # fmt: skip
         step = make_train_step(
             model, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
         )
@@ -349,16 +350,6 @@ def _train(
         draw_curves(logbook.rows, metric, progress["majority"], folder / "curves.png")
         write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _micro_rows(config: RunConfig, lengths: Sequence[int], devices: int, prompts: int) -> int:
-    """Rows of a micro-batch: as the config has them, else as suits the data and the device."""
-    if config.train.micro_batch is None:
-        return micro_rows(
-            np.array(lengths), batch_size=config.train.batch_size * prompts,
-            positions=parallel.positions() * devices, multiple=devices,
-        )  # fmt: skip
-    return config.train.micro_batch
 
 
 def _log(pending, logbook: Logbook, reporter, clock: Clock, progress, metric: str) -> None:
