@@ -23,7 +23,7 @@ from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import cut, init_state, make_train_step
+from jaxprompt.train.step import init_state, make_train_step
 
 Job = dict[str, Any]
 METHOD = METHODS["prompt-tuning"]
@@ -105,7 +105,7 @@ class Ours:
         drawn = [self.examples(backbone, rows) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
-        config, many = cut(
+        config, many = family.cut(
             backbone.config, lengths, batch_size=job["batch_size"],
             devices=parallel.ways(self.mesh), share=job["micro"],
         )  # fmt: skip

@@ -21,7 +21,6 @@ from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import (
     Example,
     evaluation_batches,
-    micro_rows,
     round_input_length,
     with_prompt,
 )
@@ -106,8 +105,9 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
-    rows = _rows(model.mesh, examples, batch_size)
-    if task.labels is None or task.decoding != "rank":
+    rank = task.labels is not None and task.decoding == "rank"
+    config, rows = _cut(model.mesh, config, examples, batch_size, share=rank)
+    if not rank:
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
@@ -120,7 +120,6 @@ def answer(
         ids = _in_order(model.mesh, config, examples, rows, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
     labels = label_ids(task.labels, tokenizer, task.separator)
-    config = _sharing(model.mesh, config, examples, rows)
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
     scores = _in_order(model.mesh, config, examples, rows, run, progress)
     return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
@@ -159,8 +158,7 @@ def log_likelihoods(
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
     prompts, config = model.prepared(examples)
-    rows = _rows(model.mesh, examples, batch_size)
-    config = _sharing(model.mesh, config, examples, rows)
+    config, rows = _cut(model.mesh, config, examples, batch_size, share=True)
     run = model.ask(generate.log_likelihood, prompts, config)
     return _in_order(model.mesh, config, examples, rows, run, progress)
 
@@ -200,28 +198,21 @@ def label_ids(
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
-def _rows(mesh: Mesh | None, examples: Sequence[Example], batch_size: int) -> int:
-    """Rows of a batch: a few, as far as they are long: rows of one length, sooner in a cache.
+def _cut(mesh, config, examples, batch_size, *, share: bool):
+    """The config for batches of the examples and how many have rows of one, see ``family.cut``.
 
-    Empty ones fill a batch that the devices would not divide.
+    With ``share`` they share rows where that is less to compile, too: then all batches have one
+    shape, but one that other examples will not have.
     """
     devices = parallel.ways(mesh)
-    rows = -(-batch_size // devices) * devices
-    lengths = np.array([len(example.inputs) for example in examples] or [1])
-    most = parallel.positions() * devices
-    return micro_rows(lengths, batch_size=rows, positions=most, multiple=devices)
-
-
-def _sharing(mesh: Mesh | None, config, examples: Sequence[Example], rows: int):
-    """The config with which examples share rows, where that is less to compile and to compute.
-
-    Then all batches have one shape, but one that other examples will not have.
-    """
-    lengths = [len(example.inputs) for example in examples]
+    lengths = [len(example.inputs) for example in examples] or [1]
     shapes = len(set(map(round_input_length, lengths)))
-    if len(examples) < _FEWEST_SHARING or shapes < _FEWEST_SHAPES:
-        return config
-    return family.sharing_rows(config, lengths, rows // parallel.ways(mesh))
+    return family.cut(
+        config, lengths,
+        batch_size=-(-batch_size // devices) * devices,  # filled with empty rows
+        devices=devices,
+        share=share and len(examples) >= _FEWEST_SHARING and shapes >= _FEWEST_SHAPES,
+    )  # fmt: skip
 
 
 def _in_order(mesh, config, examples, rows, run, progress) -> np.ndarray:

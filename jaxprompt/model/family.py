@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.data.pipeline import Widths
+from jaxprompt import parallel
+from jaxprompt.data.pipeline import Widths, micro_rows
 from jaxprompt.model import llama, segment_attention, t5, t5_cost
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.t5_config import T5Config
@@ -162,7 +163,7 @@ def specialise(
 _SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
 
 
-def sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyConfig:
+def _sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyConfig:
     """The config for batches whose rows several examples of ``lengths`` share.
 
     Where the device attends to one example after another (CPUs), and a row that holds what else
@@ -175,6 +176,32 @@ def sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyCon
         return config
     most = -(-3 * rows // 2)
     return replace(config, packed=segment_attention.best_widths(lengths), shared=most)
+
+
+def cut(
+    config: AnyConfig,
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    devices: int,
+    rows: int | None = None,
+    share: bool = True,
+) -> tuple[AnyConfig, int]:
+    """The config for batches of examples of ``lengths``, and the rows of their micro-batches.
+
+    Examples share rows where that is faster and ``share`` allows it. rows: None for as many as
+    suit the data and the device.
+    """
+
+    def fitting(positions: int) -> int:
+        return rows or micro_rows(
+            np.array(lengths), batch_size=batch_size, positions=positions * devices,
+            multiple=devices,
+        )  # fmt: skip
+
+    many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
+    shared = _sharing_rows(config, lengths, many // devices) if share else config
+    return (config, few) if shared is config else (shared, many)
 
 
 def widths(config: Config) -> Widths:

@@ -41,7 +41,7 @@ from jaxprompt.train.logbook import (
 from jaxprompt.train.optimizer import per_prompt
 from jaxprompt.train.population import as_markdown, better_half, keep_of, room_for, stacked, table
 from jaxprompt.train.results import facts_of, save_tuned
-from jaxprompt.train.step import TrainState, cut, make_train_step, sound
+from jaxprompt.train.step import TrainState, make_train_step, sound
 
 MOST_ROLLBACKS = 10  # the rate is then a thousandth
 
@@ -151,7 +151,7 @@ def _train(
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
         seed, devices = members[alive[0]].train.seed, parallel.ways(mesh)
-        model, micro = cut(
+        model, micro = family.cut(
             shape, lengths[0], batch_size=settings.batch_size * len(alive), devices=devices,
             rows=settings.micro_batch,
             share=settings.length_window == 0,  # else hardly a position is padding, totals differ

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt import parallel
 from jaxprompt.config import PromptConfig
-from jaxprompt.data.pipeline import Batch, micro_rows
+from jaxprompt.data.pipeline import Batch
 from jaxprompt.model import family, small_weights
 from jaxprompt.prompts.methods import Method
 
@@ -86,32 +86,6 @@ def _summed(params, bank, config, batch, prompts, z_loss, dropout_key):
     loss = total(log_z - picked)
     sums = Sums(None, loss, total(right), total(jnp.ones_like(weights)))
     return loss + z_loss * total(jnp.square(log_z)), sums
-
-
-def cut(
-    config: family.AnyConfig,
-    lengths: Sequence[int],
-    *,
-    batch_size: int,
-    devices: int,
-    rows: int | None = None,
-    share: bool = True,
-) -> tuple[family.AnyConfig, int]:
-    """The config for batches of examples of ``lengths``, and the rows of their micro-batches.
-
-    Examples share rows where that is faster and ``share`` allows it. rows: None for as many as
-    suit the data and the device.
-    """
-
-    def fitting(positions: int) -> int:
-        return rows or micro_rows(
-            np.array(lengths), batch_size=batch_size, positions=positions * devices,
-            multiple=devices,
-        )  # fmt: skip
-
-    many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
-    shared = family.sharing_rows(config, lengths, many // devices) if share else config
-    return (config, few) if shared is config else (shared, many)
 
 
 Step = Callable[[TrainState, family.Params, Sequence[Batch]], tuple[TrainState, Losses]]
