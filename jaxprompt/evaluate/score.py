@@ -105,9 +105,9 @@ def answer(
 ) -> Answers:
     """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
     prompts, config = model.prepared(examples)
-    rank = task.labels is not None and task.decoding == "rank"
-    config, rows = _cut(model.mesh, config, examples, batch_size, share=rank)
-    if not rank:
+    ranked = task.labels if task.decoding == "rank" else None
+    config, rows = _cut(model.mesh, config, examples, batch_size, share=ranked is not None)
+    if ranked is None:
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
@@ -119,10 +119,10 @@ def answer(
             run = model.ask(generate.greedy, prompts, config, length=length)
         ids = _in_order(model.mesh, config, examples, rows, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
-    labels = label_ids(task.labels, tokenizer, task.separator)
+    labels = label_ids(ranked, tokenizer, task.separator)
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
     scores = _in_order(model.mesh, config, examples, rows, run, progress)
-    return Answers([task.labels[i] for i in scores.argmax(axis=1)], scores)
+    return Answers([ranked[i] for i in scores.argmax(axis=1)], scores)
 
 
 def answer_each(

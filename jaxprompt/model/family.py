@@ -174,8 +174,7 @@ def _sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyCo
         return config
     if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
         return config
-    most = -(-3 * rows // 2)
-    return replace(config, packed=segment_attention.best_widths(lengths), shared=most)
+    return replace(config, packed=segment_attention.best_widths(lengths), shared=rows)
 
 
 def cut(

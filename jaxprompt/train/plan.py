@@ -85,7 +85,7 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
     some = rows
     if config.train.micro_batch is not None:
         some = max(config.train.micro_batch // layout.ways, 1)
-    elif rows * inputs > (most := parallel.positions(cpu)):
+    elif rows * inputs > (most := parallel.positions(cpu, shared=config.train.length_window == 0)):
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
         some = max(fitting, default=1)
     return Work(some, rows // some, inputs, targets)
