@@ -8,10 +8,11 @@ float32; here `jaxprompt train` runs with the recipe of configs/quickstart.yaml.
 fresh process and waits until others leave the machine idle. Its time begins with the loading of the
 model, and holds compilation and all evaluations; times without the evaluations are given too. The
 target is the best validation accuracy of PEFT's best rate: its time is the one at which PEFT first
-had it, ours the one at which our run first had at least as much. PEFT's answers are generated, ours
-are the likelier label, as each side's users do it; `--decoding greedy` has ours generated too.
+had it, ours the one at which our run first had at least as much; ours runs once in each dtype.
+PEFT's answers are generated, ours are the likelier label, as each side's users do it; `--decoding
+greedy` has ours generated too.
 
-Prints a Markdown table with a line for each seed; OUT/accuracy.json keeps every evaluation,
+Prints a Markdown table with a line for each seed and dtype; OUT/accuracy.json keeps every evaluation,
 OUT/accuracy.png draws them over time. Linux.
 """
 
@@ -120,14 +121,14 @@ def write_problem(options: argparse.Namespace) -> None:
     write_atomically(options.out / "problem.json", json.dumps(problem))
 
 
-def run_config(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The quickstart's recipe on the same rows, steps and evaluations."""
+def run_config(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
+    """The quickstart's recipe on the same rows, steps and evaluations, with random batches."""
     folder = options.out / f"ours-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # a complete run would not run again
     return {
         "backbone": str(options.out / "weights"),
         "task": {"name": options.task, "decoding": options.decoding},
-        "model": {"dtype": options.dtype}, "prompt": {"length": options.prompt},
+        "model": {"dtype": dtype}, "prompt": {"length": options.prompt},
         "train": {
             "steps": options.steps, "batch_size": options.batch_size, "schedule": "linear",
             "learning_rate": options.learning_rate, "evaluate_every": options.evaluate_every,
@@ -158,43 +159,54 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         with on_an_idle_machine(f"{rate:g}", worker.process.pid):
             runs[f"{rate:g}"] = worker.ask("tune", rate=rate, seed=seed)["events"]
         worker.close()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # as fresh as PEFT's
-        process, values = pool.submit(os.getpid).result(), run_config(options, seed)
-        with on_an_idle_machine("ours", process):
-            events = pool.submit(ours, values).result()
+    spawn, own = multiprocessing.get_context("spawn"), {}
+    for dtype in options.dtypes:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # as fresh as PEFT's
+            process, values = pool.submit(os.getpid).result(), run_config(options, seed, dtype)
+            with on_an_idle_machine(dtype, process):
+                own[dtype] = pool.submit(ours, values).result()
     rate, target = best(runs)
     return {
-        "seed": seed, "rate": rate, "target": target, "ours": reached(events, target["accuracy"]),
-        "best_of_ours": max(event["accuracy"] for event in events),
-        "others": others, "events": {"ours": events, "PEFT": runs},
+        "seed": seed, "rate": rate, "target": target,
+        "ours": {name: reached(events, target["accuracy"]) for name, events in own.items()},
+        "best_of_ours": {name: max(e["accuracy"] for e in events) for name, events in own.items()},
+        "others": others, "events": {"ours": own, "PEFT": runs},
     }  # fmt: skip
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line for each seed, and the medians of the ratios."""
+    """A line for each seed and dtype of ours, and the medians of the ratios."""
     lines = [[
-        "seed", "PEFT's best rate", "accuracy", "PEFT, s", "ours, s", "ratio",
+        "seed", "ours", "PEFT's best rate", "accuracy", "PEFT, s", "ours, s", "ratio",
         "ratio without evaluations", "steps, PEFT", "ours", "our best", "others, cores",
     ]]  # fmt: skip
-    pairs = []
-    for r in records:
-        theirs, here = r["target"], r["ours"]
-        line = [str(r["seed"]), r["rate"], f"{theirs['accuracy']:.3f}", f"{theirs['seconds']:.0f}"]
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    every = [(r, dtype, here) for r in records for dtype, here in r["ours"].items()]
+    for r, dtype, here in every:
+        theirs = r["target"]
+        line = [
+            str(r["seed"]),
+            dtype,
+            r["rate"],
+            f"{theirs['accuracy']:.3f}",
+            f"{theirs['seconds']:.0f}",
+        ]
         if here is None:
             line += ["never", "–", "–", str(theirs["step"]), "–"]
         else:
             pair = theirs["seconds"] / here["seconds"], without(theirs) / without(here)
-            pairs.append(pair)
+            pairs.setdefault(dtype, []).append(pair)
             line += [f"{here['seconds']:.0f}", *(f"{x:.2f}" for x in pair)]
             line += [str(theirs["step"]), str(here["step"])]
-        lines.append([*line, f"{r['best_of_ours']:.3f}", f"{max(r['others'].values()):.2f}"])
+        best_of_ours, others = r["best_of_ours"][dtype], max(r["others"].values())
+        lines.append([*line, f"{best_of_ours:.3f}", f"{others:.2f}"])
     text = markdown(lines)
-    for name, values in zip(("with", "without"), zip(*pairs, strict=True), strict=False):
-        text += (
-            f"\n\nRatio {name} evaluations: {statistics.median(values):.2f} "
-            f"({min(values):.2f} to {max(values):.2f}), {len(pairs)} of {len(records)} seeds."
-        )
+    for dtype, found in pairs.items():
+        for name, values in zip(("with", "without"), zip(*found, strict=True), strict=True):
+            text += (
+                f"\n\nRatio {name} evaluations, {dtype}: {statistics.median(values):.2f} "
+                f"({min(values):.2f} to {max(values):.2f}), {len(found)} of {len(records)} seeds."
+            )
     return text
 
 
@@ -205,7 +217,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     for record in records:
-        every = {"ours": record["events"]["ours"]}
+        every = {f"ours, {dtype}": e for dtype, e in record["events"]["ours"].items()}
         every |= {f"PEFT, rate {rate}": e for rate, e in record["events"]["PEFT"].items()}
         for number, (name, events) in enumerate(every.items()):
             axis.plot(
@@ -229,7 +241,7 @@ def main() -> None:
     add("--eval-rows", type=int, default=300)
     add("--learning-rates", nargs="+", type=float, default=[0.01, 0.05, 0.3], help="PEFT's")
     add("--learning-rate", type=float, default=0.3, help="ours")
-    add("--dtype", choices=("float32", "mixed"), default="float32", help="ours")
+    add("--dtypes", nargs="+", choices=("float32", "mixed"), default=["float32", "mixed"])
     add("--decoding", choices=("rank", "greedy"), default="rank", help="ours")
     add("--peft-dropout", type=float, default=0.0)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])

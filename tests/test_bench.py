@@ -215,13 +215,18 @@ def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
     here = events(0.5, 0.4, 0.6)
     assert bench.reached(here, 0.5)["step"] == 5 and bench.reached(here, 0.55)["step"] == 15
     assert bench.reached(here, 0.7) is None
-    record = {"seed": 0, "rate": rate, "target": target, "ours": bench.reached(here, 0.5),
-              "best_of_ours": 0.6, "others": {"ours": 0.1},
-              "events": {"ours": here, "PEFT": runs}}  # fmt: skip
-    text = bench.table([record, record | {"seed": 1, "ours": None}])
-    assert "| 0 | 0.1 | 0.500 | 20 | 10 | 2.00 | 2.00 | 10 | 5 | 0.600 | 0.10 |" in text
-    assert "| 1 | 0.1 | 0.500 | 20 | never |" in text and "1 of 2 seeds" in text
-    assert "Ratio" not in bench.table([record | {"ours": None}])
+    record = {"seed": 0, "rate": rate, "target": target,
+              "ours": {"float32": bench.reached(here, 0.5), "mixed": here[2]},
+              "best_of_ours": {"float32": 0.6, "mixed": 0.6}, "others": {"mixed": 0.1},
+              "events": {"ours": {"float32": here, "mixed": here}, "PEFT": runs}}  # fmt: skip
+    never = {"float32": None}
+    text = bench.table([record, record | {"seed": 1, "ours": never}])
+    assert "| 0 | float32 | 0.1 | 0.500 | 20 | 10 | 2.00 | 2.00 | 10 | 5 | 0.600 | 0.10 |" in text
+    assert "| 0 | mixed | 0.1 | 0.500 | 20 | 30 | 0.67 | 0.67 | 10 | 15 |" in text
+    assert "| 1 | float32 | 0.1 | 0.500 | 20 | never |" in text
+    assert "Ratio with evaluations, float32: 2.00 (2.00 to 2.00), 1 of 2 seeds" in text
+    assert "Ratio with evaluations, mixed: 0.67" in text
+    assert "Ratio" not in bench.table([record | {"ours": never}])
     bench.draw([record], tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 5_000
 
