@@ -12,8 +12,8 @@ had it, ours the one at which our run first had at least as much; ours runs once
 PEFT's answers are generated, ours are the likelier label, as each side's users do it; `--decoding
 greedy` has ours generated too.
 
-Prints a Markdown table with a line for each seed and dtype; OUT/accuracy.json keeps every evaluation,
-OUT/accuracy.png draws them over time. Linux.
+Prints a Markdown table with a line for each seed and dtype; OUT/accuracy.json keeps every
+evaluation, OUT/accuracy.png draws them over time. Linux.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """A line for each seed and dtype of ours, and the medians of the ratios."""
     lines = [[
-        "seed", "ours", "PEFT's best rate", "accuracy", "PEFT, s", "ours, s", "ratio",
+        "seed", "ours in", "PEFT's best rate", "accuracy", "PEFT, s", "ours, s", "ratio",
         "ratio without evaluations", "steps, PEFT", "ours", "our best", "others, cores",
     ]]  # fmt: skip
     pairs: dict[str, list[tuple[float, float]]] = {}

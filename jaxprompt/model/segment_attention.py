@@ -1,4 +1,4 @@
-"""Attention of each example to itself, one after another: what CPUs are fast at.
+"""Attention to one example after another, its own or of what answers it: what CPUs are fast at.
 
 An example's logits stay in the core's cache, none are computed between two examples of a row, and
 for the gradient they are computed again. Every product of the backward pass is put so that XLA's
