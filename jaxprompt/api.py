@@ -138,20 +138,22 @@ def answer_rows(
     rows: Sequence[dict[str, Any]],
     *,
     batch_size: int = 64,
+    share: bool = False,
     progress: Progress = lambda rows: None,
     origin: str | None = None,
 ) -> Answers:
     """Predictions for rows with the columns that the task's template names.
 
-    ``origin`` (a file) names the rows in errors.
+    share: as in ``evaluate.score.answer``. ``origin`` (a file) names the rows in errors.
     """
     examples = tokenize(
         task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
         need_targets=False, origin=origin,
     )  # fmt: skip
     return answer(
-        session.model, task, examples, session.tokenizer, batch_size=batch_size, progress=progress
-    )
+        session.model, task, examples, session.tokenizer, batch_size=batch_size, share=share,
+        progress=progress,
+    )  # fmt: skip
 
 
 def predict(
@@ -201,7 +203,7 @@ def evaluate(
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     asked = _questions(session, task, data, split)
     answers = answer_rows(
-        session, asked.task, asked.rows, batch_size=batch_size, progress=progress,
+        session, asked.task, asked.rows, batch_size=batch_size, share=True, progress=progress,
         origin=asked.origin,
     )  # fmt: skip
     labels = asked.task.labels

@@ -85,7 +85,7 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_likelihoods_are_the_same_where_examples_share_rows(tiny, devices, monkeypatch):
+def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypatch):
     config, params = dataclasses.replace(tiny[0], rows_in_turn=True), tiny[1]
     rng, words = np.random.default_rng(0), [[7, 1], [9, 11, 1], [30, 1]]
     examples = [
@@ -100,9 +100,9 @@ def test_likelihoods_are_the_same_where_examples_share_rows(tiny, devices, monke
     tokenizer = SimpleNamespace(encode_targets=lambda labels, separator: words)
     shapes = []
 
-    def both(model):
-        likely = scoring.log_likelihoods(model, examples, batch_size=16)
-        return likely, scoring.answer(model, task, examples, tokenizer, batch_size=16)
+    def answers(config, **settings):
+        model = scoring.Model(params, None, config, mesh)
+        return scoring.answer(model, task, examples, tokenizer, batch_size=16, **settings)
 
     batches = scoring.evaluation_batches
 
@@ -112,13 +112,12 @@ def test_likelihoods_are_the_same_where_examples_share_rows(tiny, devices, monke
             yield batch, numbers
 
     monkeypatch.setattr(scoring, "evaluation_batches", counted)
-    shared = both(scoring.Model(params, None, config, mesh))
+    shared = answers(config, share=True)
     assert len(set(shapes)) == 1 and shapes[0][0] == devices
-    alone = both(scoring.Model(params, None, tiny[0], mesh))
+    for alone in (answers(config), answers(tiny[0], share=True)):
+        np.testing.assert_allclose(shared.scores, alone.scores, rtol=1e-5)
+        assert shared.predictions == alone.predictions
     assert len(set(shapes)) > 5
-    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
-    np.testing.assert_allclose(shared[1].scores, alone[1].scores, rtol=1e-5)
-    assert shared[1].predictions == alone[1].predictions
 
 
 def searched(params, config, ids, segments, length, beams, alpha):

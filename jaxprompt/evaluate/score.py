@@ -101,12 +101,20 @@ def answer(
     tokenizer: Tokenizer,
     *,
     batch_size: int,
+    share: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Answers:
-    """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had."""
+    """Answers in the order of ``examples``; ``progress`` hears how many rows a batch had.
+
+    share: examples may share rows, as they do in training, where that is less to compile and to
+    compute. Their batches then have one shape, but one that other examples will not have: it is for
+    what is asked again and again, or once, not for one set of questions after another.
+    """
     prompts, config = model.prepared(examples)
     ranked = task.labels if task.decoding == "rank" else None
-    config, rows = _cut(model.mesh, config, examples, batch_size, share=ranked is not None)
+    config, rows = _cut(
+        model.mesh, config, examples, batch_size, share=share and ranked is not None
+    )
     if ranked is None:
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
@@ -144,7 +152,9 @@ def answer_each(
         for k in range(count)
         for example in examples
     ]
-    found = answer(model, task, asked, tokenizer, batch_size=batch_size, progress=progress)
+    found = answer(
+        model, task, asked, tokenizer, batch_size=batch_size, share=True, progress=progress
+    )
     parts = [slice(k * len(examples), (k + 1) * len(examples)) for k in range(count)]
     return [
         Answers(found.predictions[part], None if found.scores is None else found.scores[part])
@@ -158,7 +168,7 @@ def log_likelihoods(
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
     prompts, config = model.prepared(examples)
-    config, rows = _cut(model.mesh, config, examples, batch_size, share=True)
+    config, rows = _cut(model.mesh, config, examples, batch_size, share=False)
     run = model.ask(generate.log_likelihood, prompts, config)
     return _in_order(model.mesh, config, examples, rows, run, progress)
 
@@ -199,11 +209,7 @@ def label_ids(
 
 
 def _cut(mesh, config, examples, batch_size, *, share: bool):
-    """The config for batches of the examples and how many have rows of one, see ``family.cut``.
-
-    With ``share`` they share rows where that is less to compile, too: then all batches have one
-    shape, but one that other examples will not have.
-    """
+    """The config for batches of the examples and how many have rows of one, see ``family.cut``."""
     devices = parallel.ways(mesh)
     lengths = [len(example.inputs) for example in examples] or [1]
     shapes = len(set(map(round_input_length, lengths)))

@@ -238,7 +238,9 @@ def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[st
     if limit is None:
         return evaluate(session, task=task, split=split)["metrics"]
     rows = load_rows(task, split, limit)
-    return measure(task, answer_rows(session, task, rows).predictions, references(task, rows))
+    return measure(
+        task, answer_rows(session, task, rows, share=True).predictions, references(task, rows)
+    )
 
 
 def _ensemble(cell: Cell, bench: Bench, task: TaskConfig, backbone: Backbone) -> Record:
