@@ -130,10 +130,10 @@ def run_config(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, 
         "task": {"name": options.task, "decoding": options.decoding},
         "model": {"dtype": dtype}, "prompt": {"length": options.prompt},
         "train": {
-            "steps": options.steps, "batch_size": options.batch_size, "schedule": "linear",
-            "learning_rate": options.learning_rate, "evaluate_every": options.evaluate_every,
-            "checkpoint_every": options.evaluate_every, "eval_rows": options.eval_rows,
-            "eval_batch_size": options.batch_size, "seed": seed,
+            "steps": options.our_steps or options.steps, "batch_size": options.batch_size,
+            "schedule": "linear", "learning_rate": options.learning_rate,
+            "evaluate_every": options.evaluate_every, "checkpoint_every": options.evaluate_every,
+            "eval_rows": options.eval_rows, "eval_batch_size": options.batch_size, "seed": seed,
         },
         "output": str(folder),
     }  # fmt: skip
@@ -236,6 +236,7 @@ def main() -> None:
     add("--task", default="supersense")
     add("--prompt", type=int, default=100, help="vectors of the prompt")
     add("--steps", type=int, default=600)
+    add("--our-steps", type=int, help="the length of our schedule; PEFT's if not given")
     add("--batch-size", type=int, default=32)
     add("--evaluate-every", type=int, default=50)
     add("--eval-rows", type=int, default=300)
