@@ -15,6 +15,7 @@ everything, OUT/step.png the figure.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -33,7 +34,7 @@ from matplotlib.figure import Figure
 
 from jaxprompt.config import TrainConfig, UserError
 from jaxprompt.memory import start_again_with_huge_pages
-from jaxprompt.model import t5, t5_cost
+from jaxprompt.model import small_weights, t5, t5_cost
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.model.t5_config import released
 from jaxprompt.prompts.artefact import replace_directory
@@ -105,12 +106,13 @@ def compiled(backbone: Backbone, point: Point) -> tuple[Callable[[], float], dic
         rows=point.rows, prompts=point.prompts,
     )  # fmt: skip
     state = init_state(METHOD, optimizer, backbone.params, start)
-    program = jax.jit(step).lower(state, backbone.params, [batch]).compile()
+    params = small_weights.in_bits(backbone.params)  # as the step does where it is not traced
+    program = jax.jit(step).lower(state, params, [batch]).compile()
     asked: Any = program.memory_analysis()
 
     def run() -> float:
         began = time.perf_counter()
-        jax.block_until_ready(program(state, backbone.params, [batch]))
+        jax.block_until_ready(program(state, params, [batch]))
         return time.perf_counter() - began
 
     run()
@@ -180,6 +182,12 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def swept(result: dict[str, Any], name: str, dtype: str) -> list[dict[str, Any]]:
+    """The points at which one thing was varied, in its order."""
+    own = [f for f in result["points"] if name in f["varied"] and f["dtype"] == dtype]
+    return sorted(own, key=lambda facts: SWEEPS[name].index(facts["point"][name]))
+
+
 def tables(result: dict[str, Any]) -> str:
     """A table for each thing that was varied."""
     told = result["machine"]
@@ -190,7 +198,8 @@ def tables(result: dict[str, Any]) -> str:
     for name in result["settings"]["vary"]:
         lines = [["dtype", WORDS[name], "seconds a step", "positions/s", "of the peak",
                   "attention, of the FLOPs", "temporary MiB", "KiB a position"]]  # fmt: skip
-        for facts in (f for f in result["points"] if name in f["varied"]):
+        every = [swept(result, name, dtype) for dtype in result["settings"]["dtype"]]
+        for facts in itertools.chain(*every):
             total, seconds = sum(facts["flops"].values()), facts["seconds"]
             value = facts["point"][name]
             value = f"{value} ({facts['parameters'] / 1e6:.1f}M)" if name == "model" else str(value)
@@ -212,7 +221,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(names), squeeze=False, sharex="col")
     for column, name in enumerate(names):
         for number, dtype in enumerate(result["settings"]["dtype"]):
-            own = [f for f in result["points"] if name in f["varied"] and f["dtype"] == dtype]
+            own = swept(result, name, dtype)
             at = [f["parameters"] / 1e6 if name == "model" else f["point"][name] for f in own]
             middle = [statistics.median(f["seconds"]) for f in own]
             reach = [
