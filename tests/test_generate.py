@@ -41,6 +41,11 @@ def test_greedy_ids_are_the_argmax_under_teacher_forcing(tiny):
         assert (out[row, stop:] == config.pad_id).all()
 
 
+def test_the_most_likely_word_is_the_first_of_equals_and_always_a_word():
+    logits = jnp.array([[1.0, 3, 2, 3], [0, -1, -2, -3], [np.nan] * 4])
+    assert generate._most_likely(logits).tolist() == [1, 0, 3]
+
+
 def test_generation_ends_at_eos_and_early(tiny):
     """With an EOS that always wins the loop must stop after one step and leave padding."""
     config, params = tiny

@@ -360,8 +360,6 @@ def evaluation_batches(
     The last batch is filled with empty rows, whose number is -1. Where ``widths`` wants rows to be
     shared, each of ``devices`` has one with as many examples as would else be its rows.
     """
-    lengths = np.array([len(example.inputs) for example in examples])
-    order = np.argsort(-lengths, kind="stable")
     depth = round_target_length(max((len(e.targets) for e in examples), default=1))
     if widths.shared > 1:
         parts = -(-len(examples) // batch_size)
@@ -369,6 +367,8 @@ def evaluation_batches(
             examples, parts=parts, devices=devices, widths=widths, target_length=depth
         )
         return
+    lengths = np.array([len(example.inputs) for example in examples])
+    order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         chosen = [examples[i] for i in numbers]

@@ -18,12 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprompt import parallel
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import (
-    Example,
-    evaluation_batches,
-    round_input_length,
-    with_prompt,
-)
+from jaxprompt.data.pipeline import Example, evaluation_batches, round_input_length, with_prompt
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS, check_packages
