@@ -128,13 +128,13 @@ def over_rows(
     if mesh is None or mesh.size == 1:
         return lambda params, shared, rows: own(work(params, shared, rows))
     parts = 1 if axes is None else mesh.shape["fsdp"]
-    place = _Place(ways(mesh), mesh.shape["tensor"], parts)
+    place = _Place(mesh.shape["tensor"], parts)
 
     def put_together(x, of):
         return x if of[0] == "layers" or "embed" not in of else whole(x, of)
 
     def mine(params, shared, rows):
-        told = _PLACE.set(place._replace(number=jax.lax.axis_index(ROWS)))
+        told = _PLACE.set(place)
         try:
             params = spread(put_together, params, axes) if parts > 1 else params
             found = work(params, shared, rows)
@@ -174,10 +174,8 @@ def summed(results: Any, mesh: Mesh | None) -> Any:
 class _Place(NamedTuple):
     """Where a computation within ``over_rows`` is."""
 
-    ways: int = 1  # devices that share a batch's rows
-    tensor: int = 1  # devices that share its products
+    tensor: int = 1  # devices that share the products of a batch's rows
     parts: int = 1  # of a layer's weights, of which it has one
-    number: Any = 0  # of this device among ``ways``
 
 
 _ALONE = _Place()
@@ -220,14 +218,6 @@ def constrained(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     spec = [None if RULES.get(str(axis)) == "fsdp" else RULES.get(str(axis)) for axis in axes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *spec))
-
-
-def own_rows(draw: Callable[[int], jax.Array], rows: int) -> jax.Array:
-    """This device's ``rows`` of what ``draw`` makes for a whole batch: the same on any mesh."""
-    place = _PLACE.get()
-    if place.ways == 1:
-        return draw(rows)
-    return jax.lax.dynamic_slice_in_dim(draw(place.ways * rows), place.number * rows, rows)
 
 
 def whole_rows_on_cpu(mesh: Mesh | None) -> bool:

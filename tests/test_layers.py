@@ -97,7 +97,7 @@ def _attended(form, mixed=False):
     encoded, kernels = normal(6, 8, 5), normal(2, 5, 2, 4) / 2
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (6, 8)), axis=1)[:, ::-1])
     mask = layers.additive(layers.segment_mask(segments, segments))
-    keep = jnp.asarray(rng.integers(0, 2, (6, 2, 1, 8)), jnp.float32)
+    keep = jnp.asarray(rng.integers(0, 2, (6, 8, 2)), jnp.float32)
 
     @jax.jit
     def value(query, encoded, kernels):
@@ -105,7 +105,7 @@ def _attended(form, mixed=False):
             y = layers.attention_to(query, *kernels, encoded, mask, keep, mixed=mixed)
         else:
             key, val = (layers.product("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
-            val = val * keep[:, :, 0].swapaxes(1, 2)[..., None]
+            val = val * keep[..., None]
             y = layers.attention(query, key, val, None, mask, mixed=mixed)
         return jnp.sum(y * weights), y
 

@@ -98,7 +98,7 @@ POPULATION = {"seed": [0, 3], "learning_rate": [0.3, 0.02], "init": ["class_labe
 @pytest.fixture(scope="module")
 def population(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("population")
-    run = config(backbone, folder, prompt={"population": POPULATION})
+    run = config(backbone, folder, prompt={"population": POPULATION}, model={"dropout": 0.1})
     return run, train(run)
 
 

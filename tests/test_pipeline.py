@@ -17,7 +17,9 @@ from jaxprompt.data.pipeline import (
     make_batch,
     micro_batches,
     micro_rows,
+    noise,
     pack_batch,
+    random_stream,
     round_input_length,
     round_target_length,
     shared_rows,
@@ -175,9 +177,11 @@ def test_training_batches_are_those_of_batch_indices():
     for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)
         ordered = sorted(chosen, key=lambda i: -lengths[i])
-        assert_equal(batch, make_batch([examples[i] for i in ordered], target_length=longest))
+        drawn = noise(random_stream(3, step), 8)
+        own = {i: examples[i]._replace(noise=n) for i, n in zip(chosen, drawn, strict=True)}
+        assert_equal(batch, make_batch([own[i] for i in ordered], target_length=longest))
         for part, mine in ((longer, ordered[:4]), (shorter, ordered[4:])):
-            assert_equal(part, make_batch([examples[i] for i in mine], target_length=longest))
+            assert_equal(part, make_batch([own[i] for i in mine], target_length=longest))
 
 
 def test_shared_rows_are_about_equally_long_and_hold_every_example_once():

@@ -126,20 +126,32 @@ def test_rows_of_queries_attend_to_a_segment_each():
     query = jnp.asarray(rng.normal(size=(len(rows) * each, asking, 2, 4)), jnp.float32)
     key, value = jnp.asarray(rng.normal(size=(2, len(rows), WIDTH, 2, 4)), jnp.float32)
     numbers = jnp.tile(jnp.arange(1, each + 1), len(rows))
+    keep = jnp.asarray(rng.integers(0, 3, (len(rows), WIDTH, 6)), jnp.float32)
     find = lambda *widths: own.find(segments, widths, each=each)
 
-    def plain(query, key, value):
-        keys, values, marks = (jnp.repeat(x, each, axis=0) for x in (key, value, segments))
+    def plain(query, key, value, keep):
+        keys, values, marks, kept = (
+            jnp.repeat(x, each, axis=0) for x in (key, value, segments, keep)
+        )
         seen = (marks == numbers[:, None])[:, None, None]
-        y = layers.attention(query, keys, values, None, layers.additive(seen))
+        logits = jnp.einsum("btnh,bsnh->btns", query, keys)
+        weights = jax.nn.softmax(logits + layers.additive(seen), axis=-1)
+        # queries of one head in turn have what is kept for theirs: 2 heads with 3 queries each
+        kept = kept.reshape(*kept.shape[:2], 2, 3).transpose(0, 3, 2, 1)
+        y = jnp.einsum("btns,bsnh->btnh", weights * kept, values)
         return jnp.where(seen.any(-1)[:, :, :, None], y, 0)
 
-    forms = plain, lambda *args: own.attention(*args, None, find(4, 12))
-    for given in ((query, key, value), (query, key, key)):
-        a, b = (
-            (form(*given), *jax.grad(lambda *x, f=form: jnp.sin(f(*x)).sum(), (0, 1, 2))(*given))
-            for form in forms
-        )
-        for expected, got in zip(a, b, strict=True):
+    def in_turn(query, key, value, keep):
+        return own.attention(query, key, value, None, find(4, 12), keep)
+
+    def found(form, *given):
+        total = lambda *three: jnp.sin(form(*three, given[3])).sum()
+        return form(*given), *jax.grad(total, (0, 1, 2))(*given[:3])
+
+    ones = jnp.ones_like(keep)
+    for given in ((query, key, value, keep), (query, key, key, keep), (query, key, key, ones)):
+        for expected, got in zip(found(plain, *given), found(in_turn, *given), strict=True):
             np.testing.assert_allclose(got, expected, atol=2e-5)
+    for expected, got in zip(found(in_turn, *given[:3], None), found(in_turn, *given), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
     assert np.isnan(own.attention(query, key, value, None, find(4, 8))).all()

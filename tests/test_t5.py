@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.model import layers, segment_attention, t5
+from jaxprompt.model import dropout, layers, segment_attention, t5
 from jaxprompt.model.layers import shift_right
 
 VARIANTS = {
@@ -125,15 +125,52 @@ def test_the_head_has_no_column_for_virtual_tokens(tiny):
     assert forward(params, bank(), config, *batch()).shape[-1] == config.vocab_size
 
 
-def test_dropout_needs_a_key_and_is_a_function_of_it(tiny):
+def test_dropout_needs_noise_and_is_a_function_of_it(tiny):
     config, params = dataclasses.replace(tiny[0], dropout=0.3), tiny[1]
     inputs, segments, _, _ = batch()
-    run = lambda key: np.asarray(
-        t5.encode(params, bank(), config, inputs, segments, dropout_key=key)
+    run = lambda *noise: np.asarray(
+        t5.encode(params, bank(), config, inputs, segments, jnp.array(noise) if noise else None)
     )
-    np.testing.assert_array_equal(run(None), run(None))
-    np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
-    assert np.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 1e-3
+    np.testing.assert_array_equal(run(), forward_encoder(tiny, inputs, segments))
+    first, second = run(1, 2, 3), run(2, 1, 1)
+    np.testing.assert_array_equal(first, run(1, 2, 3))
+    assert np.abs(first - second).max(axis=(1, 2)).min() > 1e-3
+    third = run(1, 1, 3)  # each row has what its own number says
+    np.testing.assert_array_equal(third[[0, 2]], first[[0, 2]])
+    np.testing.assert_array_equal(third[1], second[1])
+
+
+def forward_encoder(model, inputs, segments):
+    return t5.encode(model[1], bank(), model[0], inputs, segments)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_its_share_and_the_mean(rate):
+    """Of places and of positions, each drawn for itself; 4 standard errors around the share."""
+    noise = dropout.of_rows(jnp.arange(64), 50)
+    key, share, ones = jax.random.key(3), 1 - rate, jnp.ones((64, 50, 40))
+    kept = dropout.Dropout(rate).apply({}, ones, noise, rngs={"dropout": key})
+    np.testing.assert_array_equal(kept, kept[:, :1] + 0 * kept)  # at all positions the same
+    weights = dropout.DropKeys(rate, 6).apply({}, noise, "float32", rngs={"dropout": key})
+    for found in (kept[:, 0], weights.reshape(-1)):
+        np.testing.assert_allclose(np.unique(found), [0, 1 / share], rtol=1e-6)
+        error = (rate / share / found.size) ** 0.5
+        assert float(found.mean()) == pytest.approx(1, abs=4 * error)
+    varied = np.asarray(weights).std(axis=(0, 1)), np.asarray(weights).std(axis=1)
+    assert all(x.min() > 0 for x in varied)
+
+
+def test_dropout_of_shared_rows_is_that_of_rows_of_one_example():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
+    numbers = jnp.array([7, 8, 9, 10, 11, 12])  # three for each row, the last stands for none
+    shared, alone = dropout.of_inputs(numbers, segments), dropout.of_rows(numbers, 6)
+    starts = {0: (0, 0, 3), 1: (0, 3, 2), 3: (1, 0, 1), 4: (1, 1, 5)}
+    for name, size in (("of_examples", 5), ("of_positions", 3)):
+        draw = lambda noise, n=name, s=size: getattr(noise, n)(jax.random.key(0), 0.5, s)
+        found, expected = draw(shared), draw(alone)
+        for example, (row, start, length) in starts.items():
+            own = jnp.broadcast_to(expected[example], (6, size))[:length]
+            np.testing.assert_array_equal(found[row, start : start + length], own)
 
 
 def test_every_parameter_has_logical_axes_of_its_rank(tiny):
@@ -158,7 +195,7 @@ def test_lower_precision_stays_close_and_returns_float32(tiny, dtype):
 def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtype):
     """Its two inputs of norms, query, key and value, and the two halves of the gate."""
     config = dataclasses.replace(tiny[0], dtype=dtype, rows_in_turn=True)
-    layer, rows, length = t5.EncoderLayer(config, True), 2, 24
+    layer, rows, length = t5.EncoderLayer(config), 2, 24
     mask = layers.additive(jnp.ones((rows, 1, length, length), bool))
     bias = jnp.zeros((1, config.num_heads, length, length))
     shared = t5.Shared(jnp.arange(length), jnp.arange(length), mask, bias)

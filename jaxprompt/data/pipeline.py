@@ -18,6 +18,7 @@ class Example(NamedTuple):
     inputs: Int[np.ndarray, " s"]
     targets: Int[np.ndarray, " t"]
     prompt: int = 0  # number of the prompt that it belongs to
+    noise: int | None = None  # a number that its dropout is drawn from
 
 
 def with_prompt(example: Example, prompt: int, vocabulary: int, length: int) -> Example:
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
     target_segments: Int[np.ndarray, "B T"]
     target_prompts: Int[np.ndarray, "B T"]  # number of the prompt that owns the position
     loss_weights: Float[np.ndarray, "B T"]
+    noise: Int[np.ndarray, " B"] | None = None  # of the example in each row of targets; None: none
 
 
 def round_input_length(length: int, widths: Widths = Widths()) -> int:
@@ -111,6 +113,8 @@ def pack_batch(
     input_ids, input_segments = _fill(inputs, count, width)
     target_ids, target_segments = _fill(targets, count, depth)
     owners = [[np.full_like(e.targets, e.prompt) for e in row] for row in rows_of_examples]
+    drawn = [row[0].noise if row else None for row in rows_of_examples]
+    drawn += [None] * (count - len(drawn))
     return Batch(
         input_ids,
         input_segments,
@@ -118,6 +122,7 @@ def pack_batch(
         target_segments,
         _fill(owners, count, depth)[0],
         (target_segments > 0).astype(np.float32),
+        None if set(drawn) == {None} else np.array([n or 0 for n in drawn], np.int32),
     )
 
 
@@ -197,6 +202,11 @@ def _random(seed: int, epoch: int, stream: int) -> np.random.Generator:
 def random_stream(seed: int, step: int) -> np.random.Generator:
     """The random numbers of batch ``step``, independent of those of every other batch."""
     return _random(seed, step, stream=2**40)
+
+
+def noise(rng: np.random.Generator, size: int) -> Int[np.ndarray, " B"]:
+    """What dropout of so many examples is drawn from."""
+    return rng.integers(2**31, size=size, dtype=np.int32)
 
 
 def sorted_parts(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -331,13 +341,17 @@ def training_batches(
     target_length = max(len(example.targets) for example in examples)
 
     def batch(step: int) -> list[Batch]:
-        chosen = [
-            own(examples[i], prompt)
-            for prompt, seed in enumerate(seeds)
-            for i in batch_indices(
-                lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
+        chosen, number = [], start + int(step)
+        for prompt, seed in enumerate(seeds):
+            numbers = batch_indices(
+                lengths, batch_size=batch_size, seed=seed, step=number, window=window
             )
-        ]
+            chosen += [
+                own(examples[i], prompt)._replace(noise=int(drawn))
+                for i, drawn in zip(
+                    numbers, noise(random_stream(seed, number), batch_size), strict=True
+                )
+            ]
         return micro_batches(
             chosen, rows=rows or len(chosen), target_length=target_length, widths=widths,
             devices=devices,

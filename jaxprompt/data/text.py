@@ -13,7 +13,7 @@ import numpy as np
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import UserError
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
-from jaxprompt.data.pipeline import Batch, Example, pack_batch, random_stream
+from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
@@ -257,6 +257,7 @@ def packed_batch(
         rows[fitting[0]].append(example)
         room[fitting[0]] -= need
     batch = pack_batch(rows, input_length=config.input_length, target_length=config.target_length)
+    batch = batch._replace(noise=noise(rng, len(rows)))
     if config.balance == 0:
         return batch
     weights = np.zeros_like(batch.loss_weights)

@@ -10,11 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxprompt import parallel
 from jaxprompt.bank import embed
 from jaxprompt.model import layers
+from jaxprompt.model.dropout import Dropout
 
 
 class Norm(nn.Module):
@@ -26,30 +26,11 @@ class Norm(nn.Module):
         return layers.rms_norm(x, scale, self.eps)
 
 
-class Dropout(nn.Module):
-    """Drops elements of the last axis, in a row the same at all places of the one before, as T5X.
-
-    What is dropped does not depend on how many devices share the rows of a batch.
-    """
-
-    rate: float
-    deterministic: bool | None = None
-
-    @nn.compact
-    def __call__(self, x, deterministic=None):
-        deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
-        if deterministic or not self.rate:
-            return x
-        key, shape = self.make_rng("dropout"), (*x.shape[1:-2], 1, x.shape[-1])
-        draw = lambda rows: jax.random.bernoulli(key, 1.0 - self.rate, (rows, *shape))
-        return jnp.where(parallel.own_rows(draw, len(x)), x / (1.0 - self.rate), 0.0)
-
-
 class Mlp(nn.Module):
     config: Any
 
     @nn.compact
-    def __call__(self, x, deterministic):
+    def __call__(self, x, noise):
         c = self.config
         width = c.d_model // parallel.parts()
         wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
@@ -59,7 +40,7 @@ class Mlp(nn.Module):
             hidden = layers.gate(project(x, wi_0), project(x, wi_1), c.activation, c.mixed)
         else:
             hidden = layers.ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
-        hidden = parallel.constrained(Dropout(c.dropout)(hidden, deterministic), None, "mlp")
+        hidden = parallel.constrained(Dropout(c.dropout)(hidden, noise), None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
         return layers.project("bsf,fd->bsd", hidden, wo, c.mixed)
 

@@ -43,12 +43,12 @@ class Family(Protocol):
         segments: Int[Array, "B S"],
         targets: Int[Array, "B T"],
         target_segments: Int[Array, "B T"],
-        dropout_key: jax.Array | None = None,
+        noise: Int[Array, " R"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Float32 logits of every target token given the input and the target tokens before it.
 
         A target segment answers the input segment of the same number. There are V columns, so no
-        virtual token can ever be predicted.
+        virtual token can ever be predicted. noise: what dropout is drawn from; None: none is.
         """
         ...
 
@@ -167,10 +167,9 @@ def _sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyCo
     """The config for batches whose rows several examples of ``lengths`` share.
 
     Where the device attends to one example after another (CPUs), and a row that holds what else
-    would be ``rows`` of padded ones is worth it; else the config as it is. Dropout is drawn for a
-    row, so with it each example keeps its own.
+    would be ``rows`` of padded ones is worth it; else the config as it is.
     """
-    if not isinstance(config, T5Config) or not config.rows_in_turn or config.dropout:
+    if not isinstance(config, T5Config) or not config.rows_in_turn:
         return config
     if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
         return config

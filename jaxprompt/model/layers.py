@@ -287,7 +287,7 @@ def attention_to(
     value_kernel: Float[Array, "D N H"],
     encoded: Float[Array, "B S D"],
     seen: Float[Array, "#B 1 #T S"] | Segments,
-    keep: Float[Array, "B N 1 S"] | None = None,
+    keep: Float[Array, "B S N"] | None = None,
     *,
     mixed: bool = False,
 ) -> Float[Array, "R T N H"]:
@@ -296,13 +296,16 @@ def attention_to(
     (x W_q)(e W_k)^T = (x W_q W_k^T) e^T, and likewise for values: the projections move from the S
     rows of the encoder to the T x N of the queries, which is less work as long as T < H.
     Segments have rows of queries of their own, R of them; with a mask R is B.
+    keep: what weights are multiplied with.
     """
     rows, length, heads, _ = query.shape
     flat = lambda x: x.reshape(rows, length * heads, -1)
     asked = flat(project("btnh,dnh->btnd", query, key_kernel, mixed))
     if isinstance(seen, Segments):
         one = encoded[:, :, None]
-        found = segment_attention.attention(asked[:, :, None], one, one, None, seen, mixed=mixed)
+        found = segment_attention.attention(
+            asked[:, :, None], one, one, None, seen, keep, mixed=mixed
+        )
     else:
         found = _attention_to(asked, encoded, seen, keep, (rows, length, heads), mixed)
     found = found.reshape(rows, length, heads, -1)
@@ -313,7 +316,7 @@ def _attention_to(asked, encoded, mask, keep, shape, mixed):
     logits = _scores("bqd,bsd->bqs", asked, encoded, mixed)
     logits = logits.reshape(*shape, -1) + mask.swapaxes(1, 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(encoded.dtype)
-    weights = weights if keep is None else weights * keep.swapaxes(1, 2)
+    weights = weights if keep is None else weights * keep.swapaxes(1, 2)[:, None]
     return product("bqs,bsd->bqd", weights.reshape(*asked.shape[:2], -1), encoded, mixed)
 
 

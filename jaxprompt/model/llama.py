@@ -114,7 +114,7 @@ class Layer(nn.Module):
     def __call__(self, x, past: Past, context: Context):
         y, written = self.attention(self.attention_norm(x), past, context)
         x = x + y
-        return constrained(x + self.mlp(self.mlp_norm(x), True)), KeysValues(*written)
+        return constrained(x + self.mlp(self.mlp_norm(x), None)), KeysValues(*written)
 
 
 class Llama(nn.Module):
@@ -266,9 +266,9 @@ def logits(
     segments,
     targets,
     target_segments,
-    dropout_key=None,
+    noise=None,
 ) -> Float[Array, "B T V"]:
-    """Teacher-forced logits of the targets, in one pass over inputs and targets."""
+    """Teacher-forced logits of the targets, in one pass over inputs and targets; no dropout."""
     text = _text(config, inputs, segments)
     ids, positions = _answer(text, targets, target_segments)
     text_mask = _among(text.segments, text.positions, text.ids, config, input=True)

@@ -100,6 +100,7 @@ def attention(
     value: Float[Array, "B S N H"],
     bias: Float[Array, "1 N W W"] | None,
     segments: Segments,
+    keep: Float[Array, "B S M"] | None = None,
     *,
     mixed: bool = False,
 ) -> Float[Array, "R T N H"]:
@@ -107,19 +108,22 @@ def attention(
 
     bias: for offsets up to W, the last width of the segments. One that is longer makes all of the
     result NaN.
+    keep: what weights are multiplied with, by key. M is N, or M / N queries after each other are
+    heads of one position, where they share keys.
     mixed: as in ``layers.product``, and the result is bfloat16.
     """
     shape = query.shape
     flat = [x.reshape(-1, *shape[2:]) for x in (query, key, value)]
     mixed = mixed or query.dtype == jnp.bfloat16
     bias = None if bias is None else bias[0]
-    found: Any = _attend(mixed, shape[1], *flat, bias, segments)
+    keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
+    found: Any = _attend(mixed, shape[1], *flat, bias, keep, segments)
     return found.reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(mixed, asking, query, key, value, bias, segments):
-    return _forward(mixed, asking, query, key, value, bias, segments)[0]
+def _attend(mixed, asking, query, key, value, bias, keep, segments):
+    return _forward(mixed, asking, query, key, value, bias, keep, segments)[0]
 
 
 def _stored(x, mixed):
@@ -165,6 +169,15 @@ def _logits(query, key, bias, keys):
     return found + jax.lax.dynamic_slice(bias, (keys.head, 0, 0), (1, *found.shape))[0]
 
 
+def _kept(weights, keep, keys, heads):
+    """``weights`` [T, S] times what ``keep`` [n, M] is for these keys, for any number of heads."""
+    if keep is None:
+        return weights
+    size = keep.shape[1] // heads
+    factor = keys.read(keep, size).T
+    return (weights.reshape(-1, *factor.shape) * factor).reshape(weights.shape)
+
+
 def _each(segments, asking, shape, work, carry):
     """``carry = work(queries, keys, carry)`` for every head of every segment of keys [n, N].
 
@@ -199,9 +212,9 @@ def _read(given, queries, keys, size):
     return [span.read(x, size) for span, x in zip(spans, given, strict=False)]
 
 
-def _forward(mixed, asking, query, key, value, bias, segments):
+def _forward(mixed, asking, query, key, value, bias, keep, segments):
     given = [_stored(x, mixed) for x in (query, key, value)]
-    size = query.shape[-1]
+    heads, size = query.shape[1:]
 
     def work(queries, keys, carry):
         query, key, value = map(_usable, _read(given, queries, keys, size))
@@ -209,7 +222,8 @@ def _forward(mixed, asking, query, key, value, bias, segments):
         most = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - most)
         mass = jnp.sum(weights, axis=-1, keepdims=True)
-        y = _product("ts,sh->th", (weights / mass).astype(value.dtype), value)
+        weights = _kept(weights / mass, keep, keys, heads)
+        y = _product("ts,sh->th", weights.astype(value.dtype), value)
         return queries.write(carry[0], y), queries.write(carry[1], most + jnp.log(mass))
 
     carry = jnp.zeros_like(given[0]), jnp.zeros(query.shape[:2])
@@ -218,21 +232,21 @@ def _forward(mixed, asking, query, key, value, bias, segments):
     return y.reshape(query.shape), (*given, log_mass)
 
 
-def _attend_forward(mixed, asking, query, key, value, bias, segments):
+def _attend_forward(mixed, asking, query, key, value, bias, keep, segments):
     learned = None if bias is None or not bias.perturbed else jnp.zeros(())
-    every = query, key, value, bias, segments
-    query, key, value, bias, segments = jax.tree.map(lambda x: x.value, every)
-    y, kept = _forward(mixed, asking, query, key, value, bias, segments)
+    every = query, key, value, bias, keep, segments
+    query, key, value, bias, keep, segments = jax.tree.map(lambda x: x.value, every)
+    y, kept = _forward(mixed, asking, query, key, value, bias, keep, segments)
     like = jnp.zeros((0, *query.shape[1:]), query.dtype)
-    return y, (kept, bias, segments, like, learned)
+    return y, (kept, bias, keep, segments, like, learned)
 
 
 def _attend_backward(mixed, asking, kept, cotangent):
-    (*given, log_mass), bias, segments, like, learned = kept
+    (*given, log_mass), bias, keep, segments, like, learned = kept
     if isinstance(cotangent, SymbolicZero):
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     cotangent = _stored(cotangent, mixed)
-    size = like.shape[-1]
+    heads, size = like.shape[1:]
     # here and not in the loop, where XLA would make one of a transposition and a product
     turned = given[0].T, cotangent.T
 
@@ -245,10 +259,11 @@ def _attend_backward(mixed, asking, kept, cotangent):
         own = lambda x: jnp.where(keys.own, x, 0)
         mass = jnp.where(queries.own[:, None], queries.read(log_mass, 1), -_LOW)
         weights = jnp.exp(_logits(query, key, bias, keys) - mass)
-        of_weights = _product("th,sh->ts", grad, value)
+        of_weights = _kept(_product("th,sh->ts", grad, value), keep, keys, heads)
         mean = jnp.sum(weights * of_weights, axis=-1, keepdims=True)
         of_logits = weights * (of_weights - mean)
-        narrow, weights = of_logits.astype(query.dtype), weights.astype(query.dtype)
+        narrow = of_logits.astype(query.dtype)
+        weights = _kept(weights, keep, keys, heads).astype(query.dtype)
         found = (
             _product("ts,sh->th", narrow, key),
             own(_product("ht,ts->hs", query_turned, narrow)).T,
@@ -265,10 +280,10 @@ def _attend_backward(mixed, asking, kept, cotangent):
 
     carry = [jnp.zeros_like(x) for x in given]
     carry += [] if learned is None else [jnp.zeros(bias.shape)]
-    shape = len(given[1]), like.shape[1]
+    shape = len(given[1]), heads
     found = _each(segments, asking, shape, work, tuple(carry))
     three = [_usable(x).reshape(-1, *like.shape[1:]).astype(like.dtype) for x in found[:3]]
-    return *three, None if learned is None else found[3].astype(bias.dtype), None
+    return *three, None if learned is None else found[3].astype(bias.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

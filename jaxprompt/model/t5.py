@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.model import layers, segment_attention
-from jaxprompt.model.blocks import Dropout, Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.model import dropout, layers, segment_attention
+from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.model.dropout import DropKeys, Dropout, Noise
 from jaxprompt.model.segment_attention import Segments
 from jaxprompt.model.t5_config import AXES, T5Config
 from jaxprompt.parallel import constrained, parts
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         self.key = self.param("key", normal(c.d_model**-0.5), into)
         self.value = self.param("value", normal(c.d_model**-0.5), into)
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
-        self.dropout = Dropout(c.dropout)
+        self.drop_keys = DropKeys(c.dropout, c.num_heads)
 
     def keys_values(self, x):
         return self._project(x, self.key), self._project(x, self.value)
@@ -43,33 +44,26 @@ class Attention(nn.Module):
         found = layers.project("bsd,dnh->bsnh", x, kernel, self.config.mixed)
         return constrained(found, None, "heads", None)
 
-    def mix(self, x, key, value, bias, seen, deterministic):
+    def mix(self, x, key, value, bias, seen, noise):
         c, query = self.config, self._project(x, self.query)
-        keep = self._keep(x.shape[0], key.shape[1], x.dtype, deterministic)
+        keep = self.drop_keys(noise, x.dtype)
         if keep is not None:  # a dropped weight is a dropped value
-            value = value * keep.swapaxes(1, 3).swapaxes(2, 3)
+            value = value * keep[..., None]
         if isinstance(seen, Segments):
             y = segment_attention.attention(query, key, value, bias, seen, mixed=c.mixed)
         else:
             y = layers.attention(query, key, value, bias, seen, mixed=c.mixed)
         return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
 
-    def mix_with(self, x, encoded, seen, deterministic):
+    def mix_with(self, x, encoded, seen, noise):
         """The same to what is encoded, without keys and values where that is less work."""
         c = self.config
         if x.shape[1] >= c.head_dim // 2:
-            return self.mix(x, *self.keys_values(encoded), None, seen, deterministic)
+            return self.mix(x, *self.keys_values(encoded), None, seen, noise)
         query = self._project(x, self.query)
-        keep = self._keep(x.shape[0], encoded.shape[1], x.dtype, deterministic)
+        keep = self.drop_keys(noise, x.dtype)
         y = layers.attention_to(query, self.key, self.value, encoded, seen, keep, mixed=c.mixed)
         return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
-
-    def _keep(self, rows, keys, dtype, deterministic):
-        """What dropout multiplies weights with: one draw a key, for all queries, as in T5X."""
-        if deterministic or not self.config.dropout:
-            return None
-        ones = jnp.ones((rows, self.config.num_heads, 1, keys), dtype)
-        return self.dropout(ones, deterministic=False)
 
 
 class Shared(NamedTuple):
@@ -81,6 +75,8 @@ class Shared(NamedTuple):
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
     seen_of_inputs: Float[Array, "B 1 #T S"] | Segments | None = None
+    noise: Noise | None = None  # None: no dropout
+    noise_of_inputs: Noise | None = None
 
 
 class LayerCache(NamedTuple):
@@ -105,13 +101,12 @@ def _bias(table, queries, keys, c, bidirectional):
 
 class EncoderLayer(nn.Module):
     config: T5Config
-    deterministic: bool
 
     def setup(self):
         c = self.config
         self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.attention, self.mlp = Attention(c), Mlp(c)
-        self.dropout = Dropout(c.dropout, self.deterministic)
+        self.dropout = Dropout(c.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -119,23 +114,22 @@ class EncoderLayer(nn.Module):
         bias = shared.bias
         if bias is None:
             bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, True)
-        y = self.attention_norm(x)
+        y, noise = self.attention_norm(x), shared.noise
         key, value = self.attention.keys_values(y)
-        y = self.attention.mix(y, key, value, bias, shared.seen, self.deterministic)
-        x = x + self.dropout(y)
-        return constrained(x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))), None
+        y = self.attention.mix(y, key, value, bias, shared.seen, noise)
+        x = x + self.dropout(y, noise)
+        return constrained(x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)), None
 
 
 class DecoderLayer(nn.Module):
     config: T5Config
-    deterministic: bool
 
     def setup(self):
         c = self.config
         self.self_attention_norm, self.cross_attention_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.self_attention, self.cross_attention = Attention(c), Attention(c)
         self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(c)
-        self.dropout = Dropout(c.dropout, self.deterministic)
+        self.dropout = Dropout(c.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -143,23 +137,24 @@ class DecoderLayer(nn.Module):
         bias = shared.bias
         if bias is None:
             bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, False)
-        y = self.self_attention_norm(x)
+        y, noise = self.self_attention_norm(x), shared.noise
         key, value = self.self_attention.keys_values(y)
         if cache is not None:
             at = (0, shared.queries[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-        y = self.self_attention.mix(y, key, value, bias, shared.seen, self.deterministic)
-        x = x + self.dropout(y)
+        y = self.self_attention.mix(y, key, value, bias, shared.seen, noise)
+        x = x + self.dropout(y, noise)
         y, attend = self.cross_attention_norm(x), self.cross_attention
         if cache is None:
-            y = attend.mix_with(y, shared.encoded, shared.seen_of_inputs, self.deterministic)
+            across = shared.encoded, shared.seen_of_inputs, shared.noise_of_inputs
+            y = attend.mix_with(y, *across)
         else:
             known = cache.cross_key, cache.cross_value
-            y = attend.mix(y, *known, None, shared.seen_of_inputs, self.deterministic)
-        x = x + self.dropout(y)
+            y = attend.mix(y, *known, None, shared.seen_of_inputs, None)
+        x = x + self.dropout(y, noise)
         written = None if cache is None else (key, value)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x), self.deterministic))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)
         return constrained(x), written
 
 
@@ -169,14 +164,13 @@ class Stack(nn.Module):
     config: T5Config
     layer: type[nn.Module]
     depth: int
-    deterministic: bool
 
     def setup(self):
         c = self.config
         inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
-        self.layers = stacked(self.layer, c, self.depth, inputs)(c, self.deterministic)
+        self.layers = stacked(self.layer, c, self.depth, inputs)(c)
         self.final_norm = Norm(c.norm_eps)
-        self.dropout = Dropout(c.dropout, self.deterministic)
+        self.dropout = Dropout(c.dropout)
         if not c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -186,25 +180,24 @@ class Stack(nn.Module):
             table = self.relative_bias
             bias = _bias(table, shared.queries, shared.keys, self.config, bidirectional)
             shared = shared._replace(bias=bias)
-        x = self.dropout(x)
+        x = self.dropout(x, shared.noise)
         x, written = self.layers(x, shared) if bidirectional else self.layers(x, cache, shared)
-        return self.dropout(self.final_norm(x)), written
+        return self.dropout(self.final_norm(x), shared.noise), written
 
 
 class T5(nn.Module):
     config: T5Config
-    deterministic: bool = True
 
     def setup(self):
         c = self.config
         self.token_embedder = TokenEmbedder(c)
-        self.encoder = Stack(c, EncoderLayer, c.num_encoder_layers, self.deterministic)
-        self.decoder = Stack(c, DecoderLayer, c.num_decoder_layers, self.deterministic)
+        self.encoder = Stack(c, EncoderLayer, c.num_encoder_layers)
+        self.decoder = Stack(c, DecoderLayer, c.num_decoder_layers)
         if not c.tied:
             init = nn.initializers.normal(c.d_model**-0.5)
             self.head = self.param("head", init, (c.d_model, c.vocab_size))
 
-    def encode(self, inputs, segments, bank):
+    def encode(self, inputs, segments, bank, noise=None):
         c, (rows, width) = self.config, inputs.shape
         many = rows * c.num_heads * width**2 > segment_attention.LOGITS_AT_ONCE
         if c.rows_in_turn and (c.packed or many):
@@ -213,15 +206,19 @@ class T5(nn.Module):
         else:
             seen = layers.additive(layers.segment_mask(segments, segments))
         offsets = jnp.arange(width)
-        shared = Shared(offsets, offsets, seen)
+        noise = None if noise is None else dropout.of_inputs(noise, segments)
+        shared = Shared(offsets, offsets, seen, noise=noise)
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
-    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank):
+    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank, noise=None):
         offsets = jnp.arange(decoder_inputs.shape[1])
         causal = offsets[None, :] <= offsets[:, None]
         seen = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
         of_inputs = layers.seen_of_inputs(target_segments, input_segments, self.config.packed)
         shared = Shared(offsets, offsets, seen, encoded=encoded, seen_of_inputs=of_inputs)
+        if noise is not None:
+            pair = dropout.of_rows(noise, len(offsets)), dropout.of_inputs(noise, input_segments)
+            shared = shared._replace(noise=pair[0], noise_of_inputs=pair[1])
         return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
 
     def decode_step(self, cache, input_segments, ids, index, bank):
@@ -261,10 +258,9 @@ def logical_axes(config: T5Config) -> dict[str, Any]:
     return named_axes(AXES, abstract_params(config))
 
 
-def _apply(params, config, method, *args, dropout_key=None) -> Any:
-    module = T5(config, deterministic=dropout_key is None)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, *args, rngs=rngs, method=method)
+def _apply(params, config, method, *args) -> Any:
+    rngs = {"dropout": jax.random.key(0)}  # every layer's own stream; what varies is the noise
+    return T5(config).apply({"params": params}, *args, rngs=rngs, method=method)
 
 
 def encode(
@@ -273,11 +269,13 @@ def encode(
     config: T5Config,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
-    *,
-    dropout_key: jax.Array | None = None,
+    noise: Int[Array, " R"] | None = None,
 ) -> Float[Array, "B S D"]:
-    """Encoder output for ids that may be virtual; segment 0 is padding."""
-    return _apply(params, config, "encode", inputs, segments, bank, dropout_key=dropout_key)
+    """Encoder output for ids that may be virtual; segment 0 is padding.
+
+    noise: what dropout is drawn from, see ``pipeline.Batch``; None: none is.
+    """
+    return _apply(params, config, "encode", inputs, segments, bank, noise)
 
 
 def decode(
@@ -288,16 +286,15 @@ def decode(
     input_segments: Int[Array, "B S"],
     decoder_inputs: Int[Array, "R T"],
     target_segments: Int[Array, "R T"],
-    *,
-    dropout_key: jax.Array | None = None,
+    noise: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R T V"]:
     """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
 
     R is B or, where each segment is answered in a row of its own, G x B (``pipeline.Batch``).
     The head has V columns, so no virtual id can ever be predicted.
     """
-    args = encoded, input_segments, decoder_inputs, target_segments, bank
-    return _apply(params, config, "decode", *args, dropout_key=dropout_key)
+    args = encoded, input_segments, decoder_inputs, target_segments, bank, noise
+    return _apply(params, config, "decode", *args)
 
 
 def init_cache(
@@ -347,15 +344,12 @@ def prepare(
 
 
 def logits(
-    params, prompts, config: T5Config, inputs, segments, targets, target_segments, dropout_key=None
+    params, prompts, config: T5Config, inputs, segments, targets, target_segments, noise=None
 ) -> Float[Array, "B T V"]:
     """Teacher-forced logits of the targets, see ``model/family.py``."""
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    encoded = encode(params, prompts, config, inputs, segments, dropout_key=keys[0])
+    encoded = encode(params, prompts, config, inputs, segments, noise)
     shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
-    return decode(
-        params, prompts, config, encoded, segments, shifted, target_segments, dropout_key=keys[1]
-    )
+    return decode(params, prompts, config, encoded, segments, shifted, target_segments, noise)
 
 
 def read(params, prompts, config: T5Config, inputs, segments) -> Reading:

@@ -150,14 +150,14 @@ def _train(
 
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
-        seed, devices = members[alive[0]].train.seed, parallel.ways(mesh)
+        devices = parallel.ways(mesh)
         model, micro = family.cut(
             shape, lengths[0], batch_size=settings.batch_size * len(alive), devices=devices,
             rows=settings.micro_batch,
             share=settings.length_window == 0,  # else hardly a position is padding, totals differ
         )  # fmt: skip
         step = make_train_step(
-            model, method, optimizer_of(alive), mesh=mesh, seed=seed, z_loss=settings.z_loss
+            model, method, optimizer_of(alive), mesh=mesh, z_loss=settings.z_loss
         )
         batches = training_batches(
             training.examples,

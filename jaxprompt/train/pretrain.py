@@ -112,9 +112,7 @@ def _pretrain(
     optimizer = per_prompt(settings)
     state = init_state(PRETRAINING, optimizer, params, bank)
     state = jax.device_put(state, parallel.replicated(mesh))
-    train_step = make_train_step(
-        shape, PRETRAINING, optimizer, mesh=mesh, seed=settings.seed, z_loss=settings.z_loss
-    )
+    train_step = make_train_step(shape, PRETRAINING, optimizer, mesh=mesh, z_loss=settings.z_loss)
     open_files.enter_context(signals.held())
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
     done, progress = 0, {"seconds": 0.0, "tokens": 0, "evaluated": 0}
@@ -331,7 +329,8 @@ def held_out_scores(
 def _sums(tree, batch: Batch, *, config: t5.T5Config) -> Float[Array, " 3"]:
     """Sums over target tokens of negative log-likelihood, of correct ones, and of ones."""
     params, bank = PRETRAINING.apply(tree, {})
-    flat = batch._replace(loss_weights=(batch.target_segments > 0).astype(jnp.float32))
+    weights = (batch.target_segments > 0).astype(jnp.float32)
+    flat = batch._replace(loss_weights=weights, noise=None)
     _, losses = batch_losses(params, bank, config, flat, prompts=1)
     count = jnp.sum(flat.loss_weights)
     return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])

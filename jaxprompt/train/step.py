@@ -56,24 +56,26 @@ def batch_losses(
     *,
     prompts: int,
     z_loss: float = 0.0,
-    dropout_key: jax.Array | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
     """The objective (the sum over prompts of each prompt's own mean) and what it is made of.
 
     A prompt's mean is over its own target tokens, so its gradient does not depend on what else
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
+    There is dropout if the batch brings noise.
     """
-    objective, sums = _summed(params, bank, config, batch, prompts, z_loss, dropout_key)
+    objective, sums = _summed(params, bank, config, batch, prompts, z_loss)
     return jnp.sum(objective / jnp.maximum(sums.weight, 1.0)), sums.means()[1]
 
 
-def _summed(params, bank, config, batch, prompts, z_loss, dropout_key):
+def _summed(params, bank, config, batch, prompts, z_loss):
     """The objective of each prompt and what is reported, as sums over target tokens."""
-    inputs, segments, targets, target_segments, owners, weights = map(jnp.asarray, batch)
+    inputs, segments, targets, target_segments, owners, weights, noise = jax.tree.map(
+        jnp.asarray, batch
+    )
     model = family.of(config)
     prepared = model.prepare(params, bank, config)
     logits = model.logits(
-        params, prepared, config, inputs, segments, targets, target_segments, dropout_key
+        params, prepared, config, inputs, segments, targets, target_segments, noise
     )
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -97,7 +99,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
-    seed: int = 0,
     z_loss: float = 0.0,
 ) -> Step:
     """A compiled ``(state, params, micro-batches) -> (state, losses)``; it donates the state.
@@ -105,21 +106,19 @@ def make_train_step(
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
     add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
     compiled once. With a ``mesh``, each device of its ``data`` and ``fsdp`` axes takes rows of its
-    own, and they add up nothing but these sums, once a step. Dropout keys are a pure function of
-    seed, step and the micro-batch's number, so a resumed run needs no random state.
+    own, and they add up nothing but these sums, once a step. Dropout is drawn from the noise that
+    each example of a batch brings along: it is the same however the batch is cut, and a resumed run
+    needs no random state. Raises ValueError for a batch without it, where the config has dropout.
     """
 
-    def sums_of_rows(params, shared, batch):
-        tree, step, number = shared
-        key = None
-        if config.dropout > 0:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            key = jax.random.fold_in(key, number)
+    def sums_of_rows(params, tree, batch):
+        if config.dropout > 0 and batch.noise is None:
+            raise ValueError("A batch without noise has no dropout; give its examples some.")
 
         def objective(tree):
             tuned, bank = method.apply(tree, params)
             prompts = jax.tree.leaves(tree)[0].shape[0]
-            each, sums = _summed(tuned, bank, config, batch, prompts, z_loss, key)
+            each, sums = _summed(tuned, bank, config, batch, prompts, z_loss)
             return jnp.sum(each), sums
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
@@ -127,9 +126,6 @@ def make_train_step(
 
     axes = family.of(config).logical_axes(config) if method.frozen else None
     everywhere = parallel.over_rows(sums_of_rows, mesh, axes, stacked=True)
-
-    def sums_of(tree, step, params, batch, number):
-        return everywhere(params, (tree, step, number), batch)
 
     def finish(state, sums):
         gradient, losses = parallel.summed(sums, mesh).means()
@@ -139,7 +135,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def at_once(state, params, batch):
-        return finish(state, sums_of(state.tree, state.step, params, batch, 0))
+        return finish(state, everywhere(params, state.tree, batch))
 
     @functools.partial(jax.jit, out_shardings=parallel.by_device(mesh))
     def nothing(tree):
@@ -149,8 +145,8 @@ def make_train_step(
         return Sums(gradient, each, each, each)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, tree, step, params, batch, number):
-        return jax.tree.map(jnp.add, sums, sums_of(tree, step, params, batch, number))
+    def add(sums, tree, params, batch):
+        return jax.tree.map(jnp.add, sums, everywhere(params, tree, batch))
 
     last = jax.jit(finish, donate_argnums=0)
 
@@ -163,8 +159,8 @@ def make_train_step(
         if len(batches) == 1:
             return at_once(state, params, batches[0])
         sums = nothing(state.tree)
-        for number, batch in enumerate(batches):
-            sums = add(sums, state.tree, state.step, params, batch, number)
+        for batch in batches:
+            sums = add(sums, state.tree, params, batch)
         return last(state, sums)
 
     return train_step
