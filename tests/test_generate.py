@@ -12,6 +12,7 @@ from jaxprompt.config import MeshConfig, TaskConfig
 from jaxprompt.data.pipeline import Example
 from jaxprompt.evaluate import score as scoring
 from jaxprompt.model import generate, t5
+from jaxprompt.model.label_tree import label_trees
 from jaxprompt.model.layers import shift_right
 
 
@@ -64,16 +65,21 @@ def test_an_empty_row_says_nothing(tiny):
     assert (out[2] == 0).all() and (out[0] != 0).any()
 
 
-def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny):
+@pytest.mark.parametrize("count", [6, 19])
+def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny, count):
     config, params = tiny
     ids, segments = inputs()
-    labels = np.array([[7, 1, -1], [9, 11, 1], [30, 1, -1]], np.int32)
-    scores = np.asarray(generate.label_log_likelihoods(params, None, config, ids, segments, labels))
-    for number, label in enumerate(labels):
+    some = [[7, 1, -1], [9, 11, 1], [30, 1, -1], [1, -1, -1], [9, 1, -1], [9, 11, 1]]
+    labels = np.array(some if count == 6 else some * 3 + some[:1], np.int32)
+    trees = label_trees(labels)
+    scores = np.asarray(generate.label_log_likelihoods(params, None, config, ids, segments, trees))
+    assert scores.shape == (3, count)
+    for number, label in enumerate(labels[:6]):
         marks = np.tile((label >= 0).astype(np.int32), (3, 1))
         targets = np.tile(np.maximum(label, 0), (3, 1))
         alone = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
-        np.testing.assert_allclose(scores[:, number], alone, rtol=1e-4)
+        for again in range(number, count, 6):
+            np.testing.assert_allclose(scores[:, again], alone, rtol=1e-5)
 
 
 def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):

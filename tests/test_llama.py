@@ -14,6 +14,7 @@ from jaxprompt.bank import virtual_ids
 from jaxprompt.config import MeshConfig
 from jaxprompt.data.pipeline import Example, make_batch, pack_batch
 from jaxprompt.model import family, generate, llama
+from jaxprompt.model.label_tree import label_trees
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.train.step import batch_losses
 
@@ -143,13 +144,15 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
     config = config if shared else b.config
     whole = logits_of(b.params, bank, config, batch)
 
+    valid = batch.target_segments > 0
+    labels = label_trees(np.where(valid, batch.targets, -1))  # those of all rows, for each
+    tree = jax.tree.map(lambda x: x[0], labels.trees)
+
     @jax.jit
     def in_two():
         prompts = llama.prepare(b.params, bank, config)
         reading = llama.read(b.params, prompts, config, batch.inputs, batch.input_segments)
-        answered = llama.answer_logits(
-            b.params, prompts, config, reading, batch.targets, batch.target_segments
-        )
+        answered = llama.answer_logits(b.params, prompts, config, reading, tree)
         ids, cache = llama.start(b.params, config, reading, batch.targets.shape[1])
         steps = []
         for index in range(batch.targets.shape[1]):
@@ -158,9 +161,10 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
             ids = jnp.asarray(batch.targets)[:, index]
         return answered, jnp.stack(steps, axis=1)
 
-    valid = batch.target_segments > 0
-    for found in in_two():
-        assert relative(np.asarray(found)[valid], np.asarray(whole)[valid]) < LOGITS
+    answered, stepped = in_two()
+    answered = np.take_along_axis(np.asarray(answered), labels.nodes[..., None], axis=1)
+    for found in (answered, np.asarray(stepped)):
+        assert relative(found[valid], np.asarray(whole)[valid]) < LOGITS
 
 
 def test_attention_over_the_prompt_and_the_input_is_a_choice():
@@ -237,7 +241,7 @@ def test_labels_are_scored_as_if_each_were_the_target():
     labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
     prompts = llama.prepare(b.params, bank, config)
     where = b.params, prompts, config, batch.inputs, batch.input_segments
-    found = np.asarray(generate.label_log_likelihoods(*where, labels))
+    found = np.asarray(generate.label_log_likelihoods(*where, label_trees(labels)))
     for column, label in enumerate(labels):
         targets = np.tile(np.maximum(label, 0), (len(found), 1))
         segments = np.tile((label >= 0).astype(np.int32), (len(found), 1))

@@ -23,6 +23,7 @@ from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluate.metrics import METRICS, check_packages
 from jaxprompt.model import family, generate, small_weights
+from jaxprompt.model.label_tree import label_trees
 
 # else examples do not share rows: fewer shapes, and ones that other examples have too
 _FEWEST_SHARING, _FEWEST_SHAPES = 128, 5
@@ -122,7 +123,7 @@ def answer(
             run = model.ask(generate.greedy, prompts, config, length=length)
         ids = _in_order(model.mesh, config, examples, rows, run, progress)
         return Answers([tokenizer.decode(row) for row in ids], None)
-    labels = label_ids(ranked, tokenizer, task.separator)
+    labels = label_trees(label_ids(ranked, tokenizer, task.separator))
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
     scores = _in_order(model.mesh, config, examples, rows, run, progress)
     return Answers([ranked[i] for i in scores.argmax(axis=1)], scores)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt import parallel
 from jaxprompt.data.pipeline import Widths, micro_rows
 from jaxprompt.model import llama, segment_attention, t5, t5_cost
+from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.t5_config import T5Config
 
@@ -69,10 +70,12 @@ class Family(Protocol):
         prompts: Prompts,
         config: Any,
         reading: Reading,
-        targets: Int[Array, "B T"],
-        target_segments: Int[Array, "B T"],
-    ) -> Float[Array, "B T V"]:
-        """``logits`` for inputs that have been read."""
+        tree: Tree,
+    ) -> Float[Array, "R n V"]:
+        """Float32 logits after each of n beginnings of an answer, for inputs that have been read.
+
+        R is B, or ``widths(config).shared`` times that where examples share rows.
+        """
         ...
 
     def start(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.model import family
+from jaxprompt.model.label_tree import LabelTrees
 
 
 @functools.partial(jax.jit, static_argnames=("config", "length"))
@@ -170,7 +171,9 @@ def log_likelihood(
     """log p(target | input) of each row: the sum over its target ids, EOS included."""
     model = family.of(config)
     logits = model.logits(params, prompts, config, inputs, segments, targets, target_segments)
-    return _sum(logits, targets, target_segments)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    each = picked - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(each * (target_segments > 0), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -180,26 +183,28 @@ def label_log_likelihoods(
     config: family.Config,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
-    labels: Int[Array, "C T"],
+    labels: LabelTrees,
 ) -> Float[Array, "R C"]:
-    """log p(label | input) of C candidate targets (EOS-terminated, padded with -1) for each row.
+    """log p(label | input) of C candidate targets, each ending in EOS, for each row.
 
-    The input is read once; only the short pass over the answer is repeated for each label. Where
-    examples share rows, there are ``widths(config).shared`` times B results.
+    The input is read once, and what labels begin with is read once for all that do. Where examples
+    share rows, there are ``widths(config).shared`` times B results.
     """
-    model, rows = family.of(config), inputs.shape[0] * family.widths(config).shared
+    model = family.of(config)
     reading = model.read(params, prompts, config, inputs, segments)
+    (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
+    size = -(-count // groups)
 
-    def score(label):
-        targets = jnp.broadcast_to(label, (rows, label.shape[0]))
-        label_segments = (targets >= 0).astype(jnp.int32)
-        targets = jnp.maximum(targets, 0)
-        logits = model.answer_logits(params, prompts, config, reading, targets, label_segments)
-        return _sum(logits, targets, label_segments)
+    def in_groups(x):
+        x = jnp.pad(x, ((0, groups * size - count), (0, 0)), constant_values=-1)
+        return x.reshape(groups, size, -1)
 
-    return jax.lax.map(score, labels, batch_size=8).T
+    def score(given):
+        tree, nodes, tokens = given
+        logits = model.answer_logits(params, prompts, config, reading, tree)
+        found = logits[:, nodes, jnp.maximum(tokens, 0)]
+        found -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
+        return jnp.sum(found * (tokens >= 0), axis=-1)
 
-
-def _sum(logits, targets, segments):
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((picked - jax.nn.logsumexp(logits, axis=-1)) * (segments > 0), axis=-1)
+    found = jax.lax.map(score, (labels.trees, in_groups(labels.nodes), in_groups(labels.tokens)))
+    return found.swapaxes(0, 1).reshape(-1, groups * size)[:, :count]

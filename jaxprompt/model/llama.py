@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.model import layers, llama_layers
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.model.llama_layers import Block, last_of_segment, ranks
 from jaxprompt.parallel import constrained, parts
@@ -283,12 +284,17 @@ def logits(
 
 
 def _answer(text: Text, targets, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Ids and positions of a pass over targets: each begins with the last id of its input."""
+    """Ids and positions of a pass over targets."""
+    first, start = _begin(text, segments)
+    return layers.shift_right(targets, segments, first), start + ranks(segments)
+
+
+def _begin(text: Text, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """What each segment of targets begins with: the last id of its input, and its position."""
     mine = segments[:, :, None] == text.segments[:, None, :]
     last = mine & last_of_segment(text.segments)[:, None, :]
     first = jnp.sum(jnp.where(last, text.ids[:, None, :], 0), axis=-1)
-    start = jnp.max(jnp.where(last, text.positions[:, None, :], 0), axis=-1)
-    return layers.shift_right(targets, segments, first), start + ranks(segments)
+    return first, jnp.max(jnp.where(last, text.positions[:, None, :], 0), axis=-1)
 
 
 def _across(config: LlamaConfig, text: Text, segments, positions) -> Bool[Array, "B T S"]:
@@ -311,20 +317,22 @@ def read(params, prompts: Prompts, config: LlamaConfig, inputs, segments) -> Rea
 
 
 def answer_logits(
-    params, prompts: Prompts, config: LlamaConfig, reading: Reading, targets, target_segments
-) -> Float[Array, "B T V"]:
-    """Teacher-forced logits of targets that answer inputs already read."""
-    text = reading.text
-    ids, positions = _answer(text, targets, target_segments)
+    params, prompts: Prompts, config: LlamaConfig, reading: Reading, tree: Tree
+) -> Float[Array, "B n V"]:
+    """Logits after each beginning of an answer to inputs already read."""
+    text, shape = reading.text, (len(reading.text.ids), len(tree.ids))
+    segments = jnp.ones(shape, jnp.int32)
+    first, start = _begin(text, segments)
+    positions = start + tree.depths
     context = Context(
         _angles(config, positions),
-        _among(target_segments, positions, ids, config, input=False),
+        jnp.asarray(tree.seen) & _near(config, positions, positions),
         text.owners,
         _prompt_mask(config, positions),
-        _across(config, text, target_segments, positions),
+        _across(config, text, segments, positions),
     )
-    past = Past(prompts.leading, reading.read)
-    return _run(params, config, ids, prompts.bank, past, context, targets.shape[1])[0]
+    past, ids = Past(prompts.leading, reading.read), jnp.where(tree.ids < 0, first, tree.ids)
+    return _run(params, config, ids, prompts.bank, past, context, shape[1])[0]
 
 
 def start(params, config: LlamaConfig, reading: Reading, length: int):

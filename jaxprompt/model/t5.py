@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt.model import dropout, layers, segment_attention
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.dropout import DropKeys, Dropout, Noise
+from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.segment_attention import Segments
 from jaxprompt.model.t5_config import AXES, T5Config
 from jaxprompt.parallel import constrained, parts
@@ -210,10 +211,10 @@ class T5(nn.Module):
         shared = Shared(offsets, offsets, seen, noise=noise)
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
-    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank, noise=None):
-        offsets = jnp.arange(decoder_inputs.shape[1])
-        causal = offsets[None, :] <= offsets[:, None]
-        seen = layers.additive(layers.segment_mask(target_segments, target_segments) & causal)
+    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank, noise, tree):
+        offsets = jnp.arange(decoder_inputs.shape[1]) if tree is None else tree.depths
+        before = offsets[None, :] <= offsets[:, None] if tree is None else tree.seen
+        seen = layers.additive(layers.segment_mask(target_segments, target_segments) & before)
         of_inputs = layers.seen_of_inputs(target_segments, input_segments, self.config.packed)
         shared = Shared(offsets, offsets, seen, encoded=encoded, seen_of_inputs=of_inputs)
         if noise is not None:
@@ -238,7 +239,7 @@ class T5(nn.Module):
 
     def __call__(self, inputs, segments, targets):
         encoded = self.encode(inputs, segments, None)
-        return self.decode(encoded, segments, targets, jnp.ones_like(targets), None)
+        return self.decode(encoded, segments, targets, jnp.ones_like(targets), None, None, None)
 
 
 def init_params(config: T5Config, key: jax.Array) -> Params:
@@ -287,13 +288,15 @@ def decode(
     decoder_inputs: Int[Array, "R T"],
     target_segments: Int[Array, "R T"],
     noise: Int[Array, " R"] | None = None,
+    tree: Tree | None = None,
 ) -> Float[Array, "R T V"]:
     """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
 
     R is B or, where each segment is answered in a row of its own, G x B (``pipeline.Batch``).
-    The head has V columns, so no virtual id can ever be predicted.
+    The head has V columns, so no virtual id can ever be predicted. tree: the targets are its nodes,
+    and not one token after another.
     """
-    args = encoded, input_segments, decoder_inputs, target_segments, bank, noise
+    args = encoded, input_segments, decoder_inputs, target_segments, bank, noise, tree
     return _apply(params, config, "decode", *args)
 
 
@@ -358,11 +361,13 @@ def read(params, prompts, config: T5Config, inputs, segments) -> Reading:
 
 
 def answer_logits(
-    params, prompts, config: T5Config, reading: Reading, targets, target_segments
-) -> Float[Array, "B T V"]:
-    """Teacher-forced logits of targets that answer inputs already read."""
-    shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
-    return decode(params, prompts, config, *reading, shifted, target_segments)
+    params, prompts, config: T5Config, reading: Reading, tree: Tree
+) -> Float[Array, "R n V"]:
+    """Logits after each beginning of an answer to inputs already read, R of them."""
+    rows = len(reading.segments) * config.shared
+    ids = jnp.where(tree.ids < 0, config.decoder_start_id, tree.ids)
+    ids = jnp.broadcast_to(ids, (rows, len(ids)))
+    return decode(params, prompts, config, *reading, ids, jnp.ones_like(ids), None, tree)
 
 
 def start(params, config: T5Config, reading: Reading, length: int):

@@ -1,0 +1,63 @@
+"""Labels as trees: what several of them begin with is read once, all nodes in one pass."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+# of more labels at once, the logits over the vocabulary would take much memory
+_LABELS_AT_ONCE = 8
+
+
+class Tree(NamedTuple):
+    """Beginnings of answers, each a node that is read after those which it begins with.
+
+    Node 0 is the empty beginning, from which the first token is predicted.
+    """
+
+    ids: Int[np.ndarray, "*G n"]  # the last token of each; -1: what all answers start with
+    depths: Int[np.ndarray, "*G n"]  # its tokens
+    seen: Bool[np.ndarray, "*G n n"]  # which nodes each may attend to: what it begins with
+
+
+class LabelTrees(NamedTuple):
+    """C labels as G trees, each of the same number of them, as many as there are for the last."""
+
+    trees: Tree
+    nodes: Int[np.ndarray, "C T"]  # where each token of a label is predicted
+    tokens: Int[np.ndarray, "C T"]  # -1 after a label's end
+
+
+def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
+    """The trees of labels, which are padded with -1.
+
+    Labels [5 1] and [5 7 1] have the nodes (), (5) and (5 7): ids [-1 5 7], depths [0 1 2].
+    """
+    count = -(-len(labels) // _LABELS_AT_ONCE)
+    size = -(-len(labels) // count)
+    groups = [labels[i : i + size] for i in range(0, len(labels), size)]
+    found = [_tree(group) for group in groups]
+    most = max(len(beginnings) for beginnings, _ in found)
+    nodes = np.concatenate([nodes for _, nodes in found])
+    trees = [_padded(beginnings, most) for beginnings, _ in found]
+    return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)
+
+
+def _tree(labels):
+    """The beginnings of labels, and the number of that which each token of theirs follows."""
+    numbers: dict[tuple[int, ...], int] = {(): 0}
+    nodes = np.zeros_like(labels)
+    for row, label in enumerate(labels.tolist()):
+        for at, token in enumerate(label):
+            if token >= 0:
+                nodes[row, at] = numbers.setdefault(tuple(label[:at]), len(numbers))
+    return list(numbers), nodes
+
+
+def _padded(beginnings, count):
+    ids, depths = np.full(count, -1, np.int32), np.zeros(count, np.int32)
+    seen = np.eye(count, dtype=bool)  # a node that stands for none sees itself
+    for node, beginning in enumerate(beginnings):
+        ids[node], depths[node] = (beginning or (-1,))[-1], len(beginning)
+        seen[node, : len(beginnings)] = [beginning[: len(b)] == b for b in beginnings]
+    return Tree(ids, depths, seen)

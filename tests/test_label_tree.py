@@ -1,0 +1,40 @@
+"""Trees of labels: nodes are all that labels begin with, each once."""
+
+import numpy as np
+import pytest
+
+from jaxprompt.model.label_tree import label_trees
+
+
+def test_a_tree_is_this():
+    (ids, depths, seen), nodes, tokens = label_trees(np.array([[5, 1, -1], [5, 7, 1], [8, 1, -1]]))
+    assert ids.tolist() == [[-1, 5, 7, 8]] and depths.tolist() == [[0, 1, 2, 1]]
+    assert seen.astype(int).tolist() == [[
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 0, 0, 1],
+    ]]  # fmt: skip
+    assert nodes[tokens >= 0].tolist() == [0, 1, 0, 1, 2, 0, 3]
+    assert tokens.tolist() == [[5, 1, -1], [5, 7, 1], [8, 1, -1]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 40])
+def test_every_label_can_be_read_along_its_nodes(count):
+    rng = np.random.default_rng(count)
+    lengths = rng.integers(1, 5, count)
+    labels = np.array([[*rng.integers(2, 5, n - 1), 1, *[-1] * (5 - n)] for n in lengths])
+    (ids, depths, seen), nodes, tokens = label_trees(labels)
+    np.testing.assert_array_equal(tokens, labels)
+    groups, size = len(ids), -(-count // len(ids))
+    assert groups == -(-count // 8)
+    for number, (label, n) in enumerate(zip(labels, lengths, strict=True)):
+        group, own = number // size, nodes[number, :n]
+        assert own[0] == 0 and ids[group, own].tolist() == [-1, *label[: n - 1]]
+        assert depths[group, own].tolist() == list(range(n))
+        for at, node in enumerate(own):
+            assert sorted(np.flatnonzero(seen[group, node])) == sorted(own[: at + 1])
+    for group in range(groups):  # each beginning once
+        mine = labels[group * size : (group + 1) * size].tolist()
+        beginnings = {tuple(label[:at]) for label in mine for at in range(label.index(1) + 1)}
+        assert len(beginnings) == 1 + (ids[group] >= 0).sum()
