@@ -33,6 +33,7 @@ from bench_tools import Gate, Worker, machine
 from compare_report import markdown
 from peft_tools import check_packages, comparing, peft_parser
 
+from jaxprompt import devices
 from jaxprompt.config import RunConfig, UserError, parse
 from jaxprompt.data.tasks import load_rows, resolve_task, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
@@ -69,6 +70,7 @@ def without(event: dict[str, Any]) -> float:
 def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
+    devices.start([config.train.batch_size], config.mesh)  # as the command does
     began, judge = time.perf_counter(), loop.answer_each
 
     def timed(*args, **kwargs):
