@@ -56,7 +56,8 @@ def find(segments: Int[Array, "B S"], widths: tuple[int, ...] = (), *, each: int
     size = segments.size
     first = (segments > 0) & (segments != before[:, :-1])
     last = (segments > 0) & (segments != after[:, 1:])
-    places = lambda x: jnp.nonzero(x.reshape(-1), size=size, fill_value=size)[0].astype(jnp.int32)
+    number = jnp.arange(size, dtype=jnp.int32)
+    places = lambda x: jnp.sort(jnp.where(x.reshape(-1), number, size))
     starts, lengths = places(first), places(last) + 1 - places(first)
     # no segment, if the start is beyond the rows; those come last
     at = jnp.searchsorted(jnp.array(widths), lengths, method="compare_all")

@@ -339,7 +339,8 @@ def _train(
         if method.uses_prompt:
             like = np.zeros((length, backbone.config.d_model), np.float32)
             best = parallel.from_first(lambda: load_prompt(folder / "prompt").vectors, like)
-            bank = jax.numpy.asarray(best)[None]
+            # placed as in training, where what answers has been compiled
+            bank = jax.device_put(best[None], parallel.replicated(mesh))
         else:
             params = load_backbone(
                 str(folder / "model"), dtype=config.model.dtype, mesh=mesh
