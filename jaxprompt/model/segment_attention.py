@@ -219,7 +219,7 @@ def _forward(mixed, asking, query, key, value, bias, keep, segments):
 
     def work(queries, keys, carry):
         query, key, value = map(_usable, _read(given, queries, keys, size))
-        logits = _logits(query, key, bias, keys)
+        logits = _logits(query, key, bias, keys) + alarm
         most = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - most)
         mass = jnp.sum(weights, axis=-1, keepdims=True)
@@ -227,10 +227,13 @@ def _forward(mixed, asking, query, key, value, bias, keep, segments):
         y = _product("ts,sh->th", weights.astype(value.dtype), value)
         return queries.write(carry[0], y), queries.write(carry[1], most + jnp.log(mass))
 
-    carry = jnp.zeros_like(given[0]), jnp.zeros(query.shape[:2])
-    y, log_mass = _each(segments, asking, key.shape[:2], work, carry)
-    y = jnp.where(jnp.max(segments.lengths) > segments.widths[-1], jnp.nan, _usable(y))
-    return y.reshape(query.shape), (*given, log_mass)
+    # NaN for all where a segment is too long, told without another pass over the result
+    alarm = jnp.where(jnp.max(segments.lengths) > segments.widths[-1], jnp.nan, 0.0)
+    nothing = _stored(jnp.broadcast_to(alarm.astype(query.dtype), query.shape), mixed)
+    y, log_mass = _each(
+        segments, asking, key.shape[:2], work, (nothing, jnp.zeros(query.shape[:2]))
+    )
+    return _usable(y).reshape(query.shape), (*given, log_mass)
 
 
 def _attend_forward(mixed, asking, query, key, value, bias, keep, segments):
