@@ -166,7 +166,9 @@ def specialise(
 _SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
 
 
-def _sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyConfig:
+def _sharing_rows(
+    config: AnyConfig, lengths: Sequence[int], rows: int, most_widths: int
+) -> AnyConfig:
     """The config for batches whose rows several examples of ``lengths`` share.
 
     Where the device attends to one example after another (CPUs), and a row that holds what else
@@ -176,7 +178,8 @@ def _sharing_rows(config: AnyConfig, lengths: Sequence[int], rows: int) -> AnyCo
         return config
     if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
         return config
-    return replace(config, packed=segment_attention.best_widths(lengths), shared=rows)
+    widths = segment_attention.best_widths(lengths, most_widths)
+    return replace(config, packed=widths, shared=rows)
 
 
 def cut(
@@ -187,11 +190,12 @@ def cut(
     devices: int,
     rows: int | None = None,
     share: bool = True,
+    most_widths: int = 4,
 ) -> tuple[AnyConfig, int]:
     """The config for batches of examples of ``lengths``, and the rows of their micro-batches.
 
     Examples share rows where that is faster and ``share`` allows it. rows: None for as many as
-    suit the data and the device.
+    suit the data and the device. most_widths: that attention is compiled for, each for itself.
     """
 
     def fitting(positions: int) -> int:
@@ -201,7 +205,9 @@ def cut(
         )  # fmt: skip
 
     many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
-    shared = _sharing_rows(config, lengths, many // devices) if share else config
+    shared = config
+    if share:
+        shared = _sharing_rows(config, lengths, many // devices, most_widths)
     return (config, few) if shared is config else (shared, many)
 
 

@@ -40,7 +40,9 @@ def product(
     weights; the batched products of attention have no such form in XLA's CPU runtime (jax 0.10).
     Every index of an operand must occur in the other one or in the result.
     """
-    return _mixed_product(spec, a, b) if mixed else jnp.einsum(spec, a, b.astype(a.dtype))
+    if mixed or _of_heads(spec):
+        return _product(spec, mixed, a, b)
+    return jnp.einsum(spec, a, b.astype(a.dtype))
 
 
 def project(
@@ -87,27 +89,52 @@ def _product_with_stored_backward(spec, mixed, stored, cotangent):
 _product_with_stored.defvjp(_product_with_stored_forward, _product_with_stored_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+def _of_heads(spec: str) -> bool:
+    """Whether n and h are one axis, wherever they are."""
+    terms = re.split(",|->", spec)
+    return "nh" in spec and all("nh" in term or not {"n", "h"} & {*term} for term in terms)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(spec: str, mixed: bool, a: jax.Array, b: jax.Array) -> jax.Array:
+    kind = jnp.bfloat16 if mixed else a.dtype
+    a, b = a.astype(kind), b.astype(kind)
     first, second, result = re.split(",|->", spec)
+    if _of_heads(spec):
+        # as one axis: XLA (jax 0.10) would sum over h before n, and copy both operands for it
+        term, x = (first, a) if "nh" in first else (second, b)
+        sizes = x.shape[term.index("nh") :][:2]
+        a, b = _reshaped(a, first, (-1,)), _reshaped(b, second, (-1,))
+        found: Any = _product(spec.replace("nh", "m"), mixed, a, b)
+        return _reshaped(found, result, sizes, "m")
     # the operand whose index comes first in the result goes first: XLA's CPU runtime (jax 0.10)
     # has no bfloat16 product whose result is transposed
     own = next((i for i in result if (i in first) != (i in second)), "")
-    if own in second and own not in first:
+    if mixed and own in second and own not in first:
         spec, a, b = f"{second},{first}->{result}", b, a
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32 if mixed else None)
 
 
-def _mixed_forward(spec, a, b):
-    # an operand is kept for the gradient of the other: beside frozen weights, no activation is
-    rounded = a.value.astype(jnp.bfloat16), b.value.astype(jnp.bfloat16)
-    kept = rounded[0] if b.perturbed else None, rounded[1] if a.perturbed else None
+def _reshaped(x, term, sizes, old="nh"):
+    """``x`` of axes ``term`` with axes of these sizes for its ``old`` ones, if it has those."""
+    if "nh" not in term:
+        return x
+    at = term.index("nh")
+    return x.reshape(*x.shape[:at], *sizes, *x.shape[at + len(old) :])
+
+
+def _product_forward(spec, mixed, a, b):
+    # an operand is kept for the gradient of the other: beside frozen weights, no activation is;
+    # a weight is kept as it is, in a loop over layers else another copy of all would be
     like = jnp.zeros((0,), a.value.dtype), jnp.zeros((0,), b.value.dtype)
-    return _mixed_product(spec, *rounded), (*kept, *like)
+    a_learned, b_learned, (a, b) = a.perturbed, b.perturbed, (a.value, b.value)
+    if mixed:
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    kept = a if b_learned else None, b if a_learned else None
+    return _product(spec, mixed, a, b), (*kept, *like)
 
 
-def _mixed_backward(spec, kept, cotangent):
+def _product_backward(spec, mixed, kept, cotangent):
     # without this, JAX would multiply the float32 cotangent by the operands in float32
     a, b, like_a, like_b = kept
     names, result = spec.split("->")
@@ -116,15 +143,15 @@ def _mixed_backward(spec, kept, cotangent):
     grad_b: Any = None
     if not isinstance(cotangent, SymbolicZero):
         if b is not None:
-            grad_a = _mixed_product(f"{result},{second}->{first}", cotangent, b)
+            grad_a = _product(f"{result},{second}->{first}", mixed, cotangent, b)
             grad_a = grad_a.astype(like_a.dtype)
         if a is not None:
-            grad_b = _mixed_product(f"{first},{result}->{second}", a, cotangent)
+            grad_b = _product(f"{first},{result}->{second}", mixed, a, cotangent)
             grad_b = grad_b.astype(like_b.dtype)
     return grad_a, grad_b
 
 
-_mixed_product.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
