@@ -131,7 +131,10 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         return jax.ShapeDtypeStruct((size, width), dtype, sharding=rows)
 
     wide, narrow = length + options.inputs, options.targets
-    batch = Batch(*map(array, (wide, wide, narrow, narrow, narrow)), array(narrow, jnp.float32))
+    noise = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+    batch = Batch(
+        *map(array, (wide, wide, narrow, narrow, narrow)), array(narrow, jnp.float32), noise
+    )
     step = make_train_step(shape, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
 
     begun = time.monotonic()
