@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.model import dropout, layers, segment_attention, t5
+from jaxprompt.model import blocks, dropout, layers, segment_attention, t5
 from jaxprompt.model.layers import shift_right
 
 VARIANTS = {
@@ -149,9 +149,9 @@ def test_dropout_keeps_its_share_and_the_mean(rate):
     """Of places and of positions, each drawn for itself; 4 standard errors around the share."""
     noise = dropout.of_rows(jnp.arange(64), 50)
     key, share, ones = jax.random.key(3), 1 - rate, jnp.ones((64, 50, 40))
-    kept = dropout.Dropout(rate).apply({}, ones, noise, rngs={"dropout": key})
+    kept = blocks.Dropout(rate).apply({}, ones, noise, rngs={"dropout": key})
     np.testing.assert_array_equal(kept, kept[:, :1] + 0 * kept)  # at all positions the same
-    weights = dropout.DropKeys(rate, 6).apply({}, noise, "float32", rngs={"dropout": key})
+    weights = blocks.DropKeys(rate, 6).apply({}, noise, "float32", rngs={"dropout": key})
     for found in (kept[:, 0], weights.reshape(-1)):
         np.testing.assert_allclose(np.unique(found), [0, 1 / share], rtol=1e-6)
         error = (rate / share / found.size) ** 0.5

@@ -10,11 +10,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxprompt import parallel
 from jaxprompt.bank import embed
 from jaxprompt.model import layers
-from jaxprompt.model.dropout import Dropout
+from jaxprompt.model.dropout import Noise
 
 
 class Norm(nn.Module):
@@ -24,6 +25,33 @@ class Norm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return layers.rms_norm(x, scale, self.eps)
+
+
+class Dropout(nn.Module):
+    """Drops elements of the last axis, the same at all positions of an example, as T5X does."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, noise: Noise | None):
+        if noise is None or not self.rate:
+            return x
+        keep = noise.of_examples(self.make_rng("dropout"), 1.0 - self.rate, x.shape[-1])
+        return jnp.where(keep, x / (1.0 - self.rate), 0.0)
+
+
+class DropKeys(nn.Module):
+    """What weights of attention are multiplied with: one draw a key, for all queries, as in T5X."""
+
+    rate: float
+    heads: int
+
+    @nn.compact
+    def __call__(self, noise: Noise | None, dtype):
+        if noise is None or not self.rate:
+            return None
+        keep = noise.of_positions(self.make_rng("dropout"), 1.0 - self.rate, self.heads)
+        return jnp.where(keep, 1.0 / (1.0 - self.rate), 0.0).astype(dtype)
 
 
 class Mlp(nn.Module):

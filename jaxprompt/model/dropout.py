@@ -6,7 +6,6 @@ What is dropped of an example is a pure function of the number that it brings al
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -54,30 +53,3 @@ def of_inputs(numbers: Int[Array, " R"], segments: Int[Array, "B S"]) -> Noise:
     starts = jax.lax.cummax(jnp.where(first, places, 0), axis=1)
     owners = jnp.arange(rows)[:, None] * (len(numbers) // rows) + jnp.maximum(segments - 1, 0)
     return Noise(numbers, places - starts, owners)
-
-
-class Dropout(nn.Module):
-    """Drops elements of the last axis, the same at all positions of an example, as T5X does."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x, noise: Noise | None):
-        if noise is None or not self.rate:
-            return x
-        keep = noise.of_examples(self.make_rng("dropout"), 1.0 - self.rate, x.shape[-1])
-        return jnp.where(keep, x / (1.0 - self.rate), 0.0)
-
-
-class DropKeys(nn.Module):
-    """What weights of attention are multiplied with: one draw a key, for all queries, as in T5X."""
-
-    rate: float
-    heads: int
-
-    @nn.compact
-    def __call__(self, noise: Noise | None, dtype):
-        if noise is None or not self.rate:
-            return None
-        keep = noise.of_positions(self.make_rng("dropout"), 1.0 - self.rate, self.heads)
-        return jnp.where(keep, 1.0 / (1.0 - self.rate), 0.0).astype(dtype)

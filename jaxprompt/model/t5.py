@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.model import dropout, layers, segment_attention
+from jaxprompt.model import blocks, dropout, layers, segment_attention
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
-from jaxprompt.model.dropout import DropKeys, Dropout, Noise
+from jaxprompt.model.dropout import Noise
 from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.segment_attention import Segments
 from jaxprompt.model.t5_config import AXES, T5Config
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.key = self.param("key", normal(c.d_model**-0.5), into)
         self.value = self.param("value", normal(c.d_model**-0.5), into)
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
-        self.drop_keys = DropKeys(c.dropout, c.num_heads)
+        self.drop_keys = blocks.DropKeys(c.dropout, c.num_heads)
 
     def keys_values(self, x):
         return self._project(x, self.key), self._project(x, self.value)
@@ -107,7 +107,7 @@ class EncoderLayer(nn.Module):
         c = self.config
         self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.attention, self.mlp = Attention(c), Mlp(c)
-        self.dropout = Dropout(c.dropout)
+        self.dropout = blocks.Dropout(c.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -130,7 +130,7 @@ class DecoderLayer(nn.Module):
         self.self_attention_norm, self.cross_attention_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.self_attention, self.cross_attention = Attention(c), Attention(c)
         self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(c)
-        self.dropout = Dropout(c.dropout)
+        self.dropout = blocks.Dropout(c.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
@@ -171,7 +171,7 @@ class Stack(nn.Module):
         inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
         self.layers = stacked(self.layer, c, self.depth, inputs)(c)
         self.final_norm = Norm(c.norm_eps)
-        self.dropout = Dropout(c.dropout)
+        self.dropout = blocks.Dropout(c.dropout)
         if not c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
