@@ -98,7 +98,7 @@ POPULATION = {"seed": [0, 3], "learning_rate": [0.3, 0.02], "init": ["class_labe
 @pytest.fixture(scope="module")
 def population(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("population")
-    run = config(backbone, folder, prompt={"population": POPULATION}, model={"dropout": 0.1})
+    run = config(backbone, folder, prompt={"population": POPULATION})
     return run, train(run)
 
 
@@ -115,6 +115,20 @@ def test_prompts_of_a_population_are_those_of_lone_runs(population, backbone, tm
         np.testing.assert_allclose(mine.vectors, other.vectors, rtol=1e-5, atol=1e-5)
         assert mine.facts["seed"] == member.train.seed
         assert mine.facts["config"]["train"] == member.model_dump()["train"]
+
+
+def test_dropout_is_the_same_in_a_population_and_alone(backbone, tmp_path):
+    """Other draws would differ in the first digit."""
+    run = config(
+        backbone, tmp_path, prompt={"population": {"seed": [0, 3]}}, model={"dropout": 0.1}
+    )
+    train(run)
+    member = run.members()[1].model_copy(update={"output": str(tmp_path / "alone")})
+    train(member)
+    folders = Path(run.output) / "population" / "1", tmp_path / "alone"
+    mine, other = (load_prompt(folder / "prompt").vectors for folder in folders)
+    np.testing.assert_allclose(mine, other, atol=1e-4)
+    assert np.abs(mine - load_prompt(folders[0].parent / "0" / "prompt").vectors).max() > 0.1
 
 
 def test_the_best_prompt_of_a_population_is_the_runs(population):
