@@ -17,7 +17,7 @@ from bench_tools import LABELS, Row, Start, resident, serve
 from jaxprompt import devices, parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, TrainConfig
-from jaxprompt.data.pipeline import Example, micro_batches, noise
+from jaxprompt.data.pipeline import Example, micro_batches, with_noise
 from jaxprompt.evaluate.score import Model, answer
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
@@ -103,13 +103,7 @@ class Ours:
         )  # fmt: skip
         optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"], size)
         rng = np.random.default_rng(0)
-        drawn = [
-            [
-                e._replace(noise=int(n))
-                for e, n in zip(examples, noise(rng, len(examples)), strict=True)
-            ]
-            for examples in (self.examples(backbone, rows) for rows in given.batches[size])
-        ]
+        drawn = [with_noise(self.examples(backbone, rows), rng) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
         config, many = family.cut(

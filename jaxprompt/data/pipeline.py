@@ -209,6 +209,12 @@ def noise(rng: np.random.Generator, size: int) -> Int[np.ndarray, " B"]:
     return rng.integers(2**31, size=size, dtype=np.int32)
 
 
+def with_noise(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
+    """The examples with what their dropout is drawn from."""
+    drawn = noise(rng, len(examples)).tolist()
+    return [e._replace(noise=number) for e, number in zip(examples, drawn, strict=True)]
+
+
 def sorted_parts(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Numbers of the rows of each micro-batch: ``rows`` of similar lengths, the longest first.
 
@@ -341,17 +347,13 @@ def training_batches(
     target_length = max(len(example.targets) for example in examples)
 
     def batch(step: int) -> list[Batch]:
-        chosen, number = [], start + int(step)
+        chosen: list[Example] = []
         for prompt, seed in enumerate(seeds):
-            numbers = batch_indices(
-                lengths, batch_size=batch_size, seed=seed, step=number, window=window
+            drawn = batch_indices(
+                lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
             )
-            chosen += [
-                own(examples[i], prompt)._replace(noise=int(drawn))
-                for i, drawn in zip(
-                    numbers, noise(random_stream(seed, number), batch_size), strict=True
-                )
-            ]
+            mine = [own(examples[i], prompt) for i in drawn]
+            chosen += with_noise(mine, random_stream(seed, start + int(step)))
         return micro_batches(
             chosen, rows=rows or len(chosen), target_length=target_length, widths=widths,
             devices=devices,

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxprompt.model import layers
+
 
 class Noise(NamedTuple):
     """What dropout is drawn from in the rows of a stack."""
@@ -48,8 +50,5 @@ def of_inputs(numbers: Int[Array, " R"], segments: Int[Array, "B S"]) -> Noise:
     rows, width = segments.shape
     if len(numbers) == rows:
         return of_rows(numbers, width)
-    places = jnp.arange(width)
-    first = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-    starts = jax.lax.cummax(jnp.where(first, places, 0), axis=1)
     owners = jnp.arange(rows)[:, None] * (len(numbers) // rows) + jnp.maximum(segments - 1, 0)
-    return Noise(numbers, places - starts, owners)
+    return Noise(numbers, layers.ranks(segments), owners)

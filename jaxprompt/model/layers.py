@@ -261,6 +261,16 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
     return (same & (keys[:, None, :] > 0))[:, None]
 
 
+def ranks(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """How many earlier tokens of the row belong to a token's own segment.
+
+    segments [1 1 2 2 2 0] -> [0 1 0 1 2 0].
+    """
+    places = jnp.arange(segments.shape[1])
+    first = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return places - jax.lax.cummax(jnp.where(first, places, 0), axis=1)
+
+
 def additive(mask: Bool[Array, "*B"]) -> Float[Array, "*B"]:
     """A mask as what is added to logits: 0 where it is true, else so low that a weight is 0.
 

@@ -21,7 +21,7 @@ from jaxprompt.model import layers, llama_layers
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.llama_config import LlamaConfig
-from jaxprompt.model.llama_layers import Block, last_of_segment, ranks
+from jaxprompt.model.llama_layers import Block, last_of_segment
 from jaxprompt.parallel import constrained, parts
 
 Params = dict[str, Any]
@@ -222,7 +222,7 @@ def _text(config: LlamaConfig, inputs, segments) -> Text:
         owners = jnp.maximum(inputs[:, 0] - config.vocab_size, 0) // config.leading
         inputs, segments = inputs[:, config.leading :], segments[:, config.leading :]
     before = jnp.where(last_of_segment(segments), 0, segments)
-    return Text(inputs, segments, config.leading + ranks(segments), before, owners)
+    return Text(inputs, segments, config.leading + layers.ranks(segments), before, owners)
 
 
 class Reading(NamedTuple):
@@ -286,7 +286,7 @@ def logits(
 def _answer(text: Text, targets, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """Ids and positions of a pass over targets."""
     first, start = _begin(text, segments)
-    return layers.shift_right(targets, segments, first), start + ranks(segments)
+    return layers.shift_right(targets, segments, first), start + layers.ranks(segments)
 
 
 def _begin(text: Text, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

@@ -93,15 +93,6 @@ def grouped_attention(
     return total.reshape(batch, length, heads, width)
 
 
-def ranks(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """How many earlier tokens of the row belong to a token's own segment.
-
-    segments [1 1 2 2 2 0] -> [0 1 0 1 2 0].
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    return jnp.sum(jnp.tril(same, -1), axis=-1)
-
-
 def last_of_segment(segments: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     """Whether a token is the last one of its segment (never padding)."""
     following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
