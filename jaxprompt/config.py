@@ -84,7 +84,8 @@ class ModelConfig(Schema):
 
     # mixed: float32, but matrix products have bfloat16 operands with float32 results, which
     # processors with matrix units do several times faster
-    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    # null: mixed on accelerators, float32 on CPUs (model/precision.py)
+    dtype: Literal["float32", "bfloat16", "mixed"] | None = None
     # frozen weights of products in 8 or 4 bits (model/small_weights.py); null: as dtype says
     weights: Literal["int8", "int4", "nf4"] | None = None
     # The authors' code trains with dropout 0.1 in the frozen net, the paper does not mention any;
@@ -94,6 +95,8 @@ class ModelConfig(Schema):
     # all of the input does (prefix LM)
     attention: Literal["causal", "prompt", "prefix"] = "causal"
     remat: bool = False
+    # attention of an encoder by cuDNN's flash kernel on GPUs, by Pallas's on TPUs
+    flash: bool = False
     # layers one by one instead of in a loop, which takes longer to compile
     unroll: bool | None = None
 
@@ -113,8 +116,10 @@ class PromptConfig(Schema):
     file: str | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
     # a prompt for each combination, all trained in one step, each as if alone: lists of seeds,
-    # learning rates and ways to start, such as {seed: [0, 1, 2], learning_rate: [0.1, 0.3]}
-    population: dict[Literal["seed", "learning_rate", "init", "text", "file"], list[Any]] = {}
+    # learning rates, lengths, tasks and ways to start, as {seed: [0, 1], learning_rate: [0.1, 0.3]}
+    population: dict[
+        Literal["seed", "learning_rate", "length", "task", "init", "text", "file"], list[Any]
+    ] = {}
     bottleneck: Size = 128  # of the network of residual-prompt-tuning
     basis: Size = 128  # embeddings that superposition-prompt-tuning mixes, at least `length`
 
@@ -242,9 +247,10 @@ class RunConfig(Schema):
 
     def _member(self, choice: dict[str, Any]) -> "RunConfig":
         optimization = {k: v for k, v in choice.items() if k in ("seed", "learning_rate")}
-        start = {k: v for k, v in choice.items() if k not in optimization}
+        start = {k: v for k, v in choice.items() if k not in ("task", *optimization)}
         return self.model_copy(
             update={
+                "task": choice.get("task", self.task),
                 "prompt": self.prompt.model_copy(update={**start, "population": {}}),
                 "train": self.train.model_copy(update={**optimization, "halve_every": None}),
             }

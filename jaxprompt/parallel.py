@@ -242,6 +242,12 @@ def put(value: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
+def placed(shapes: Any, sharding: Any) -> Any:
+    """Shapes and dtypes of arrays as those of arrays over devices."""
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes)
+
+
 def fetch(tree: Any) -> Any:
     """Arrays over the devices of all processes as what each process can read; all must ask."""
 

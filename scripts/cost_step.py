@@ -93,7 +93,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
     from jaxprompt import parallel
     from jaxprompt.config import UserError
     from jaxprompt.data.pipeline import Batch
-    from jaxprompt.model import family
+    from jaxprompt.model import family, precision
     from jaxprompt.model.t5_config import released
     from jaxprompt.prompts.methods import METHODS
     from jaxprompt.train.optimizer import per_prompt
@@ -104,14 +104,15 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         raise UserError(
             f"{config.backbone!r} is none of the released T5 1.1, whose shape is known."
         )
-    numerics = {"dtype": config.model.dtype, "dropout": config.model.dropout}
+    dtype = precision.chosen(config.model.dtype, cpu=False)
+    numerics = {"dtype": dtype, "dropout": config.model.dropout}
     unroll = bool(config.model.unroll)
     shape = dataclasses.replace(shape, remat=config.model.remat, unroll=unroll, **numerics)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size
     parallel.check_batch_size(size, mesh, "train.batch_size")
     model, method, length = family.of(shape), METHODS[config.method], config.prompt.length
-    kept = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
+    kept = "bfloat16" if dtype == "bfloat16" else "float32"
     place = parallel.parameter_sharding(mesh)
     params = jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(axes)),

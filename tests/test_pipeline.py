@@ -159,9 +159,9 @@ def test_fewer_rows_than_a_batch_are_repeated():
 def test_resuming_continues_the_very_same_batches(window):
     examples = random_examples(50)
     options = {"batch_size": 8, "seeds": [3], "window": window}
-    whole = list(itertools.islice(training_batches(examples, **options), 20))
+    whole = list(itertools.islice(training_batches([examples], **options), 20))
     for start in (0, 1, 7, 13):
-        resumed = itertools.islice(training_batches(examples, start=start, **options), 6)
+        resumed = itertools.islice(training_batches([examples], start=start, **options), 6)
         for one, two in zip(whole[start : start + 6], resumed, strict=True):
             assert_equal(one[0], two[0])
 
@@ -172,7 +172,8 @@ def test_training_batches_are_those_of_batch_indices():
     longest = max(len(e.targets) for e in examples)
     options = {"batch_size": 8, "seeds": [3], "window": 2}
     whole, parts = (
-        itertools.islice(training_batches(examples, rows=rows, **options), 9) for rows in (None, 4)
+        itertools.islice(training_batches([examples], rows=rows, **options), 9)
+        for rows in (None, 4)
     )
     for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)

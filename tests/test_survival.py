@@ -260,8 +260,8 @@ def diverge(monkeypatch, at, times):
             check(float("nan"), at)
         return write(pending, *rest)
 
-    write = loop._log
-    monkeypatch.setattr(loop, "_log", log)
+    write = loop.log_step
+    monkeypatch.setattr(loop, "log_step", log)
 
 
 def test_a_run_goes_back_with_a_lower_rate(whole, backbone, tmp_path, monkeypatch):

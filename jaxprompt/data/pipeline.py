@@ -323,7 +323,7 @@ def micro_rows(
 
 
 def training_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Sequence[Example]],
     *,
     batch_size: int,
     seeds: Sequence[int],
@@ -336,23 +336,24 @@ def training_batches(
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
 
-    Each as micro-batches of ``rows`` rows (None: one of all). There are as many prompts as
-    ``seeds``; each has the batches of its seed, as if alone, and ``own(example, k)`` gives prompt k
-    an example.
+    Each as micro-batches of ``rows`` rows (None: one of all). Prompt k has the batches that its
+    ``examples`` and ``seeds[k]`` give, as if alone, and ``own(example, k)`` makes an example its.
     """
     import grain
 
-    lengths = np.array([len(example.inputs) for example in examples])
+    given = {id(each): each for each in examples}  # prompts may have the same
+    lengths = {key: np.array([len(e.inputs) for e in each]) for key, each in given.items()}
     # as long as the longest of all: one shape in any case
-    target_length = max(len(example.targets) for example in examples)
+    target_length = max(len(e.targets) for each in given.values() for e in each)
 
     def batch(step: int) -> list[Batch]:
         chosen: list[Example] = []
-        for prompt, seed in enumerate(seeds):
+        for prompt, (seed, mine) in enumerate(zip(seeds, examples, strict=True)):
             drawn = batch_indices(
-                lengths, batch_size=batch_size, seed=seed, step=start + int(step), window=window
-            )
-            mine = [own(examples[i], prompt) for i in drawn]
+                lengths[id(mine)], batch_size=batch_size, seed=seed, step=start + int(step),
+                window=window,
+            )  # fmt: skip
+            mine = [own(mine[i], prompt) for i in drawn]
             chosen += with_noise(mine, random_stream(seed, start + int(step)))
         return micro_batches(
             chosen, rows=rows or len(chosen), target_length=target_length, widths=widths,

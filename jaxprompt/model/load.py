@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxprompt import parallel
 from jaxprompt.config import UserError
-from jaxprompt.model import family, hf, hub, llama_hf, small_weights, t5x
+from jaxprompt.model import family, flash_attention, hf, hub, llama_hf, small_weights, t5x
 from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
@@ -59,6 +59,7 @@ def load_backbone(
     config: str | Path | None = None,
     trainable: bool = False,
     weights: str | None = None,
+    flash: bool = False,
 ) -> Backbone:
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
@@ -72,6 +73,7 @@ def load_backbone(
     trainable: whether the weights will be trained, and are needed in full with "mixed" too; else
     those that are only ever operands are rounded here, once, and take half the memory.
     weights: "int8", "int4" or "nf4": those operands in 8 or 4 bits, see small_weights.py.
+    flash: a T5's encoder attends by an accelerator's kernel, see flash_attention.py.
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
     """
     name = str(name_or_path)
@@ -81,7 +83,14 @@ def load_backbone(
     found, tensors, leaves = _open(location, None if config is None else Path(config))
     settings = replace(found, dtype=dtype, unroll=bool(unroll), remat=remat)
     if isinstance(settings, T5Config):
-        settings = replace(settings, rows_in_turn=parallel.whole_rows_on_cpu(mesh))
+        kernel = flash_attention.kernel(flash, dtype, mesh)
+        in_turn = parallel.whole_rows_on_cpu(mesh)
+        settings = replace(settings, rows_in_turn=in_turn, flash=kernel)
+    elif flash:
+        raise UserError(
+            f"model.flash is on, and {name} is decoder-only; flash kernels are there for the "
+            "encoder of a T5, leave the key out."
+        )
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
     check(leaves, tensors, sizes)

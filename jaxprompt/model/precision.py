@@ -5,6 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt16
 
 
+def chosen(dtype: str | None, cpu: bool | None = None) -> str:
+    """The dtype of a run; one that names none is mixed on accelerators and float32 on CPUs."""
+    cpu = jax.default_backend() == "cpu" if cpu is None else cpu
+    return dtype or ("float32" if cpu else "mixed")
+
+
 class Precision:
     """float32; bfloat16 (activations and products; parameters are cast at use); or mixed: float32,
     but the operands of matrix products are rounded to bfloat16, with float32 sums and results (in

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.model import blocks, dropout, layers, segment_attention
+from jaxprompt.model import blocks, dropout, flash_attention, layers, segment_attention
 from jaxprompt.model.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.model.dropout import Noise
 from jaxprompt.model.label_tree import Tree
@@ -52,6 +52,8 @@ class Attention(nn.Module):
             value = value * keep[..., None]
         if isinstance(seen, Segments):
             y = segment_attention.attention(query, key, value, bias, seen, mixed=c.mixed)
+        elif isinstance(seen, flash_attention.Rows):
+            y = flash_attention.attention(query, key, value, bias, seen)
         else:
             y = layers.attention(query, key, value, bias, seen, mixed=c.mixed)
         return layers.project("btnh,nhd->btd", y, self.out, c.mixed)
@@ -72,7 +74,7 @@ class Shared(NamedTuple):
 
     queries: Int[Array, " T"]  # offsets in the row
     keys: Int[Array, " S"]
-    seen: Float[Array, "#B 1 #T S"] | Segments  # by each other; a mask is additive
+    seen: Float[Array, "#B 1 #T S"] | Segments | flash_attention.Rows  # a mask is additive
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
     seen_of_inputs: Float[Array, "B 1 #T S"] | Segments | None = None
@@ -201,14 +203,16 @@ class T5(nn.Module):
     def encode(self, inputs, segments, bank, noise=None):
         c, (rows, width) = self.config, inputs.shape
         many = rows * c.num_heads * width**2 > segment_attention.LOGITS_AT_ONCE
-        if c.rows_in_turn and (c.packed or many):
+        if c.flash:
+            seen = flash_attention.rows(segments, c.flash, packed=bool(c.packed))
+        elif c.rows_in_turn and (c.packed or many):
             seen = segment_attention.find(segments, c.packed)
             width = seen.widths[-1]
         else:
             seen = layers.additive(layers.segment_mask(segments, segments))
         offsets = jnp.arange(width)
-        noise = None if noise is None else dropout.of_inputs(noise, segments)
-        shared = Shared(offsets, offsets, seen, noise=noise)
+        own = None if noise is None else dropout.of_inputs(noise, segments)
+        shared = Shared(offsets, offsets, seen, noise=own)
         return self.encoder(self.token_embedder(inputs, bank), shared)[0]
 
     def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank, noise, tree):

@@ -33,6 +33,7 @@ class T5Config(Precision):
     unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
     remat: bool = False  # recompute each layer in the backward pass
     rows_in_turn: bool = False  # see model/segment_attention.py: for CPUs
+    flash: str = ""  # the kernel of the encoder's attention, of flash_attention.py; "": none
     # positions that examples which share rows are computed at, each at the least that holds it;
     # none is longer than the last. Empty: none share rows
     packed: tuple[int, ...] = ()

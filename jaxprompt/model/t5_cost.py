@@ -10,16 +10,16 @@ def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
     ways: devices that share heads, MLP and vocabulary.
 
     Per position an encoder layer keeps its two inputs of norms, q, k and v, the two inputs of the
-    gate (Shazeer 2020), and, where rows are not attended to in turn, logits and weights of
-    attention; rematerialised, its input alone. In work are the gradients of one layer's MLP or
-    attention. With mixed precision the gate's inputs are kept in bfloat16, and q, k and v where
-    rows are attended to in turn.
+    gate (Shazeer 2020), and, where rows are attended to neither in turn nor by a flash kernel,
+    logits and weights of attention; rematerialised, its input alone. In work are the gradients of
+    one layer's MLP or attention. With mixed precision the gate's inputs are kept in bfloat16, and
+    q, k and v where rows are attended to in turn.
     """
     size = 2 if shape.dtype == "bfloat16" else 4
     wide = (2 if shape.gated else 1) * shape.d_ff // ways
     inner = shape.num_heads * shape.head_dim // ways
     heads, positions = max(shape.num_heads // ways, 1), work.rows * work.inputs
-    looked_at = 0 if shape.rows_in_turn else positions * heads * work.inputs
+    looked_at = 0 if shape.rows_in_turn or shape.flash else positions * heads * work.inputs
     half = lambda does: 2 if shape.mixed and does else size
     of_a_layer = positions * (
         2 * shape.d_model * size

@@ -1,14 +1,16 @@
 """Tuning methods: functions of a tree and the frozen parameters. Only that tree is ever trained.
 
 Every leaf of the tree has a leading axis K, one entry per prompt trained in the same step, so that
-the optimizer can be vmapped over it and K prompts are tuned exactly as if each were alone.
+the optimizer can be vmapped over it and K prompts are tuned exactly as if each were alone. Prompts
+of several lengths are a tuple of trees, one a length: none is padded where it is trained.
 
 Reparameterised prompts are trained in other coordinates and stored as the vectors they come to:
 nothing that uses a prompt can tell. Their weights start with unit variance and are divided by the
 square root of their fan-in where they are used, so that one learning rate suits all leaves.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,40 @@ class Method(NamedTuple):
     rows: Callable[[PromptConfig], int] = lambda config: config.length
     uses_prompt: bool = True
     frozen: bool = True  # params are the model's, not the tree
+
+
+def trees_of(tree: Tree) -> tuple[Tree, ...]:
+    """The trees of prompts that have one length each."""
+    return tree if isinstance(tree, tuple) else (tree,)
+
+
+def joined(trees: Sequence[Tree]) -> Tree:
+    """The opposite of ``trees_of``."""
+    return trees[0] if len(trees) == 1 else tuple(trees)
+
+
+def count(tree: Tree) -> int:
+    """K, the prompts in a tree."""
+    return sum(len(jax.tree.leaves(own)[0]) for own in trees_of(tree))
+
+
+def by_length(tree: Tree, values: Any) -> tuple[tuple[Tree, ...], list[Any]]:
+    """The trees of one length each, and the part of ``values`` [K, ...] that belongs to each."""
+    trees = trees_of(tree)
+    ends = list(itertools.accumulate(map(count, trees)))
+    return trees, [values[end - count(own) : end] for own, end in zip(trees, ends, strict=True)]
+
+
+def applied(
+    method: Method, tree: Tree, params: Params
+) -> tuple[Params, Float[Array, "K P D"] | None]:
+    """``method.apply``; in a bank of several lengths the shorter prompts end with zeros."""
+    if not isinstance(tree, tuple):
+        return method.apply(tree, params)
+    banks: list[Any] = [method.apply(own, params)[1] for own in tree]
+    longest = max(bank.shape[1] for bank in banks)
+    wide = [jnp.pad(bank, ((0, 0), (0, longest - bank.shape[1]), (0, 0))) for bank in banks]
+    return params, jnp.concatenate(wide)
 
 
 def _tune_prompt(params: Params, start, config: PromptConfig, seed: int) -> Tree:

@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import yaml
 
 from jaxprompt.config import RunConfig, TaskConfig, UserError, dump_yaml, parse, read_yaml
@@ -225,3 +226,54 @@ class Silent:
 
     def step(self, done: int, rates: dict[str, float]) -> None:
         """``done`` steps are complete."""
+
+
+class Shown(NamedTuple):
+    """How a member is told in logs."""
+
+    prefix: str  # of its task's keys: none where there is one task
+    metric: str
+
+
+def log_step(
+    pending: Any, logbook: Logbook, reporter, clock: Clock, progress, shown: list[Shown]
+) -> None:
+    """A step's losses, which ``pending`` has with its number and the members that took it."""
+    step, losses, alive = pending
+    each, accuracy = (np.asarray(x) for x in jax.device_get(losses))
+    sound = np.isfinite(each)
+    if not sound.any():
+        check_loss(float(each[0]), step)
+    # of a population some may diverge, which is nothing to the others
+    loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
+    if step % LOG_EVERY == 0:
+        row: dict[str, Any] = {"step": step, "loss": loss, "token_accuracy": right}
+        if len(shown) > 1:
+            finite = [(k, float(x)) for k, x in zip(alive, each, strict=True) if np.isfinite(x)]
+            row |= {f"prompt{k}/loss": x for k, x in finite}
+            by_task: dict[str, list[float]] = {}
+            for k, x in finite:
+                by_task.setdefault(shown[k].prefix, []).append(x)
+            row |= {f"{name}loss": float(np.mean(own)) for name, own in by_task.items() if name}
+        logbook.write(row | rates)
+    best: dict[str, float] = {}
+    for (prefix, metric), value in zip(shown, progress["best"], strict=True):
+        name = f"best {prefix}{metric}"
+        if math.isfinite(value):
+            best[name] = max(best.get(name, -math.inf), value)
+    reporter.step(step, {"loss": loss, **best, **rates})
+
+
+def log_scores(logbook: Logbook, reporter, step: int, alive, scores, shown: list[Shown]) -> None:
+    """The metrics of a task's best prompt as the task's, and of each where there are several."""
+    row: dict[str, Any] = {"step": step}
+    for prefix, metric in dict.fromkeys(shown):
+        mine = [found for k, found in zip(alive, scores, strict=True) if shown[k].prefix == prefix]
+        best = max(mine, key=lambda found: found[metric])
+        row |= {f"{prefix}validation/{name}": value for name, value in best.items()}
+        among = f", the best of {len(mine)} prompts" if len(mine) > 1 else ""
+        reporter.say(f"step {step}: {prefix}validation {metric} {best[metric]:.4f}{among}")
+    if len(alive) > 1:
+        for k, found in zip(alive, scores, strict=True):
+            row |= {f"prompt{k}/validation/{name}": value for name, value in found.items()}
+    logbook.write(row)

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprompt.config import Optimization
+from jaxprompt.prompts.methods import by_length, count, joined, trees_of
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
 # moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.
@@ -79,12 +80,16 @@ def per_prompt(
     """
 
     def init(params):
-        return jax.vmap(make_optimizer(config).init)(params)
+        return joined([jax.vmap(make_optimizer(config).init)(tree) for tree in trees_of(params)])
 
     def update(updates, state, params=None):
-        count = len(jax.tree.leaves(updates)[0])
-        rates = jnp.full(count, config.learning_rate) if peaks is None else jnp.asarray(peaks)
-        each = lambda rate, *args: make_optimizer(config, rate).update(*args)
-        return jax.vmap(each)(rates, updates, state, params)
+        total = count(updates)
+        rates = jnp.full(total, config.learning_rate) if peaks is None else jnp.asarray(peaks)
+        each = jax.vmap(lambda rate, *args: make_optimizer(config, rate).update(*args))
+        trees, own_rates = by_length(updates, rates)
+        states = (state,) if len(trees) == 1 else state
+        every = zip(own_rates, trees, states, trees_of(params), strict=True)
+        found = [each(*args) for args in every]
+        return joined([new for new, _ in found]), joined([after for _, after in found])
 
     return optax.GradientTransformation(init, update)

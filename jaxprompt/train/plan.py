@@ -19,7 +19,7 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, UserError
 from jaxprompt.data.pipeline import round_target_length
 from jaxprompt.data.tasks import resolve_task
-from jaxprompt.model import family, small_weights
+from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
@@ -159,23 +159,32 @@ def plan_of(
         raise UserError(f"--kind is {kind!r}; known are cpu, {', '.join(DEVICES)}.")
     cpu, device = kind == "cpu", DEVICES.get(kind, Device(0, 0, _memory_here(), 0))
     limit = device.memory if memory is None else memory
-    task = resolve_task(config.task)
+    members = config.members()
+    tasks = [resolve_task(member.task) for member in members]
     shape = open_config(config.backbone)
-    inputs = inputs or config.prompt.length + task.max_input_length
-    targets = round_target_length(4 if task.labels else task.max_target_length)
+    inputs = inputs or max(
+        member.prompt.length + task.max_input_length
+        for member, task in zip(members, tasks, strict=True)
+    )
+    depth = max(4 if task.labels else task.max_target_length for task in tasks)
+    targets = round_target_length(depth)
     cost = family.cost(shape)
     if cost is None or not METHODS[config.method].uses_prompt:
         raise UserError(
             f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
             "on T5; measure a run of a few steps instead."
         )
-    shape = replace(shape, dtype=config.model.dtype)
+    shape = replace(shape, dtype=precision.chosen(config.model.dtype, cpu))
     widths = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
     batch = config.train.batch_size
-    counted = cost.flops(shape, batch * len(config.members()), inputs, targets)
+    counted = cost.flops(shape, batch * len(members), inputs, targets)
     rows, state = [], state_bytes(config, shape)
     for layout in layouts(devices, batch, widths, shape.d_model):
-        own = replace(shape, remat=layout.remat, rows_in_turn=cpu and layout.tensor == 1)
+        whole = layout.tensor == 1
+        flash = (
+            "cudnn" if config.model.flash and whole and not cpu else ""
+        )  # any kernel counts alike
+        own = replace(shape, remat=layout.remat, rows_in_turn=cpu and whole, flash=flash)
         work = work_of(config, layout, inputs, targets, cpu)
         held, sent = needs(own, work, layout, config.model.weights)
         parts = {"weights": held.pop("weights"), "state": state, **held}
@@ -228,8 +237,13 @@ def _memory_here() -> float:
 def state_bytes(config: RunConfig, shape: family.Config) -> int:
     """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
     method, optimizer = METHODS[config.method], per_prompt(config.train)
-    start = np.zeros((len(config.members()), method.rows(config.prompt), shape.d_model), np.float32)
     params = family.of(shape).abstract_params(shape)
-    state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return size(state) + size(state.tree)
+
+    def alone(member: RunConfig) -> int:
+        start = np.zeros((1, method.rows(member.prompt), shape.d_model), np.float32)
+        begin = functools.partial(init_state, method, optimizer)
+        state = jax.eval_shape(lambda p: begin(p, start, member.prompt), params)
+        return size(state) + size(state.tree)
+
+    return sum(map(alone, config.members()))

@@ -4,38 +4,67 @@ A lone prompt is a population of one. Each prompt is trained exactly as if it we
 batches of its own seed, the gradient of its own mean and an optimizer that sees nothing else.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprompt.config import RunConfig
+from jaxprompt.config import RunConfig, TaskConfig
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.model.load import Backbone
+from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.prompts.init import initial_prompt
+from jaxprompt.prompts.methods import METHODS, count, joined, trees_of
 from jaxprompt.train.step import TrainState
 
 
+def start_of(member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer) -> Any:
+    """The tree [1, ...] that a prompt, or a whole model, starts from."""
+    method, table = METHODS[member.method], backbone.params["token_embedder"]["embedding"]
+    start = np.zeros((0, backbone.config.d_model), np.float32)
+    if method.uses_prompt:
+        labels = tokenizer.encode_targets(task.labels or (), task.separator)
+        start = initial_prompt(
+            member.prompt.model_copy(update={"length": method.rows(member.prompt)}),
+            table,
+            encode=tokenizer.encode,
+            special_ids=tokenizer.special_ids,
+            pieces=min(tokenizer.size, backbone.config.vocab_size),
+            labels=[ids[:-1] for ids in labels],
+            seed=member.train.seed,
+            from_file=lambda path: load_prompt(path).vectors,
+        )
+    return method.init(backbone.params, start[None], member.prompt, member.train.seed)
+
+
 def stacked(trees: Sequence[Any]) -> Any:
-    """The trees of prompts, [1, ...] each, as one tree [K, ...]."""
-    if len(trees) == 1:
-        return trees[0]  # a whole model may be in it: no copy
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+    """The trees of prompts, [1, ...] each, as one tree [K, ...] for those of a length that follow
+    each other.
+    """
+    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
+    groups = [list(group) for _, group in itertools.groupby(trees, shapes)]
+    together = lambda *leaves: jnp.concatenate(leaves)
+    # a whole model may be in a lone one: no copy
+    return joined([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
 
 
 def keep_of(state: TrainState, places: Sequence[int]) -> TrainState:
     """The state with the prompts at these places only."""
-    chosen = jnp.asarray(places)
-    take = lambda x: jnp.take(x, chosen, axis=0)
-    tree, optimizer = (jax.tree.map(take, x) for x in (state.tree, state.optimizer))
+    trees, kept, first = trees_of(state.tree), [], 0
+    optimizers = (state.optimizer,) if len(trees) == 1 else state.optimizer
+    for both in zip(trees, optimizers, strict=True):
+        last = first + count(both[0])
+        chosen = jnp.asarray([place - first for place in places if first <= place < last])
+        if chosen.size:
+            take = lambda x, chosen=chosen: jnp.take(x, chosen, axis=0)
+            kept.append(jax.tree.map(take, both))
+        first = last
+    tree, optimizer = (joined(parts) for parts in zip(*kept, strict=True))
     return state._replace(tree=tree, optimizer=optimizer)
-
-
-def room_for(count: int, state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of the state of ``count`` prompts."""
-    shape = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding)
-    step = jax.ShapeDtypeStruct((), state.step.dtype, sharding=state.step.sharding)
-    tree, optimizer = (jax.tree.map(shape, x) for x in (state.tree, state.optimizer))
-    return TrainState(step, tree, optimizer)  # pyright: ignore[reportArgumentType]
 
 
 def better_half(best: Sequence[float], alive: Sequence[int]) -> list[int]:
@@ -48,23 +77,33 @@ def better_half(best: Sequence[float], alive: Sequence[int]) -> list[int]:
     return sorted(ranked[: max(1, math.ceil(len(alive) / 2))])
 
 
-def table(config: RunConfig, progress: dict[str, Any]) -> list[dict[str, Any]]:
+def winner(best: Sequence[float], best_step: Sequence[int], among: Sequence[int]) -> int:
+    """The prompt with the best metric; of equals the first to be there, then in ``among``."""
+    return min(among, key=lambda k: (-best[k], best_step[k]))
+
+
+def table(
+    choices: Sequence[dict[str, Any]], tasks: Sequence[str], progress: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row for each prompt: what it differs in, its best metric, and when it stopped."""
+    each = zip(
+        choices, tasks, progress["best"], progress["best_step"], progress["trained"], strict=True
+    )
     return [
-        {**choice, "value": value, "best_step": step, "steps": steps}
-        for choice, value, step, steps in zip(
-            config.choices(), progress["best"], progress["best_step"], progress["trained"],
-            strict=True,
-        )
+        {
+            **choice, **({"task": task} if "task" in choice else {}),
+            "value": value, "best_step": step, "steps": steps,
+        }
+        for choice, task, value, step, steps in each
     ]  # fmt: skip
 
 
 def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """The table, best prompt first."""
+    """The table, best prompt first, of each task."""
     names = list(rows[0])
     head = [metric if name == "value" else name for name in names]
     lines = [f"| {' | '.join(head)} |", "|---" * len(names) + "|"]
-    for row in sorted(rows, key=lambda row: -row["value"]):
+    for row in sorted(rows, key=lambda row: (row.get("task", ""), -row["value"])):
         cells = (f"{v:.4f}" if k == "value" else f"{v}" for k, v in row.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

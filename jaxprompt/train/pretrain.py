@@ -30,7 +30,7 @@ from jaxprompt.data.text import (
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluate.analyze import draw_losses
-from jaxprompt.model import generate, hub, t5
+from jaxprompt.model import flash_attention, generate, hub, precision, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.artefact import replace_directory
@@ -224,7 +224,7 @@ def _start(
             f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
             "a T5, or tune that model with method: model-tuning."
         )
-    shape = dataclasses.replace(backbone.config, dtype=model.dtype, packed=_widths(config))
+    shape = dataclasses.replace(backbone.config, **_chosen(config, mesh))
     return shape, backbone.params
 
 
@@ -234,13 +234,18 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
     return t5.T5Config(
         vocab_size=-(-pieces // 128) * 128,
         **config.shape.model_dump(),
-        dtype=model.dtype,
         dropout=model.dropout,
         unroll=bool(model.unroll),
         remat=model.remat,
         rows_in_turn=parallel.whole_rows_on_cpu(mesh),
-        packed=_widths(config),
+        **_chosen(config, mesh),
     )
+
+
+def _chosen(config: PretrainConfig, mesh: Mesh) -> dict[str, Any]:
+    dtype = precision.chosen(config.model.dtype)
+    flash = flash_attention.kernel(config.model.flash, dtype, mesh)
+    return {"dtype": dtype, "flash": flash, "packed": _widths(config)}
 
 
 def _widths(config: PretrainConfig) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from jaxprompt import parallel
 from jaxprompt.config import PromptConfig
 from jaxprompt.data.pipeline import Batch
 from jaxprompt.model import family, small_weights
-from jaxprompt.prompts.methods import Method
+from jaxprompt.prompts.methods import Method, applied, by_length, count, joined, trees_of
 
 
 class TrainState(NamedTuple):
@@ -41,11 +41,20 @@ class Sums(NamedTuple):
     right: Float[Array, " K"]
     weight: Float[Array, " K"]
 
-    def means(self) -> tuple[Any, Losses]:
-        """Gradient and losses of each prompt's mean over all of its target tokens."""
+    def losses(self) -> Losses:
+        """Each prompt's means over all of its target tokens."""
         weight = jnp.maximum(self.weight, 1.0)
-        share = lambda x: x / weight.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-        return jax.tree.map(share, self.gradient), Losses(share(self.loss), share(self.right))
+        return Losses(self.loss / weight, self.right / weight)
+
+    def mean_gradient(self) -> Any:
+        """That of each prompt's mean over all of its target tokens."""
+        weight = jnp.maximum(self.weight, 1.0)
+        share = lambda x, by: x / by.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        mean = [
+            jax.tree.map(functools.partial(share, by=own), tree)
+            for tree, own in zip(*by_length(self.gradient, weight), strict=True)
+        ]
+        return joined(mean)
 
 
 def batch_losses(
@@ -64,7 +73,7 @@ def batch_losses(
     There is dropout if the batch brings noise.
     """
     objective, sums = _summed(params, bank, config, batch, prompts, z_loss)
-    return jnp.sum(objective / jnp.maximum(sums.weight, 1.0)), sums.means()[1]
+    return jnp.sum(objective / jnp.maximum(sums.weight, 1.0)), sums.losses()
 
 
 def _summed(params, bank, config, batch, prompts, z_loss):
@@ -116,9 +125,8 @@ def make_train_step(
             raise ValueError("A batch without noise has no dropout; give its examples some.")
 
         def objective(tree):
-            tuned, bank = method.apply(tree, params)
-            prompts = jax.tree.leaves(tree)[0].shape[0]
-            each, sums = _summed(tuned, bank, config, batch, prompts, z_loss)
+            tuned, bank = applied(method, tree, params)
+            each, sums = _summed(tuned, bank, config, batch, count(tree), z_loss)
             return jnp.sum(each), sums
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
@@ -128,10 +136,10 @@ def make_train_step(
     everywhere = parallel.over_rows(sums_of_rows, mesh, axes, stacked=True)
 
     def finish(state, sums):
-        gradient, losses = parallel.summed(sums, mesh).means()
-        updates, opt_state = optimizer.update(gradient, state.optimizer, state.tree)
+        sums = parallel.summed(sums, mesh)
+        updates, opt_state = optimizer.update(sums.mean_gradient(), state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
-        return TrainState(state.step + 1, tree, opt_state), losses
+        return TrainState(state.step + 1, tree, opt_state), sums.losses()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def at_once(state, params, batch):
@@ -139,9 +147,9 @@ def make_train_step(
 
     @functools.partial(jax.jit, out_shardings=parallel.by_device(mesh))
     def nothing(tree):
-        ways, prompts = parallel.ways(mesh), len(jax.tree.leaves(tree)[0])
+        ways = parallel.ways(mesh)
         gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
-        each = jnp.zeros((ways, prompts))
+        each = jnp.zeros((ways, count(tree)))
         return Sums(gradient, each, each, each)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -168,8 +176,12 @@ def make_train_step(
 
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
     """Whether all numbers of a prompt are finite."""
-    leaves = map(np.asarray, jax.tree.leaves(parallel.fetch(tree)))
-    return np.all([np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in leaves], axis=0)
+
+    def of_one(tree):
+        leaves = map(np.asarray, jax.tree.leaves(tree))
+        return np.all([np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in leaves], axis=0)
+
+    return np.concatenate([of_one(own) for own in trees_of(parallel.fetch(tree))])
 
 
 def init_state(

@@ -1,0 +1,82 @@
+"""What prompts of a run learn: splits of a task, tokenized with as many virtual tokens in place."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.data.pipeline import Example
+from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.evaluate.score import check_metrics
+
+Rows = Mapping[str, Sequence[dict[str, Any]]]  # of each split
+
+
+class Split(NamedTuple):
+    """Tokenized rows and the answers to compare predictions with."""
+
+    examples: Sequence[Example]
+    references: list[Reference]
+
+
+class Assignment(NamedTuple):
+    """A task's splits for prompts of one length, which have number 0 in all examples."""
+
+    task: TaskConfig
+    length: int
+    training: Split
+    validation: Split
+    test: Split | None
+
+    @property
+    def metric(self) -> str:
+        """The one that selects prompts."""
+        return self.task.metrics[0]
+
+
+def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
+    """The task of each prompt. Raises UserError where results of two could not be told apart."""
+    tasks = [resolve_task(member.task) for member in members]
+    by_name = {task.name: task for task in tasks}
+    for task in tasks:
+        check_metrics(task)
+        if task != by_name[task.name]:
+            raise UserError(
+                f"prompt.population.task has different tasks of the name {task.name!r}; give each "
+                "a name of its own."
+            )
+        if len(by_name) > 1 and not re.fullmatch(r"\w[\w.-]*", task.name):
+            raise UserError(
+                f"The task name {task.name!r} is to be that of a directory; use letters, digits, "
+                "'_', '.' and '-'."
+            )
+    return tasks
+
+
+def read_splits(task: TaskConfig, eval_rows: int | None) -> Rows:
+    """The rows of all splits that the task has; ``eval_rows`` at most but for training."""
+    return {
+        name: load_rows(task, name, None if name == "train" else eval_rows)
+        for name in ("train", "validation", "test")
+        if name != "test" or task.test
+    }
+
+
+def split_of(
+    task: TaskConfig, name: str, rows: Rows, tokenizer: Tokenizer, length: int, vocabulary: int
+) -> Split:
+    """A split with ``length`` virtual tokens in each row, above a table of ``vocabulary`` rows."""
+    origin = getattr(task, name)
+    examples = tokenize(task, rows[name], tokenizer, length, vocabulary, origin=origin)
+    return Split(examples, references(task, rows[name], origin))
+
+
+def assign(
+    task: TaskConfig, rows: Rows, tokenizer: Tokenizer, length: int, vocabulary: int
+) -> Assignment:
+    """All splits, so tokenized."""
+    train, validation, *test = (
+        split_of(task, name, rows, tokenizer, length, vocabulary) for name in rows
+    )
+    return Assignment(task, length, train, validation, *(test or [None]))

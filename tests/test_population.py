@@ -1,0 +1,176 @@
+"""Populations whose prompts differ in length and task: each is what it would be alone."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import Killer, make_backbone, make_rows, metrics, run_config, run_values, write_rows
+from test_survival import diverge
+
+from jaxprompt import api
+from jaxprompt.config import UserError
+from jaxprompt.progress import show_result
+from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.train.loop import train
+
+TASKS = ["mine", "other"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+def two_tasks(backbone, folder, **settings):
+    """Eight prompts: two tasks, of other labels, targets and metrics, two lengths, two seeds."""
+    folder.mkdir(exist_ok=True)
+    mine = run_values(backbone, folder)["task"]
+    rows = [{**row, "label": f"it was {row['label']}"} for row in make_rows(30)]
+    other = mine | {
+        "name": "other", "template": "{text} ?", "labels": ["it was yes", "it was no"],
+        "train": str(write_rows(folder / "other.jsonl", rows)),
+        "validation": str(write_rows(folder / "few.jsonl", rows[:6])),
+        "test": str(write_rows(folder / "test.jsonl", rows[6:16])),
+        "metrics": ["macro_f1", "accuracy"], "max_target_length": 8,
+    }  # fmt: skip
+    grid = {"task": [mine, other], "length": [5, 3], "seed": [0, 2]}
+    return run_config(backbone, folder, prompt={"population": grid}, **settings)
+
+
+@pytest.fixture(scope="module")
+def population(backbone, tmp_path_factory):
+    run = two_tasks(backbone, tmp_path_factory.mktemp("population"))
+    return run, train(run)
+
+
+def prompt_of(run, k):
+    return load_prompt(Path(run.output) / "population" / str(k) / "prompt")
+
+
+def test_the_table_says_what_each_prompt_is(population):
+    run, result = population
+    rows = result["population"]
+    told = [(row["task"], row["length"], row["seed"]) for row in rows]
+    assert told == list(itertools.product(TASKS, [5, 3], [0, 2]))
+    for k, row in enumerate(rows):
+        prompt = prompt_of(run, k)
+        assert len(prompt.vectors) == row["length"]
+        assert prompt.facts["task"]["name"] == row["task"]
+    lines = (Path(run.output) / "population.md").read_text().splitlines()
+    assert len(lines) == 10 and "accuracy or macro_f1" in lines[0]
+    assert ["mine" in line for line in lines[2:]] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("k", [0, 3, 4, 7])  # of each task the longer and the shorter
+def test_each_prompt_is_that_of_a_lone_run(population, tmp_path, k):
+    run, result = population
+    member = run.members()[k].model_copy(update={"output": str(tmp_path / "alone")})
+    alone, row = train(member), result["population"][k]
+    assert (alone["value"], alone["best_step"]) == (row["value"], row["best_step"])
+    other = load_prompt(tmp_path / "alone" / "prompt").vectors
+    np.testing.assert_allclose(prompt_of(run, k).vectors, other, rtol=1e-5, atol=1e-5)
+    for key in ("untuned", "majority", "rows", "metric"):
+        assert result["tasks"][row["task"]][key] == alone[key]
+
+
+def test_every_task_has_its_best_prompt(population, capsys):
+    run, result = population
+    assert list(result["tasks"]) == TASKS
+    for name, found in result["tasks"].items():
+        values = [row["value"] for row in result["population"] if row["task"] == name]
+        assert found["value"] == max(values) and found["task"] == name
+        report = api.evaluate(found["prompt"])
+        assert report["metrics"][found["metric"]] == found["value"]
+        assert found["trainable_parameters"] == load_prompt(found["prompt"]).vectors.size
+        assert (Path(found["prompt"]).parent / "curves.png").exists()
+    tested = api.evaluate(result["tasks"]["other"]["prompt"], split="test")
+    assert result["tasks"]["other"]["test"] == tested["metrics"]
+    assert not (Path(run.output) / "prompt").exists()  # which would be of what?
+    assert result == json.loads((Path(run.output) / "result.json").read_text())
+    keys = {key for row in metrics(Path(run.output)) for key in row}
+    assert {"mine/validation/accuracy", "other/validation/macro_f1", "other/loss"} <= keys
+    show_result(result)
+    shown = capsys.readouterr().err
+    assert "mine: accuracy" in shown and "other: macro_f1" in shown
+
+
+def test_the_worse_half_of_every_task_stops_and_a_kill_changes_nothing(backbone, tmp_path):
+    halving = {"halve_every": 4, "checkpoint_every": 3}
+    whole = train(two_tasks(backbone, tmp_path / "whole", train=halving))
+    for name in TASKS:
+        steps = [row["steps"] for row in whole["population"] if row["task"] == name]
+        assert sorted(steps) == [4, 4, 8, 12]
+    run = two_tasks(backbone, tmp_path / "killed", train=halving)
+    for step in (5, 10):
+        with pytest.raises(KeyboardInterrupt):
+            train(run, Killer(step))
+    again = train(run)
+    assert again["population"] == whole["population"]
+    for name in TASKS:
+        a, b = (load_prompt(r["tasks"][name]["prompt"]).vectors for r in (whole, again))
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_goes_back_to_prompts_that_had_been_stopped(backbone, tmp_path, monkeypatch):
+    """The checkpoint before has prompts of both lengths, what diverges maybe of one."""
+    settings = {"halve_every": 4, "evaluate_every": 4, "checkpoint_every": 100}
+    run = two_tasks(backbone, tmp_path, train=settings | {"on_divergence": "go_back"})
+    diverge(monkeypatch, at=7, times=1)
+    result = train(run)
+    assert sorted(row["steps"] for row in result["population"]) == [4] * 4 + [8] * 2 + [12] * 2
+
+
+def test_a_reparameterised_prompt_of_any_length_is_that_of_a_lone_run(backbone, tmp_path):
+    for method in ("residual-prompt-tuning", "superposition-prompt-tuning"):
+        grid = {"length": [3, 9]}  # the longer one has a larger basis
+        prompt = {"population": grid, "basis": 6, "bottleneck": 4}
+        run = run_config(
+            backbone, tmp_path / method, method=method, prompt=prompt,
+            train={"learning_rate": 0.01, "steps": 4},
+        )  # fmt: skip
+        train(run)
+        for k, member in enumerate(run.members()):
+            folder = tmp_path / method / f"alone{k}"
+            train(member.model_copy(update={"output": str(folder)}))
+            alone = load_prompt(folder / "prompt").vectors
+            np.testing.assert_allclose(prompt_of(run, k).vectors, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "mine"}, "different tasks of the name 'mine'"),
+        ({"name": "../other"}, "use letters, digits"),
+        ({"metrics": ["speed"]}, "speed"),
+    ],
+)
+def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
+    run = two_tasks(backbone, tmp_path)
+    grid = dict(run.prompt.population)
+    grid["task"] = [grid["task"][0], grid["task"][1] | change]
+    prompt = run.prompt.model_copy(update={"population": grid})
+    with pytest.raises(UserError, match=words):
+        train(run.model_copy(update={"prompt": prompt}))
+    assert not Path(run.output).exists()
+
+
+def test_trees_of_one_length_stay_one_tree():
+    from jaxprompt.prompts.methods import count, trees_of
+    from jaxprompt.train.population import keep_of, stacked
+    from jaxprompt.train.step import TrainState
+
+    tree = lambda length, value: {"prompt": np.full((1, length, 2), value, np.float32)}
+    trees = [tree(3, 0), tree(3, 1), tree(5, 2), tree(5, 3)]
+    assert stacked(trees[:2])["prompt"].shape == (2, 3, 2)
+    both = stacked(trees)
+    assert [t["prompt"].shape for t in trees_of(both)] == [(2, 3, 2), (2, 5, 2)]
+    assert count(both) == 4
+    state = TrainState(jax.numpy.int32(0), both, tuple(t["prompt"] + 10 for t in both))
+    kept = keep_of(state, [2, 3])
+    np.testing.assert_array_equal(kept.tree["prompt"][:, 0, 0], [2, 3])
+    np.testing.assert_array_equal(kept.optimizer[:, 0, 0], [12, 13])
+    kept = keep_of(state, [1, 2])
+    assert [t["prompt"][0, 0, 0] for t in kept.tree] == [1, 2]
