@@ -56,8 +56,8 @@ class Ours:
         self.mesh = parallel.make_mesh()
         self.problem = problem
         self.given: Start | None = None
-        self.backbones: dict[tuple[str, float], Backbone] = {}
-        self.steps: dict[tuple[str, float], Any] = {}
+        self.backbones: dict[tuple[str, float, str | None], Backbone] = {}
+        self.steps: dict[tuple[Any, ...], Any] = {}
 
     def facts(self) -> dict[str, Any]:
         import jaxprompt
@@ -72,11 +72,11 @@ class Ours:
         return self.given
 
     def backbone(self, job: Job) -> Backbone:
-        key = job["dtype"], job["dropout"]
+        key = job["dtype"], job["dropout"], job["attention"]
         if key not in self.backbones:
             self.backbones[key] = load_backbone(
                 self.start().weights, dtype=job["dtype"], dropout=job["dropout"],
-                mesh=self.mesh,
+                mesh=self.mesh, flash=job["attention"] == "flash",
             )  # fmt: skip
         return self.backbones[key]
 
@@ -101,7 +101,10 @@ class Ours:
             steps=1000, optimizer="adamw", learning_rate=given.learning_rate, schedule="constant",
             weight_decay=0.0, z_loss=0.0, clip=1.0,
         )  # fmt: skip
-        optimizer, key = per_prompt(settings), (job["dtype"], job["dropout"], size)
+        optimizer, key = (
+            per_prompt(settings),
+            (job["dtype"], job["dropout"], job["attention"], size),
+        )
         rng = np.random.default_rng(0)
         drawn = [with_noise(self.examples(backbone, rows), rng) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]

@@ -11,7 +11,8 @@ until others leave the machine idle. A job that was disturbed is repeated, and t
 disturbed least is kept, whatever its time. Nothing is timed where the first losses differ.
 
 --gpu compares what both sides do on one: bfloat16, autocast and torch.compile there, bfloat16 and
-mixed here, with as many positions at a time as fit; without a GPU it runs on the CPU, to test it.
+mixed here, with and without flash kernels, and as many positions at a time as fit; without a GPU it
+runs on the CPU, to test it, but for the kernels: leave them out with --only '^(?!.*flash)'.
 
 Prints Markdown tables: times, then the medians over rounds of PEFT's time divided by ours, with the
 least and the largest. OUT/bench.json has everything, OUT/ratios.png the figure. Linux.
@@ -73,6 +74,8 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             job("ours", "train", "bfloat16", "bfloat16", size),
             job("PEFT", "train", "bfloat16 compiled", "bfloat16", size, compiled=True),
             job("ours", "train", "mixed", "mixed", size),
+            job("ours", "train", "bfloat16 flash", "bfloat16", size, attention="flash"),
+            job("ours", "train", "mixed flash", "mixed", size, attention="flash"),
             job("PEFT", "train", "autocast", "autocast", size),
             job("PEFT", "train", "autocast compiled", "autocast", size, compiled=True),
             job("PEFT", "train", "bfloat16 compiled micro", "bfloat16", size, compiled=True,

@@ -301,3 +301,25 @@ def test_steps_are_measured_in_turns_and_drawn(script, tmp_path, capsys, monkeyp
     assert points[1]["flops"]["head"] == 2 * points[0]["flops"]["head"]
     assert capsys.readouterr().out.count("| float32 |") == 3
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_a_population_is_timed_against_lone_runs(script, tmp_path, capsys, monkeypatch):
+    bench = script("bench_population")
+    backbone = make_backbone(tmp_path / "backbone")
+    task = run_values(backbone, tmp_path)["task"]
+    monkeypatch.setattr(bench, "run_values", lambda *args, make=bench.run_values: (
+        make(*args) | {"task": task, "backbone": str(backbone)}
+    ))  # fmt: skip
+    command = ["bench_population.py", "--out", str(tmp_path / "out"), "--rounds", "1", "--prompts",
+               "2", "--prompt", "3", "--steps", "2", "--wait", "1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    kept = json.loads((tmp_path / "out" / "population.json").read_text())
+    [found] = kept["rounds"]
+    assert len(found["together"]) == 1 and len(found["alone"]) == 2
+    assert all(0 <= x < 1e-5 for x in kept["apart"])
+    ratio = sum(found["alone"]) / found["together"][0]
+    assert f"| 2 | 4 | 2 | float32 | {found['together'][0]:.1f} (" in (
+        out := capsys.readouterr().out
+    )
+    assert f"| {ratio:.2f} ({ratio:.2f} to {ratio:.2f}) |" in out
