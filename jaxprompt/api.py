@@ -26,7 +26,7 @@ from jaxprompt.evaluate.score import (
     log_likelihoods,
     measure,
 )
-from jaxprompt.model import family, precision
+from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt
 
@@ -60,8 +60,7 @@ def open_session(
 
     ``backbone`` and ``tokenizer`` default to those that the prompt records, the tokenizer then to
     the one beside the weights; ``any_backbone`` allows other weights of the same width; ``dtype``
-    and ``weights`` are those of ``load_backbone``, but that dtype is by default mixed on
-    accelerators.
+    and ``weights`` are those of ``load_backbone``.
     """
     if isinstance(prompt, str | Path):
         prompt = load_prompt(prompt)
@@ -74,7 +73,6 @@ def open_session(
         )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
-        dtype = precision.chosen(dtype)
         backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh)
     bank = None
     if prompt is not None:

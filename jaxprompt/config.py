@@ -159,7 +159,8 @@ class TrainConfig(Optimization):
 
     eval_batch_size: Size = 64
     eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
-    patience: Positive | None = None  # stop after so many evaluations without a better metric
+    # stop after so many evaluations without a better metric, of any task where there are several
+    patience: Positive | None = None
     # of a population, the worse half stops after so many steps, and again after as many
     halve_every: Positive | None = None
     # of a loss that is no number: stop, or go back to the last checkpoint with half the rate
@@ -224,6 +225,11 @@ class RunConfig(Schema):
             )
         if grid and self.method == "model-tuning":
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
+        if "task" in grid and isinstance(self.task, dict):
+            raise ValueError(
+                f"task has keys of its own ({', '.join(self.task)}), and prompt.population.task "
+                "says what is learnt; move them there, into a mapping with the task's name"
+            )
         for key, choices in grid.items():
             if not choices or len({repr(x) for x in choices}) < len(choices):
                 raise ValueError(

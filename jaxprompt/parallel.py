@@ -149,10 +149,18 @@ def over_rows(
         return jax.shard_map(
             mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
             out_specs=PartitionSpec(ROWS),
-            axis_names=set(ROWS), check_vma=False,
+            axis_names=_own_axes(mesh), check_vma=False,
         )(params, shared, rows)  # fmt: skip
 
     return everywhere
+
+
+def _own_axes(mesh: Mesh) -> set[str]:
+    """Axes along which a device computes by itself: all, where none of them is the compiler's.
+
+    A kernel of Pallas can be in no program that has another.
+    """
+    return set(mesh.axis_names) if mesh.shape["tensor"] == 1 else set(ROWS)
 
 
 def by_device(mesh: Mesh | None) -> NamedSharding | None:

@@ -129,6 +129,8 @@ def main() -> None:
     add("--wait", type=float, default=600, help="seconds to wait for that before each side")
     add("--verbose", action="store_true", help="show what the runs print")
     options = parser.parse_args()
+    if options.prompts < 2:
+        parser.error(f"--prompts is {options.prompts}; a population has two and more")
     options.out.mkdir(parents=True, exist_ok=True)
     rounds = []
     for number in range(options.rounds):

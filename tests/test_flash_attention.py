@@ -14,14 +14,15 @@ import pytest
 from helpers import make_backbone
 from jax.experimental import pallas as pl
 
-from jaxprompt.config import UserError
+from jaxprompt import parallel
+from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model import flash_attention, layers, t5
 from jaxprompt.model.load import load_backbone
 
 # lengths of the segments of each row, of 160 positions, which no block of a kernel divides
 ALONE = [[160], [70], [1]]
 SHARED = [[60, 90], [100], [1, 1, 130]]
-WIDTH = 160
+ODD = [[51], [13]]
 KERNELS = ["cudnn", "pallas"]
 
 
@@ -36,20 +37,25 @@ def kernels(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", interpreted)
 
 
+def width_of(rows):
+    return 51 if rows is ODD else 160
+
+
 def segments_of(rows):
     filled = [[i for i, n in enumerate(row, 1) for _ in range(n)] for row in rows]
-    return jnp.array([marks + [0] * (WIDTH - len(marks)) for marks in filled])
+    width = width_of(rows)
+    return jnp.array([marks + [0] * (width - len(marks)) for marks in filled])
 
 
 def inputs_of(rows, dtype="float32"):
-    rng = np.random.default_rng(0)
-    three = [jnp.asarray(rng.normal(size=(len(rows), WIDTH, 2, 8)), dtype) for _ in range(3)]
-    return [*three, jnp.asarray(rng.normal(size=(1, 2, WIDTH, WIDTH)), jnp.float32)]
+    rng, width = np.random.default_rng(0), width_of(rows)
+    three = [jnp.asarray(rng.normal(size=(len(rows), width, 2, 8)), dtype) for _ in range(3)]
+    return [*three, jnp.asarray(rng.normal(size=(1, 2, width, width)), jnp.float32)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [ALONE, SHARED], ids=["alone", "shared"])
+@pytest.mark.parametrize("rows", [ALONE, SHARED, ODD], ids=["alone", "shared", "odd"])
 def test_values_and_gradients_are_those_of_plain_attention(kernels, rows, dtype, kernel):
     segments, inputs = segments_of(rows), inputs_of(rows, dtype)
     own = (segments > 0)[..., None, None]
@@ -79,7 +85,7 @@ def test_values_and_gradients_are_those_of_plain_attention(kernels, rows, dtype,
 def test_an_encoder_with_it_encodes_the_same(kernels, tmp_path, kernel, monkeypatch):
     b = load_backbone(str(make_backbone(tmp_path)), dtype="mixed")
     segments = segments_of(ALONE)
-    ids = jnp.where(segments > 0, jnp.arange(WIDTH) % 20 + 3, 0)
+    ids = jnp.where(segments > 0, jnp.arange(160) % 20 + 3, 0)
     encode = lambda **changed: t5.encode(
         b.params, None, dataclasses.replace(b.config, **changed), ids, segments
     )
@@ -116,6 +122,22 @@ def test_the_bias_is_not_repeated_for_every_row_of_a_tpu():
         arguments = call.rpartition(" : (")[2].partition(") -> ")[0].split(", ")
         assert arguments[0] == "tensor<3x1x2x256x8xbf16>"
         assert arguments[3] == "tensor<1x2x256x256xf32>"
+
+
+def test_it_is_lowered_where_several_tpus_share_the_rows():
+    """Mosaic's kernels can be in no program with an axis that is the compiler's."""
+    segments, inputs = segments_of([*ALONE, [7]]), inputs_of([*ALONE, [7]])
+    *three, bias = inputs
+
+    def attend(bias, three, segments):
+        seen = flash_attention.rows(segments, "pallas", packed=False)
+        return jax.grad(lambda x: flash_attention.attention(*x, bias, seen).sum())(three)[0]
+
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:2])
+    work = lambda bias, _, rows: attend(bias, *rows)
+    spread = jax.jit(parallel.over_rows(work, mesh))
+    text = spread.trace(bias, None, (three, segments)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
 
 
 def settings(backend, monkeypatch):

@@ -157,3 +157,20 @@ def test_xxl_is_planned_for_16_chips():
 def test_what_cannot_be_planned_is_told(changes, options, words):
     with pytest.raises(UserError, match=words):
         plan_of(config(**changes), **options)
+
+
+def test_a_flash_kernel_is_counted_as_what_it_keeps():
+    """No logits; Pallas's, the bias's gradient of each row instead."""
+    find = lambda flash, kind: {
+        (row["data"], row["fsdp"], row["tensor"], row["remat"]): row
+        for row in plan_of(config(model={"flash": flash}), devices=4, kind=kind)["layouts"]
+    }
+    for kind in ("h100", "tpu-v4"):
+        plain, flash = find(False, kind), find(True, kind)
+        assert {at for at in plain if at[2] == 1} == set(flash)  # a run refuses the others
+        for at, row in flash.items():
+            assert row["kept"] < plain[at]["kept"] and row["in_work"] < plain[at]["in_work"]
+    gpu, tpu = find(True, "h100"), find(True, "tpu-v4")
+    assert all(gpu[at]["in_work"] < tpu[at]["in_work"] for at in gpu)
+    with pytest.raises(UserError, match="JAX runs on cpu"):
+        find(True, "cpu")

@@ -11,9 +11,10 @@ from helpers import Killer, make_backbone, make_rows, metrics, run_config, run_v
 from test_survival import diverge
 
 from jaxprompt import api
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, load_config
 from jaxprompt.progress import show_result
 from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.train.logbook import Diverged, Shown, check_members
 from jaxprompt.train.loop import train
 
 TASKS = ["mine", "other"]
@@ -37,7 +38,7 @@ def two_tasks(backbone, folder, **settings):
         "metrics": ["macro_f1", "accuracy"], "max_target_length": 8,
     }  # fmt: skip
     grid = {"task": [mine, other], "length": [5, 3], "seed": [0, 2]}
-    return run_config(backbone, folder, prompt={"population": grid}, **settings)
+    return run_config(backbone, folder, task="mine", prompt={"population": grid}, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,38 @@ def test_a_reparameterised_prompt_of_any_length_is_that_of_a_lone_run(backbone, 
             train(member.model_copy(update={"output": str(folder)}))
             alone = load_prompt(folder / "prompt").vectors
             np.testing.assert_allclose(prompt_of(run, k).vectors, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_that_has_diverged_is_kept_nowhere(backbone, tmp_path):
+    """Numbers that are none answer too: always the first label."""
+    grid = {"learning_rate": [0.3, 1e38]}
+    run = run_config(backbone, tmp_path, prompt={"population": grid}, train={"clip": 0})
+    result = train(run)
+    assert result["population"][1]["value"] is None and result["value"] > 0
+    assert len(load_prompt(result["prompt"]).vectors) == 3
+    assert [p.name for p in (tmp_path / "run" / "population").iterdir()] == ["0"]
+    assert "diverged" in (tmp_path / "run" / "population.md").read_text()
+
+
+def test_a_task_of_which_no_prompt_is_left_is_told():
+    shown = [Shown("mine/", "accuracy"), Shown("other/", "f1"), Shown("other/", "f1")]
+    check_members(7, [0, 1, 2], [True, False, True], shown)
+    with pytest.raises(Diverged, match="loss of task 'other' is nan at step 7"):
+        check_members(7, [0, 1, 2], [True, False, False], shown)
+    check_members(7, [0], [True], shown)  # the others had been stopped
+
+
+def test_keys_of_a_task_stand_where_it_is_named(backbone, tmp_path):
+    grid = {"task": ["spam", "supersense"]}
+    with pytest.raises(UserError, match="move them there"):
+        run_config(backbone, tmp_path, prompt={"population": grid})
+
+
+def test_what_is_kept_names_the_dtype(population):
+    run, _ = population
+    assert run.model.dtype is None
+    assert load_config(Path(run.output) / "config.yaml").model.dtype == "float32"
+    assert prompt_of(run, 0).facts["config"]["model"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

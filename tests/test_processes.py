@@ -115,6 +115,18 @@ def test_the_layout_changes_nothing_but_the_order_of_sums(
     assert files == sorted(p.name for p in (alone.folder / "run").iterdir())
 
 
+def test_a_population_of_two_lengths_is_the_same_over_processes(backbone, tmp_path):
+    told = ["prompt.population={length: [5, 3]}", "train.steps=6", "train.halve_every=4"]
+    one = Run(backbone, tmp_path / "one", 1, 1, [told]).complete()
+    two = Run(backbone, tmp_path / "two", 2, 1, [told] * 2).complete()
+    for k, length in enumerate((5, 3)):
+        folders = (run.folder / "run" / "population" / str(k) / "prompt" for run in (one, two))
+        a, b = (load_prompt(folder).vectors for folder in folders)
+        assert len(a) == length
+        np.testing.assert_allclose(a, b, atol=CLOSE)
+    np.testing.assert_allclose(one.losses(), two.losses(), atol=CLOSE)
+
+
 @pytest.mark.parametrize("first", [(2, 1), (1, 1)])
 def test_a_run_moves_to_other_processes_and_devices(alone, backbone, tmp_path, first):
     first = Run(backbone, tmp_path, *first, steps=7).complete()

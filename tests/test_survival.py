@@ -15,7 +15,7 @@ from helpers import run_config as config
 
 from jaxprompt.config import UserError
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.train import checkpoint, loop
+from jaxprompt.train import checkpoint, logbook, loop
 from jaxprompt.train.checkpoint import Checkpoints
 from jaxprompt.train.interrupt import Interrupted, Signals, locked
 from jaxprompt.train.logbook import Diverged, Silent
@@ -252,7 +252,7 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, backbone, tmp_path, monkey
 
 def diverge(monkeypatch, at, times):
     """Let the loss of a step be no number, so many times."""
-    check, met = loop.check_loss, []
+    check, met = logbook.check_loss, []
 
     def log(pending, *rest):
         if pending[0] == at and len(met) < times:

@@ -187,7 +187,7 @@ def batch_indices(
     return chunk[_random(seed, epoch, stream=first + 1).permutation(len(chunk))[position - first]]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _permutation(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
     """The order of an epoch; kept, because a large set takes milliseconds and every batch asks."""
     return _random(seed, epoch, stream=0).permutation(count)

@@ -1,8 +1,9 @@
-"""Attention by kernels that write no logits to memory, which others keep (letters: layers.py).
+"""Attention by kernels that keep logits out of memory, maintained by others (letters: layers.py).
 
 cuDNN's, as ``jax.nn.dot_product_attention`` calls it, for NVIDIA GPUs, and JAX's own in Pallas for
 TPUs. Both compute as Dao et al. (2022, arXiv 2205.14135) do and take T5's bias. They give its
-gradient whether it is asked for or not, Pallas's as one [N, S, S] for each row.
+gradient whether it is asked for or not, Pallas's as one [N, S, S] for each row; so large is cuDNN's
+bias too, in which what each row sees is written, where examples share rows.
 """
 
 import functools
@@ -17,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprompt.config import UserError
 
 KERNELS = {"gpu": "cudnn", "tpu": "pallas"}
-# multiples of the first alone are what the Pallas kernel takes; fewer and larger blocks are faster
+# widths are multiples of these
+_STEPS = {"cudnn": 2, "pallas": 128}
+# fewer and larger ones are faster
 _BLOCKS = (128, 256, 512)
 
 
@@ -27,7 +30,10 @@ _BLOCKS = (128, 256, 512)
 )  # fmt: skip
 @dataclass(frozen=True)
 class Rows:
-    """What positions of a batch see of their own row, and the kernel that computes it."""
+    """What positions of a batch see of their own row, and the kernel that computes it.
+
+    Rows are as wide as it takes them, which may be more than they were.
+    """
 
     segments: Int[Array, "B S"]
     lengths: Int[Array, " B"] | None  # where each row is one segment
@@ -35,14 +41,14 @@ class Rows:
     kernel: str
 
 
-def kernel(flash: bool, dtype: str, mesh: Mesh | None) -> str:
-    """The kernel that is meant by ``flash`` on this backend; "" for none.
+def kernel(flash: bool, dtype: str, mesh: Mesh | None, backend: str | None = None) -> str:
+    """The kernel that is meant by ``flash`` on a backend, this one if None; "" for none.
 
     Raises UserError where there is none for backend, dtype or mesh.
     """
     if not flash:
         return ""
-    backend, parts = jax.default_backend(), 1 if mesh is None else mesh.shape["tensor"]
+    backend, parts = backend or jax.default_backend(), 1 if mesh is None else mesh.shape["tensor"]
     found = KERNELS.get(backend)
     if found is None:
         raise UserError(
@@ -64,6 +70,7 @@ def kernel(flash: bool, dtype: str, mesh: Mesh | None) -> str:
 
 def rows(segments: Int[Array, "B S"], kernel: str, packed: bool) -> Rows:
     """What is seen in a batch. packed: whether rows may have more than one segment."""
+    segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % _STEPS[kernel])))
     lengths = mask = None
     if kernel == "cudnn" and packed:
         same = segments[:, :, None] == segments[:, None, :]
@@ -86,10 +93,13 @@ def attention(
     The result has the dtype of the query. cuDNN's kernel rounds the bias too. All is NaN where it
     was told that each row is one segment, and one has more.
     """
-    narrow = [x.astype(jnp.bfloat16) for x in (query, key, value)]
+    size = query.shape[1]
+    more = 0, seen.segments.shape[1] - size
+    wide = [jnp.pad(x.astype(jnp.bfloat16), ((0, 0), more, (0, 0), (0, 0)))
+            for x in (query, key, value)]  # fmt: skip
     compute = _cudnn if seen.kernel == "cudnn" else _pallas
-    found = compute(narrow, bias, seen)
-    return found.astype(query.dtype)
+    found = compute(wide, jnp.pad(bias, ((0, 0), (0, 0), more, more)), seen)
+    return found[:, :size].astype(query.dtype)
 
 
 def _cudnn(three, bias, seen: Rows):
@@ -106,13 +116,9 @@ def _cudnn(three, bias, seen: Rows):
 def _pallas(three, bias, seen: Rows):
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
-    size = three[0].shape[1]
-    more = -size % _BLOCKS[0]
-    block = max(width for width in _BLOCKS if (size + more) % width == 0)
+    block = max(width for width in _BLOCKS if three[0].shape[1] % width == 0)
     names = [name for name in tpu.BlockSizes.__dataclass_fields__ if name != "block_b"]
     blocks = tpu.BlockSizes(block_b=1, **dict.fromkeys(names, block))
-    padded = lambda x, axes: jnp.pad(x, [(0, more if i in axes else 0) for i in range(x.ndim)])
-    bias = padded(bias, (2, 3))
 
     def of_row(segments, *three):
         # a row by itself, so that all read one bias
@@ -121,4 +127,4 @@ def _pallas(three, bias, seen: Rows):
         found: Any = tpu.flash_attention(*three, bias, ids, sm_scale=1.0, block_sizes=blocks)
         return found[0].swapaxes(0, 1)
 
-    return jax.vmap(of_row)(*(padded(x, (1,)) for x in (seen.segments, *three)))[:, :size]
+    return jax.vmap(of_row)(seen.segments, *three)

@@ -23,7 +23,16 @@ from jax.sharding import Mesh
 
 from jaxprompt import parallel
 from jaxprompt.config import UserError
-from jaxprompt.model import family, flash_attention, hf, hub, llama_hf, small_weights, t5x
+from jaxprompt.model import (
+    family,
+    flash_attention,
+    hf,
+    hub,
+    llama_hf,
+    precision,
+    small_weights,
+    t5x,
+)
 from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
@@ -50,7 +59,7 @@ class Backbone(NamedTuple):
 def load_backbone(
     name_or_path: str,
     *,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     mesh: Mesh | None = None,
     dropout: float = 0.0,
     unroll: bool | None = None,
@@ -64,7 +73,7 @@ def load_backbone(
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
     dtype: of parameters and computation, "float32", "bfloat16" or "mixed" (float32 but for the
-    operands of matrix products, which are rounded to bfloat16).
+    operands of matrix products, which are rounded to bfloat16); None: what suits the backend.
     mesh: the devices that it is spread over, see parallel.py; None is the default device.
     unroll: the loop over layers, which takes longer to compile and no less time to run on CPUs.
     attention: of a decoder-only model, "causal", "prompt" or "prefix" (model/llama_config.py).
@@ -76,7 +85,7 @@ def load_backbone(
     flash: a T5's encoder attends by an accelerator's kernel, see flash_attention.py.
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
     """
-    name = str(name_or_path)
+    name, dtype = str(name_or_path), precision.chosen(dtype)
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)

@@ -1,14 +1,27 @@
 """What the dtype of a config means, for every family, and bfloat16 that is kept for later."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt16
+
+from jaxprompt.config import RunConfig
+from jaxprompt.pretrain_config import PretrainConfig
+
+AnyConfig = TypeVar("AnyConfig", RunConfig, PretrainConfig)
 
 
 def chosen(dtype: str | None, cpu: bool | None = None) -> str:
     """The dtype of a run; one that names none is mixed on accelerators and float32 on CPUs."""
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
     return dtype or ("float32" if cpu else "mixed")
+
+
+def settled(config: AnyConfig) -> AnyConfig:
+    """The run with the dtype that it has on this backend: what is kept of it names one."""
+    model = config.model.model_copy(update={"dtype": chosen(config.model.dtype)})
+    return config.model_copy(update={"model": model})
 
 
 class Precision:

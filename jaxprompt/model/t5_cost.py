@@ -34,6 +34,8 @@ def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
         kept = depth * of_a_layer
     in_work = positions * max(2 * wide, 4 * inner) * size + 2 * positions * shape.d_model * 4
     in_work += 2 * looked_at * 4
+    if shape.flash == "pallas":  # the bias's gradient of each row
+        in_work += positions * heads * work.inputs * 4
     head = 3 * work.rows * work.targets * (shape.vocab_size // ways) * 4
     bias = heads * work.inputs**2 * 4
     return {"kept": kept + bias, "in_work": max(in_work, head)}

@@ -48,6 +48,11 @@ def joined(trees: Sequence[Tree]) -> Tree:
     return trees[0] if len(trees) == 1 else tuple(trees)
 
 
+def parts_of(value: Any, tree: Tree) -> tuple[Any, ...]:
+    """What belongs to each of ``trees_of(tree)``, of what ``joined`` has made in the same way."""
+    return value if isinstance(tree, tuple) else (value,)
+
+
 def count(tree: Tree) -> int:
     """K, the prompts in a tree."""
     return sum(len(jax.tree.leaves(own)[0]) for own in trees_of(tree))

@@ -216,7 +216,8 @@ def _train(
     test = result.get("test", {}).get(task.metrics[0])
     scores = {"validation": result["value"], "test": test} | {key: result[key] for key in keys}
     if cell.method == "full":
-        return scores, open_session(None, load_backbone(str(folder / "model")))
+        model = load_backbone(str(folder / "model"), dtype=None)
+        return scores, open_session(None, model)
     prompt = load_prompt(folder / "prompt")
     scores["metrics"] = prompt.facts["metrics"]
     session = open_session(prompt, backbone)
@@ -312,7 +313,8 @@ def _load(name: str, bench: Bench, held: Record) -> Backbone:
         if held:  # the last one's weights would stay in compiled code
             held.clear()
             jax.clear_caches()
-        held.update(backbone=load_backbone(path), name=name)
+        # as training, whose recipes name no dtype
+        held.update(backbone=load_backbone(path, dtype=None), name=name)
     backbone, file = held["backbone"], bench.out / "runs" / name / "fingerprint"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():

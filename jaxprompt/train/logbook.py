@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +154,14 @@ class Logbook:
             if self._board is not None and name != "step":
                 self._board.add_scalar(name, value, row["step"])
 
+    def rows_of(self, prefix: str) -> list[dict[str, Any]]:
+        """The rows so far with keys of this prefix alone, without it."""
+        return [
+            {key.removeprefix(prefix): x for key, x in row.items()
+             if key == "step" or key.startswith(prefix)}
+            for row in self.rows
+        ]  # fmt: skip
+
     def back_to(self, step: int) -> None:
         """Forget the rows after ``step``."""
         self.close()
@@ -208,11 +216,12 @@ class Diverged(UserError):
     """What is trained is no number any more."""
 
 
-def check_loss(loss: float, step: int) -> None:
-    """Refuse to go on with a loss that is no number."""
+def check_loss(loss: float, step: int, task: str = "") -> None:
+    """Refuse to go on with a loss (of one of several tasks) that is no number."""
     if not math.isfinite(loss):
+        which = f" of task {task!r}" if task else ""
         raise Diverged(
-            f"The loss is {loss} at step {step}; lower train.learning_rate, use "
+            f"The loss{which} is {loss} at step {step}; lower train.learning_rate, use "
             "model.dtype=float32, or let train.on_divergence=go_back do it. The checkpoint before "
             "it is intact."
         )
@@ -235,6 +244,17 @@ class Shown(NamedTuple):
     metric: str
 
 
+def check_members(step: int, alive: Sequence[int], sound: Any, shown: list[Shown]) -> None:
+    """Raise Diverged where no member of a task has finite numbers.
+
+    Of several prompts some may diverge, which is nothing to the others.
+    """
+    left = {shown[k].prefix for k, ok in zip(alive, sound, strict=True) if ok}
+    lost = {shown[k].prefix for k in alive} - left
+    if lost:
+        check_loss(math.nan, step, min(lost).rstrip("/"))
+
+
 def log_step(
     pending: Any, logbook: Logbook, reporter, clock: Clock, progress, shown: list[Shown]
 ) -> None:
@@ -242,9 +262,7 @@ def log_step(
     step, losses, alive = pending
     each, accuracy = (np.asarray(x) for x in jax.device_get(losses))
     sound = np.isfinite(each)
-    if not sound.any():
-        check_loss(float(each[0]), step)
-    # of a population some may diverge, which is nothing to the others
+    check_members(step, alive, sound, shown)
     loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
     if step % LOG_EVERY == 0:
         row: dict[str, Any] = {"step": step, "loss": loss, "token_accuracy": right}
@@ -264,16 +282,27 @@ def log_step(
     reporter.step(step, {"loss": loss, **best, **rates})
 
 
-def log_scores(logbook: Logbook, reporter, step: int, alive, scores, shown: list[Shown]) -> None:
-    """The metrics of a task's best prompt as the task's, and of each where there are several."""
+def log_scores(
+    logbook: Logbook,
+    reporter,
+    step: int,
+    judged: Sequence[tuple[int, dict[str, float]]],
+    shown: list[Shown],
+) -> None:
+    """The metrics of a task's best prompt as the task's, and of each where there are several.
+
+    judged: members with what was found.
+    """
     row: dict[str, Any] = {"step": step}
     for prefix, metric in dict.fromkeys(shown):
-        mine = [found for k, found in zip(alive, scores, strict=True) if shown[k].prefix == prefix]
+        mine = [found for k, found in judged if shown[k].prefix == prefix]
+        if not mine:
+            continue
         best = max(mine, key=lambda found: found[metric])
         row |= {f"{prefix}validation/{name}": value for name, value in best.items()}
         among = f", the best of {len(mine)} prompts" if len(mine) > 1 else ""
         reporter.say(f"step {step}: {prefix}validation {metric} {best[metric]:.4f}{among}")
-    if len(alive) > 1:
-        for k, found in zip(alive, scores, strict=True):
+    if len(judged) > 1:
+        for k, found in judged:
             row |= {f"prompt{k}/validation/{name}": value for name, value in found.items()}
     logbook.write(row)

@@ -33,7 +33,7 @@ from jaxprompt.train.logbook import (
     Logbook,
     Shown,
     Silent,
-    check_loss,
+    check_members,
     complete,
     log_scores,
     log_step,
@@ -73,6 +73,7 @@ def train(
 def _train(
     config: RunConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ) -> dict[str, Any]:
+    config = precision.settled(config)
     method, settings = METHODS[config.method], config.train
     parallel.check_same("config", config.model_dump(exclude={"output"}))
     members = config.members()
@@ -90,11 +91,10 @@ def _train(
         parallel.check_batch_size(settings.micro_batch, mesh, "train.micro_batch")
     # before the backbone, which may take minutes: most mistakes are in the data
     rows = {name: read_splits(task, settings.eval_rows) for name, task in tasks.items()}
-    dtype = precision.chosen(config.model.dtype)
-    reporter.say(f"loading {config.backbone}, {dtype}")
+    reporter.say(f"loading {config.backbone}, {config.model.dtype}")
     backbone = load_backbone(
         config.backbone,
-        dtype=dtype,
+        dtype=config.model.dtype,
         weights=config.model.weights,
         mesh=mesh,
         dropout=config.model.dropout,
@@ -196,7 +196,7 @@ def _train(
             places = [place for place, k in enumerate(alive) if own[k] is given]
             if not places:
                 continue
-            mine = bank if len(places) == len(alive) else bank[np.array(places)]
+            mine = bank if len(assigned) == 1 else bank[np.array(places), : given.length]
             scores = measure(params, mine, given.task, given.validation)
             found |= zip(places, scores, strict=True)
         return [found[place] for place in range(len(alive))]
@@ -264,12 +264,13 @@ def _train(
         params, bank = applied(method, state.tree, backbone.params)
         with signals.free():
             scores = scores_of(alive, params, bank)
+        fine = sound(state.tree)  # what is no number answers too
         ahead = {name: max(progress["best"][k] for k in learning(name)) for name in tasks}
         progress["stale"] += 1
         for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
             given, score = own[k], found[own[k].metric]
             progress["trained"][k] = done
-            if not score > progress["best"][k]:
+            if not (fine[place] and score > progress["best"][k]):
                 continue
             progress["best"][k], progress["best_step"][k] = score, done
             mine = None if bank is None else bank[place : place + 1, : given.length]
@@ -283,7 +284,8 @@ def _train(
                 save_tuned(place_of(name), params, mine, backbone, facts)
                 progress["stale"] = 0
         progress["evaluated"] = done
-        log_scores(logbook, reporter, done, alive, scores, shown)
+        judged = [(k, found) for k, found, ok in zip(alive, scores, fine, strict=True) if ok]
+        log_scores(logbook, reporter, done, judged, shown)
         halving = settings.halve_every and done % settings.halve_every == 0
         halves = (better_half(progress["best"], learning(n, alive)) for n in tasks)
         kept = in_order(itertools.chain(*halves))
@@ -294,8 +296,7 @@ def _train(
             reporter.say(f"going on with {len(alive)} of {count} prompts")
 
     def save() -> None:
-        if not sound(state.tree).any():
-            check_loss(math.nan, done)
+        check_members(done, alive, sound(state.tree), shown)
         progress["seconds"] = clock.seconds()
         checkpoints.save(done, state, progress)
 
@@ -365,14 +366,13 @@ def _train(
                 # placed as in training, where what answers has been compiled
                 bank = jax.device_put(best[None], parallel.replicated(mesh))
             else:
-                params = load_backbone(str(place / "model"), dtype=dtype, mesh=mesh).params
+                params = load_backbone(
+                    str(place / "model"), dtype=config.model.dtype, mesh=mesh
+                ).params
             with signals.free():
                 found["test"] = measure(params, bank, given.task, given.test)[0]
         if jax.process_index() == 0:
-            rows = [
-                {key.removeprefix(called(name)): value for key, value in row.items()}
-                for row in logbook.rows
-            ]
+            rows = logbook.rows_of(called(name))
             draw_curves(rows, given.metric, found["majority"], place / "curves.png")
         return found
 
@@ -388,7 +388,7 @@ def _train(
         "frozen_parameters": small_weights.count(backbone.params) if method.uses_prompt else 0,
     }
     if count > 1:
-        result["population"] = table(config.choices(), [t.name for t in task_of], progress)
+        result["population"] = table(config.choices(), task_of, progress)
         metrics = dict.fromkeys(given.metric for given in own)
         markdown = as_markdown(result["population"], " or ".join(metrics))
         if jax.process_index() == 0:

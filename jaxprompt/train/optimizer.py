@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprompt.config import Optimization
-from jaxprompt.prompts.methods import by_length, count, joined, trees_of
+from jaxprompt.prompts.methods import by_length, count, joined, parts_of, trees_of
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
 # moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.
@@ -87,8 +87,7 @@ def per_prompt(
         rates = jnp.full(total, config.learning_rate) if peaks is None else jnp.asarray(peaks)
         each = jax.vmap(lambda rate, *args: make_optimizer(config, rate).update(*args))
         trees, own_rates = by_length(updates, rates)
-        states = (state,) if len(trees) == 1 else state
-        every = zip(own_rates, trees, states, trees_of(params), strict=True)
+        every = zip(own_rates, trees, parts_of(state, updates), trees_of(params), strict=True)
         found = [each(*args) for args in every]
         return joined([new for new, _ in found]), joined([after for _, after in found])
 

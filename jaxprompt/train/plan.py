@@ -19,7 +19,7 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, UserError
 from jaxprompt.data.pipeline import round_target_length
 from jaxprompt.data.tasks import resolve_task
-from jaxprompt.model import family, precision, small_weights
+from jaxprompt.model import family, flash_attention, precision, small_weights
 from jaxprompt.model.load import open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
@@ -110,7 +110,7 @@ class Weights(NamedTuple):
     def of(cls, shape: family.Config, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small``: ``model.weights`` of the config."""
         found = {True: 0, False: 0}
-        for (path, leaf), named in _parameters(replace(shape, remat=False)):
+        for (path, leaf), named in _parameters(replace(shape, remat=False, flash="")):
             axes = {parallel.RULES.get(str(name)) for name in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
             size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
@@ -175,15 +175,16 @@ def plan_of(
             "on T5; measure a run of a few steps instead."
         )
     shape = replace(shape, dtype=precision.chosen(config.model.dtype, cpu))
+    backend = "cpu" if cpu else kind[:3] if kind.startswith("tpu") else "gpu"
+    flash = flash_attention.kernel(config.model.flash, shape.dtype, None, backend)
     widths = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
     batch = config.train.batch_size
     counted = cost.flops(shape, batch * len(members), inputs, targets)
     rows, state = [], state_bytes(config, shape)
     for layout in layouts(devices, batch, widths, shape.d_model):
         whole = layout.tensor == 1
-        flash = (
-            "cudnn" if config.model.flash and whole and not cpu else ""
-        )  # any kernel counts alike
+        if flash and not whole:
+            continue  # a run would refuse it
         own = replace(shape, remat=layout.remat, rows_in_turn=cpu and whole, flash=flash)
         work = work_of(config, layout, inputs, targets, cpu)
         held, sent = needs(own, work, layout, config.model.weights)

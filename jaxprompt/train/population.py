@@ -18,7 +18,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.model.load import Backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.init import initial_prompt
-from jaxprompt.prompts.methods import METHODS, count, joined, trees_of
+from jaxprompt.prompts.methods import METHODS, count, joined, parts_of, trees_of
 from jaxprompt.train.step import TrainState
 
 
@@ -55,8 +55,7 @@ def stacked(trees: Sequence[Any]) -> Any:
 def keep_of(state: TrainState, places: Sequence[int]) -> TrainState:
     """The state with the prompts at these places only."""
     trees, kept, first = trees_of(state.tree), [], 0
-    optimizers = (state.optimizer,) if len(trees) == 1 else state.optimizer
-    for both in zip(trees, optimizers, strict=True):
+    for both in zip(trees, parts_of(state.optimizer, state.tree), strict=True):
         last = first + count(both[0])
         chosen = jnp.asarray([place - first for place in places if first <= place < last])
         if chosen.size:
@@ -83,19 +82,26 @@ def winner(best: Sequence[float], best_step: Sequence[int], among: Sequence[int]
 
 
 def table(
-    choices: Sequence[dict[str, Any]], tasks: Sequence[str], progress: dict[str, Any]
+    choices: Sequence[dict[str, Any]], tasks: Sequence[TaskConfig], progress: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row for each prompt: what it differs in, its best metric, and when it stopped."""
-    each = zip(
-        choices, tasks, progress["best"], progress["best_step"], progress["trained"], strict=True
-    )
+    """A row for each prompt: what it differs in, its best metric, and when it stopped.
+
+    The metric is None where a prompt has diverged before it was ever judged.
+    """
+    named = [
+        {key: task.name if key == "task" else value for key, value in choice.items()}
+        for choice, task in zip(choices, tasks, strict=True)
+    ]
+    each = zip(named, progress["best"], progress["best_step"], progress["trained"], strict=True)
     return [
         {
-            **choice, **({"task": task} if "task" in choice else {}),
-            "value": value, "best_step": step, "steps": steps,
+            **choice,
+            "value": value if math.isfinite(value) else None,
+            "best_step": step,
+            "steps": steps,
         }
-        for choice, task, value, step, steps in each
-    ]  # fmt: skip
+        for choice, value, step, steps in each
+    ]
 
 
 def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
@@ -103,7 +109,9 @@ def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
     names = list(rows[0])
     head = [metric if name == "value" else name for name in names]
     lines = [f"| {' | '.join(head)} |", "|---" * len(names) + "|"]
-    for row in sorted(rows, key=lambda row: (row.get("task", ""), -row["value"])):
-        cells = (f"{v:.4f}" if k == "value" else f"{v}" for k, v in row.items())
+    lost = lambda value: "diverged" if value is None else f"{value:.4f}"
+    worth = lambda value: -math.inf if value is None else value
+    for row in sorted(rows, key=lambda row: (row.get("task", ""), -worth(row["value"]))):
+        cells = (lost(v) if k == "value" else f"{v}" for k, v in row.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -73,6 +73,7 @@ def pretrain(
 def _pretrain(
     config: PretrainConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ):
+    config = precision.settled(config)
     settings, folder = config.train, Path(config.output)
     parallel.check_same("config", config.model_dump(exclude={"output"}))
     result = parallel.by_first(lambda: complete(config))
@@ -243,9 +244,9 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
 
 
 def _chosen(config: PretrainConfig, mesh: Mesh) -> dict[str, Any]:
-    dtype = precision.chosen(config.model.dtype)
-    flash = flash_attention.kernel(config.model.flash, dtype, mesh)
-    return {"dtype": dtype, "flash": flash, "packed": _widths(config)}
+    dtype, packed = config.model.dtype, _widths(config)
+    flash = flash_attention.kernel(config.model.flash, str(dtype), mesh)
+    return {"dtype": dtype, "flash": flash, "packed": packed}
 
 
 def _widths(config: PretrainConfig) -> tuple[int, ...]:

@@ -177,11 +177,13 @@ def make_train_step(
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
     """Whether all numbers of a prompt are finite."""
 
-    def of_one(tree):
-        leaves = map(np.asarray, jax.tree.leaves(tree))
-        return np.all([np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in leaves], axis=0)
+    return np.concatenate(parallel.fetch(_sound(trees_of(tree))))
 
-    return np.concatenate([of_one(own) for own in trees_of(parallel.fetch(tree))])
+
+@jax.jit
+def _sound(trees):
+    fine = lambda x: jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+    return [jnp.all(jnp.stack([*map(fine, jax.tree.leaves(own))]), axis=0) for own in trees]
 
 
 def init_state(
