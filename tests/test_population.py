@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -153,10 +154,11 @@ def test_a_prompt_that_has_diverged_is_kept_nowhere(backbone, tmp_path):
 
 def test_a_task_of_which_no_prompt_is_left_is_told():
     shown = [Shown("mine/", "accuracy"), Shown("other/", "f1"), Shown("other/", "f1")]
-    check_members(7, [0, 1, 2], [True, False, True], shown)
-    with pytest.raises(Diverged, match="loss of task 'other' is nan at step 7"):
-        check_members(7, [0, 1, 2], [True, False, False], shown)
-    check_members(7, [0], [True], shown)  # the others had been stopped
+    nan, inf = math.nan, math.inf
+    check_members(7, [0, 1, 2], [1.0, nan, 2.0], shown)
+    with pytest.raises(Diverged, match="loss of task 'other' is inf at step 7"):
+        check_members(7, [0, 1, 2], [1.0, inf, nan], shown)
+    check_members(7, [0], [1.0], shown)  # the others had been stopped
 
 
 def test_keys_of_a_task_stand_where_it_is_named(backbone, tmp_path):

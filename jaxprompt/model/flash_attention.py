@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.config import UserError
+from jaxprompt.model import layers
 
 KERNELS = {"gpu": "cudnn", "tpu": "pallas"}
 # widths are multiples of these
@@ -73,8 +74,7 @@ def rows(segments: Int[Array, "B S"], kernel: str, packed: bool) -> Rows:
     segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % _STEPS[kernel])))
     lengths = mask = None
     if kernel == "cudnn" and packed:
-        same = segments[:, :, None] == segments[:, None, :]
-        mask = (same & (segments[:, None, :] > 0))[:, None]
+        mask = layers.segment_mask(segments, segments)
     elif kernel == "cudnn":
         # of no keys at all there would be no mean
         lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)

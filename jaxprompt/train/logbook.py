@@ -244,15 +244,17 @@ class Shown(NamedTuple):
     metric: str
 
 
-def check_members(step: int, alive: Sequence[int], sound: Any, shown: list[Shown]) -> None:
-    """Raise Diverged where no member of a task has finite numbers.
+def check_members(step: int, alive: Sequence[int], losses: Any, shown: list[Shown]) -> None:
+    """Raise Diverged where no member of a task has a loss that is a number.
 
     Of several prompts some may diverge, which is nothing to the others.
     """
-    left = {shown[k].prefix for k, ok in zip(alive, sound, strict=True) if ok}
-    lost = {shown[k].prefix for k in alive} - left
-    if lost:
-        check_loss(math.nan, step, min(lost).rstrip("/"))
+    by_task: dict[str, list[float]] = {}
+    for k, loss in zip(alive, losses, strict=True):
+        by_task.setdefault(shown[k].prefix, []).append(float(loss))
+    for prefix, own in by_task.items():
+        if not any(map(math.isfinite, own)):
+            check_loss(own[0], step, prefix.rstrip("/"))
 
 
 def log_step(
@@ -262,7 +264,7 @@ def log_step(
     step, losses, alive = pending
     each, accuracy = (np.asarray(x) for x in jax.device_get(losses))
     sound = np.isfinite(each)
-    check_members(step, alive, sound, shown)
+    check_members(step, alive, each, shown)
     loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
     if step % LOG_EVERY == 0:
         row: dict[str, Any] = {"step": step, "loss": loss, "token_accuracy": right}

@@ -296,7 +296,7 @@ def _train(
             reporter.say(f"going on with {len(alive)} of {count} prompts")
 
     def save() -> None:
-        check_members(done, alive, sound(state.tree), shown)
+        check_members(done, alive, np.where(sound(state.tree), 0.0, math.nan), shown)
         progress["seconds"] = clock.seconds()
         checkpoints.save(done, state, progress)
 
