@@ -237,7 +237,7 @@ class RunConfig(Schema):
                 )
         for member in self.members() if grid else ():
             try:
-                parse(type(self), member.model_dump())
+                parse(type(self), member.model_dump(warnings=False))
             except UserError as error:
                 raise ValueError(f"prompt.population: {str(error).rstrip('.')}") from None
         return self
