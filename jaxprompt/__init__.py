@@ -9,14 +9,18 @@ Names are loaded when they are first used, so that ``import jaxprompt`` costs no
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING
+
+from jaxprompt import moved
 
 if TYPE_CHECKING:
     from jaxprompt.api import evaluate, inspect, open_session, predict, score
     from jaxprompt.config import RunConfig, TaskConfig, UserError, load_config
     from jaxprompt.model.load import Backbone, load_backbone
     from jaxprompt.prompts.artefact import Prompt, load_prompt, save_peft, save_prompt
-    from jaxprompt.train.loop import train
+    from jaxprompt.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -25,8 +29,8 @@ _HOMES = {
     "jaxprompt.config": ("RunConfig", "TaskConfig", "UserError", "load_config"),
     "jaxprompt.model.load": ("Backbone", "load_backbone"),
     "jaxprompt.prompts.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
+    "jaxprompt.training.loop": ("train",),
 }
-_HOMES["jaxprompt.train.loop"] = ("train",)
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -39,4 +43,22 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'jaxprompt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+class _Package(types.ModuleType):
+    """A package whose public names are never replaced by a module of the same name.
+
+    Python sets a submodule as an attribute of its package when it is imported. Without this, a
+    submodule called ``train`` would hide the function ``train`` from then on.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+moved.install()

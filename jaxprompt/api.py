@@ -15,9 +15,9 @@ from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.evaluate.analyze import draw_prompt, summarize
-from jaxprompt.evaluate.metrics import diagnose, likeliest, majority, vote
-from jaxprompt.evaluate.score import (
+from jaxprompt.evaluation.analyze import draw_prompt, summarize
+from jaxprompt.evaluation.metrics import diagnose, likeliest, majority, vote
+from jaxprompt.evaluation.score import (
     Answers,
     Model,
     answer,
@@ -144,7 +144,7 @@ def answer_rows(
 ) -> Answers:
     """Predictions for rows with the columns that the task's template names.
 
-    share: as in ``evaluate.score.answer``. ``origin`` (a file) names the rows in errors.
+    share: as in ``evaluation.score.answer``. ``origin`` (a file) names the rows in errors.
     """
     examples = tokenize(
         task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,

@@ -21,7 +21,7 @@ from jaxprompt.config import UserError, load_config, parse, read_config
 from jaxprompt.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
-    from jaxprompt.train.interrupt import Signals
+    from jaxprompt.training.interrupt import Signals
 
 app = typer.Typer(
     help="Soft prompt tuning of frozen T5 and decoder-only models in JAX.",
@@ -66,7 +66,7 @@ def train(
 
     devices.start([run.train.batch_size, run.train.micro_batch or 0], run.mesh)
     from jaxprompt.progress import Bar, show_result
-    from jaxprompt.train.loop import train as run_training
+    from jaxprompt.training.loop import train as run_training
 
     with interruptible() as signals, Bar("training", run.train.steps) as bar:
         result = run_training(run, bar, signals)
@@ -87,7 +87,7 @@ def pretrain(
 
     devices.start([run.train.batch_size], run.mesh)
     from jaxprompt.progress import Bar, show_pretraining
-    from jaxprompt.train.pretrain import pretrain as run_pretraining
+    from jaxprompt.training.pretrain import pretrain as run_pretraining
 
     with interruptible() as signals, Bar("pre-training", run.train.steps) as bar:
         result = run_pretraining(run, bar, signals)
@@ -113,7 +113,7 @@ def plan(
     """Memory and time of a step before there is a run, and the cheapest mesh that fits."""
     run = load_config(config, overrides or [])
     from jaxprompt.progress import show_plan
-    from jaxprompt.train.plan import plan_of
+    from jaxprompt.training.plan import plan_of
 
     report = plan_of(run, devices=devices, kind=kind, memory=memory, inputs=inputs)
     show_plan(report)
@@ -325,7 +325,7 @@ def interruptible() -> Iterator["Signals"]:
     """
     import jax
 
-    from jaxprompt.train.interrupt import Interrupted, Signals
+    from jaxprompt.training.interrupt import Interrupted, Signals
 
     several = jax.process_count() > 1
     try:

@@ -19,8 +19,8 @@ from jaxprompt.data.pipeline import Batch
 from jaxprompt.model.load import LOAD_DTYPES, load_backbone
 from jaxprompt.pretrain_config import PretrainOptimization
 from jaxprompt.prompts.methods import METHODS, PRETRAINING
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state, make_train_step
 
 ROWS, PROMPT, STEPS = 32, 20, 3  # STEPS a round
 

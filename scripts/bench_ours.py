@@ -18,12 +18,12 @@ from jaxprompt import devices, parallel
 from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, TrainConfig
 from jaxprompt.data.pipeline import Example, micro_batches, with_noise
-from jaxprompt.evaluate.score import Model, answer
+from jaxprompt.evaluation.score import Model, answer
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state, make_train_step
 
 Job = dict[str, Any]
 METHOD = METHODS["prompt-tuning"]

@@ -50,7 +50,7 @@ from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
 from jaxprompt.parallel import positions
 from jaxprompt.prompts.artefact import replace_directory
-from jaxprompt.train.logbook import write_atomically
+from jaxprompt.training.logbook import write_atomically
 
 Job = dict[str, Any]
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ from bench_tools import Gate, Moment, machine
 from compare_report import markdown
 
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.train.logbook import write_atomically
+from jaxprompt.training.logbook import write_atomically
 
 
 def run_values(options: argparse.Namespace, name: str, seeds: list[int]) -> dict[str, Any]:

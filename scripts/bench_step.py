@@ -39,9 +39,9 @@ from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.model.t5_config import released
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.logbook import write_atomically
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.training.logbook import write_atomically
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state, make_train_step
 
 METHOD, SETTINGS, TARGETS = METHODS["prompt-tuning"], TrainConfig(), 4
 

@@ -41,8 +41,8 @@ from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.model import family
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.prompts.artefact import replace_directory
-from jaxprompt.train import loop
-from jaxprompt.train.logbook import write_atomically
+from jaxprompt.training import loop
+from jaxprompt.training.logbook import write_atomically
 
 Events = list[dict[str, Any]]
 

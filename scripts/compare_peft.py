@@ -26,15 +26,15 @@ from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
 from jaxprompt.data.tasks import load_rows, references, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.evaluate.score import measure
+from jaxprompt.evaluation.score import measure
 from jaxprompt.model import family
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.studies.plan import read_task
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state, make_train_step
 
 
 def padded(rows: list[np.ndarray]) -> np.ndarray:

@@ -96,8 +96,8 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
     from jaxprompt.model import family, precision
     from jaxprompt.model.t5_config import released
     from jaxprompt.prompts.methods import METHODS
-    from jaxprompt.train.optimizer import per_prompt
-    from jaxprompt.train.step import init_state, make_train_step
+    from jaxprompt.training.optimizer import per_prompt
+    from jaxprompt.training.step import init_state, make_train_step
 
     shape = released(config.backbone)
     if shape is None:

@@ -18,7 +18,7 @@ from jaxprompt.data.text import open_streams
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.train.pretrain import held_out_batches, held_out_scores
+from jaxprompt.training.pretrain import held_out_batches, held_out_scores
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from helpers_data import make_tokenizer
 from jaxprompt.config import RunConfig, parse
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
-from jaxprompt.train.logbook import Silent
+from jaxprompt.training.logbook import Silent
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,

@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxprompt.config import MeshConfig
 from jaxprompt.data.pipeline import sorted_parts
 from jaxprompt.model import t5
-from jaxprompt.train import step
+from jaxprompt.training import step
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -22,7 +22,7 @@ from jaxprompt import cli
 from jaxprompt.config import load_config
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
-from jaxprompt.train.logbook import open_run
+from jaxprompt.training.logbook import open_run
 
 COMMAND = Path(sys.executable).parent / "jaxprompt"
 
@@ -435,7 +435,7 @@ def test_rows_with_dates_can_be_written(tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
-    from jaxprompt.train import loop
+    from jaxprompt.training import loop
 
     def interrupted(config, bar, signals):
         signal.raise_signal(signal.SIGINT)

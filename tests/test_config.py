@@ -13,9 +13,11 @@ from jaxprompt.config import (
     TrainConfig,
     UserError,
     dump_yaml,
+    listed,
     load_config,
     parse,
     read_yaml,
+    shown,
 )
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.model import t5
@@ -264,3 +266,18 @@ def test_names_of_released_backbones():
     assert released("google/t5-v1_1-xl") == released("google/t5-xl-lm-adapt")
     for name in ("google/t5-xl", "google/t5-v1_1-xl-lm-adapt", "t5-small", "google/t5-v1_1-11b"):
         assert released(name) is None
+
+
+def test_a_value_in_a_message_is_bounded_and_so_is_the_work():
+    bomb = ["x"] * 10
+    for _ in range(12):  # 10^13 words when printed
+        bomb = [bomb] * 10
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (bomb, deep, {"a": bomb}, "x" * 10**7, 10**5000, list(range(10**6)), bomb[0]):
+        assert len(shown(value)) < 450
+    for value in ("it's", {"b": 1, "a": [None, 2.5]}, ["x", ("y",)], 7, True, None, b"x"):
+        assert shown(value) == repr(value)
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(map(str, range(100_000))).endswith(", 29, ... (100000 in all)")

@@ -10,7 +10,7 @@ import pytest
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, TaskConfig
 from jaxprompt.data.pipeline import Example
-from jaxprompt.evaluate import score as scoring
+from jaxprompt.evaluation import score as scoring
 from jaxprompt.model import generate, t5
 from jaxprompt.model.label_tree import label_trees
 from jaxprompt.model.layers import shift_right

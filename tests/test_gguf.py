@@ -19,7 +19,7 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model import hub
 from jaxprompt.model.load import load_backbone, save_hf
 from jaxprompt.prompts.artefact import load_prompt, save_peft
-from jaxprompt.train.loop import train
+from jaxprompt.training.loop import train
 
 HARD = "it's  12345 naïve\n\n\tcafé — <tag> question: yes"
 

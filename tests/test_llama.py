@@ -16,7 +16,7 @@ from jaxprompt.data.pipeline import Example, make_batch, pack_batch
 from jaxprompt.model import family, generate, llama
 from jaxprompt.model.label_tree import label_trees
 from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.train.step import batch_losses
+from jaxprompt.training.step import batch_losses
 
 GOLDENS = Path(__file__).parent / "goldens_causal"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())

@@ -14,11 +14,11 @@ from helpers import run_config as config
 from jaxprompt import api
 from jaxprompt.config import UserError, dump_yaml, load_config
 from jaxprompt.data.tasks import read_split, references
-from jaxprompt.evaluate.metrics import vote
+from jaxprompt.evaluation.metrics import vote
 from jaxprompt.model.load import fingerprint, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.train.logbook import check_run
-from jaxprompt.train.loop import Silent, train
+from jaxprompt.training.logbook import check_run
+from jaxprompt.training.loop import Silent, train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from helpers import make_backbone, run_values
 from jaxprompt.config import PromptConfig, RunConfig, UserError, parse
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.loop import train
+from jaxprompt.training.loop import train
 
 P, D = 3, 8
 CONFIG = PromptConfig(length=P, bottleneck=4, basis=6)

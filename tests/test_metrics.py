@@ -7,7 +7,7 @@ import pytest
 
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.tasks import Reference
-from jaxprompt.evaluate.metrics import (
+from jaxprompt.evaluation.metrics import (
     METRICS,
     SUPERGLUE,
     accuracy,
@@ -28,7 +28,7 @@ from jaxprompt.evaluate.metrics import (
     token_f1,
     vote,
 )
-from jaxprompt.evaluate.score import check_metrics
+from jaxprompt.evaluation.score import check_metrics
 
 LABELS = ["no", "yes"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxprompt.config import TrainConfig
-from jaxprompt.train.optimizer import make_optimizer, per_prompt, schedule
+from jaxprompt.training.optimizer import make_optimizer, per_prompt, schedule
 
 
 def t5x_adafactor(prompt, grads, *, first_step):

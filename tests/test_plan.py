@@ -17,10 +17,10 @@ from jaxprompt.model import t5, t5_cost
 from jaxprompt.model.load import rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train import plan
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.plan import Layout, layouts, plan_of
-from jaxprompt.train.step import init_state, make_train_step
+from jaxprompt.training import plan
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.plan import Layout, layouts, plan_of
+from jaxprompt.training.step import init_state, make_train_step
 
 WITHIN = 0.1  # of all bytes that a device needs
 

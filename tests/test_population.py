@@ -15,8 +15,8 @@ from jaxprompt import api
 from jaxprompt.config import UserError, load_config
 from jaxprompt.progress import show_result
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.train.logbook import Diverged, Shown, check_members
-from jaxprompt.train.loop import train
+from jaxprompt.training.logbook import Diverged, Shown, check_members
+from jaxprompt.training.loop import train
 
 TASKS = ["mine", "other"]
 
@@ -194,8 +194,8 @@ def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
 
 def test_trees_of_one_length_stay_one_tree():
     from jaxprompt.prompts.methods import count, trees_of
-    from jaxprompt.train.population import keep_of, stacked
-    from jaxprompt.train.step import TrainState
+    from jaxprompt.training.population import keep_of, stacked
+    from jaxprompt.training.step import TrainState
 
     tree = lambda length, value: {"prompt": np.full((1, length, 2), value, np.float32)}
     trees = [tree(3, 0), tree(3, 1), tree(5, 2), tree(5, 3)]

@@ -21,9 +21,9 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model import precision
 from jaxprompt.model.load import fingerprint, load_backbone
 from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.train import pretrain as module
-from jaxprompt.train.logbook import Silent, check_run, open_run
-from jaxprompt.train.pretrain import pretrain
+from jaxprompt.training import pretrain as module
+from jaxprompt.training.logbook import Silent, check_run, open_run
+from jaxprompt.training.pretrain import pretrain
 
 WORDS = [f"w{i}" for i in range(130)]  # the texts have the first twenty
 SHAPE = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32,

@@ -15,7 +15,7 @@ from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model import family, layers, llama, small_weights, t5
 from jaxprompt.model.load import load_backbone
 from jaxprompt.model.work import Work
-from jaxprompt.train import plan
+from jaxprompt.training import plan
 
 CONFIG = t5.T5Config(
     vocab_size=64, d_model=64, num_heads=4, head_dim=32, d_ff=64,

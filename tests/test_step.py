@@ -13,8 +13,8 @@ from jaxprompt.config import MeshConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import Example, make_batch, micro_batches, pack_batch
 from jaxprompt.model import family, t5
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import batch_losses, init_state, make_train_step
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import batch_losses, init_state, make_train_step
 
 V, P, D = 61, 4, 16
 

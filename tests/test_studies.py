@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jaxprompt import cli
 from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.evaluate.score import Answers
+from jaxprompt.evaluation.score import Answers
 from jaxprompt.studies import baselines, catalogue
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
 from jaxprompt.studies.catalogue import STUDIES

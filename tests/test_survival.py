@@ -15,11 +15,11 @@ from helpers import run_config as config
 
 from jaxprompt.config import UserError
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.train import checkpoint, logbook, loop
-from jaxprompt.train.checkpoint import Checkpoints
-from jaxprompt.train.interrupt import Interrupted, Signals, locked
-from jaxprompt.train.logbook import Diverged, Silent
-from jaxprompt.train.loop import train
+from jaxprompt.training import checkpoint, logbook, loop
+from jaxprompt.training.checkpoint import Checkpoints
+from jaxprompt.training.interrupt import Interrupted, Signals, locked
+from jaxprompt.training.logbook import Diverged, Silent
+from jaxprompt.training.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from jaxprompt.config import UserError
 from jaxprompt.data.rules import apply_rule, pad_punctuation
 from jaxprompt.data.tasks import PREFIXES, TASKS, references, resolve_task
 from jaxprompt.data.templates import to_text
-from jaxprompt.evaluate.metrics import METRICS
+from jaxprompt.evaluation.metrics import METRICS
 
 FOLDER = Path(__file__).parent / "goldens_tasks"
 GOLDENS = {path.stem: yaml12.load(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks import TASKS, resolve_task, target_texts, tokenize
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.evaluate.metrics import METRICS
+from jaxprompt.evaluation.metrics import METRICS
 
 V, P = 64, 5  # rows of the embedding table; more than the tokenizer has
 

@@ -18,7 +18,7 @@ from jaxprompt.api import Session, answer_rows
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.tasks import references, target_texts
 from jaxprompt.data.templates import to_text
-from jaxprompt.evaluate.score import measure
+from jaxprompt.evaluation.score import measure
 
 Rows = Sequence[dict[str, Any]]
 Record = dict[str, Any]

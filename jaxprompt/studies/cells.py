@@ -27,15 +27,15 @@ from jaxprompt.api import (
 )
 from jaxprompt.config import RunConfig, TaskConfig, UserError, parse
 from jaxprompt.data.tasks import load_rows, references
-from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import measure
+from jaxprompt.evaluation.metrics import majority
+from jaxprompt.evaluation.score import measure
 from jaxprompt.model import small_weights
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
-from jaxprompt.train.interrupt import locked
-from jaxprompt.train.logbook import write_atomically
-from jaxprompt.train.loop import train
+from jaxprompt.training.interrupt import locked
+from jaxprompt.training.logbook import write_atomically
+from jaxprompt.training.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
 Key = tuple[Any, ...]

@@ -17,7 +17,7 @@ from jaxprompt.model.hf import read_json
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
 from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score
-from jaxprompt.train.logbook import write_atomically
+from jaxprompt.training.logbook import write_atomically
 
 Table = list[list[str]]
 

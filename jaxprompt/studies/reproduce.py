@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.evaluate.metrics import SUPERGLUE
+from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Bench, run_cells

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from jaxprompt.evaluate.metrics import SUPERGLUE, superglue_score
+from jaxprompt.evaluation.metrics import SUPERGLUE, superglue_score
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.cells import Cell, Key
 from jaxprompt.studies.plan import Claim, Plan, score

@@ -16,7 +16,7 @@ import yaml
 from jaxprompt.config import RunConfig, TaskConfig, UserError, dump_yaml, parse, read_yaml
 from jaxprompt.model.hf import read_json
 from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.train.interrupt import LOCK, locked
+from jaxprompt.training.interrupt import LOCK, locked
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 

@@ -29,15 +29,15 @@ from jaxprompt.data.text import (
 )
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
-from jaxprompt.evaluate.analyze import draw_losses
+from jaxprompt.evaluation.analyze import draw_losses
 from jaxprompt.model import flash_attention, generate, hub, precision, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
-from jaxprompt.train.checkpoint import Checkpoints
-from jaxprompt.train.interrupt import Interrupted, Signals
-from jaxprompt.train.logbook import (
+from jaxprompt.training.checkpoint import Checkpoints
+from jaxprompt.training.interrupt import Interrupted, Signals
+from jaxprompt.training.logbook import (
     LOG_EVERY,
     Clock,
     Logbook,
@@ -47,8 +47,8 @@ from jaxprompt.train.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import TrainState, batch_losses, init_state, make_train_step, sound
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import TrainState, batch_losses, init_state, make_train_step, sound
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run

@@ -19,7 +19,7 @@ from jaxprompt.model.load import Backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS, count, joined, parts_of, trees_of
-from jaxprompt.train.step import TrainState
+from jaxprompt.training.step import TrainState
 
 
 def start_of(member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer) -> Any:

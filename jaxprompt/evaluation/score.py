@@ -21,7 +21,7 @@ from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, evaluation_batches, round_input_length, with_prompt
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.evaluate.metrics import METRICS, check_packages
+from jaxprompt.evaluation.metrics import METRICS, check_packages
 from jaxprompt.model import family, generate, small_weights
 from jaxprompt.model.label_tree import label_trees
 

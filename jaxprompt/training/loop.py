@@ -16,18 +16,18 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import training_batches, with_prompt
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.evaluate.analyze import draw_curves
-from jaxprompt.evaluate.metrics import majority
-from jaxprompt.evaluate.score import Model, answer_each
-from jaxprompt.evaluate.score import measure as measure_answers
+from jaxprompt.evaluation.analyze import draw_curves
+from jaxprompt.evaluation.metrics import majority
+from jaxprompt.evaluation.score import Model, answer_each
+from jaxprompt.evaluation.score import measure as measure_answers
 from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.methods import METHODS, applied
-from jaxprompt.train.assignment import Split, assign, read_splits, split_of, tasks_of
-from jaxprompt.train.checkpoint import Checkpoints
-from jaxprompt.train.interrupt import Interrupted, Signals
-from jaxprompt.train.logbook import (
+from jaxprompt.training.assignment import Split, assign, read_splits, split_of, tasks_of
+from jaxprompt.training.checkpoint import Checkpoints
+from jaxprompt.training.interrupt import Interrupted, Signals
+from jaxprompt.training.logbook import (
     Clock,
     Diverged,
     Logbook,
@@ -40,8 +40,8 @@ from jaxprompt.train.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.population import (
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.population import (
     as_markdown,
     better_half,
     keep_of,
@@ -50,8 +50,8 @@ from jaxprompt.train.population import (
     table,
     winner,
 )
-from jaxprompt.train.results import facts_of, save_tuned
-from jaxprompt.train.step import TrainState, make_train_step, sound
+from jaxprompt.training.results import facts_of, save_tuned
+from jaxprompt.training.step import TrainState, make_train_step, sound
 
 MOST_ROLLBACKS = 10  # the rate is then a thousandth
 

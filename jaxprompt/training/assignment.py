@@ -8,7 +8,7 @@ from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.evaluate.score import check_metrics
+from jaxprompt.evaluation.score import check_metrics
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]  # of each split
 

@@ -23,8 +23,8 @@ from jaxprompt.model import family, flash_attention, precision, small_weights
 from jaxprompt.model.load import open_config, rounded_at_load
 from jaxprompt.model.work import Work
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.train.optimizer import per_prompt
-from jaxprompt.train.step import init_state
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory; the rest is for its runtime and for gaps
