@@ -151,6 +151,16 @@ def test_matthews_of_a_known_table():
     assert judge(matthews, ["yes"] * 12, references) == 0.0
 
 
+def test_illegal_answers_are_one_class_to_matthews():
+    # rows true, columns predicted (no, yes, illegal): [1 0 1] [0 1 1]; by Gorodkin's formula
+    # c 2, s 4, p (1, 1, 2), t (2, 2, 0): (2*4 - 4) / sqrt((16 - 6) (16 - 8)) = 4 / sqrt(80)
+    references = ["no", "no", "yes", "yes"]
+    for others in (("x", "y"), ("x", "x"), ("no yes", "")):
+        predictions = ["no", others[0], "yes", others[1]]
+        assert judge(matthews, predictions, references, LABELS) == pytest.approx(4 / 80**0.5)
+        assert judge(matthews, predictions, references) == pytest.approx(4 / 80**0.5)
+
+
 def test_ranks_are_compared_and_not_distances():
     texts = ["1.0", "2.0", "3.0", "100.0"]
     assert judge(spearman, ["1", "2", "3", "4"], texts) == pytest.approx(1.0)
@@ -169,6 +179,10 @@ def test_ranks_are_compared_and_not_distances():
         ("John", "Mary", False),
         ("", "Mary", None),
         (" the ", "Mary", None),
+        ("Mary", "the", False),  # a referent without a word is not a part of everything
+        ("the", "the", None),
+        ("the   a", "Mary", False),  # the blanks between are what T5's code compares
+        ("the   a", "the", True),
     ],
 )
 def test_what_names_a_referent(prediction, referent, named):

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from jaxprompt.config import UserError
 from jaxprompt.data.tasks import Reference
 
+_ILLEGAL = "\0illegal"  # a class for predictions that are no label; no label is spelt like this
+
 Metric = Callable[[Sequence[str], Sequence[Reference], Sequence[str] | None], float]
 
 
@@ -84,10 +86,15 @@ def token_f1(
 def matthews(
     predictions: Sequence[str], references: Sequence[Reference], labels: Sequence[str] | None = None
 ) -> float:
-    """Matthews correlation of predictions and references (CoLA); -1 to 1."""
+    """Matthews correlation of predictions and references (CoLA); -1 to 1.
+
+    All predictions that are no label are one class of their own, as in T5's evaluation.
+    """
     pairs = _pairs(predictions, references)
-    function = _package("matthews").matthews_corrcoef
-    return float(function([r.text for _, r in pairs], [p for p, _ in pairs]))
+    wanted = [r.text for _, r in pairs]
+    legal = set(labels or wanted)
+    found = [p if p in legal else _ILLEGAL for p, _ in pairs]
+    return float(_package("matthews").matthews_corrcoef(wanted, found))
 
 
 def pearson(
@@ -128,16 +135,19 @@ def names_referent(prediction: str, referent: str) -> bool | None:
 
     Case and determiners do not count; the words of one are to be among those of the other, and both
     have an apostrophe or neither: Bob is not Bob's hat. None, which is never right, for no word.
+    As in T5's code, text is split at single blanks, so that nothing and a run of blanks are the
+    empty word: a referent of determiners alone is named by nothing but that.
     """
     found, wanted = (
-        [word for word in text.strip().lower().split(" ") if word not in _DETERMINERS]
+        " ".join(word for word in text.strip().lower().split(" ") if word not in _DETERMINERS)
         for text in (prediction, referent)
     )
-    if not any(found):
+    if not found:
         return None
-    if ("'" in "".join(found)) != ("'" in "".join(wanted)):
+    if ("'" in found) != ("'" in wanted):
         return False
-    return set(found) <= set(wanted) or set(wanted) <= set(found)
+    one, other = set(found.split(" ")), set(wanted.split(" "))
+    return one <= other or other <= one
 
 
 def bleu(
