@@ -84,6 +84,13 @@ def test_rows_without_label_can_be_asked_and_not_judged(name):
             references(task, apply_rule(task, [row | {"label": -1}], training=False))
 
 
+def test_triples_without_a_text_can_be_asked():
+    row = {"input": ["a | b | c", "d | e | f"]}
+    for unlabelled in (row, row | {"target": None, "references": []}, row | {"target": ""}):
+        made = apply_rule(resolve_task("web_nlg"), [unlabelled], training=False)
+        assert to_text(resolve_task("web_nlg"), made[0])[0] == "a | b | c && d | e | f"
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_names_that_t5_puts_in_front(name):
     prefix = GOLDENS[name].get("prefix", "")
@@ -105,6 +112,12 @@ def test_punctuation_as_re2_has_it():
     marks = [c for c in marks if not c.isalnum()]
     assert pad_punctuation("a" + "a".join(marks)) == "a " + " a ".join(marks)
     assert pad_punctuation("a…b«c\u00a0d") == "a…b«c\u00a0d"
+
+
+def test_white_space_as_re2_has_it():
+    # RE2's \\s is tab, line feed, form feed, carriage return and blank; U+000B is none of it
+    assert pad_punctuation("a\t\n\f\r  b") == "a b"
+    assert pad_punctuation("a\u000bb \u000b c") == "a\u000bb \u000b c"
 
 
 def test_a_row_that_is_not_the_rules_kind_is_named():

@@ -2,15 +2,23 @@
 
 import numpy as np
 import pytest
+from helpers import write_rows
 from helpers_data import make_tokenizer
 
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.rules import RULES
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import TASKS, resolve_task, target_texts, tokenize
+from jaxprompt.data.tasks import (
+    TASKS,
+    load_rows,
+    references,
+    resolve_task,
+    target_texts,
+    tokenize,
+)
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.evaluation.metrics import METRICS
+from jaxprompt.evaluation.metrics import METRICS, accuracy, group_exact_match
 
 V, P = 64, 5  # rows of the embedding table; more than the tokenizer has
 
@@ -157,3 +165,71 @@ def test_byt5_tokenizer_without_vocabulary_file(tmp_path):
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer that can be read"):
         load_tokenizer(tmp_path)
+
+
+# ---- rows of a split
+
+
+def test_some_rows_are_whole_groups_where_groups_are_judged(tmp_path):
+    """A group that lost rows would be right more often than it is."""
+    # 200 groups of five answers, of which the last is wrong in half of the groups; rows of two
+    # groups alternate, as rows of a group need not follow each other
+    rows = [
+        {"text": "one", "label": "yes" if a < 4 or 61 * g % 200 < 100 else "no", "q": g}
+        for pair in range(100) for a in range(5) for g in (2 * pair, 2 * pair + 1)
+    ]  # fmt: skip
+    path = str(write_rows(tmp_path / "v.jsonl", rows))
+    grouped = task(validation=path, group="q", labels=["yes", "no"])
+
+    def figures(limit):
+        found = references(grouped, load_rows(grouped, "validation", limit))
+        judged = {r.group for r in found}
+        assert len(found) == 5 * len(judged)  # whole groups
+        return len(found), group_exact_match(["yes"] * len(found), found)
+
+    assert figures(None) == (1000, 0.5)
+    for limit in (1, 5, 7, 200, 999):
+        count, _ = figures(limit)
+        assert count == max(5, limit // 5 * 5)
+    assert figures(500)[1] == pytest.approx(0.5, abs=0.05)
+    one_by_one = task(validation=path, labels=["yes", "no"])
+    assert len(load_rows(one_by_one, "validation", 7)) == 7
+    found = references(one_by_one, load_rows(one_by_one, "validation"))
+    assert accuracy(["yes"] * 1000, found) == 0.9
+
+
+def test_rows_without_a_label_are_read_to_be_answered_and_not_to_be_learnt(tmp_path):
+    path = str(
+        write_rows(tmp_path / "rows.jsonl", [{"passage": "a", "question": "b", "label": -1}])
+    )
+    boolq = resolve_task({"name": "boolq", "train": path, "validation": path, "test": path})
+    for split in ("validation", "test"):
+        rows = load_rows(boolq, split)
+        assert [row["passage"] for row in rows] == ["a"]
+        with pytest.raises(UserError, match=r"row 1 .* has the label '-1'.*can be answered"):
+            references(boolq, rows)
+    with pytest.raises(UserError, match="row 1 .* has the label '-1'"):
+        load_rows(boolq, "train")
+    with pytest.raises(UserError, match="needs column 'passage', which row 2"):
+        write_rows(tmp_path / "rows.jsonl", [{"passage": "a", "question": "b"}, {"question": "c"}])
+        load_rows(boolq, "test")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"text": ["a"], "answer_start": [0]}, 3, True, "one", [], [None], [["a"]], [{"text": "a"}],
+     ["a", False], [float("nan")], 2.5],
+)  # fmt: skip
+def test_answers_are_a_list_of_texts(value):
+    judged = task(target="{text}", answers="all")
+    with pytest.raises(UserError, match="row 2 of v.csv has .* 'all'; give a list of texts"):
+        references(judged, [{"text": "a", "all": ["b"]}, {"text": "a", "all": value}], "v.csv")
+
+
+def test_all_accepted_answers_are_texts():
+    judged = task(target="{text}", answers="all")
+    for value in (["b", "c"], ("b", "c"), np.array(["b", "c"])):
+        [found] = references(judged, [{"text": "a", "all": value}])
+        assert found.answers == ("b", "c")
+    [found] = references(judged, [{"text": "a", "all": [1912, 2.5]}])
+    assert found.answers == ("1912", "2.5")

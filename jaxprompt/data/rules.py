@@ -201,7 +201,7 @@ def squad(rows: Iterable[Row], training: bool) -> Iterator[Row]:
 
 
 _PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
-_BLANKS = re.compile(r"\s+", re.ASCII)
+_BLANKS = re.compile(r"[\t\n\f\r ]+")  # white space as RE2 has it: without U+000B
 
 
 def pad_punctuation(text: str) -> str:
@@ -222,9 +222,10 @@ def stsb(rows: Iterable[Row], training: bool) -> Iterator[Row]:
 def web_nlg(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """WebNLG: triples as text, and all references to judge an answer by."""
     for row in rows:
-        texts = list(row.get("references") or [row["target"]])
+        target = row.get("target") or ""
+        texts = list(row.get("references") or [target or UNKNOWN])  # unknown: rows to be answered
         triples = " && ".join(row["input"])
-        yield row | {"triples": triples, "references": texts, "target": row["target"] or texts[0]}
+        yield row | {"triples": triples, "references": texts, "target": target or texts[0]}
 
 
 RULES: dict[str, Rule] = {

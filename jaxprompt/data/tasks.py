@@ -3,6 +3,7 @@ T5's own (Raffel et al. 2020, appendix D) without the task names that T5 puts in
 the metrics selects checkpoints.
 """
 
+import collections
 import difflib
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxprompt.bank import virtual_ids
 from jaxprompt.cache import cache_folder
-from jaxprompt.config import TaskConfig, UserError, parse
+from jaxprompt.config import TaskConfig, UserError, parse, shown
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.sources import read_rows
@@ -327,13 +328,41 @@ def read_split(
 
 
 def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Sequence[dict[str, Any]]:
-    """Rows of "train", "validation" or "test", all checked; ``limit`` of them, evenly spaced."""
+    """Rows of "train", "validation" or "test", evenly spaced where there are more than ``limit``.
+
+    The input of every row is checked, and the target of rows to be trained on. Other rows may lack
+    a usable label, as test splits do: they can be answered, and ``references`` refuses them. Where
+    the task names a group, whole groups are taken, so that metrics of groups keep their meaning.
+    """
     rows, name = read_split(task, split, training=split == "train"), getattr(task, split)
+    asked = task if split == "train" else task.model_copy(update={"target": "", "labels": None})
     for number, row in enumerate(rows, 1):
-        to_text(task, row, f"row {number} of {name}")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
-    return rows
+        to_text(asked, row, f"row {number} of {name}")
+    if limit is None or limit >= len(rows):
+        return rows
+    if task.group is None:
+        return [rows[i] for i in _spread(len(rows), limit)]
+    return _whole_groups(rows, task.group, limit)
+
+
+def _spread(count: int, chosen: int) -> list[int]:
+    """``chosen`` of ``count`` places, from the first to the last, evenly spaced."""
+    return np.linspace(0, count - 1, chosen).astype(int).tolist()
+
+
+def _whole_groups(
+    rows: Sequence[dict[str, Any]], column: str, limit: int
+) -> Sequence[dict[str, Any]]:
+    """The rows of evenly spaced groups: as many as have at most ``limit`` rows, at least one."""
+    group_of = [str(row.get(column)) for row in rows]
+    sizes = collections.Counter(group_of)
+    names, count = list(sizes), min(len(sizes), limit)
+    while True:
+        chosen = {names[i] for i in _spread(len(names), count)}
+        total = sum(sizes[name] for name in chosen)
+        if total <= limit or count == 1:
+            return [row for row, name in zip(rows, group_of, strict=True) if name in chosen]
+        count = max(1, min(count - 1, count * limit // total))
 
 
 def references(
@@ -346,12 +375,27 @@ def references(
         for column in filter(None, (task.answers, task.group)):
             if row.get(column) is None:
                 raise UserError(f"{where} has no {column!r}, by which task {task.name!r} judges.")
-        answers = (text,) if task.answers is None else row[task.answers]
-        if isinstance(answers, str) or not answers:
-            raise UserError(f"{where} has {answers!r} in {task.answers!r}; give a list of texts.")
+        answers = (text,) if task.answers is None else _answers(task, row, where)
         group = number if task.group is None else str(row[task.group])
-        found.append(Reference(text, tuple(map(str, answers)), group))
+        found.append(Reference(text, answers, group))
     return found
+
+
+def _answers(task: TaskConfig, row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """All accepted answers of a row. Raises UserError unless they are a list of texts."""
+    value = row[task.answers or ""]
+    texts = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(texts, list | tuple) or not texts:
+        hint = "; rows of SQuAD's form have the rule 'squad'" * isinstance(texts, dict)
+        raise UserError(
+            f"{where} has {shown(value)} in {task.answers!r}; give a list of texts{hint}."
+        )
+    for text in texts:
+        if isinstance(text, bool) or not isinstance(text, str | int | float) or text != text:
+            raise UserError(
+                f"{where} has {shown(text)} among its {task.answers!r}; give a list of texts."
+            )
+    return tuple(map(str, texts))
 
 
 def _where(task: TaskConfig, origin: str | None, number: int) -> str:

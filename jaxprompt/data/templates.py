@@ -107,9 +107,10 @@ def to_target(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> 
     if task.label_map is not None:
         target = task.label_map.get(target, target)
     if task.labels is not None and target not in task.labels:
+        hint = "; rows without a label can be answered (predict), not trained on or judged"
         known = list(task.labels) + [k for k in task.label_map or {} if k not in task.labels]
         raise UserError(
             f"Task {task.name!r}: {where} has the label {target!r}; allowed are "
-            f"{', '.join(map(repr, known))}."
+            f"{', '.join(map(repr, known))}{hint * (target == '-1')}."
         )
     return target

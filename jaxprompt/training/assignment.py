@@ -55,12 +55,18 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
 
 
 def read_splits(task: TaskConfig, eval_rows: int | None) -> Rows:
-    """The rows of all splits that the task has; ``eval_rows`` at most but for training."""
-    return {
+    """The rows of all splits that the task has; ``eval_rows`` at most but for training.
+
+    Raises UserError for a row that cannot be trained on or, of other splits, judged.
+    """
+    rows = {
         name: load_rows(task, name, None if name == "train" else eval_rows)
         for name in ("train", "validation", "test")
         if name != "test" or task.test
     }
+    for name in rows.keys() - {"train"}:
+        references(task, rows[name], getattr(task, name))
+    return rows
 
 
 def split_of(
