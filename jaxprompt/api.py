@@ -13,7 +13,14 @@ from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, parse
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
-from jaxprompt.data.tasks import Reference, read_split, references, resolve_task, tokenize
+from jaxprompt.data.tasks import (
+    Reference,
+    class_words,
+    read_split,
+    references,
+    resolve_task,
+    tokenize,
+)
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.analyze import draw_prompt, summarize
 from jaxprompt.evaluation.metrics import diagnose, likeliest, majority, vote
@@ -352,12 +359,12 @@ def inspect(
 
 
 def _label_pieces(session: Session) -> dict[str, list[int]]:
-    """Ids of the label words of the prompt's task, without what ends them."""
+    """Ids of the class labels of the prompt's task, without what ends them."""
     recorded = session.prompt.facts.get("task") if session.prompt is not None else None
     if recorded is None:
         return {}
     task = parse(TaskConfig, recorded, "task.")
-    labels = task.labels or []
+    labels = class_words(task)
     ids = session.tokenizer.encode_targets(labels, task.separator)
     special = set(session.tokenizer.special_ids)
     return {

@@ -96,6 +96,8 @@ class TaskConfig(Schema):
     target: str = "{label}"
     labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
     label_map: dict[str, str] | None = None  # value in the data -> label word
+    # words that prompt.init=class_labels starts from where the task has no labels, or other ones
+    class_labels: list[str] | None = None
     # greedy and beam write freely although there are labels; without any, rank means greedy
     decoding: Literal["rank", "greedy", "beam"] = "rank"
     beams: Size = 4
@@ -120,6 +122,11 @@ class TaskConfig(Schema):
             )
         if labels is not None and not all(label.strip() for label in labels):
             raise ValueError(f"labels are {labels}, and one of them is blank; give it a word")
+        words = self.class_labels
+        if words is not None and (not words or not all(word.strip() for word in words)):
+            raise ValueError(
+                f"class_labels are {shown(words)}; give words that are not blank, or leave it out"
+            )
         if not re.search(r"\{[^{}]+\}", re.sub(r"\{\{|\}\}", "", self.template)):
             raise ValueError(
                 f"template {self.template!r} names no column; write one in braces, as in "
@@ -157,7 +164,8 @@ class PromptConfig(Schema):
     init: Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file"] = "class_labels"
     # uniform: "paper" draws from [-0.5, 0.5], "code" (the authors' gin file) from [0, 0.5)
     uniform: Literal["paper", "code"] = "paper"
-    # sampled_vocabulary: the first n ids of the vocabulary; None: all rows of the table
+    # sampled_vocabulary: the first n ids of the vocabulary; None: all that the tokenizer has and,
+    # with special_ids "code", all rows of the table, as the authors' code draws them
     vocabulary: Positive | None = 5000
     # "code": pad, eos and unk may be drawn, as in the authors' code; "exclude": they may not
     special_ids: Literal["exclude", "code"] = "exclude"

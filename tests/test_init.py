@@ -52,6 +52,11 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
     assert ids.max() < 60 and len(set(ids)) == 57
 
 
+def test_the_authors_code_draws_from_all_rows_of_the_table():
+    settings = {"init": "sampled_vocabulary", "vocabulary": None, "special_ids": "code"}
+    assert sorted(ids_of(start(length=64, **settings))) == list(range(64))
+
+
 def test_a_prompt_longer_than_the_population_repeats():
     assert start(init="sampled_vocabulary", length=50, vocabulary=10).shape == (50, 8)
 

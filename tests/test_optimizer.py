@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxprompt.config import TrainConfig
-from jaxprompt.training.optimizer import make_optimizer, per_prompt, schedule
+from jaxprompt.training.optimizer import make_optimizer, per_prompt, schedule, schedule_warnings
 
 
 def t5x_adafactor(prompt, grads, *, first_step):
@@ -102,6 +102,16 @@ def test_schedules():
     assert rates["linear"][100] == pytest.approx(0, abs=1e-8)
     assert rates["cosine"][100] == pytest.approx(0, abs=1e-8)
     assert rates["rsqrt"][40] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4, 10, 11, 30])
+@pytest.mark.parametrize("cooldown", [0, 1, 6, 7, 8, 10, 11, 30])
+def test_a_run_that_ends_before_its_rate_is_reached_is_warned_of(warmup, cooldown):
+    config = TrainConfig(steps=10, warmup_steps=warmup, cooldown_steps=cooldown)
+    most = max(float(schedule(config)(step)) for step in range(10))
+    told = schedule_warnings(config)
+    assert bool(told) == (most < 0.2999)
+    assert all(f"warmup_steps is {warmup}" in text and "never reaches 0.3" in text for text in told)
 
 
 def test_a_clip_of_zero_turns_clipping_off():

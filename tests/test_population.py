@@ -13,10 +13,14 @@ from test_survival import diverge
 
 from jaxprompt import api
 from jaxprompt.config import UserError, load_config
+from jaxprompt.data.tasks import resolve_task
+from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.model.load import load_backbone
 from jaxprompt.progress import show_result
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.training.logbook import Diverged, Shown, check_members
 from jaxprompt.training.loop import train
+from jaxprompt.training.population import start_of, start_warnings
 
 TASKS = ["mine", "other"]
 
@@ -209,3 +213,37 @@ def test_trees_of_one_length_stay_one_tree():
     np.testing.assert_array_equal(kept.optimizer[:, 0, 0], [12, 13])
     kept = keep_of(state, [1, 2])
     assert [t["prompt"][0, 0, 0] for t in kept.tree] == [1, 2]
+
+
+def test_a_start_from_words_that_are_not_there_is_warned_of(backbone, tmp_path):
+    def warnings(task, **prompt):
+        run = run_config(backbone, tmp_path, prompt=prompt)
+        return start_warnings([run, run], [resolve_task(task)] * 2)
+
+    [told] = warnings("squad")
+    assert "task 'squad' has none" in told and "prompt.init=sampled_vocabulary" in told
+    assert not warnings("squad", init="sampled_vocabulary") and not warnings("record", length=4)
+    [told] = warnings("record", length=3)
+    assert "has 4 class labels and the prompt 3 vectors" in told and "last 1 are left out" in told
+    assert not warnings("cb", length=3) and warnings("cb", length=2)
+    # what a superposition starts from are its basis vectors
+    run = run_config(backbone, tmp_path, prompt={"length": 2}, method="superposition-prompt-tuning")
+    assert not start_warnings([run], [resolve_task("cb")])
+    free = {"labels": None}
+    run = run_config(backbone, tmp_path, task=free)
+    with pytest.raises(KeyboardInterrupt):  # and a run says so
+        train(run, Killer("warning: prompt.init is class_labels and task 'mine' has none"))
+
+
+def test_class_labels_of_a_task_without_labels_start_its_prompt(backbone, tmp_path):
+    words = {"labels": None, "class_labels": ["good", "it was", "one"]}
+    run = run_config(backbone, tmp_path, task=words)
+    loaded, task = load_backbone(str(backbone)), resolve_task(run.task)
+    tokenizer = load_tokenizer(backbone)
+    table = np.asarray(loaded.params["token_embedder"]["embedding"])
+    found = np.asarray(start_of(run, task, loaded, tokenizer)["prompt"])[0]
+    wanted = [table[tokenizer.encode(word)].mean(axis=0) for word in words["class_labels"]]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    strange = task.model_copy(update={"class_labels": ["good", "zebra"]})
+    with pytest.raises(UserError, match="class label 'zebra' of task 'mine' has no token"):
+        start_of(run, strange, loaded, tokenizer)

@@ -10,6 +10,7 @@ from jaxprompt.data.rules import RULES
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks import (
     TASKS,
+    class_words,
     load_rows,
     references,
     resolve_task,
@@ -67,6 +68,20 @@ def test_mapping_changes_a_known_task():
     assert files.template == resolve_task("boolq").template
     other = resolve_task({"name": "boolq", "source": "tfds:super_glue/boolq"})
     assert other.source == "tfds:super_glue/boolq" and other.train == "train"
+
+
+def test_the_words_that_prompts_start_from():
+    # Lester et al. 2021, footnote 7, of the two tasks of SuperGLUE that have no labels
+    assert class_words(resolve_task("record")) == [
+        "commonsense", "reasoning", "reading", "comprehension"
+    ]  # fmt: skip
+    assert class_words(resolve_task("wsc")) == ["commonsense", "pronoun", "resolution"]
+    assert class_words(resolve_task("cb")) == ["entailment", "contradiction", "neutral"]
+    assert class_words(resolve_task({"name": "cb", "class_labels": ["so"]})) == ["so"]
+    assert class_words(resolve_task("xsum")) == []
+    for words in ([], [" "], ["a", ""]):
+        with pytest.raises(UserError, match="class_labels are .*give words"):
+            resolve_task({"name": "mine", "template": "{a}", "class_labels": words})
 
 
 def test_mapping_of_ones_own_needs_no_code():

@@ -95,6 +95,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "template": "query: {query} entities: {entities} passage: {passage}",
         "target": "{answer}",
         "answers": "answers",
+        # Lester et al. 2021, footnote 7
+        "class_labels": ["commonsense", "reasoning", "reading", "comprehension"],
         "metrics": ["token_f1", "exact_match"],
     },
     "rte": _GLUE | _ENTAILED | {
@@ -111,6 +113,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "template": "{text}",
         "target": "{answer}",
         "answers": "referent",
+        "class_labels": ["commonsense", "pronoun", "resolution"],  # footnote 7
         "metrics": ["wsc_accuracy"],
     },
     # GLUE; WNLI is left to WSC, as T5 leaves it
@@ -232,6 +235,11 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
             f"Task {name!r} is unknown; {hint} A task of your own is a mapping with a template."
         )
     return parse(TaskConfig, values, "task.")
+
+
+def class_words(task: TaskConfig) -> list[str]:
+    """The words that ``prompt.init=class_labels`` starts from, in order; none is no mistake."""
+    return list(task.class_labels or task.labels or ())
 
 
 def tokenize(

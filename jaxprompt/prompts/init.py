@@ -27,15 +27,18 @@ def initial_prompt(
     """The float32 start of a prompt of ``config.length`` vectors.
 
     ``encode`` turns text into ids without EOS, ``pieces`` is the tokenizer's size, ``labels`` are
-    the ids of the task's labels without EOS and ``from_file`` reads the prompt of ``config.file``.
+    the ids of the task's class labels without EOS and ``from_file`` reads the prompt of
+    ``config.file``.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     length, width = config.length, table.shape[1]
 
     def sampled(count: int) -> Rows:
         """Embeddings of distinct ids drawn from the start of the vocabulary."""
-        size = min(config.vocabulary or pieces, pieces)
-        excluded = () if config.special_ids == "code" else special_ids
+        code = config.special_ids == "code"
+        every = table.shape[0] if code and config.vocabulary is None else pieces
+        size = min(config.vocabulary or every, every)
+        excluded = () if code else special_ids
         candidates = np.setdiff1d(np.arange(size), np.asarray(excluded, int))
         if count and not len(candidates):
             raise UserError(

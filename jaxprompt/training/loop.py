@@ -40,13 +40,14 @@ from jaxprompt.training.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_prompt, schedule_warnings
 from jaxprompt.training.population import (
     as_markdown,
     better_half,
     keep_of,
     stacked,
     start_of,
+    start_warnings,
     table,
     winner,
 )
@@ -128,6 +129,9 @@ def _train(
             f"task {name}: {len(splits['train'])} training rows, "
             f"{len(splits['validation'])} validation rows"
         )
+
+    for warning in [*schedule_warnings(settings), *start_warnings(members, task_of)]:
+        reporter.say(f"warning: {warning}")
 
     # before anything is written
     pairs = zip(members, task_of, strict=True)

@@ -31,6 +31,19 @@ def schedule(config: Optimization, peak: Scalar | None = None) -> optax.Schedule
     return lambda step: rate(step) * jnp.clip((config.steps - step) / last, 0.0, 1.0)
 
 
+def schedule_warnings(config: Optimization) -> list[str]:
+    """A sentence where the run ends before its learning rate has been what the config says."""
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps
+    risen, falls = max(warmup - 1, 0), config.steps - max(cooldown, 1)
+    if risen <= falls:
+        return []
+    return [
+        f"train.warmup_steps is {warmup} and train.cooldown_steps {cooldown}, too many for "
+        f"train.steps, {config.steps}: the learning rate never reaches {config.learning_rate:g}; "
+        "lower them or raise the steps"
+    ]
+
+
 def _warm_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
     warmup = config.warmup_steps
     rest = max(config.steps - warmup, 1)

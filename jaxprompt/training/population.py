@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprompt.config import RunConfig, TaskConfig
+from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.data.tasks import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.model.load import Backbone
 from jaxprompt.prompts.artefact import load_prompt
@@ -27,18 +28,47 @@ def start_of(member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer:
     method, table = METHODS[member.method], backbone.params["token_embedder"]["embedding"]
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
-        labels = tokenizer.encode_targets(task.labels or (), task.separator)
+        words = class_words(task)
+        labels = [ids[:-1] for ids in tokenizer.encode_targets(words, task.separator)]
+        for word, ids in zip(words, labels, strict=True):
+            if not set(ids) - set(tokenizer.special_ids):
+                raise UserError(
+                    f"The class label {word!r} of task {task.name!r} has no token of this "
+                    "backbone; use another word."
+                )
         start = initial_prompt(
             member.prompt.model_copy(update={"length": method.rows(member.prompt)}),
             table,
             encode=tokenizer.encode,
             special_ids=tokenizer.special_ids,
             pieces=min(tokenizer.size, backbone.config.vocab_size),
-            labels=[ids[:-1] for ids in labels],
+            labels=labels,
             seed=member.train.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
     return method.init(backbone.params, start[None], member.prompt, member.train.seed)
+
+
+def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) -> list[str]:
+    """A sentence for each start from class labels that is not what its name says."""
+    told = []
+    for member, task in zip(members, tasks, strict=True):
+        method, count = METHODS[member.method], len(class_words(task))
+        if not method.uses_prompt or member.prompt.init != "class_labels":
+            continue
+        rows = method.rows(member.prompt)
+        if not count:
+            told.append(
+                f"prompt.init is class_labels and task {task.name!r} has none, so that all vectors "
+                "start from words drawn from the vocabulary; name some words in task.class_labels, "
+                "or set prompt.init=sampled_vocabulary"
+            )
+        elif count > rows:
+            told.append(
+                f"task {task.name!r} has {count} class labels and the prompt {rows} vectors to "
+                f"start from them; the last {count - rows} are left out"
+            )
+    return list(dict.fromkeys(told))
 
 
 def stacked(trees: Sequence[Any]) -> Any:

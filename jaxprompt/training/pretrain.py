@@ -47,7 +47,7 @@ from jaxprompt.training.logbook import (
     open_run,
     write_atomically,
 )
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_prompt, schedule_warnings
 from jaxprompt.training.step import TrainState, batch_losses, init_state, make_train_step, sound
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
@@ -104,6 +104,8 @@ def _pretrain(
     if params is None:
         params = _init(shape, jax.random.key(settings.seed))
     begin()
+    for warning in schedule_warnings(settings):
+        reporter.say(f"warning: {warning}")
     reporter.say("tokenizing")
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
