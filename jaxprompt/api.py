@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import TaskConfig, UserError, parse
+from jaxprompt.config import TaskConfig, UserError, parse, shown
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import (
@@ -263,23 +263,8 @@ def evaluate_ensemble(
     label of the highest mean probability (where labels are ranked). Sessions share a backbone.
     """
     first, count = sessions[0], len(sessions)
-    vectors = [session.prompt.vectors for session in sessions if session.prompt is not None]
-    if len(vectors) < count or len({rows.shape for rows in vectors}) > 1:
-        raise UserError(
-            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}; "
-            "leave out those of another length."
-        )
-    names = {prompt_task(session.prompt, task).name for session in sessions}
-    if len(names) > 1:
-        raise UserError(
-            f"Prompts of an ensemble are for one task; these are for {', '.join(sorted(names))}; "
-            "leave out the others, or name the task with --task."
-        )
-    if len({(id(s.backbone.params), s.backbone.config) for s in sessions}) > 1:
-        raise UserError(
-            "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
-            "with the same Backbone, and leave out prompts tuned with another model.attention."
-        )
+    vectors = _one_bank(sessions)
+    _check_one_form(sessions, task)
     asked = _questions(first, task, data, split)
     chosen, rows, vocabulary = asked.task, asked.rows, first.backbone.config.vocab_size
     plain = tokenize(
@@ -301,6 +286,54 @@ def evaluate_ensemble(
     return asked.facts | {
         "prompts": figures, "mean": sum(main) / count, "best": max(main), **ways
     }  # fmt: skip
+
+
+def _one_bank(sessions: Sequence[Session]) -> list[np.ndarray]:
+    """The vectors of each prompt. Raises UserError unless all fit one bank of one backbone."""
+    vectors = [session.prompt.vectors for session in sessions if session.prompt is not None]
+    if len(vectors) < len(sessions) or len({rows.shape for rows in vectors}) > 1:
+        raise UserError(
+            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}; "
+            "leave out those of another length."
+        )
+    if len({(id(s.backbone.params), s.backbone.config) for s in sessions}) > 1:
+        raise UserError(
+            "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
+            "with the same Backbone, and leave out prompts tuned with another model.attention."
+        )
+    return vectors
+
+
+# keys of a task that say which rows there are and what is measured, not how a row is asked
+_NOT_ASKED = {"name", "source", "train", "validation", "test", "metrics", "class_labels"}
+
+
+def _check_one_form(
+    sessions: Sequence[Session], task: str | dict[str, Any] | TaskConfig | None
+) -> None:
+    """Raise a UserError unless all prompts are asked the same text, in the same ids."""
+    tasks = [prompt_task(session.prompt, task) for session in sessions]
+    names = {task.name for task in tasks}
+    if len(names) > 1:
+        raise UserError(
+            f"Prompts of an ensemble are for one task; these are for {', '.join(sorted(names))}; "
+            "leave out the others, or name the task with --task."
+        )
+    first, *others = (task.model_dump(exclude=_NOT_ASKED) for task in tasks)
+    for number, other in enumerate(others, 2):
+        for key, value in first.items():
+            if other[key] != value:
+                raise UserError(
+                    f"Prompts of an ensemble are asked in one form, and task.{key} is "
+                    f"{shown(value)} to prompt 1 and {shown(other[key])} to prompt {number}; leave "
+                    "one of them out, or give the form for all with --task."
+                )
+    tokenizers = {id(session.tokenizer): session.tokenizer for session in sessions}
+    if len(tokenizers) > 1 and len({words.identity() for words in tokenizers.values()}) > 1:
+        raise UserError(
+            "Prompts of an ensemble are asked in one tokenizer's ids, and these have different "
+            "tokenizers; leave out those of another, or name one for all with --tokenizer."
+        )
 
 
 def score(

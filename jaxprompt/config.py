@@ -68,6 +68,19 @@ def listed(names: Iterable[Any], most: int = 30) -> str:
     return ", ".join(some) + (f", ... ({len(every)} in all)" if len(every) > most else "")
 
 
+def as_folder(name: str, what: str) -> str:
+    """``name``, which is to be that of a folder: of one, inside the folder that it is made in.
+
+    Raises UserError for any other; ``what`` it names is for the message ("task", "backbone").
+    """
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise UserError(
+            f"The {what} name {shown(name)} is to be that of a directory; use letters, digits, "
+            "'_', '.', '+' and '-', at most 100, and begin with a letter, a digit or '_'."
+        )
+    return name
+
+
 # steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]

@@ -1,5 +1,6 @@
 """A tiny tokenizer with T5's special ids, and examples of random lengths."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ WORDS = "question : passage subject text it was good bad yes no True False one t
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
-def make_tokenizer(folder: Path) -> Path:
+def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
     """Save a word tokenizer (pad 0, eos 1, unk 2, one sentinel) that AutoTokenizer can read."""
-    vocabulary = {word: id for id, word in enumerate([*SPECIAL, "<extra_id_0>", *WORDS])}
+    vocabulary = {word: id for id, word in enumerate([*SPECIAL, "<extra_id_0>", *words])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import Killer, make_backbone, metrics, run_values, write_run
 from helpers import run_config as config
+from helpers_data import make_tokenizer
 
 from jaxprompt import api
 from jaxprompt.config import UserError, dump_yaml, load_config
@@ -346,6 +347,45 @@ def test_an_ensemble_answers_as_its_prompts_do_alone(uninterrupted, tmp_path):
         api.evaluate_ensemble([session, api.open_session(renamed, session.backbone)])
     with pytest.raises(UserError, match="share one loaded backbone"):
         api.evaluate_ensemble([session, api.open_session(session.prompt)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label_map", {"yes": "no", "no": "yes"}),
+        ("template", "subject : {text}"),
+        ("labels", ["no", "yes"]),
+        ("separator", " it"),
+        ("max_input_length", 4),
+        ("decoding", "greedy"),
+    ],
+)
+def test_prompts_that_are_asked_in_different_forms_are_no_ensemble(uninterrupted, key, value):
+    session = api.open_session(uninterrupted[0] / "prompt")
+    facts = session.prompt.facts
+
+    def other(**changes):
+        prompt = session.prompt._replace(facts=facts | {"task": facts["task"] | changes})
+        return api.open_session(prompt, session.backbone)
+
+    with pytest.raises(
+        UserError, match=rf"task.{key} is .* to prompt 1 and .* to prompt 3.*--task"
+    ):
+        api.evaluate_ensemble([session, session, other(**{key: value})])
+    # what they learnt from and are judged by may differ, and a task that is named is that of all
+    alone = api.evaluate(session)["metrics"]
+    both = api.evaluate_ensemble([session, other(train="elsewhere.csv", metrics=["macro_f1"])])
+    assert both["prompts"] == [alone, alone]
+    named = api.evaluate_ensemble([session, other(**{key: value})], task=facts["task"])
+    assert named["prompts"] == [alone, alone]
+
+
+def test_prompts_of_different_tokenizers_are_no_ensemble(uninterrupted, tmp_path):
+    session = api.open_session(uninterrupted[0] / "prompt")
+    make_tokenizer(tmp_path, words=["other", "words"])
+    strange = api.open_session(session.prompt, session.backbone, tokenizer=str(tmp_path))
+    with pytest.raises(UserError, match="these have different tokenizers.*--tokenizer"):
+        api.evaluate_ensemble([session, strange])
 
 
 def test_inspect_names_the_words_of_a_prompt_made_of_words(backbone, tmp_path):

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from jaxprompt import cli
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.evaluation.score import Answers
-from jaxprompt.studies import baselines, catalogue
+from jaxprompt.markdown import plain
+from jaxprompt.studies import baselines, catalogue, cells
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import (
@@ -24,8 +25,9 @@ from jaxprompt.studies.cells import (
     run_config,
 )
 from jaxprompt.studies.plan import FULL, Claim, mixture, named, read_overrides, relabelled
-from jaxprompt.studies.report import section, write_report
+from jaxprompt.studies.report import Section, section, to_markdown, write_report
 from jaxprompt.studies.reproduce import make_plan, reproduce
+from jaxprompt.training.population import as_markdown
 
 TASK = TaskConfig(
     name="mine", train="a.jsonl", validation="b.jsonl", template="{text}", labels=["no", "yes"]
@@ -126,6 +128,36 @@ def test_a_study_without_what_it_needs_is_refused():
         read_overrides(["train.stps=3"])
 
 
+@pytest.mark.parametrize("name", ["..", "../../x", "a/b", "/etc", "", ".hidden", "a\n", "x" * 101])
+def test_names_never_leave_the_output(name, tmp_path):
+    folder = tmp_path / "task.yaml"
+    folder.write_text(json.dumps({"name": name, "template": "{a}", "labels": ["x", "y"]}))
+    with pytest.raises(UserError, match="The task name .* is to be that of a directory"):
+        make_plan("length", backbones={"a": "builtin"}, tasks=[str(folder)])
+    with pytest.raises(UserError, match="The backbone name .* is to be that of a directory"):
+        make_plan("length", backbones={name: "builtin"})
+    for place in ("backbone", "task", "variant"):
+        cell = Cell("a", "b", "prompt", 3, 0, None, {})._replace(**{place: name})
+        if place == "variant" and name in ("", "a\n", ".."):
+            continue
+        with pytest.raises(UserError, match="is to be that of a directory"):
+            Bench(tmp_path, {}, {}).folder(cell)
+    if "=" not in name and name not in ("", "a/b", "/etc", "../../x", "a\n"):
+        with pytest.raises(UserError, match="is to be that of a directory"):
+            named([f"{name}=somewhere"])
+    assert not make_plan("length", backbones={"a.b-c": "builtin"}, tasks=["rte"]).settings
+
+
+def test_what_is_measured_beside_a_run_is_measured_as_the_run_is():
+    settings = read_overrides(["model.dtype=mixed", "prompt:model.weights=int8", "train.steps=3"])
+    kept = {"model.dtype": "mixed"}
+    assert of_method(settings, "hard") == of_method(settings, "few") == kept
+    assert of_method(settings, "ensemble") == kept | {"model.weights": "int8"}
+    cell = Cell("a", "b", "prompt", 3, 0, None, of_method(settings, "prompt"))
+    assert cell.numerics == {"dtype": "mixed", "weights": "int8"}
+    assert cell._replace(settings={}).numerics == {"dtype": None, "weights": None}
+
+
 # ---- tasks in other forms
 
 
@@ -179,6 +211,33 @@ def test_calibration_divides_by_the_probability_without_content(monkeypatch):
     # p_cf is (0.2, 0.8): 0.15/0.2 < 0.85/0.8, and 0.25/0.2 > 0.75/0.8
     assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
     assert calibrated_quality(None, TASK.model_copy(update={"labels": None}), rows) is None  # type: ignore[arg-type]
+
+
+def test_calibration_of_labels_that_no_content_makes_all_but_impossible(monkeypatch):
+    """A label of many tokens is hundreds of nats below the others: e^-200 is no float32."""
+    empty = np.array([[0.0, -200.0], [0.0, -202.0], [0.0, -201.0]], np.float32)
+    # p / p_cf of "yes": e^-210 / e^-200.69 for the first row, e^-190 / e^-200.69 for the second
+    scores = np.array([[0.0, -210.0], [0.0, -190.0]], np.float32)
+
+    def answers(session, task, rows):
+        return Answers([""] * len(rows), empty if len(rows) == 3 else scores)
+
+    monkeypatch.setattr(baselines, "answer_rows", answers)
+    rows = [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}]
+    assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
+
+
+def test_inputs_without_content_have_every_column_of_the_template(monkeypatch):
+    asked = []
+
+    def answers(session, task, rows):
+        asked.extend(rows)
+        return Answers([""] * len(rows), np.zeros((len(rows), 2)))
+
+    monkeypatch.setattr(baselines, "answer_rows", answers)
+    spaced = TASK.model_copy(update={"template": "{{x}} [prompt] {the text} {a} {a}"})
+    calibrated_quality(None, spaced, [{"the text": "x", "a": "y", "label": "no"}])  # type: ignore[arg-type]
+    assert asked[:3] == [{"the text": text, "a": text} for text in baselines.CONTENT_FREE]
 
 
 # ---- what is concluded
@@ -277,6 +336,28 @@ def test_a_cell_that_fails_is_noted_and_the_others_go_on(mine, tmp_path):
     assert list(read_records(tmp_path)) == [cells[1].key]
 
 
+def test_cells_load_their_backbone_as_their_runs_do(mine, tmp_path, monkeypatch):
+    loaded, load = [], cells.load_backbone
+
+    def watched(path, **how):
+        loaded.append((path.rpartition("/")[2], how.get("dtype"), how.get("attention")))
+        return load(path, **how)
+
+    monkeypatch.setattr(cells, "load_backbone", watched)
+    plan = make_plan("length", **mine)
+    settings = plan.settings | {"model.dtype": "bfloat16"}
+    todo = [Cell("tiny", "mine", "full", None, 0, None, settings | {"train.learning_rate": 1e-3})]
+    todo += [Cell("tiny", "mine", "hard", None, None, None, of_method(settings, "hard"))]
+    todo += [Cell("tiny", "mine", "prompt", 3, 0, None, plan.settings)]
+    assert run_cells(todo, Bench(tmp_path, plan.backbones, plan.tasks, select_rows=4)) == 0
+    assert loaded == [
+        ("tiny", "bfloat16", None), ("model", "bfloat16", "causal"), ("tiny", None, None)
+    ]  # fmt: skip
+    rows = {key[2]: record for key, record in read_records(tmp_path).items()}
+    assert set(rows) == {"full", "hard", "prompt"}
+    assert len({record["fingerprint"] for record in rows.values()}) == 1
+
+
 def test_domain_shift_judges_tuned_prompts_and_models_on_the_other_task(mine, tmp_path):
     folder = tmp_path / "other.yaml"
     task = make_plan("ensemble", **mine).tasks["mine"]
@@ -329,6 +410,21 @@ def test_the_shipped_results_are_read_by_the_report(tmp_path):
     (tmp_path / "figures").mkdir(exist_ok=True)
     (tmp_path / "plans/length.json").write_text(plan.model_dump_json())
     assert "0.605 ± 0.002" in write_report(tmp_path).read_text()
+
+
+def test_names_of_users_are_no_marks_of_the_report():
+    name = "# <script>x</script> | *a* [b](javascript:c)\n\n- `d`"
+    table = [["", name], [name, "+0.020"]]
+    text = to_markdown([Section(name, [name], [(name, table)], [name], None)], [])
+    shown = "\\# &lt;script&gt;x&lt;/script&gt; \\| \\*a\\* \\[b\\](javascript:c) - \\`d\\`"
+    assert text.split("\n\n") == [
+        "# The Power of Scale for Parameter-Efficient Prompt Tuning, again", f"## {shown}", shown,
+        f"**{shown}**", f"|  | {shown} |\n| --- | --- |\n| {shown} | +0.020 |", f"- {shown}\n",
+    ]  # fmt: skip
+    found = as_markdown([{"task": name, "value": 0.5}], "accuracy").splitlines()
+    assert found[2] == f"| {shown} | 0.5000 |"
+    assert plain("train.eval_rows=600, builtin (~/a_b)") == "train.eval_rows=600, builtin (\\~/a_b)"
+    assert plain("1. x") == "1\\. x" and plain("_x_ 1.5") == "\\_x\\_ 1.5"
 
 
 BOTH = {"builtin-small": "builtin-small", "builtin": "builtin"}

@@ -62,6 +62,15 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
     return tuple(p for p in settled if p.text or p.virtual)
 
 
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, each once, in their order.
+
+    >>> columns_of("{{x}} {a} {the b} [prompt] {a}")
+    ['a', 'the b']
+    """
+    return list(dict.fromkeys(match[1] for match in _FIELD.finditer(template) if match[1]))
+
+
 def fill(
     template: str,
     row: dict[str, Any],

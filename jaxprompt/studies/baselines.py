@@ -6,7 +6,6 @@ Hand-written prompts are answered by rank classification, as in GPT-3 (Brown et 
 import collections
 import copy
 import itertools
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from jaxprompt.api import Session, answer_rows
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.tasks import references, target_texts
-from jaxprompt.data.templates import to_text
+from jaxprompt.data.templates import columns_of, to_text
 from jaxprompt.evaluation.score import measure
 
 Rows = Sequence[dict[str, Any]]
@@ -92,11 +91,12 @@ def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float 
     """
     if task.labels is None or task.decoding != "rank":
         return None
-    columns = set(re.findall(r"\{(\w+)\}", task.template.replace("{{", "").replace("}}", "")))
-    empty = [dict.fromkeys(columns, text) for text in CONTENT_FREE]
+    empty = [dict.fromkeys(columns_of(task.template), text) for text in CONTENT_FREE]
     free, found = (answer_rows(session, task, some).scores for some in (empty, rows))
     assert free is not None and found is not None  # the task has labels
-    prior = np.log(np.asarray(jax.nn.softmax(free, axis=-1)).mean(axis=0))
+    # the logarithm of the mean, without a probability that could be too small for a number
+    shares = jax.nn.log_softmax(np.asarray(free), axis=-1)
+    prior = np.asarray(jax.nn.logsumexp(shares, axis=0)) - np.log(len(shares))
     predictions = [task.labels[i] for i in (found - prior).argmax(axis=1)]
     return measure(task, predictions, references(task, rows))[task.metrics[0]]
 

@@ -25,7 +25,7 @@ from jaxprompt.api import (
     inspect,
     open_session,
 )
-from jaxprompt.config import RunConfig, TaskConfig, UserError, parse
+from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder, parse
 from jaxprompt.data.tasks import load_rows, references
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.score import measure
@@ -76,17 +76,23 @@ class Cell(NamedTuple):
     settings: dict[str, Any]
 
     @property
+    def numerics(self) -> dict[str, Any]:
+        """How its backbone is loaded for all that is measured: as for its run."""
+        return {key: self.settings.get(f"model.{key}") for key in ("dtype", "weights")}
+
+    @property
     def key(self) -> Key:
         """What tells it from others."""
         return self[: len(KEY)]
 
     @property
     def name(self) -> str:
-        """For folders and people."""
+        """For folders and people. Raises UserError where it would leave the folder of runs."""
         parts = [f"{self.variant}-" * (self.variant is not None), self.method]
         parts += [f"-P{self.length}" * (self.length is not None)]
         parts += [f"-seed{self.seed}" * (self.seed is not None)]
-        return f"{self.backbone}/{self.task}/{''.join(parts)}"
+        names = {"backbone": self.backbone, "task": self.task, "run": "".join(parts)}
+        return "/".join(as_folder(name, what) for what, name in names.items())
 
 
 class Bench(NamedTuple):
@@ -165,7 +171,7 @@ def _run_cells(cells: Sequence[Cell], bench: Bench) -> int:
 def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     """The record of one cell, whose run is started or taken up again."""
     start = time.monotonic()
-    task, backbone = bench.tasks[cell.task], _load(cell.backbone, bench, held)
+    task, backbone = bench.tasks[cell.task], _load(cell, bench, held)
     limit = cell.settings.get("train.eval_rows")
     splits = [split for split in ("validation", "test") if getattr(task, split)]
     rows = {split: load_rows(task, split, limit) for split in splits}
@@ -216,7 +222,8 @@ def _train(
     test = result.get("test", {}).get(task.metrics[0])
     scores = {"validation": result["value"], "test": test} | {key: result[key] for key in keys}
     if cell.method == "full":
-        model = load_backbone(str(folder / "model"), dtype=None)
+        attention = cell.settings.get("model.attention", "causal")
+        model = load_backbone(str(folder / "model"), attention=attention, **cell.numerics)
         return scores, open_session(None, model)
     prompt = load_prompt(folder / "prompt")
     scores["metrics"] = prompt.facts["metrics"]
@@ -275,12 +282,15 @@ def _ensemble(cell: Cell, bench: Bench, task: TaskConfig, backbone: Backbone) ->
 def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Those that a cell of this method has, of ``key`` or ``method:key`` -> value.
 
-    Prompts without training know the number of rows alone.
+    Prompts without training know the number of rows and the numerics of the backbone alone; an
+    ensemble has those of its prompts.
     """
     split = [(*key.rpartition(":")[::2], value) for key, value in settings.items()]
-    own = {key: value for whose, key, value in split if whose in ("", method)}
+    trained = "prompt" if method == "ensemble" else method
+    own = {key: value for whose, key, value in split if whose in ("", trained)}
     if method in ("hard", "few", "ensemble"):
-        return {key: value for key, value in own.items() if key == "train.eval_rows"}
+        kept = ("train.eval_rows", "model.dtype", "model.weights")
+        return {key: value for key, value in own.items() if key in kept}
     return own
 
 
@@ -306,15 +316,15 @@ def run_config(cell: Cell, recipe: str, task: TaskConfig, path: str, output: Pat
     return parse(RunConfig, values)
 
 
-def _load(name: str, bench: Bench, held: Record) -> Backbone:
-    """The backbone, kept until the next one; refused if its weights are not those of before."""
-    path = bench.backbones[name]
-    if held.get("name") != name:
+def _load(cell: Cell, bench: Bench, held: Record) -> Backbone:
+    """The backbone, kept until another one; refused if its weights are not those of before."""
+    name = as_folder(cell.backbone, "backbone")
+    path, how = bench.backbones[name], {"name": name, **cell.numerics}
+    if held.get("how") != how:
         if held:  # the last one's weights would stay in compiled code
             held.clear()
             jax.clear_caches()
-        # as training, whose recipes name no dtype
-        held.update(backbone=load_backbone(path, dtype=None), name=name)
+        held.update(backbone=load_backbone(path, **cell.numerics), how=how)
     backbone, file = held["backbone"], bench.out / "runs" / name / "fingerprint"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():

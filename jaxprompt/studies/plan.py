@@ -17,6 +17,7 @@ from jaxprompt.config import (
     RunConfig,
     TaskConfig,
     UserError,
+    as_folder,
     parse,
     read_config,
     read_yaml,
@@ -163,9 +164,9 @@ def named(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, path = text.partition("=")
         name, path = (name, path) if equals else (re.split(r"[/\\]", text.rstrip("/\\"))[-1], text)
-        if not re.fullmatch(r"[\w.-]+", name) or not path or name in found:
+        if not name or not path or name in found:
             raise UserError(f"{text!r} must have the form name=path, each name once.")
-        found[name] = path
+        found[as_folder(name, "backbone")] = path
     return found
 
 

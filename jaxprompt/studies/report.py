@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprompt.config import UserError, parse
+from jaxprompt.markdown import plain
 from jaxprompt.model.hf import read_json
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
@@ -199,15 +200,17 @@ def to_markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
     """The report as Markdown; figures are beside it."""
     parts = ["# The Power of Scale for Parameter-Efficient Prompt Tuning, again\n"]
     for part in sections:
-        parts.append(f"## {part.title}\n")
-        parts += [f"{text}\n" for text in part.paragraphs]
+        parts.append(f"## {plain(part.title)}\n")
+        parts += [f"{plain(text)}\n" for text in part.paragraphs]
         for caption, lines in part.tables:
-            parts.append(f"**{caption}**\n")
-            rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-            parts.append("\n".join("| " + " | ".join(line) + " |" for line in rows) + "\n")
-        parts += ["\n".join(f"- {text}" for text in part.findings) + "\n"] * bool(part.findings)
+            parts.append(f"**{plain(caption)}**\n")
+            head, *rows = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
+            rule = "| " + " | ".join(["---"] * len(lines[0])) + " |"
+            parts.append("\n".join([head, rule, *rows]) + "\n")
+        told = [f"- {plain(text)}" for text in part.findings]
+        parts += ["\n".join(told) + "\n"] * bool(told)
         if part.figure is not None:
-            parts.append(f"![{part.title}](figures/{part.figure.name})\n")
+            parts.append(f"![{plain(part.title)}](figures/{part.figure.name})\n")
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.\n")
     return "\n".join(parts)

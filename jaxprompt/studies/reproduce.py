@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.config import TaskConfig, UserError, as_folder
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
@@ -57,6 +57,9 @@ def make_plan(
         span=span or SPANS.get(first),
         adapted=adapted or {},
     )
+    for what, names in {"backbone": plan.backbones, "task": plan.tasks}.items():
+        for name in names:  # each has a folder in the output
+            as_folder(name, what)
     needs = STUDIES[study].needs
     if needs and "--adapted" in needs and not plan.adapted:
         raise UserError(f"The study {study!r} needs {needs}.")

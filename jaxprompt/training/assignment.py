@@ -1,10 +1,9 @@
 """What prompts of a run learn: splits of a task, tokenized with as many virtual tokens in place."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer
@@ -46,11 +45,8 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
                 f"prompt.population.task has different tasks of the name {task.name!r}; give each "
                 "a name of its own."
             )
-        if len(by_name) > 1 and not re.fullmatch(r"\w[\w.-]*", task.name):
-            raise UserError(
-                f"The task name {task.name!r} is to be that of a directory; use letters, digits, "
-                "'_', '.' and '-'."
-            )
+        if len(by_name) > 1:
+            as_folder(task.name, "task")
     return tasks
 
 

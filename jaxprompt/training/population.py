@@ -16,6 +16,7 @@ import numpy as np
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.tasks import class_words
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.markdown import plain
 from jaxprompt.model.load import Backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.init import initial_prompt
@@ -142,6 +143,6 @@ def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
     lost = lambda value: "diverged" if value is None else f"{value:.4f}"
     worth = lambda value: -math.inf if value is None else value
     for row in sorted(rows, key=lambda row: (row.get("task", ""), -worth(row["value"]))):
-        cells = (lost(v) if k == "value" else f"{v}" for k, v in row.items())
+        cells = (lost(v) if k == "value" else plain(f"{v}") for k, v in row.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
