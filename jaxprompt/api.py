@@ -183,6 +183,13 @@ def predict(
     return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size))
 
 
+def answer_form(task: TaskConfig) -> dict[str, Any]:
+    """An answer as ``rows_of`` gives it, with empty values: which columns it has."""
+    if task.labels is None or task.decoding != "rank":
+        return {"prediction": ""}
+    return {"prediction": task.labels[0], "scores": dict.fromkeys(task.labels, 0.0)}
+
+
 def rows_of(task: TaskConfig, answers: Answers) -> list[dict[str, Any]]:
     """Answers as JSON-ready rows."""
     if answers.scores is None or task.labels is None:

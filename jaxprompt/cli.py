@@ -161,40 +161,52 @@ def evaluate(
 def predict(
     prompt: PromptArgument,
     input: Annotated[Path, typer.Option(help="rows with the task's columns (.jsonl .csv ...)")],
-    output: Annotated[Path, typer.Option(help="rows with a prediction each (.jsonl)")],
+    output: Annotated[
+        Path,
+        typer.Option(help="rows with a prediction each (.jsonl .csv .tsv .parquet, /dev/stdout)"),
+    ],
     task: TaskOption = None,
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
 ) -> None:
-    """Answer every row of a file."""
+    """Answer every row of a file. The columns of the input are kept; none may have the name of an
+    answer's. Where the output cannot be written, the answers are kept elsewhere, and it says where.
+    """
     from jaxprompt import devices
 
     devices.start()
     from jaxprompt import api
     from jaxprompt.data.rules import apply_rule
     from jaxprompt.data.sources import read_rows
+    from jaxprompt.data.writers import check_rows, write_rows
     from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
+    held = by_first(lambda: check_rows_output(output, [input, *files_of(prompt)]))
     rows = read_rows(None, str(input))
-    by_first(lambda: check_output(output))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     chosen = api.prompt_task(session.prompt, task)
     rows = apply_rule(chosen, rows, training=False, origin=str(input))
+    check_rows(output, rows, api.answer_form(chosen))
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
             session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input)
         )
     found = zip(rows, api.rows_of(chosen, answers), strict=True)
-    by_first(lambda: write_rows(output, [{**row, **answer} for row, answer in found]))
+    by_first(lambda: write_rows(output, [{**row, **answer} for row, answer in found], held))
 
 
 @app.command()
 def score(
     input: Annotated[Path, typer.Option(help='rows {"input": ..., "target": ...}')],
-    output: Annotated[Path, typer.Option(help="rows with log_likelihood and tokens (.jsonl)")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="rows with log_likelihood and tokens (.jsonl .csv .tsv .parquet, /dev/stdout)"
+        ),
+    ],
     prompt: Annotated[Path | None, typer.Option(help="artefact, PEFT adapter or .npy")] = None,
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
@@ -208,9 +220,11 @@ def score(
     devices.start()
     from jaxprompt import api
     from jaxprompt.data.sources import read_rows
+    from jaxprompt.data.writers import write_rows
     from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
+    held = by_first(lambda: check_rows_output(output, [input, *files_of(prompt)]))
     pairs = read_rows(None, str(input))
     for number, pair in enumerate(pairs, 1):
         wrong = [name for name in ("input", "target") if not isinstance(pair.get(name), str)]
@@ -219,7 +233,6 @@ def score(
                 f"Row {number} of {input} has no text in {wrong[0]!r}; it has {sorted(pair)}, and "
                 "'input' and 'target' are needed."
             )
-    by_first(lambda: check_output(output))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     with Bar("scoring", len(pairs)) as bar:
         rows = api.score(
@@ -229,7 +242,7 @@ def score(
             batch_size=batch_size,
             progress=bar.advance,
         )
-    by_first(lambda: write_rows(output, rows))
+    by_first(lambda: write_rows(output, rows, held))
 
 
 @app.command()
@@ -238,16 +251,20 @@ def inspect(
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
     nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
-    figure: Annotated[Path | None, typer.Option(help="also draw a .png")] = None,
+    figure: Annotated[Path | None, typer.Option(help="also draw a .png, .svg or .pdf")] = None,
     any_backbone: AnyBackbone = False,
 ) -> None:
     """Nearest words, norms and similarities of a prompt's vectors, as one JSON object."""
     from jaxprompt import api
 
     if figure is not None:
-        check_output(figure)
+        from jaxprompt.evaluation.analyze import figure_format
+        from jaxprompt.files import check_output
+
+        figure_format(figure)
+        check_output(figure, files_of(prompt))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
-    print(json.dumps(api.inspect(session, nearest=nearest, figure=figure), ensure_ascii=False))
+    print_json(api.inspect(session, nearest=nearest, figure=figure))
 
 
 @app.command()
@@ -357,26 +374,30 @@ def interruptible() -> Iterator["Signals"]:
         os._exit(1)  # without waiting for those that will not come
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that cannot be written before any work is done."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(
-            f"{str(path)!r} cannot be written; name a file in a directory that exists and may be "
-            "written to."
-        )
+def files_of(prompt: Path | None) -> list[Path]:
+    """The files of a prompt, none of which may be an output."""
+    if prompt is None:
+        return []
+    return [prompt, *prompt.iterdir()] if prompt.is_dir() else [prompt]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines; a crash leaves no half file."""
-    temporary = path.with_name(f".{path.name}.part")
+def check_rows_output(path: Path, inputs: list[Path]) -> int | None:
+    """``files.check_output`` for a file of rows, whose name says a format."""
+    from jaxprompt.data.writers import format_of
+    from jaxprompt.files import check_output
+
+    format_of(path)
+    return check_output(path, inputs)
+
+
+def print_json(value: Any) -> None:
+    """Print a value readably, with escapes where standard output cannot show a character."""
+    text = json.dumps(value, ensure_ascii=False)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            # parquet has dates and the like: an answer must not be lost for them
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 def main() -> None:

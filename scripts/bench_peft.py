@@ -44,13 +44,12 @@ from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config import UserError
 from jaxprompt.data.pipeline import micro_rows, sorted_parts
+from jaxprompt.files import replace_directory, write_atomically
 from jaxprompt.memory import huge_pages
 from jaxprompt.model import t5
 from jaxprompt.model.load import save_hf
 from jaxprompt.model.t5_config import released
 from jaxprompt.parallel import positions
-from jaxprompt.prompts.artefact import replace_directory
-from jaxprompt.training.logbook import write_atomically
 
 Job = dict[str, Any]
 HERE = Path(__file__).parent

@@ -25,8 +25,8 @@ import yaml
 from bench_tools import Gate, Moment, machine
 from compare_report import markdown
 
+from jaxprompt.files import write_atomically
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.training.logbook import write_atomically
 
 
 def run_values(options: argparse.Namespace, name: str, seeds: list[int]) -> dict[str, Any]:

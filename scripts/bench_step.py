@@ -33,13 +33,12 @@ from compare_report import markdown
 from matplotlib.figure import Figure
 
 from jaxprompt.config import TrainConfig, UserError
+from jaxprompt.files import replace_directory, write_atomically
 from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.model import small_weights, t5, t5_cost
 from jaxprompt.model.load import Backbone, load_backbone, save_hf
 from jaxprompt.model.t5_config import released
-from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import METHODS
-from jaxprompt.training.logbook import write_atomically
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 

@@ -37,12 +37,11 @@ from jaxprompt import devices
 from jaxprompt.config import RunConfig, UserError, parse
 from jaxprompt.data.tasks import load_rows, resolve_task, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.files import replace_directory, write_atomically
 from jaxprompt.memory import start_again_with_huge_pages
 from jaxprompt.model import family
 from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.training import loop
-from jaxprompt.training.logbook import write_atomically
 
 Events = list[dict[str, Any]]
 

@@ -27,9 +27,10 @@ from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_leng
 from jaxprompt.data.tasks import load_rows, references, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.evaluation.score import measure
+from jaxprompt.files import replace_directory
 from jaxprompt.model import family
 from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, load_prompt, replace_directory
+from jaxprompt.prompts.artefact import Prompt, load_prompt
 from jaxprompt.prompts.init import initial_prompt
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.studies.plan import read_task

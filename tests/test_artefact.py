@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -11,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxprompt.config import UserError
+from jaxprompt.files import replace_directory
 from jaxprompt.prompts import artefact
 from jaxprompt.prompts.artefact import (
     Prompt,
     load_prompt,
-    replace_directory,
     save_peft,
     save_prompt,
 )
@@ -86,7 +87,7 @@ def test_a_save_that_fails_leaves_the_old_prompt_and_nothing_else(saved, monkeyp
             raise OSError("busy")
         real(source, target)
 
-    monkeypatch.setattr(artefact.os, "replace", second_fails)
+    monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(OSError, match="busy"):
         save_prompt(saved, Prompt(vectors() + 1, FACTS))
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
@@ -133,11 +134,67 @@ def test_a_header_that_lies(saved):
         (b'{"format": 1, "backbone": "t5"}', "'backbone' is 't5', no object"),
         (b'{"format": 1, "task": []}', "'task' is .., no object"),
         (b'{"format": 1, "peft": 3}', "'peft' is 3, no object"),
+        (b'{"format": 1, "metrics": [1]}', r"'metrics' is \[1\], no object"),
+        (b'{"format": 1, "backbone": {"source": 3}}', "'backbone.source' is 3, no text"),
+        (b'{"format": 1, "backbone": {"tokenizer": ["x"]}}', "'backbone.tokenizer' is .*, no text"),
+        (b'{"format": 1, "step": true}', "'step' is True, no whole number"),
+        (b'{"format": 1, "length": 6, "width": 4}', "says length 6 and prompt.safetensors has 5"),
+        (b'{"format": "' + b"x" * 10_000 + b'"}', "has format .{,300} and this version reads 1"),
     ],
 )
 def test_damaged_facts(saved, facts, message):
     (saved / "prompt.json").write_bytes(facts)
     refused(saved, message)
+
+
+def test_null_is_as_good_as_nothing(saved):
+    (saved / "prompt.json").write_text('{"format": 1, "task": null, "metrics": null, "peft": null}')
+    prompt = load_prompt(saved)
+    assert prompt.facts == {"format": 1}
+    save_prompt(saved, prompt)
+    save_peft(saved.parent / "peft", prompt)
+
+
+@pytest.mark.parametrize("code, shape", [("F8_E4M3", (5, 4)), ("F32", (1,) * 70), ("X", (5, 4))])
+def test_tensors_of_types_and_ranks_that_numpy_lacks(saved, code, shape):
+    size = int(np.prod(shape)) * (4 if code == "F32" else 1)
+    header = {"prompt": {"dtype": code, "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    file = saved / "prompt.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"0" * size)
+    refused(saved, "prompt.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object(), {("a", 1): 2}, 1j])
+def test_facts_that_json_cannot_hold_are_refused(tmp_path, value):
+    with pytest.raises(UserError, match="The prompt's 'note' is .*, which JSON cannot hold"):
+        save_prompt(tmp_path / "p", Prompt(vectors(), {"note": value}))
+    assert os.listdir(tmp_path) == []
+
+
+def test_odd_facts_are_written_readably(tmp_path):
+    deep = {"metrics": {"a|b": "high", "n": np.float32(0.5), "c": [1], "d": None}, "half": "\ud800"}
+    facts = deep | {
+        "task": {"name": "\ud800", "labels": [1], "template": "{x}"},
+        "where": Path("a"),
+    }
+    save_prompt(tmp_path / "p", Prompt(vectors(), facts))
+    found = load_prompt(tmp_path / "p").facts
+    assert found["metrics"] == deep["metrics"] | {"n": 0.5} and found["half"] == "\ud800"
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "| a\\|b | high |" in card and "| n | 0.5000 |" in card and "\\ud800" in card
+
+
+@pytest.mark.parametrize("values", [np.full((2, 3), np.nan), np.ones(3), np.ones((0, 3))])
+@pytest.mark.parametrize("save", [save_prompt, save_peft])
+def test_vectors_that_are_no_prompt_are_not_saved(tmp_path, save, values):
+    with pytest.raises(UserError, match="The prompt holds"):
+        save(tmp_path / "p", Prompt(values, {}))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_is_not_its_prompt(saved):
+    refused(saved.parent, f"it is not a prompt; did you mean '{saved}'?")
 
 
 def test_artefact_without_its_tensors(saved):
@@ -260,10 +317,84 @@ def test_adapters_that_are_no_prompt(tmp_path, config, message):
     refused(write_peft(tmp_path / "a", vectors(6), **config), message)
 
 
-def test_adapter_with_a_pickle_only(tmp_path):
+def write_pickled(path, name, rows, *, shape=None, strides=None, functions=()):
+    """What ``torch.save`` writes for a dictionary of one float32 tensor, opcode by opcode."""
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()
+    number = lambda n: b"J" + n.to_bytes(4, "little")
+    shape, strides = shape or rows.shape, strides or (rows.shape[1], 1)
+    storage = text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage + number(rows.size) + b"tQ"
+    tensor += number(0) + b"(" + b"".join(map(number, shape)) + b"t"
+    tensor += b"(" + b"".join(map(number, strides)) + b"t\x89NtR"
+    data = b"\x80\x02}" + b"".join(functions) + text(name) + tensor + b"s."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("adapter_model/data.pkl", data)
+        archive.writestr("adapter_model/data/0", rows.tobytes())
+        archive.writestr("adapter_model/version", "3\n")
+
+
+def test_adapters_of_old_with_a_pickle_are_read_and_nothing_is_run(tmp_path):
     folder = write_peft(tmp_path / "a", vectors(6))
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
     refused(folder, "has no adapter_model.safetensors; save it again")
+    file = folder / "adapter_model.bin"
+    write_pickled(file, "prompt_embeddings", vectors(6))
+    np.testing.assert_array_equal(load_prompt(folder).vectors, vectors(6)[:3])
+    transposed = np.ascontiguousarray(vectors(6).T)  # as a view of it
+    write_pickled(file, "prompt_embeddings", transposed, shape=(6, 4), strides=(1, 6))
+    np.testing.assert_array_equal(load_prompt(folder).vectors, vectors(6)[:3])
+    write_pickled(file, "prompt_embeddings", vectors(6), shape=(2**30, 2**30), strides=(0, 0))
+    refused(folder, "is damaged: 'prompt_embeddings' has shape")
+    write_pickled(file, "other", vectors(6))
+    refused(folder, r"holds \['other'\] and no tensor 'prompt_embeddings'")
+    trace = tmp_path / "executed"
+    call = b"cbuiltins\nopen\n(X" + len(str(trace)).to_bytes(4, "little") + str(trace).encode()
+    write_pickled(file, "prompt_embeddings", vectors(6), functions=[call + b"X\x01\0\0\0wtR0"])
+    refused(folder, "'builtins.open', which has no place .* nothing was executed")
+    file.write_bytes(pickle.dumps(Trap(trace)))
+    refused(folder, "adapter_model.bin was written by torch before 1.6")
+    assert not trace.exists()
+
+
+def filled(folder):
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "thesis.tex").write_text("months of work")
+    (folder / "checkpoints" / "1").write_text("x")
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("save, other", [(save_prompt, save_peft), (save_peft, save_prompt)])
+def test_a_folder_of_other_things_is_never_replaced(tmp_path, save, other):
+    prompt, home = Prompt(vectors(), FACTS), filled(tmp_path / "home")
+    other(tmp_path / "other", prompt)
+    # a stranger's files of the same names: a collection of prompts, an adapter that PEFT wrote
+    write_peft(tmp_path / "stranger", vectors(), peft_type="LORA")
+    (tmp_path / "stranger" / "prompt.json").write_text('{"system": "You are"}')
+    (tmp_path / "link").symlink_to("home")
+    for name in ("home", "other", "stranger", "link"):
+        before = contents(tmp_path / name)
+        with pytest.raises(UserError, match="holds other things .* name a new or an empty"):
+            save(tmp_path / name, prompt)
+        assert contents(tmp_path / name) == before and before
+    assert sorted(os.listdir(tmp_path)) == ["home", "link", "other", "stranger"]
+    assert contents(home)["thesis.tex"] == b"months of work"
+
+
+@pytest.mark.parametrize("save", [save_prompt, save_peft])
+def test_a_prompt_is_replaced_and_what_was_put_beside_it_stays(tmp_path, save):
+    (tmp_path / "p").mkdir()
+    for add in (0, 1):
+        save(tmp_path / "p", Prompt(vectors() + add, FACTS))
+        np.testing.assert_array_equal(load_prompt(tmp_path / "p").vectors, vectors() + add)
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    save(tmp_path / "p", Prompt(vectors() + 2, FACTS))
+    np.testing.assert_array_equal(load_prompt(tmp_path / "p").vectors, vectors() + 2)
+    assert (tmp_path / "p" / "notes.txt").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["p"]
 
 
 def test_an_exported_adapter_is_what_peft_reads(tmp_path):

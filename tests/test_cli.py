@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprompt import cli
 from jaxprompt.config import load_config
+from jaxprompt.data.sources import read_rows
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.training.logbook import open_run
@@ -414,24 +415,75 @@ def test_eval_and_score_name_what_is_wrong(refused, prompt, tmp_path):
     assert "Task 'supersens' is unknown; did" in refused("eval", prompt, "--task", "supersens")
 
 
-def test_answers_that_cannot_be_written_leave_no_part(call, prompt, tmp_path, monkeypatch):
+def answers(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_answers_that_cannot_be_written_are_kept_and_it_says_where(
+    call, prompt, tmp_path, monkeypatch
+):
     def full(*_):
         raise OSError(28, "No space left on device", "out.jsonl")
 
-    monkeypatch.setattr(cli.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     code, out, err = call(*predict(prompt, tmp_path))
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "error: No space left on device: out.jsonl"
+    (kept,) = tmp_path.glob("out-*.jsonl")
+    last = err.splitlines()[-1]
+    assert "out.jsonl' cannot be written (No space left on device); the 2 rows are in" in last
+    assert str(kept) in last and all("scores" in row for row in answers(kept))
     assert (tmp_path / "out.jsonl").read_text() == "answers of yesterday\n"
-    assert not (tmp_path / ".out.jsonl.part").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_rows_with_dates_can_be_written(tmp_path):
-    import datetime
+def test_the_format_of_answers_is_what_the_name_of_the_output_says(call, prompt, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", make_rows(2))
+    found = {}
+    for ending in ("jsonl", "csv", "parquet"):
+        code, out, err = call(
+            "predict", prompt, "--input", source, "--output", tmp_path / f"o.{ending}"
+        )
+        assert (code, out) == (0, ""), err
+        found[ending] = list(read_rows(None, str(tmp_path / f"o.{ending}")))
+    assert found["parquet"] == found["jsonl"]
+    for plain, row in zip(found["csv"], found["jsonl"], strict=True):
+        scores = {f"score:{label}": str(value) for label, value in row.pop("scores").items()}
+        assert plain == row | scores
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"input": "it was good", "target": "yes"}])
+    code, out, err = call("score", "--prompt", prompt, "--input", pairs, "--output", "/dev/stdout")
+    assert code == 0, err
 
-    cli.write_rows(tmp_path / "o.jsonl", [{"day": datetime.date(2020, 1, 2), "text": "é"}])
-    written = (tmp_path / "o.jsonl").read_text(encoding="utf-8")
-    assert written == '{"day": "2020-01-02", "text": "é"}\n'
+
+def test_half_a_surrogate_in_a_column_costs_no_answer(call, prompt, tmp_path):
+    rows = [{"text": "it was good", "other": "\ud800"}, {"text": "a", "\udfff": 1}]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    code, out, err = call("predict", prompt, "--input", source, "--output", tmp_path / "o.jsonl")
+    assert (code, out) == (0, ""), err
+    found = answers(tmp_path / "o.jsonl")
+    assert [{key: row[key] for key in old} for row, old in zip(found, rows, strict=True)] == rows
+    assert all(row["prediction"] in ("yes", "no") for row in found)
+
+
+def test_an_output_that_would_cost_the_user_data_is_refused(refused, prompt, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", make_rows(2))
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    for name in ("in.jsonl", "link.jsonl"):
+        sentence = refused("predict", prompt, "--input", source, "--output", tmp_path / name)
+        assert "in.jsonl' itself, which is needed to make it; name another output" in sentence
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"input": "a", "target": "b"}])
+    sentence = refused("score", "--prompt", prompt, "--input", pairs, "--output", pairs)
+    assert "pairs.jsonl' itself" in sentence
+    own = copy(prompt, tmp_path / "prompt")
+    (own / "rows").hardlink_to(source)
+    sentence = refused("predict", own, "--input", pairs, "--output", own / "rows")
+    assert "itself" in sentence
+    write_rows(source, [{"text": "a"}, {"text": "a", "prediction": "mine"}])
+    sentence = refused("predict", prompt, "--input", source, "--output", tmp_path / "o.csv")
+    assert "Row 2 has a column 'prediction' already, which would be overwritten" in sentence
+    sentence = refused("predict", prompt, "--input", source, "--output", tmp_path / "o.txt")
+    assert "let it end in .jsonl, .csv, .tsv, .parquet" in sentence
+    sentence = refused("inspect", prompt, "--figure", tmp_path / "x.foo")
+    assert "x.foo'; let it end in .png, .svg, .pdf" in sentence
 
 
 def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):

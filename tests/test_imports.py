@@ -8,9 +8,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprompt"
-ORDER = ["moved", "yaml12", "markdown", "config", "pretrain_config", "cache", "compilation",
-         "memory", "devices", "parallel", "bank", "data", "model", "prompts", "evaluation",
-         "training", "api", "studies", "progress", "cli", "__main__"]  # fmt: skip
+ORDER = ["moved", "yaml12", "markdown", "config", "files", "pretrain_config", "cache",
+         "compilation", "memory", "devices", "parallel", "bank", "data", "model", "prompts",
+         "evaluation", "training", "api", "studies", "progress", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"training/checkpoint.py"},
     "linen": {"model/blocks.py", "model/t5.py", "model/llama.py"},

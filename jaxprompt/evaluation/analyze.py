@@ -1,5 +1,6 @@
 """What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, 7)."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxprompt.config import UserError
+from jaxprompt.files import write_output
 
 
 class Neighbours(NamedTuple):
@@ -105,6 +109,26 @@ def summarize(
     }
 
 
+def figure_format(path: Path) -> str:
+    """The format that a figure's file name asks for. Raises UserError where none can be drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    asked = path.suffix[1:].lower() or "png"
+    if asked not in known:
+        raise UserError(
+            f"A figure cannot be drawn as {str(path)!r}; let it end in .png, .svg, .pdf or another "
+            f"of {', '.join(sorted(known))}."
+        )
+    return asked
+
+
+def _save(figure: Any, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format=figure_format(path))
+    write_output(path, lambda file: file.write(drawn.getvalue()))
+
+
 def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path: Path) -> None:
     """A figure: norms beside the vocabulary's, and the similarity of every pair of vectors."""
     from matplotlib.figure import Figure
@@ -123,7 +147,7 @@ def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path:
     for axis in (left.xaxis, right.xaxis, right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], metric: str, majority: float, path: Path) -> None:
@@ -143,7 +167,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], metric: str, majority: float, pa
     right.axhline(majority, color="tab:gray", linestyle="--", label="majority class")
     right.set(xlabel="step", ylabel=metric, ylim=(0, 1), title=f"Validation {metric}")
     right.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -168,4 +192,4 @@ def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set_title("Loss on training batches and on held-out text by source")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

@@ -7,14 +7,14 @@ Source: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from jaxprompt.config import UserError
+from jaxprompt.files import write_whole
 from jaxprompt.model.tensors import DTYPES, Tensor, mapped
 
 _CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -95,12 +95,13 @@ def write_safetensors(path: Path, outputs: Iterable[Output]) -> None:
         header[out.name] = {"dtype": code, "shape": out.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start aligned
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+
+    def write(file: IO[bytes]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for out in outputs:
             file.write(np.ascontiguousarray(out.values()).view(np.uint8).data)
-    os.replace(partial, path)
+
+    write_whole(path, write)
 
 
 def write_sharded(

@@ -29,12 +29,12 @@ from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder, parse
 from jaxprompt.data.tasks import load_rows, references
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.score import measure
+from jaxprompt.files import write_atomically
 from jaxprompt.model import small_weights
 from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
 from jaxprompt.training.interrupt import locked
-from jaxprompt.training.logbook import write_atomically
 from jaxprompt.training.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")

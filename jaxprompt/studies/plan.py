@@ -25,9 +25,9 @@ from jaxprompt.config import (
 )
 from jaxprompt.data.tasks import load_rows, resolve_task
 from jaxprompt.data.templates import to_text
+from jaxprompt.files import write_atomically
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.cells import RECIPES, Cell, Key, of_method
-from jaxprompt.training.logbook import write_atomically
 
 
 class Plan(BaseModel):

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprompt.config import UserError, parse
+from jaxprompt.files import write_atomically
 from jaxprompt.markdown import plain
 from jaxprompt.model.hf import read_json
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
 from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score
-from jaxprompt.training.logbook import write_atomically
 
 Table = list[list[str]]
 

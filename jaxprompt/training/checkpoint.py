@@ -23,7 +23,7 @@ from orbax.checkpoint import options
 
 from jaxprompt import parallel
 from jaxprompt.config import UserError
-from jaxprompt.training.logbook import write_atomically
+from jaxprompt.files import write_atomically
 
 _LIST = "sha256.json"
 UNFINISHED = f"it has no {_LIST}"

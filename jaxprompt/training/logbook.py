@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from jaxprompt.config import RunConfig, TaskConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.files import write_atomically
 from jaxprompt.model.hf import read_json
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.training.interrupt import LOCK, locked
@@ -30,13 +31,6 @@ FREE = {
     "mesh.fsdp",
     "mesh.tensor",
 }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content: a crash leaves the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from jaxprompt.data.text import (
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluation.analyze import draw_losses
+from jaxprompt.files import replace_directory
 from jaxprompt.model import flash_attention, generate, hub, precision, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.prompts.artefact import replace_directory
 from jaxprompt.prompts.methods import PRETRAINING
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.interrupt import Interrupted, Signals
@@ -278,7 +278,7 @@ def _tokenizer_place(
             train_tokenizer(texts, settings, path)
             (path / note.name).write_text(made_of)
 
-        replace_directory(place, write)
+        replace_directory(place, write, lambda old: (old / note.name).is_file())
     return str(place)
 
 
@@ -360,7 +360,7 @@ def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: s
         else:  # a hub id
             load_tokenizer(tokenizer).save(path)
 
-    replace_directory(folder / "model", write)
+    replace_directory(folder / "model", write, lambda old: (old / "config.json").is_file())
 
 
 def fill_in(

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 import jaxprompt
 from jaxprompt.config import RunConfig
 from jaxprompt.data.tokenizer import copy_tokenizer
+from jaxprompt.files import replace_directory
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, replace_directory, save_prompt
+from jaxprompt.prompts.artefact import Prompt, save_prompt
 
 
 def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
@@ -65,4 +66,4 @@ def save_tuned(
         copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 
-    replace_directory(folder / "model", write)
+    replace_directory(folder / "model", write, lambda old: (old / "tuning.json").is_file())
