@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxprompt.config import UserError, expanded
+
 # what JAXPROMPT_CACHE may say instead of a directory
 _OFF = ("0", "off", "no", "false")
 
@@ -19,8 +21,13 @@ def cache_folder(name: str, environment: Mapping[str, str] = os.environ) -> Path
     wanted = environment.get("JAXPROMPT_CACHE", "")
     if wanted.lower() in _OFF:
         return None
-    home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = Path(wanted).expanduser() if wanted else Path(home, "jaxprompt")
+    if wanted:
+        root = Path(expanded(wanted))
+    else:
+        try:
+            root = Path(expanded(environment.get("XDG_CACHE_HOME") or "~/.cache"), "jaxprompt")
+        except UserError:  # nobody's home, as of a user without an entry in a container
+            return None
     folder = root / name
     if _writable(folder):
         return folder
@@ -38,5 +45,5 @@ def _writable(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False

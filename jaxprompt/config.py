@@ -2,14 +2,24 @@
 
 import difflib
 import itertools
+import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from jaxprompt import yaml12
 
@@ -81,6 +91,36 @@ def as_folder(name: str, what: str) -> str:
     return name
 
 
+def expanded(path: str | Path) -> str:
+    """A path of a user with ``~`` and ``~name`` written out, as a shell would do it.
+
+    Every path that a config, an option or a variable of the environment names goes through here.
+
+    Raises:
+        UserError: there is no such user, or no file can have this name.
+    """
+    text = str(path)
+    try:
+        if "\0" in text:
+            raise ValueError
+        os.fsencode(text)
+    except ValueError:
+        raise UserError(f"{shown(text)} cannot be the name of a file; name another one") from None
+    first = text.split("/", 1)[0]
+    if not first.startswith("~"):
+        return text
+    home = os.path.expanduser(first)
+    if home == first:
+        raise UserError(
+            f"{shown(text)} begins with the home directory {shown(first)}, and there is none; "
+            "write it out, or begin with ./ if that is the name of a file"
+        )
+    return home + text[len(first) :]
+
+
+# a file, a directory, or a name that cannot begin with ~
+PathText = Annotated[str, AfterValidator(expanded)]
+
 # steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -101,9 +141,9 @@ class TaskConfig(Schema):
 
     name: str
     source: str | None = None  # builtin:NAME, hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: files
-    train: str | None = None  # a file, or the name of a split where there is a source
-    validation: str | None = None
-    test: str | None = None
+    train: PathText | None = None  # a file, or the name of a split where there is a source
+    validation: PathText | None = None
+    test: PathText | None = None
     # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
     template: str
     target: str = "{label}"
@@ -130,11 +170,13 @@ class TaskConfig(Schema):
         labels = self.labels
         if labels is not None and (not labels or len(set(labels)) < len(labels)):
             raise ValueError(
-                f"labels are {labels}, and some different ones are needed; leave the key out for "
-                "free generation"
+                f"labels are {shown(labels)}, and some different ones are needed; leave the key "
+                "out for free generation"
             )
         if labels is not None and not all(label.strip() for label in labels):
-            raise ValueError(f"labels are {labels}, and one of them is blank; give it a word")
+            raise ValueError(
+                f"labels are {shown(labels)}, and one of them is blank; give it a word"
+            )
         words = self.class_labels
         if words is not None and (not words or not all(word.strip() for word in words)):
             raise ValueError(
@@ -142,7 +184,7 @@ class TaskConfig(Schema):
             )
         if not re.search(r"\{[^{}]+\}", re.sub(r"\{\{|\}\}", "", self.template)):
             raise ValueError(
-                f"template {self.template!r} names no column; write one in braces, as in "
+                f"template {shown(self.template)} names no column; write one in braces, as in "
                 "'question: {text}'"
             )
         return self
@@ -183,7 +225,7 @@ class PromptConfig(Schema):
     # "code": pad, eos and unk may be drawn, as in the authors' code; "exclude": they may not
     special_ids: Literal["exclude", "code"] = "exclude"
     text: str | None = None
-    file: str | None = None
+    file: PathText | None = None
     resize: bool = False  # cut or repeat the rows of `file` where its length differs
     # a prompt for each combination, all trained in one step, each as if alone: lists of seeds,
     # learning rates, lengths, tasks and ways to start, as {seed: [0, 1], learning_rate: [0.1, 0.3]}
@@ -192,6 +234,12 @@ class PromptConfig(Schema):
     ] = {}
     bottleneck: Size = 128  # of the network of residual-prompt-tuning
     basis: Size = 128  # embeddings that superposition-prompt-tuning mixes, at least `length`
+
+    @field_validator("population")
+    @classmethod
+    def _paths_are_expanded(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        files = [expanded(x) if isinstance(x, str) else x for x in grid.get("file", [])]
+        return grid | ({"file": files} if "file" in grid else {})
 
     @model_validator(mode="after")
     def _start_is_named(self):
@@ -261,8 +309,8 @@ class MeshConfig(Schema):
 class RunConfig(Schema):
     """Everything about a run; written to its directory as ``config.yaml``."""
 
-    backbone: str = "builtin"
-    tokenizer: str | None = None  # hub id or directory; None: the one beside the weights
+    backbone: PathText = "builtin"
+    tokenizer: PathText | None = None  # hub id or directory; None: the one beside the weights
     task: str | dict[str, Any]
     method: Literal[
         "prompt-tuning", "residual-prompt-tuning", "superposition-prompt-tuning", "model-tuning"
@@ -271,7 +319,7 @@ class RunConfig(Schema):
     prompt: PromptConfig = PromptConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
-    output: str
+    output: PathText = Field(min_length=1)
 
     @model_validator(mode="after")
     def _start_has_enough_rows(self):
@@ -297,13 +345,14 @@ class RunConfig(Schema):
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
         if "task" in grid and isinstance(self.task, dict):
             raise ValueError(
-                f"task has keys of its own ({', '.join(self.task)}), and prompt.population.task "
+                f"task has keys of its own ({listed(self.task)}), and prompt.population.task "
                 "says what is learnt; move them there, into a mapping with the task's name"
             )
         for key, choices in grid.items():
             if not choices or len({repr(x) for x in choices}) < len(choices):
                 raise ValueError(
-                    f"prompt.population.{key} is {choices}; give one or more different values"
+                    f"prompt.population.{key} is {shown(choices)}; give one or more different "
+                    "values"
                 )
         for member in self.members() if grid else ():
             try:
@@ -338,8 +387,32 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml12.load(text)
     except (yaml12.Error, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error)[:1000].split())[:300]
         raise UserError(f"{where} is not valid YAML: {problem}.") from None
+
+
+def override_value(text: str, key: str) -> Any:
+    """What stands behind ``key=`` on a command line: a number, a list, else the text as typed.
+
+    Lists and mappings are written as in YAML, ``[yes, no]`` and ``{name: boolq}``; in quotes of
+    their own, numbers are text and escapes are understood. Nothing is ``null``. Everything else is
+    text to the last character: it holds no comments and no further keys.
+    """
+    kept = text.strip()
+    if kept[:1] in ("[", "{", "'", '"'):
+        try:
+            value = yaml12.load_flow(kept)
+            return text if value == kept else value
+        except (yaml12.Error, ValueError, RecursionError) as error:
+            # "[prompt:10] {text}" is a template, "[1, 2" is no list
+            if kept[0] in "[{" and any(kept.count(a) != kept.count(b) for a, b in ("[]", "{}")):
+                problem = " ".join(str(error)[:1000].split())[:300]
+                raise UserError(f"The value of {key!r} is not valid YAML: {problem}.") from None
+            return text
+    try:
+        return yaml12.scalar(text)
+    except yaml12.Error as error:
+        raise UserError(f"The value of {key!r} is not usable: {str(error).strip()}.") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -349,9 +422,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The values of a YAML file with ``key=value`` overrides applied, not yet validated."""
-    path = Path(path)
+    path = Path(expanded(path))
     if not path.is_file():
-        raise UserError(f"No config file at {str(path)!r}; give the path of a YAML file.")
+        raise UserError(
+            f"No config file at {shown(str(path))}{looked_in(path)}; give the path of a YAML file."
+        )
+    if path.stat().st_size > 4 * yaml12.LONGEST:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, more than any config; name a YAML file such "
+            "as those in configs/."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -364,22 +444,46 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return values
 
 
+def looked_in(path: Path) -> str:
+    """For a message about a path that is not there: where it was looked for."""
+    if path.is_absolute():
+        return ""
+    return f" in {Path.cwd()} (paths start from the directory that the command runs in)"
+
+
 def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply ``key=value``; a key is a path such as ``train.steps`` or ``text.0.train``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
-            f"Override {override!r} must have the form key=value, e.g. train.steps=100."
+            f"Override {shown(override)} must have the form key=value, e.g. train.steps=100."
         )
     *parents, last = key.split(".")
-    for parent in parents:
-        inner = values.get(parent)
-        if isinstance(inner, str) and parent == "task":
+    inside: Any = values
+    for depth, parent in enumerate(parents):
+        place = _place(inside, parent, key)
+        inner = inside[place] if isinstance(place, int) else inside.get(place)
+        if isinstance(inner, str) and depth == 0 and parent == "task":
             inner = {"name": inner}  # `task: supersense` with `task.max_input_length=64`
-        values[parent] = inner = {} if inner is None else inner
-        if not isinstance(inner, dict):
-            raise UserError(f"Override {key!r}: {parent!r} is {inner!r}, which has no keys inside.")
-        values = inner
-    values[last] = read_yaml(text, f"The value of {key!r}")
+        inside[place] = inner = {} if inner is None else inner
+        if not isinstance(inner, dict | list):
+            raise UserError(
+                f"Override {shown(key)}: {parent!r} is {shown(inner)}, which has no keys inside."
+            )
+        inside = inner
+    inside[_place(inside, last, key)] = override_value(text, key)
+
+
+def _place(inside: dict[str, Any] | list[Any], part: str, key: str) -> str | int:
+    """A key of a mapping, or the number of a list's item."""
+    if isinstance(inside, dict):
+        return part
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(inside):
+        raise UserError(
+            f"Override {shown(key)}: {shown(part)} names no item of a list of {len(inside)}; items "
+            "are numbered from 0."
+        )
+    return int(part)
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -390,25 +494,51 @@ def parse(schema: type[T], values: Any, prefix: str = "") -> T:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        # a union reports each of its types: the first is enough for a key
-        problems: dict[str, str] = {}
-        for problem in error.errors():
-            if problem["loc"][-1:] == ("str",) and isinstance(problem["input"], dict):
-                continue  # a mapping is meant, and its own problems are told
-            key = prefix + ".".join(str(p) for p in problem["loc"] if p not in _UNION)
-            problems.setdefault(key, _problem(schema, key, problem))
-        raise UserError("; ".join(problems.values()) + ".") from None
+        raise UserError(_sentence(schema, error.errors(include_url=False), prefix)) from None
 
 
+def _sentence(schema: type[BaseModel], errors: Sequence[Any], prefix: str) -> str:
+    """All problems in one sentence, as many as a person reads."""
+    first: dict[str, tuple[str, Any]] = {}
+    others: Counter[str] = Counter()
+    seen: set[str] = set()
+    for problem in errors:
+        loc, kind = problem["loc"], problem["type"]
+        if loc and loc[-1] in _TEXTS and isinstance(problem["input"], dict):
+            continue  # a mapping is meant, and its own problems are told
+        key = prefix + ".".join(_short(str(part)) for part in loc if part not in _UNION)
+        if key in seen:  # a union reports each of its types: the first is enough for a key
+            continue
+        seen.add(key)
+        item = kind in _TEXT_WANTED and loc and (isinstance(loc[-1], int) or loc[-1] == "[key]")
+        group = key.rpartition(".")[0] + ".*" if item else key
+        others[group] += group in first
+        first.setdefault(group, (key, problem))
+    told = []
+    for group, (key, problem) in itertools.islice(first.items(), MOST_PROBLEMS):
+        rest = f" (and {others[group]} more in {group[:-2]!r})" if others[group] else ""
+        told.append(_problem(schema, key, problem) + rest)
+    if len(first) > MOST_PROBLEMS:
+        told.append(f"and {len(first) - MOST_PROBLEMS} more problems")
+    return "; ".join(told) + "."
+
+
+def _short(part: str) -> str:
+    return part if len(part) <= 80 else f"{part[:80]}..."
+
+
+MOST_PROBLEMS = 10
+_TEXT_WANTED = ("string_type", "invalid_key")
 # what pydantic adds to the path of a key
-_UNION = ("str", "dict[str,any]", "TokenizerConfig", "[key]")
+_TEXTS = ("str", "function-after[expanded(), str]")
+_UNION = (*_TEXTS, "dict[str,any]", "TokenizerConfig", "[key]")
 
 
 def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     value, kind = problem["input"], problem["type"]
     if kind == "extra_forbidden":
         allowed = _fields(schema, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        close = difflib.get_close_matches(str(problem["loc"][-1])[:80], allowed, n=1)
         hint = f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
         return f"Unknown config key {key!r}; {hint}"
     if kind == "missing":
@@ -416,9 +546,15 @@ def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     if kind == "value_error":
         return f"Config of {key.rstrip('.') or 'the run'!r}: {problem['ctx']['error']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    if kind in ("string_type", "invalid_key"):
+    if kind in _TEXT_WANTED:
         message = "input should be text; put it in quotes"
-    return f"Config key {key!r} is {value!r}: {message}"
+        if value is None:
+            message = "input should be text; write '' where it is to be empty"
+        elif "labels" in problem["loc"] and type(value) in (int, float):
+            message += (
+                ", or give words, and say in label_map which number of the data is which word"
+            )
+    return f"Config key {key!r} is {shown(value)}: {message}"
 
 
 def _fields(schema: Any, path: Sequence[Any]) -> list[str]:

@@ -9,6 +9,7 @@ from jaxprompt.config import (
     MeshConfig,
     ModelConfig,
     Optimization,
+    PathText,
     Positive,
     Rate,
     Schema,
@@ -22,7 +23,7 @@ class TextSource(Schema):
 
     name: str
     source: str | None = None  # hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: a file
-    train: str  # a file, or the name of a split where there is a source
+    train: PathText  # a file, or the name of a split where there is a source
     column: str = "text"  # where the rows have columns
     weight: Weight = 1.0  # examples are drawn from the sources in proportion to it
 
@@ -32,7 +33,7 @@ class PairSource(Schema):
 
     name: str
     source: str | None = None
-    train: str
+    train: PathText
     weight: Weight = 1.0
 
 
@@ -79,10 +80,10 @@ class PretrainOptimization(Optimization):
 class PretrainConfig(Schema):
     """Everything about a pre-training or adaptation run."""
 
-    start: str | None = None  # a backbone to go on from; None: random weights of `shape`
+    start: PathText | None = None  # a backbone to go on from; None: random weights of `shape`
     shape: ShapeConfig = ShapeConfig()
     # hub id or directory, or how to train one; None: the one beside the weights of `start`
-    tokenizer: str | TokenizerConfig | None = None
+    tokenizer: PathText | TokenizerConfig | None = None
     text: list[TextSource] = []
     pairs: list[PairSource] = []
     # share of the examples of each; spans as in Raffel et al. 2020, section 3.1.4, prefix-LM as in
@@ -103,7 +104,7 @@ class PretrainConfig(Schema):
     model: ModelConfig = ModelConfig()
     train: PretrainOptimization = PretrainOptimization()
     mesh: MeshConfig = MeshConfig()
-    output: str
+    output: PathText = Field(min_length=1)
 
     @model_validator(mode="after")
     def _has_what_it_reads(self):

@@ -24,7 +24,7 @@ from typing import Any
 
 from compare_report import report
 
-from jaxprompt.config import TaskConfig, UserError, read_yaml
+from jaxprompt.config import TaskConfig, UserError, override_value
 from jaxprompt.studies.cells import RECIPES, Bench, Cell, of_method, run_cells
 from jaxprompt.studies.plan import read_task
 
@@ -41,7 +41,7 @@ def plan(options: argparse.Namespace, tasks: dict[str, TaskConfig]) -> list[Cell
                 if key not in lists and "." not in key:
                     raise UserError(f"--only {pattern}: {key!r} is no key of it; see --help.")
                 if fnmatch.fnmatchcase(where, pattern):
-                    parsed = read_yaml(f"[{value}]" if key in lists else value, key)
+                    parsed = override_value(f"[{value}]" if key in lists else value, key)
                     (lists if key in lists else settings)[key] = parsed
         for method in lists["methods"]:
             if method not in ("hard", "few", "prompt", "full"):

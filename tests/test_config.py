@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import pytest
 
+from jaxprompt import yaml12
+from jaxprompt.cache import cache_folder
 from jaxprompt.config import (
     PromptConfig,
     RunConfig,
@@ -13,14 +15,21 @@ from jaxprompt.config import (
     TrainConfig,
     UserError,
     dump_yaml,
+    expanded,
     listed,
     load_config,
+    override_value,
     parse,
+    read_config,
     read_yaml,
+    set_value,
     shown,
 )
+from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks import resolve_task
+from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model import t5
+from jaxprompt.model.hub import resolve
 from jaxprompt.model.t5_config import released
 from jaxprompt.pretrain_config import PretrainConfig
 
@@ -59,12 +68,60 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
         ("9" * 5000, "here is not valid YAML"),
         ("[" * 1500, "here is not valid YAML"),
         ("a: \x00", "here is not valid YAML"),
+        ("!!bool foo", "'foo' is tagged as true or false and is none"),
+        ("!!float ''", "'' is tagged as a number and is none"),
+        ("!!null foo", "'foo' is tagged as null and is none"),
+        ("!!int {a: b}", "'a mapping' is tagged as a whole number"),
+        ("!!int '5_0'", "'5_0' is tagged as a whole number"),
+        ("!!map [a]", "'a sequence' is tagged as a mapping"),
+        ("!!seq {a: b}", "here is not valid YAML"),
+        ("!!timestamp abc", "could not determine a constructor"),
+        ("!!timestamp 2024-01-01", "could not determine a constructor"),
+        ("!!binary aGk=", "could not determine a constructor"),
+        ("!!merge <<: {a: 1}", "could not determine a constructor"),
+        ("0x" + "F" * 5000, "a number of 5002 digits is too large"),
+        ("{[a]: b}", "a list or mapping cannot be a key"),
+        ("{1: a, 0x1: b}", "key '1' is given twice"),
+        ("a: &a [*a]", "nested deeper than 100 levels"),
+        ("a: 1 #" + "x" * 10**6, "has 1000006 characters, and 262144 are allowed"),
     ],
 )
 def test_bad_yaml_is_one_sentence_and_executes_nothing(text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_yaml(text, "here")
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_of_aliases_are_counted_before_anything_is_made_of_them(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(UserError, match="holds more than 100000 values, .* aliases included") as at:
+        load_config(write(tmp_path, MINIMAL + "\n".join([*lines, "backbone: *a9"])))
+    assert len(str(at.value)) < 300
+    merged = ["a0: &a0 {k: v}"]
+    merged += [f"a{i}: &a{i} {{!!merge <<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60)]
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_yaml("\n".join(merged), "here")
+
+
+def test_an_override_of_what_an_alias_shares_changes_one_place():
+    values = read_yaml("a: &x {k: 1}\nb: *x", "here")
+    set_value(values, "a.k=2")
+    assert values == {"a": {"k": 2}, "b": {"k": 1}}
+
+
+def test_a_file_that_is_no_config_is_not_parsed(tmp_path):
+    with pytest.raises(UserError, match="run.yaml has 2000000 bytes, more than any config"):
+        load_config(write(tmp_path, "x" * 2_000_000))
+
+
+def test_any_text_survives_being_written(tmp_path):
+    pieces = [*"\x85\u2028\u2029\ufeff\r\n\t #a'\"\x00\x1b\xa0\ud800é\U0001f600|\\%@{", ": ", "- "]
+    texts = [a + b + c for a in pieces for b in pieces for c in ("", "x", "\n")]
+    assert yaml12.load(yaml12.dump(texts[:800])) == texts[:800]
+    task = {"name": "t", "template": "{a}\x85{b}", "separator": "\u2028x\r"}
+    config = parse(RunConfig, {"task": task, "output": "a"})
+    assert load_config(write(tmp_path, dump_yaml(config))) == config
 
 
 def test_labels_and_rates_of_a_file_mean_what_they_say(tmp_path):
@@ -99,6 +156,62 @@ def test_overrides(tmp_path):
     assert config.train.patience is None
     assert config.task == {"name": "supersense", "max_input_length": 64, "labels": ["yes", "no"]}
     assert config.prompt.length == 8 and config.output == "a=b"
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("#x", "#x"),
+        ("is it? # no", "is it? # no"),
+        ("question: {text}", "question: {text}"),
+        ("{text}", "{text}"),
+        ("{a}{b}", "{a}{b}"),
+        ("{{x}} {text}", "{{x}} {text}"),
+        ("[prompt:10] {text} It was [prompt:2]", "[prompt:10] {text} It was [prompt:2]"),
+        ("'tis {text}", "'tis {text}"),
+        ('"Hi" said {who}', '"Hi" said {who}'),
+        ("a\nb", "a\nb"),
+        ("  {text} ", "  {text} "),
+        (" ", " "),
+        ("- a", "- a"),
+        ("*", "*"),
+        ("&a b", "&a b"),
+        ("!!int 5", "!!int 5"),
+        ("| x", "| x"),
+        ("a=b", "a=b"),
+        ("@x", "@x"),
+        ("", None),
+        ("null", None),
+        ("true", True),
+        (" 3 ", 3),
+        ("3e-4", 3e-4),
+        ("'5'", "5"),
+        ("''", ""),
+        (r'"\n"', "\n"),
+        ("[yes, 'no', 1]", ["yes", "no", 1]),
+        ("[[1, 2], []]", [[1, 2], []]),
+        ("{name: boolq, prefix: true}", {"name": "boolq", "prefix": True}),
+        ("{}", {}),
+    ],
+)
+def test_an_override_is_what_was_typed(text, value):
+    found = override_value(text, "key")
+    assert found == value and type(found) is type(value)
+    values: dict[str, Any] = {}
+    set_value(values, f"task.template={text}")
+    assert values == {"task": {"template": value}}
+
+
+def test_an_override_reaches_into_lists():
+    values = {"text": [{"name": "a", "train": "x"}, {"name": "b"}]}
+    set_value(values, "text.1.train=own.txt")
+    set_value(values, "text.0.weight=2")
+    assert values["text"] == [
+        {"name": "a", "train": "x", "weight": 2}, {"name": "b", "train": "own.txt"}
+    ]  # fmt: skip
+    for part in ("2", "-1", "x", "9" * 5000):
+        with pytest.raises(UserError, match="no item of a list of 2; items are numbered from 0"):
+            set_value(values, f"text.{part}.train=y")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +329,92 @@ def test_seeds_of_the_whole_range_are_allowed():
 def test_tasks_that_cannot_be_answered(changes, message):
     with pytest.raises(UserError, match=message):
         parse(TaskConfig, {"name": "mine", "template": "{text}"} | changes, "task.")
+
+
+def test_numbers_as_labels_are_one_problem_that_names_label_map():
+    with pytest.raises(UserError) as caught:
+        parse(TaskConfig, {"name": "t", "template": "{a}", "labels": [0, 1, 2, 3]}, "task.")
+    text = str(caught.value)
+    assert text.count("put it in quotes") == 1 and "and 3 more in 'task.labels'" in text
+    assert "label_map" in text
+
+
+def test_many_mistakes_are_told_in_a_short_sentence():
+    many: dict[str, Any] = {f"k{i}": i for i in range(20_000)} | {"k" * 10**6: 1}
+    for values in (many, {"prompt": many}, {"prompt": {"text": ["x"] * 10**6}}):
+        with pytest.raises(UserError) as caught:
+            parse(RunConfig, {"task": "spam", "output": "a"} | values)
+        assert len(str(caught.value)) < 4000
+    with pytest.raises(UserError, match="and 19991 more problems"):
+        parse(RunConfig, {"task": "spam", "output": "a"} | many)
+
+
+def test_the_home_directory_is_written_out_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/a/~b") == "/home/me/a/~b" and expanded("~") == "/home/me"
+    for path in ("a/~/b", "./~x", "/a", "gs://b/c", "google/t5", "a.jsonl"):
+        assert expanded(path) == path
+    run = {
+        "backbone": "~/m",
+        "tokenizer": "~/t",
+        "task": "spam",
+        "prompt": {"file": "~/p.npy", "population": {"file": ["~/a.npy", "b.npy"]}},
+        "output": "~/runs/a",
+    }
+    config = parse(RunConfig, run)
+    assert (config.backbone, config.tokenizer) == ("/home/me/m", "/home/me/t")
+    assert (config.output, config.prompt.file) == ("/home/me/runs/a", "/home/me/p.npy")
+    assert config.prompt.population["file"] == ["/home/me/a.npy", "b.npy"]
+    splits = {split: f"~/{split}.csv" for split in ("train", "validation", "test")}
+    task = resolve_task({"name": "t", "template": "{a}"} | splits)
+    assert task.train == "/home/me/train.csv" and task.test == "/home/me/test.csv"
+    assert task.validation == "/home/me/validation.csv"
+    pretraining = {
+        "text": [{"name": "a", "train": "~/a.txt"}],
+        "pairs": [{"name": "b", "train": "~/b.jsonl"}],
+        "tokenizer": "~/t",
+        "output": "~/o",
+    }
+    config = parse(PretrainConfig, pretraining)
+    assert config.text[0].train == "/home/me/a.txt" and config.pairs[0].train == "/home/me/b.jsonl"
+    assert (config.tokenizer, config.output) == ("/home/me/t", "/home/me/o")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, MINIMAL)
+    assert read_config("~/run.yaml") == {"task": "supersense", "output": "runs/a"}
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("~nobody-of-this-name/x", "begins with the home directory .*and there is none"),
+        ("a\0b", "cannot be the name of a file"),
+        ("", "at least 1 character"),
+        ("runs/\ud800", "unicode|cannot be the name"),
+    ],
+)
+def test_paths_that_cannot_be(path, message):
+    with pytest.raises(UserError, match=message):
+        parse(RunConfig, {"task": "spam", "output": path})
+
+
+def test_a_home_that_is_nobodys_is_a_sentence_in_every_reader(monkeypatch, tmp_path):
+    nobody = "~nobody-of-this-name/x"
+    for read in (
+        lambda: resolve(nobody),
+        lambda: load_tokenizer(nobody),
+        lambda: cache_folder("a", {"JAXPROMPT_CACHE": nobody}),
+        lambda: read_rows(None, nobody + ".jsonl"),
+        lambda: read_rows(f"folder:{nobody}", "train"),
+        lambda: read_rows(f"hf:{nobody}", "train"),
+        lambda: load_config(nobody),
+    ):
+        with pytest.raises(UserError, match="begins with the home directory"):
+            read()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("a", {}) == tmp_path / ".cache" / "jaxprompt" / "a"
+    assert cache_folder("a", {"JAXPROMPT_CACHE": "~/c"}) == tmp_path / "c" / "a"
+    (tmp_path / "m").mkdir()
+    assert resolve("~/m") == str(tmp_path / "m")
 
 
 @pytest.mark.parametrize("init", ["text", "file"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, expanded
 
 Row = dict[str, Any]
 PACKAGED = Path(__file__).parent.parent / "builtin" / "data"
@@ -22,13 +22,13 @@ def read_rows(source: str | None, split: str) -> Sequence[Row]:
     """
     kind, colon, name = (source or "").partition(":")
     if source is None:
-        rows = _read_file(Path(split))
+        rows = _read_file(Path(expanded(split)))
     elif kind == "builtin" and colon:
         rows = _read_packaged(name, split)
     elif kind == "folder" and colon:
-        rows = _read_folder(Path(name).expanduser(), split)
+        rows = _read_folder(Path(expanded(name)), split)
     elif kind == "hf" and colon:
-        rows = _read_hugging_face(name, split)
+        rows = _read_hugging_face(expanded(name), split)
     elif kind == "tfds" and colon:
         rows = _read_tfds(name, split)
     else:

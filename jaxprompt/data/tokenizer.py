@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, expanded
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
@@ -134,6 +134,7 @@ def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer
     import transformers
 
     transformers.logging.set_verbosity_error()
+    path = expanded(path)
     if Path(path).is_file() and str(path).endswith(".gguf"):
         return Tokenizer(load_gguf_tokenizer(Path(path)), one_sequence)
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, expanded, looked_in, shown
 
 # LM-adapted and not, in two sizes; builtin/backbones/PROVENANCE.md
 BUILTIN = {
@@ -34,13 +34,15 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 def resolve(name: str) -> str:
     """Directory, GGUF file or gs:// URL of a backbone, downloaded if need be; UserError if none."""
+    if not name or len(name) > 4096:
+        raise UserError(f"{shown(name)} is no name of a backbone; name a directory or a hub id")
     if name in BUILTIN:
         return str(Path(__file__).parent.parent / "builtin" / "backbones" / BUILTIN[name])
     if name in PACKAGES:
         return str(_in_package(name))
     if name.startswith("gs://"):
         return name
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.is_file() and path.suffix == ".gguf":
         return str(path)
     if path.is_dir():
@@ -63,7 +65,8 @@ def resolve(name: str) -> str:
         )
     if not _HUB_ID.fullmatch(name) or name[0] in "./~":
         raise UserError(
-            f"there is no directory {name}; a backbone is a directory, a T5X checkpoint, a GGUF "
+            f"there is no directory {name}{looked_in(path)}; a backbone is a directory, a T5X "
+            "checkpoint, a GGUF "
             "file, a hub id such as google/t5-base-lm-adapt, builtin or smollm2"
         )
     return _download(name)

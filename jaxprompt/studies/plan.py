@@ -18,9 +18,9 @@ from jaxprompt.config import (
     TaskConfig,
     UserError,
     as_folder,
+    override_value,
     parse,
     read_config,
-    read_yaml,
     set_value,
 )
 from jaxprompt.data.tasks import load_rows, resolve_task
@@ -184,7 +184,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
         for name in (method,) if method else runs:
             set_value(runs[name], override.removeprefix(f"{method}:"))
-        found[key] = read_yaml(text, f"The value of {key!r}")
+        found[key] = override_value(text, key)
     for values in runs.values():
         parse(RunConfig, {"task": "any", "output": "any", **values})
     return found
