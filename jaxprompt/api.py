@@ -89,7 +89,7 @@ def open_session(
     model = Model(backbone.params, bank, backbone.config, backbone.mesh)
     words = tokenizer or recorded.get("tokenizer") or backbone.path
     words = load_tokenizer(words, one_sequence=family.one_sequence(backbone.config))
-    return Session(backbone, words, prompt, model)
+    return Session(backbone, words.for_table(backbone.config.vocab_size), prompt, model)
 
 
 def _attention(prompt: Prompt) -> str:

@@ -34,3 +34,46 @@ def random_examples(count: int, seed: int = 0) -> list[Example]:
         return np.array([first, *middle, 1], np.int32)
 
     return [Example(ids(1000 + i, 40), ids(7, 6)) for i in range(count)]
+
+
+def sentencepiece_model(folder: Path, **settings) -> Path:
+    """Train a tiny SentencePiece model of T5's kind (pad 0, eos 1, unk 2); returns its file.
+
+    ``settings`` replaces those of the trainer.
+    """
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text, prefix = folder / "text.txt", folder / "spiece"
+    lines = " ".join(WORDS) + "\nthe bread is fresh: is it good? the roof leaks, a b c/s, 12\n"
+    text.write_text(lines * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), hard_vocab_limit=False, minloglevel=2,
+        **{"vocab_size": 120, "model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2,
+           "bos_id": -1} | settings,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")
+
+
+def t5_tokenizer(folder: Path) -> Path:
+    """A directory with such a model that AutoTokenizer reads as a T5's, with 100 sentinels."""
+    sentencepiece_model(folder)
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", '
+        '"unk_token": "<unk>", "pad_token": "<pad>"}'
+    )
+    return folder
+
+
+def llama_tokenizer(folder: Path) -> Path:
+    """The same of Llama's kind: byte-pair merges, <s> in front, a blank before each text."""
+    model = sentencepiece_model(
+        folder, model_type="bpe", byte_fallback=True, vocab_size=340, pad_id=-1, unk_id=0,
+        bos_id=1, eos_id=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    model.rename(folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", '
+        '"unk_token": "<unk>", "add_bos_token": true}'
+    )
+    return folder

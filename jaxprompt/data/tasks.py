@@ -264,13 +264,10 @@ def tokenize(
     _check_labels(task, tokenizer)
     pieces = place_prompt(task.template, prompt_length)
     virtual = virtual_ids(vocab_rows, prompt_length, prompt)
-    texts = [
-        fill(piece.text, row, _where(task, origin, i), tokenizer.plain)
-        for i, row in enumerate(rows)
-        for piece in pieces if piece.text
-    ]  # fmt: skip
+    texts = filled(task, rows, pieces, tokenizer, origin)
     folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
     ids = tokenized(texts, tokenizer, folder, trusted=True, largest=CACHE_BYTES)
+    ids.check(vocab_rows, texts, tokenizer)
     encoded = map(ids.at, range(len(ids)))
     ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
     room = task.max_input_length - sum(map(len, ends))
@@ -281,8 +278,10 @@ def tokenize(
         )
     targets: list[list[int]] = [[]] * len(rows)
     if need_targets:
-        targets = tokenizer.encode_targets(target_texts(task, rows, origin), task.separator)
+        wanted = target_texts(task, rows, origin)
+        targets = tokenizer.encode_targets(wanted, task.separator)
         for number, ids in enumerate(targets):
+            tokenizer.check(ids, vocab_rows, wanted[number])
             if len(ids) > task.max_target_length:
                 raise UserError(
                     f"The target in {_where(task, origin, number)} has {len(ids)} tokens with EOS "
@@ -295,6 +294,29 @@ def tokenize(
         )
         for target in targets
     ]
+
+
+def filled(
+    task: TaskConfig,
+    rows: Sequence[dict[str, Any]],
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    origin: str | None = None,
+) -> list[str]:
+    """The texts of each row between its virtual tokens, to be encoded as trusted.
+
+    Only what the template itself says may name special tokens.
+    """
+    own, between = tokenizer.marked, [piece.text for piece in pieces if piece.text]
+    texts = [
+        fill(text, row, _where(task, origin, i), tokenizer.plain, own)
+        for i, row in enumerate(rows)
+        for text in between
+    ]
+    if not tokenizer.one_sequence:
+        return texts
+    # the parts of one sequence are parts of one text
+    return [t if i % len(between) == 0 else tokenizer.continued(t) for i, t in enumerate(texts)]
 
 
 def _check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:

@@ -15,6 +15,7 @@ from jaxprompt.config import TaskConfig, UserError
 _MARKER = re.compile(r"\[prompt(?::(\d+))?\]")
 _NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_BREAK = "\ufdd0"  # a noncharacter: nothing that means more than text begins or goes on here
 
 
 class Piece(NamedTuple):
@@ -76,8 +77,12 @@ def fill(
     row: dict[str, Any],
     where: str = "the row",
     escape: Callable[[str], str] = lambda value: value,
+    own: Callable[[str], str] = lambda text: text,
 ) -> str:
-    """Replace ``{column}`` by the row's values, each of them escaped."""
+    """Replace ``{column}`` by the row's values.
+
+    Each value goes through ``escape``, and what the template itself says through ``own``.
+    """
 
     def value(match: re.Match) -> str:
         if match[1] is None:
@@ -92,7 +97,26 @@ def fill(
         return escape(str(row[match[1]]))
 
     _check_braces(template)
-    return _FIELD.sub(value, template)
+    return _FIELD.sub(value, own(template).replace(_BREAK, ""))
+
+
+def literal(text: str) -> str:
+    """A template that says ``text`` and nothing else: no field, no marker, no special token."""
+    doubled = ({"{": "{{", "}": "}}"}.get(letter, letter) for letter in text)
+    return f"{_BREAK}{_BREAK.join(doubled)}{_BREAK}"
+
+
+def answered(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tuple[str, str]:
+    """Templates that say the row's input and target; special tokens of the task's own template
+    count in them, and markers of virtual tokens are left out.
+    """
+
+    def value(match: re.Match) -> str:
+        return match[0] if match[1] is None else literal(fill(match[0], row, where))
+
+    pieces = place_prompt(task.template, 0)
+    filled = "".join(_FIELD.sub(value, piece.text) for piece in pieces)
+    return filled, literal(to_target(task, row, where))
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,6 @@ So nothing has to be invalidated: other texts, or another tokenizer, have anothe
 import hashlib
 import os
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from jaxtyping import Int
 from jaxprompt.data.tokenizer import Tokenizer
 
 CHUNK = 10_000  # texts tokenized at a time
+RULES = 2  # counts the ways in which ids followed from texts, so that old files are not read
 
 
 class Ragged(NamedTuple):
@@ -31,6 +31,13 @@ class Ragged(NamedTuple):
     def at(self, number: int) -> Int[np.ndarray, " s"]:
         """Sequence ``number``."""
         return self.ids[self.starts[number] : self.starts[number + 1]]
+
+    def check(self, rows: int, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        """Refuse ids above an embedding table of ``rows`` rows, and name the text that has one."""
+        if len(self.ids) and self.ids.max() >= rows:
+            first = int(np.argmax(self.ids >= rows))
+            number = int(np.searchsorted(self.starts, first, "right")) - 1
+            tokenizer.check(self.at(number), rows, texts[number])
 
 
 def tokenized(
@@ -60,7 +67,7 @@ def tokenized(
 
 
 def _encoded(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> Ragged:
-    dtype = np.uint16 if tokenizer.size <= 2**16 else np.int32
+    dtype = np.uint16 if tokenizer.ids <= 2**16 else np.int32
     lengths, pieces = [0], [np.zeros(0, dtype)]
     for start in range(0, len(texts), CHUNK):
         for ids in tokenizer.encode_all(texts[start : start + CHUNK], trusted=trusted):
@@ -70,7 +77,7 @@ def _encoded(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> Ragge
 
 
 def _name(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> str:
-    told = hashlib.sha256(f"{tokenizer.identity()} {trusted}".encode())
+    told = hashlib.sha256(f"{RULES} {tokenizer.identity()} {trusted}".encode())
     for text in texts:
         coded = text.encode("utf-8", "surrogatepass")
         told.update(b"%d " % len(coded) + coded)
@@ -83,9 +90,11 @@ def _read(file: Path, count: int) -> Ragged | None:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             found = Ragged(kept["ids"], kept["starts"])
         os.utime(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        starts = found.starts
+        whole = starts.shape == (count + 1,) and starts[0] == 0 and starts[-1] == len(found.ids)
+        whole = whole and found.ids.dtype.kind in "iu" and bool((np.diff(starts) >= 0).all())
+    except Exception:  # damaged bytes raise whatever zipfile and NumPy happen to meet
         return None
-    whole = len(found) == count and found.starts[0] == 0 and found.starts[-1] == len(found.ids)
     return found if whole else None
 
 

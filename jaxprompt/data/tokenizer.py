@@ -1,6 +1,9 @@
 """Tokenizers of transformers, reduced to what the package needs."""
 
+import copy
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -13,19 +16,25 @@ import numpy as np
 
 from jaxprompt.config import UserError, expanded
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
+from jaxprompt.data.plain_text import encode_slowly, make_encoder, make_marks
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", *_SENTENCEPIECE)
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
           "chat_template.jinja", *_VOCABULARIES)  # fmt: skip
+_BLANK = "\u2581"  # how SentencePiece writes a blank
 
 
 class Tokenizer:
-    """Text to ids and back. Ids of special tokens come only from what is called trusted.
+    """Text to ids and back. No text can spell a special token; see ``plain_text``.
 
-    With an encoder, input and target each end with EOS. In ``one_sequence`` only the target does:
-    the input begins with BOS where the tokenizer has one, and ends with the task's separator.
+    With an encoder, input and target each end with EOS, and begin with what the tokenizer itself
+    puts in front of a text. In ``one_sequence`` only the input begins so, only the target ends with
+    EOS, and the task's separator stands between them. ``rows``: those of the embedding table; text
+    with ids that it lacks is refused (``for_table``).
     """
+
+    rows: int | None = None
 
     def __init__(self, inner: Any, one_sequence: bool = False):
         self._inner = inner
@@ -33,64 +42,185 @@ class Tokenizer:
         self.size: int = len(inner)
         self.eos_id: int = inner.eos_token_id if inner.eos_token_id is not None else 1
         self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else 0
-        # pad, eos, unk; sentinels count as vocabulary, as they did in the original
-        named = [self.pad_id, self.eos_id, inner.unk_token_id]
-        if one_sequence:  # and what marks the turns of a chat and the like
-            named += [id for id, token in inner.added_tokens_decoder.items() if token.special]
-        self.special_ids: list[int] = sorted({id for id in named if id is not None})
+        self.unk_id: int | None = inner.unk_token_id
         self.sentinel_ids: list[int] = _sentinels(inner)  # <extra_id_0>, <extra_id_1>, ...
-        # "</s>" in somebody's mail is not EOS; a space inside keeps it text ("< /s>"). Splitting
-        # of special tokens is no help: they are pieces of the vocabulary as well
-        names = filter(None, inner.convert_ids_to_tokens(self.special_ids))
-        self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self.start_ids: list[int] = []
-        if one_sequence:
-            whole = inner("a")["input_ids"]
-            self.start_ids = [id for id in whole[:1] if id == inner.bos_token_id]
-        # most decoder-only vocabularies tell "yes" from " yes"; some add the space themselves
-        marked = str(inner.convert_ids_to_tokens(self.encode("a")[:1] or [0])[0])
-        self._before_target = " " if one_sequence and not marked.startswith("\u2581") else ""
+        # pad, eos, unk, what marks the turns of a chat and the like; sentinels count as vocabulary
+        # where there is an encoder, as they did in the original
+        special = {id for id, token in inner.added_tokens_decoder.items() if token.special}
+        if not one_sequence:
+            special -= set(self.sentinel_ids)
+        special |= {id for id in (self.pad_id, self.eos_id, self.unk_id) if id is not None}
+        self.special_ids: list[int] = sorted(special)
+        self._make_encoder()
+        self.start_ids: list[int] = self._in_front()
+
+    def _make_encoder(self) -> None:
+        inner = self._inner
+        vocabulary = inner.get_vocab()
+        self.ids: int = max(vocabulary.values(), default=-1) + 1  # more than size where ids skip
+        names = {id: name for name, id in vocabulary.items()}
+        special = [names[id] for id in self.special_ids if id in names]
+        sentinels = [names[id] for id in self.sentinel_ids if names[id] not in special]
+        ids = {name: vocabulary[name] for name in (*special, *sentinels)}
+        self._marks = make_marks(list(vocabulary), list(ids))
+        # of a chat, what looks like a mark of a turn gets a space: people read such texts
+        control = special if self.one_sequence else []
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._sentinels = re.compile("|".join(map(re.escape, sentinels)) or "(?!)")
+        fast: Any = getattr(inner, "backend_tokenizer", None)
+        decoder = None if fast is None else json.loads(fast.to_str())["decoder"]
+        # pieces of SentencePiece are decoded as SentencePiece does
+        self._decoder = fast.decoder if _BLANK in json.dumps(decoder, ensure_ascii=False) else None
+        made = None
+        if fast is not None:
+            made = make_encoder(fast, self._marks, ids, sentinels, self.one_sequence)
+        slowly = functools.partial(encode_slowly, inner, self._marks, ids, self.unk_id)
+        self._encode = made.encode if made else slowly
+
+    def _in_front(self) -> list[int]:
+        """What the tokenizer puts before a text of its own accord, such as BOS."""
+        whole, text = self._inner("a")["input_ids"], self.encode("a")
+        starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+        return whole[: starts[0]] if text and starts else []
+
+    def for_table(self, rows: int) -> "Tokenizer":
+        """This tokenizer for a backbone whose embedding table has ``rows`` rows.
+
+        Ids above the table are those of virtual tokens. Raises UserError where text can have such
+        ids; special tokens that no text can spell may lie there.
+        """
+        bound = copy.copy(self)
+        reserved = {*self.special_ids} - {self.eos_id, *self.start_ids}
+        above = sorted(
+            (id, piece)
+            for piece, id in self._inner.get_vocab().items()
+            if id >= rows and id not in reserved
+        )
+        for id, piece in above:
+            if id in (self.eos_id, *self.start_ids) or self._can_write(id, piece):
+                raise UserError(
+                    f"The tokenizer has {self.ids} pieces and the backbone {rows} rows; use the "
+                    f"tokenizer that belongs to it. The text {self._surface(id, piece)[:60]!r} "
+                    f"has the id {id}, which is that of a virtual token."
+                )
+        bound.rows = rows
+        return bound
+
+    def _surface(self, id: int, piece: str) -> str:
+        return self._inner.decode([id]) or piece
+
+    def _can_write(self, id: int, piece: str) -> bool:
+        """Whether some text with this piece has its id."""
+        text = self._surface(id, piece)
+        texts = [text, piece, f" {text}", f"a{text}", f"{text}a", f"a {text} a"]
+        try:
+            return any(id in ids for ids in self.encode_all(texts))
+        except UserError:  # half of a character
+            return False
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without EOS."""
         return self.encode_all([text])[0]
 
     def plain(self, text: str) -> str:
-        """The text with a space in whatever looks like a special token, so that it stays text."""
+        """The text, so that it stays text beside what is ``marked``."""
+        text = self._marks.remove(text)
         return self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
+    def marked(self, text: str) -> str:
+        """The text with a mark for each special token that it names, to be encoded as trusted."""
+        return self._marks.put(self._marks.remove(text))
+
+    def continued(self, text: str) -> str:
+        """A text, marked or plain, as one that continues another: to be encoded as trusted.
+
+        SentencePiece puts a blank in front of each text that it is given, but not here.
+        """
+        return self._marks.continued(text)
+
     def encode_all(self, texts: Sequence[str], *, trusted: bool = False) -> list[list[int]]:
-        """Ids of many texts, faster than one by one; trusted ones may name special tokens."""
+        """Ids of many texts, faster than one by one.
+
+        Args:
+            texts: any text.
+            trusted: special tokens that ``marked`` has marked count; the rest is text in any case.
+
+        Raises:
+            UserError: a text is not Unicode, or has ids that the embedding table lacks.
+        """
         if not texts:
             return []
         plain = texts if trusted else [self.plain(text) for text in texts]
+        plain = [self._sentinels.sub(lambda m: self._marks.of[m[0]], text) for text in plain]
         try:
-            return self._inner(list(plain), add_special_tokens=False, verbose=False)["input_ids"]
-        except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-            bad = next((t for t in plain if any("\ud800" <= c <= "\udfff" for c in t)), "")
-            raise UserError(f"The text {bad[:60]!r} is not Unicode; mend that character.") from None
+            found = self._encode(plain)
+        except (TypeError, UnicodeError):  # half of a surrogate pair, which UTF-8 cannot spell
+            bad = next((t for t in texts if any("\ud800" <= c <= "\udfff" for c in t)), "")
+            raise UserError(
+                f"The text {self._marks.shown(bad)[:60]!r} is not Unicode; mend that character."
+            ) from None
+        except Exception as error:  # the library raises bare ones, as for a word without <unk>
+            raise UserError(
+                f"The tokenizer cannot read a text ({' '.join(str(error).split())[:200]}); use the "
+                "tokenizer that belongs to the backbone."
+            ) from None
+        if self.rows is not None:
+            for text, ids in zip(texts, found, strict=True):
+                self.check(ids, self.rows, text)
+        return found
+
+    def check(self, ids: Sequence[int] | np.ndarray, rows: int, text: str) -> None:
+        """Refuse ids of a text above an embedding table of ``rows``: those are virtual tokens'."""
+        if len(ids) and max(ids) >= rows:
+            raise UserError(
+                f"The text {self._marks.shown(text)[:60]!r} has the id {int(max(ids))} and the "
+                f"backbone {rows} rows; use the tokenizer that belongs to it."
+            )
 
     def encode_targets(self, texts: Sequence[str], separator: str = "") -> list[list[int]]:
-        """Ids of targets with EOS last; after a separator that ends in no space they get one."""
-        space = "" if separator[-1:].isspace() else self._before_target
+        """Ids of targets with EOS last.
+
+        In one sequence a target continues the text before it, with a space in between unless there
+        is white space already.
+        """
+        if not self.one_sequence:
+            return [[*self.start_ids, *ids, self.eos_id] for ids in self.encode_all(texts)]
+        space = "" if separator[-1:].isspace() else " "
         begun = [text if text[:1].isspace() else space + text for text in texts]
-        return [[*ids, self.eos_id] for ids in self.encode_all(begun)]
+        going_on = [self.continued(self.plain(text)) for text in begun]
+        return [[*ids, self.eos_id] for ids in self.encode_all(going_on, trusted=True)]
 
     def input_end(self, separator: str) -> list[int]:
         """The ids that end every input; the separator may name special tokens."""
         if not self.one_sequence:
             return [self.eos_id]
-        return self.encode_all([separator], trusted=True)[0]
+        return self.encode_all([self.continued(self.marked(separator))], trusted=True)[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text up to the first EOS, without special tokens or ids that the tokenizer lacks."""
-        kept = []
-        for id in map(int, ids):
-            if id == self.eos_id:
-                break
-            if id != self.pad_id and id < self.size:
-                kept.append(id)
-        return self._inner.decode(kept, skip_special_tokens=True).strip()
+        """Text up to the first EOS, without special tokens but with sentinels.
+
+        Pieces of SentencePiece as T5 decodes them: what is unknown, or beyond the vocabulary, is
+        the text " \u2047 ".
+        """
+        until: Any = itertools.takewhile(lambda id: id != self.eos_id, map(int, ids))
+        if self._decoder is None:
+            skip = not hasattr(self._inner, "backend_tokenizer")  # bytes have no sentinels
+            special = {*self.special_ids}
+            kept = [id for id in until if id < self.ids and id not in special]
+            return self._inner.decode(kept, skip_special_tokens=skip).strip()
+        dropped = {*self.special_ids} - {self.unk_id}
+        pieces = [piece for id in until if id not in dropped for piece in self._pieces(id)]
+        return self._decoder.decode(pieces).strip()
+
+    def _pieces(self, id: int) -> list[str]:
+        if not 0 <= id < self.ids or id == self.unk_id:
+            return [_BLANK, "\u2047", _BLANK]
+        return [_BLANK, self.piece(id)] if id in self.sentinel_ids else [self.piece(id)]
+
+    def written(self, text: str, separator: str = "") -> str | None:
+        """A target as ``decode`` gives it back; None where it has pieces that are unknown."""
+        [ids] = self.encode_targets([text], separator)
+        return None if self.unk_id in ids else self.decode(ids)
 
     def fingerprint(self) -> str:
         """Hex digits that change with the vocabulary and with how a sample of text is cut."""
@@ -144,7 +274,7 @@ def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer
             "spiece.model beside the weights."
         )
     try:
-        inner = transformers.AutoTokenizer.from_pretrained(str(path))
+        inner = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types for missing files
         problem = " ".join(str(error).split())[:200]
         raise UserError(

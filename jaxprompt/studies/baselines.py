@@ -16,7 +16,7 @@ import numpy as np
 from jaxprompt.api import Session, answer_rows
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.tasks import references, target_texts
-from jaxprompt.data.templates import columns_of, to_text
+from jaxprompt.data.templates import answered, columns_of, to_text
 from jaxprompt.evaluation.score import measure
 
 Rows = Sequence[dict[str, Any]]
@@ -145,21 +145,24 @@ def with_shots(task: TaskConfig, rows: Rows, count: int, seed: int, words: Any) 
     with every question.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
-    texts = [to_text(task, rows[i]) for i in order[:2000]]
-    short = [pair for pair in texts if len(words.encode(pair[0])) <= 48] or texts
-    chosen = []
+    texts = {int(i): to_text(task, rows[i]) for i in order[:2000]}
+    short = {i: pair for i, pair in texts.items() if len(words.encode(pair[0])) <= 48} or texts
+    chosen: dict[int, tuple[str, str]] = {}
     for label in itertools.islice(itertools.cycle(task.labels or [None]), count):
-        found = next((p for p in short if label in (p[1], None) and p not in chosen), None)
+        left = (i for i, pair in short.items() if pair not in chosen.values())
+        found = next((i for i in left if label in (short[i][1], None)), None)
         if found is None:
             raise UserError(
                 f"--shots {count}: too few short rows of label {label!r}; ask for fewer."
             )
-        chosen.append(found)
+        chosen[found] = short[found]
     space = "" if task.separator[-1:].isspace() else " "
-    shots = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen)
-    room = task.max_input_length + len(words.encode(shots))
-    escaped = shots.replace("{", "{{").replace("}", "}}")
-    return task.model_copy(update={"template": escaped + task.template, "max_input_length": room})
+    shown = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen.values())
+    room = task.max_input_length + len(words.encode(shown))
+    # what the rows say stays text; the task's own template and separator may name special tokens
+    between = task.separator.replace("{", "{{").replace("}", "}}") + space
+    shots = "".join(f"{between.join(answered(task, rows[i]))}\n\n" for i in chosen)
+    return task.model_copy(update={"template": shots + task.template, "max_input_length": room})
 
 
 def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:

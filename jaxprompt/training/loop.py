@@ -110,6 +110,7 @@ def _train(
     )
 
     vocabulary = backbone.config.vocab_size
+    tokenizer = tokenizer.for_table(vocabulary)
     length_of = [member.prompt.length if method.uses_prompt else 0 for member in members]
     assigned = {
         (name, length): assign(tasks[name], rows[name], tokenizer, length, vocabulary)

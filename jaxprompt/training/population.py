@@ -30,7 +30,8 @@ def start_of(member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer:
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
         words = class_words(task)
-        labels = [ids[:-1] for ids in tokenizer.encode_targets(words, task.separator)]
+        front = 0 if tokenizer.one_sequence else len(tokenizer.start_ids)
+        labels = [ids[front:-1] for ids in tokenizer.encode_targets(words, task.separator)]
         for word, ids in zip(words, labels, strict=True):
             if not set(ids) - set(tokenizer.special_ids):
                 raise UserError(

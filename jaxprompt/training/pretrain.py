@@ -95,12 +95,8 @@ def _pretrain(
     place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
     if shape is None:
-        shape = _shape(config, tokenizer.size, mesh)
-    if tokenizer.size > shape.vocab_size:
-        raise UserError(
-            f"The tokenizer has {tokenizer.size} pieces and the backbone {shape.vocab_size} rows; "
-            "use the tokenizer that belongs to it."
-        )
+        shape = _shape(config, tokenizer.ids, mesh)
+    tokenizer = tokenizer.for_table(shape.vocab_size)
     if params is None:
         params = _init(shape, jax.random.key(settings.seed))
     begin()
