@@ -24,9 +24,9 @@ from orbax.checkpoint import options
 from jaxprompt import parallel
 from jaxprompt.config import UserError
 from jaxprompt.files import write_atomically
+from jaxprompt.training.logbook import CHECKSUMS, checkpoint_folders
 
-_LIST = "sha256.json"
-UNFINISHED = f"it has no {_LIST}"
+UNFINISHED = f"it has no {CHECKSUMS}"
 
 
 class Checkpoints:
@@ -57,13 +57,13 @@ class Checkpoints:
             with _orbax() as orbax:
                 orbax.save(folder, args=what)
             sums = {"step": step, "files": checksums(folder)}
-            write_atomically(folder / _LIST, json.dumps(sums, indent=1) + "\n")
+            write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
         except (OSError, ValueError, RuntimeError) as error:  # a full disk has many names
             raise UserError(
                 f"Checkpoint {step} cannot be written to {str(self.path)!r} ({_brief(error)}); "
                 "mend that and run the same command again: the checkpoint before it is intact."
             ) from None
-        for old in _by_step(self.path)[self._keep :]:
+        for old in checkpoint_folders(self.path)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest_step(self) -> int | None:
@@ -122,12 +122,6 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(parts, multiprocessing_options=alone)
 
 
-def _by_step(path: Path) -> list[Path]:
-    """The folders of checkpoints, newest first."""
-    folders = [f for f in path.glob("*") if f.is_dir() and f.name.isdigit()]
-    return sorted(folders, key=lambda f: int(f.name), reverse=True)
-
-
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -137,7 +131,7 @@ def checksums(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != _LIST:
+        if path.is_file() and name != CHECKSUMS:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -146,12 +140,12 @@ def checksums(folder: Path) -> dict[str, str]:
 def problem_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None; ``UNFINISHED`` is what a killed run may leave."""
     try:
-        said = json.loads((folder / _LIST).read_text())
+        said = json.loads((folder / CHECKSUMS).read_text())
         step, files = said["step"], dict(said["files"])
     except FileNotFoundError:
         return UNFINISHED
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {_LIST} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"its {CHECKSUMS} is damaged"
     if str(step) != folder.name:
         return f"it is that of step {step}"
     found = checksums(folder)
@@ -167,7 +161,7 @@ def newest_good(path: Path, say: Callable[[str], None]) -> int | None:
     for part in path.glob("*.orbax-checkpoint-tmp*"):  # what a killed run was writing
         shutil.rmtree(part, ignore_errors=True)
     moved, place = [], path.parent / "damaged"
-    for folder in _by_step(path):
+    for folder in checkpoint_folders(path):
         problem = problem_of(folder)
         if problem is None:
             return int(folder.name)

@@ -4,22 +4,31 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import yaml
 
-from jaxprompt.config import RunConfig, TaskConfig, UserError, dump_yaml, parse, read_yaml
+from jaxprompt.config import (
+    Optimization,
+    RunConfig,
+    UserError,
+    dump_yaml,
+    parse,
+    read_yaml,
+    shown,
+)
+from jaxprompt.data.tasks import resolve_task
 from jaxprompt.files import write_atomically
-from jaxprompt.model.hf import read_json
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.training.interrupt import LOCK, locked
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
+CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 
 # settings that a run may change when it goes on
 FREE = {
@@ -33,11 +42,97 @@ FREE = {
 }
 
 
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The folders in ``path`` that a step names, newest first; what else is there is not ours."""
+    named = [f for f in path.glob("*") if re.fullmatch("0|[1-9][0-9]{0,9}", f.name) and f.is_dir()]
+    return sorted(named, key=lambda folder: int(folder.name), reverse=True)
+
+
 def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:
-    values = yaml.safe_load(dump_yaml(config))
-    if isinstance(values.get("task"), dict):
-        values["task"] = parse(TaskConfig, values["task"]).model_dump()
+    """All settings by dotted key, tasks in full, so that two spellings of a run are equal."""
+    values = config.model_dump(mode="json")
+    grid = values.get("prompt", {}).get("population", {})
+    whole = lambda task: resolve_task(task).model_dump(mode="json")
+    if "task" in grid:
+        grid["task"] = [whole(task) for task in grid["task"]]
+    elif "task" in values:
+        values["task"] = whole(values["task"])
     return _flat(values)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {
+        k: v for name, inner in values.items() for k, v in _flat(inner, f"{prefix}{name}.").items()
+    }
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """What ``config.yaml`` holds, not yet validated; None where it is not the file of a run."""
+    try:
+        values = read_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (UserError, UnicodeDecodeError):
+        return None
+    # a run writes all settings: a file that a person wrote has hardly ever all of these
+    whole = isinstance(values, dict) and {"model", "train", "output"} <= values.keys()
+    return values if whole and isinstance(values["train"], dict) else None
+
+
+def _newest_step(folder: Path) -> int | None:
+    """Step of the newest complete checkpoint, or of the result; None where neither is known."""
+    checkpoints = checkpoint_folders(folder / "checkpoints")
+    steps = [int(f.name) for f in checkpoints if (f / CHECKSUMS).is_file()]
+    result = _read_result(folder)
+    return max(steps if result is None else [*steps, result["steps"]], default=None)
+
+
+def _steps_are_free(old: Optimization, new: Optimization, done: int | None) -> bool:
+    """Whether the steps that were taken do not depend on how many there will be."""
+    if new.schedule not in ("constant", "rsqrt"):
+        return False
+    if not old.cooldown_steps and not new.cooldown_steps:
+        return True
+    # both cool-downs are yet to come
+    return done is not None and all(done <= x.steps - x.cooldown_steps for x in (old, new))
+
+
+def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
+    """Refuse other settings than those of the run in ``folder``, but for those that are free."""
+    advice = "choose another output, or delete that directory to start again."
+    try:
+        values = _read_settings(folder / "config.yaml")
+        if values is None:
+            raise UserError("it does not hold all settings of a run.")
+        # through the schema: settings that are newer than the run had their defaults; its mesh is
+        # free, whatever axes had names then
+        before = parse(type(config), {k: v for k, v in values.items() if k != "mesh"})
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds a run, and its config.yaml is damaged ({str(error).rstrip('.')}), so "
+            f"that its settings are not known; put a copy of that file back, {advice}"
+        ) from None
+    old, new, free = _settings(before), _settings(config), set(FREE)
+    done = _newest_step(folder)
+    if _steps_are_free(before.train, config.train, done):
+        free |= {"train.steps", "train.cooldown_steps"}
+    changed = [key for key in sorted({*old, *new} - free) if old.get(key) != new.get(key)]
+    if not changed:
+        return
+    told = [f"{k} was {shown(old.get(k))} and is {shown(new.get(k))}" for k in changed]
+    if "train.cooldown_steps" in changed and done is not None:
+        told.append(f"a cool-down may change before it begins, and the run is at step {done}")
+    raise UserError(f"{folder} holds a run with other settings ({'; '.join(told)}); {advice}")
+
+
+def _output_of(config: RunConfig | PretrainConfig) -> Path:
+    try:
+        fine = b"\0" not in os.fsencode(config.output)
+    except UnicodeEncodeError:  # half a surrogate
+        fine = False
+    if not fine:
+        raise UserError(f"Output {shown(config.output)} is no path; give the name of a directory.")
+    return Path(config.output)
 
 
 def check_run(config: RunConfig | PretrainConfig) -> Path:
@@ -45,29 +140,12 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
 
     A run that has no checkpoint yet has nothing to lose: its settings may change.
     """
-    folder = Path(config.output)
+    folder = _output_of(config)
     file = folder / "config.yaml"
-    if file.is_file() and any(folder.glob("checkpoints/*")):
-        # through the schema: settings that are newer than the run had their defaults; its mesh is
-        # free, whatever axes had names then
-        values = read_yaml(file.read_text(), str(file))
-        old = _settings(parse(type(config), {k: v for k, v in values.items() if k != "mesh"}))
-        new = _settings(config)
-        free = set(FREE)
-        if config.train.schedule in ("constant", "rsqrt") and not config.train.cooldown_steps:
-            # these schedules do not depend on the number of steps, and a cool-down is yet to come
-            free |= {"train.steps", "train.cooldown_steps"}
-        changed = [
-            f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-            for key in sorted({*old, *new} - free)
-            if old.get(key) != new.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
-                "choose another output, or delete that directory to start again."
-            )
-    elif folder.exists() and not file.is_file():
+    begun = any(folder.glob("checkpoints/*")) or (folder / "result.json").is_file()
+    if file.is_file() and begun:
+        _check_settings(folder, config)
+    elif folder.exists() and not (file.is_file() and _read_settings(file)):
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
             raise UserError(
                 f"Output {str(folder)!r} exists and is not a run; choose another output."
@@ -82,9 +160,56 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
 
 
 def complete(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
-    """What ``result.json`` holds, if there is one; else whether the run may start was checked."""
-    file = check_run(config) / "result.json"
-    return read_json(file) if file.is_file() else None
+    """What ``result.json`` holds, if the run is complete; else whether it may go on was checked.
+
+    A damaged result counts as none: it follows from the last checkpoint.
+    """
+    folder = check_run(config)
+    result, steps = _read_result(folder), config.train.steps
+    if result and (result["steps"] >= steps or result.get("stopped_early")):
+        return result
+    done = _newest_step(folder)
+    if done is not None and done > steps:
+        raise UserError(
+            f"{folder} holds a run that has done {done} steps, and train.steps is {steps}; make it "
+            f"{done} or more, or choose another output."
+        )
+    return None
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
+    """What ``result.json`` holds; None where there is none, or it is damaged."""
+    try:
+        value = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and _is_result(value) else None
+
+
+_NUMBERS = ("rows", "majority", "untuned", "value", "trainable_parameters")
+_SCORES = ("loss", "perplexity", "token_accuracy", "tokens")
+
+
+def _is_result(result: dict[str, Any]) -> bool:
+    """Whether it has what a run's result has, as far as anything reads it again."""
+    has = lambda values, *names: (
+        isinstance(values, dict)
+        and all(isinstance(values.get(name), int | float) for name in names)
+    )
+    if not has(result, "steps", "seconds") or type(result["steps"]) is not int:
+        return False
+    if "held_out" in result:
+        sets, model = result["held_out"], result.get("model")
+        fine = isinstance(sets, dict) and all(has(found, *_SCORES) for found in sets.values())
+        return fine and has(result, "tokens") and isinstance(model, str)
+    tasks = result["tasks"] if "tasks" in result else {"": result}
+    return isinstance(tasks, dict) and all(
+        has(found, *_NUMBERS)
+        and {"task", "prompt"} <= found.keys()
+        and isinstance(found.get("metric"), str)
+        and ("test" not in found or has(found["test"], found["metric"]))
+        for found in tasks.values()
+    )
 
 
 @contextlib.contextmanager
@@ -104,22 +229,21 @@ def open_run(config: RunConfig | PretrainConfig) -> Iterator[Path]:
         yield folder
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    return {
-        k: v for name, inner in values.items() for k, v in _flat(inner, f"{prefix}{name}.").items()
-    }
-
-
 class Logbook:
     """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go.
 
-    Of several processes the first one alone writes.
+    Of several processes the first one alone writes. ``say`` hears of damaged lines.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool):
-        self.folder, self.tensorboard = folder, tensorboard
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        tensorboard: bool,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.folder, self.tensorboard, self._say = folder, tensorboard, say
         self._writes = jax.process_index() == 0
         self._open(step)
 
@@ -129,7 +253,10 @@ class Logbook:
         if not self._writes:
             return
         path = self.folder / "metrics.jsonl"
-        self.rows = [row for row in _read_rows(path) if row["step"] <= step]
+        rows, damaged = _read_rows(path)
+        if damaged:
+            self._say(f"warning: {damaged} lines of {path} are damaged and left out")
+        self.rows = [row for row in rows if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
         if self.tensorboard:
@@ -168,14 +295,24 @@ class Logbook:
                 file.close()
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a killed run may be half there
-            break
-    return rows
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many lines are none; the last line of a killed run may be half there."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    found = [_row(line) for line in lines]
+    damaged = [line for line, row in zip(lines[:-1], found, strict=False) if row is None]
+    return [row for row in found if row is not None], sum(bool(line.strip()) for line in damaged)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``; None where it is no mapping of names to numbers with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    number = lambda x: isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
+    return row if all(map(number, row.values())) else None
 
 
 class Clock:

@@ -82,7 +82,7 @@ def _train(
     tasks = {task.name: task for task in task_of}
     folder = Path(config.output)
     result: Any = parallel.by_first(lambda: complete(config))
-    if result and (result.get("steps", 0) >= settings.steps or result.get("stopped_early")):
+    if result:
         reporter.say(f"{folder} is complete; delete it to start again.")
         return result
 
@@ -237,8 +237,11 @@ def _train(
     done = int(state.step)
     train_step, batches = training_of(alive, done)
     logbook = Logbook(
-        folder, done if "untuned" in progress else -1, tensorboard=settings.tensorboard
-    )  # fmt: skip
+        folder,
+        done if "untuned" in progress else -1,
+        tensorboard=settings.tensorboard,
+        say=reporter.say,
+    )
     open_files.callback(logbook.close)
     if "untuned" not in progress:
         progress |= {"untuned": {}, "majority": {}}
@@ -307,7 +310,7 @@ def _train(
 
     while True:
         try:
-            last = done == settings.steps
+            last = done >= settings.steps
             if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
                 flush()
                 evaluate()

@@ -77,7 +77,7 @@ def _pretrain(
     settings, folder = config.train, Path(config.output)
     parallel.check_same("config", config.model_dump(exclude={"output"}))
     result = parallel.by_first(lambda: complete(config))
-    if result and result.get("steps", 0) >= settings.steps:
+    if result:
         reporter.say(f"{folder} is complete; delete it to start again.")
         return result
     check_files(config)
@@ -120,7 +120,9 @@ def _pretrain(
         state = checkpoints.restore(state)
         done = int(state.step)
         reporter.say(f"going on from step {done}")
-    logbook = Logbook(folder, done if done else -1, tensorboard=settings.tensorboard)
+    logbook = Logbook(
+        folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
+    )
     open_files.callback(logbook.close)
     checks = held_out_batches(config, streams)
 
@@ -161,7 +163,7 @@ def _pretrain(
     clock, pending, scores = Clock(progress["seconds"]), None, None
     while True:
         try:
-            last = done == settings.steps
+            last = done >= settings.steps
             if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
                 pending = flush(pending)
                 scores = evaluate(state)
