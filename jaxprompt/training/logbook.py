@@ -125,22 +125,12 @@ def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
     raise UserError(f"{folder} holds a run with other settings ({'; '.join(told)}); {advice}")
 
 
-def _output_of(config: RunConfig | PretrainConfig) -> Path:
-    try:
-        fine = b"\0" not in os.fsencode(config.output)
-    except UnicodeEncodeError:  # half a surrogate
-        fine = False
-    if not fine:
-        raise UserError(f"Output {shown(config.output)} is no path; give the name of a directory.")
-    return Path(config.output)
-
-
 def check_run(config: RunConfig | PretrainConfig) -> Path:
     """The run directory, if a run may start there or the one in it go on; nothing is written.
 
     A run that has no checkpoint yet has nothing to lose: its settings may change.
     """
-    folder = _output_of(config)
+    folder = Path(config.output)
     file = folder / "config.yaml"
     begun = any(folder.glob("checkpoints/*")) or (folder / "result.json").is_file()
     if file.is_file() and begun:
