@@ -269,6 +269,20 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
+def to_first(tree: Any) -> Any:
+    """Arrays over the devices of all processes as NumPy arrays in the first one; all must ask.
+
+    The others get None. One array at a time is put together on the devices.
+    """
+    first = jax.process_index() == 0
+
+    def host(x):
+        whole = fetch(x) if first or not x.is_fully_replicated else None
+        return np.asarray(whole) if first else None
+
+    return jax.tree.map(host, tree)
+
+
 T = TypeVar("T")
 
 

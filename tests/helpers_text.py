@@ -32,3 +32,24 @@ def pretrain_config(values: dict, **changes) -> PretrainConfig:
         inside = inside and key != "objectives"
         values[key] = values[key] | value if inside else value
     return parse(PretrainConfig, values)
+
+
+def sentences(folder: Path, **changes) -> PretrainConfig:
+    """A run of 8 steps on text that a tokenizer of 150 rows can be trained on."""
+    lines = [f"{chr(97 + i % 26) * (i % 5 + 2)} runs to {i}" for i in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    values = {
+        "shape": {"d_model": 16, "num_heads": 2, "head_dim": 4, "d_ff": 24,
+                  "num_encoder_layers": 2, "num_decoder_layers": 2},
+        "text": [{"name": "book", "train": str(folder / "text.txt")}],
+        "objectives": {"prefix_lm": 1},
+        "input_length": 16,
+        "target_length": 16,
+        "validation": 0.1,
+        "model": {"unroll": False},
+        "train": {"steps": 8, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 4,
+                  "optimizer": "adamw", "learning_rate": 0.01, "evaluate_batches": 1,
+                  "tensorboard": False},
+        "output": str(folder / "run"),
+    }  # fmt: skip
+    return pretrain_config(values, **changes)

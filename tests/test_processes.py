@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,11 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import make_backbone, metrics, run_values, write_run
+from helpers_text import sentences
 
+from jaxprompt.config import dump_yaml
+from jaxprompt.data.pipeline import Example
+from jaxprompt.data.tasks import Reference
+from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.training.assignment import Split
 
 ROOT = Path(__file__).parent.parent
 # of final vectors of size 1 after 12 steps: the order of float32 sums differs between layouts
@@ -84,6 +92,10 @@ class Run:
     def vectors(self):
         return load_prompt(self.folder / "run" / "prompt").vectors
 
+    @property
+    def weights(self):
+        return jax.tree.map(np.asarray, load_backbone(str(self.folder / "run" / "model")).params)
+
     def losses(self):
         rows = metrics(self.folder / "run")
         return [row[name] for row in rows for name in sorted(row)]
@@ -137,6 +149,56 @@ def test_a_run_moves_to_other_processes_and_devices(alone, backbone, tmp_path, f
     assert first.folder == again.folder
 
 
+@pytest.mark.parametrize("mesh", [[], ["mesh.fsdp=2"]])
+def test_full_fine_tuning_is_the_same_over_processes(backbone, tmp_path, mesh):
+    told = ["method=model-tuning", "train.optimizer=adamw", "train.learning_rate=0.01"]
+    one = Run(backbone, tmp_path / "one", 1, 1, [told]).complete()
+    two = Run(backbone, tmp_path / "two", 2, 1, [told + mesh] * 2, steps=8).complete()
+    (two.folder / "run" / "result.json").unlink()
+    two = Run(backbone, tmp_path / "two", 2, 1, [told + mesh] * 2).complete()
+    assert "going on from step 8" in (two.folder / "err0").read_text()
+    same_model(one, two, rate=0.01)
+
+
+def same_model(one, two, rate):
+    """Losses are within float32's error; Adam's steps have the gradients' signs where that is 0."""
+    losses = [
+        [row["loss"] for row in metrics(r.folder / "run") if "loss" in row] for r in (one, two)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(one.weights), jax.tree.leaves(two.weights), strict=True):
+        assert np.abs(a - b).max() < rate and np.abs(a - b).mean() < 1e-4
+
+
+@pytest.mark.parametrize("mesh", [[], ["mesh.fsdp=2"]])
+def test_pre_training_is_the_same_over_processes(tmp_path, mesh):
+    """The first process trains the tokenizer and writes; the other takes what is there."""
+
+    def run(processes, tokenizer, told):
+        run = Run("none", tmp_path / str(processes), processes, 1)
+        file = run.folder / "pretrain.yaml"
+        config = sentences(run.folder, tokenizer=tokenizer)
+        file.write_text(dump_yaml(config))
+        codes, said = run.begin(command=["pretrain", file, *told]).end()
+        assert codes == [0] * processes, said
+        return run
+
+    two = run(2, {"vocabulary": 150, "sentinels": 10}, mesh)
+    (two.folder / "run" / "result.json").unlink()
+    shutil.rmtree(two.folder / "run" / "checkpoints" / "8")
+    two = run(2, {"vocabulary": 150, "sentinels": 10}, mesh)
+    assert "going on from step 4" in (two.folder / "err0").read_text()
+    one = run(1, str(two.folder / "run" / "tokenizer"), [])
+    same_model(one, two, rate=0.01)
+    results = [json.loads((r.folder / "run" / "result.json").read_text()) for r in (one, two)]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    files = [{p.name for p in (r.folder / "run").iterdir()} for r in (one, two)]
+    assert files[1] - files[0] == {"tokenizer"} and {"samples.jsonl", "losses.png"} < files[0]
+    rows = [len((r.folder / "run" / "samples.jsonl").read_text().splitlines()) for r in (one, two)]
+    assert rows[0] == rows[1] > 0
+
+
 def test_two_processes_answer_a_file_and_the_first_writes(alone, backbone, tmp_path):
     answers = []
     for processes in (1, 2):
@@ -181,6 +243,26 @@ def test_mistakes_are_told_by_every_process(backbone, tmp_path):
     (tmp_path / "b" / "run" / "thesis.tex").write_text("years of work")
     codes, said = run.begin().end()
     assert codes == [2, 2] and all("exists and is not a run" in t for t in said), said
+
+
+def test_what_processes_agree_on_are_ids_and_references_not_lengths():
+    ids = lambda *values: np.array(values, np.int32)
+    reference = Reference("yes", ("yes",), 0)
+    split = Split(
+        [Example(ids(5, 6, 1), ids(7, 1)), Example(ids(8, 1), ids(9, 1))], [reference] * 2
+    )
+    others = [
+        [Example(ids(5, 4, 1), ids(7, 1)), split.examples[1]],
+        [Example(ids(5, 6, 1), ids(3, 1)), split.examples[1]],
+        [Example(ids(5, 6), ids(1, 7, 1)), split.examples[1]],
+        list(reversed(split.examples)),
+    ]
+    digests = {Split(examples, [reference] * 2).digest() for examples in others}
+    digests.add(Split(split.examples, [reference, reference._replace(group=1)]).digest())
+    digests.add(split.digest())
+    assert len(digests) == 6
+    same = [e._replace(inputs=e.inputs.astype(np.int64)) for e in split.examples]
+    assert Split(same, [reference] * 2).digest() == split.digest()
 
 
 def test_a_missing_worker_is_told(backbone, tmp_path):

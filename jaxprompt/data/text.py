@@ -4,9 +4,10 @@ Batch k is a pure function of the seed and k: examples are drawn with replacemen
 position to store and resuming is exact.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Streams(NamedTuple):
     held_out: list[Stream]
     texts: dict[str, Ragged]  # held-out documents by source
     tokens: dict[str, int]  # of the training part by source
+    digest: str = ""  # changes with any id that is read, and with the prompts of pairs
 
 
 def read_documents(source: TextSource) -> list[str]:
@@ -85,11 +87,13 @@ def open_streams(
 
     ``vocab_rows``: V of the backbone, above which virtual tokens have their ids.
     """
-    streams = Streams([], [], {}, {})
+    streams, told = Streams([], [], {}, {}), hashlib.sha256()
     for source in config.text:
         documents = read_documents(source)
         say(f"{source.name}: {len(documents):,} documents")
-        parts = _split(tokenized(documents, tokenizer, cache), config.validation, source.name)
+        texts = tokenized(documents, tokenizer, cache)
+        _tell(told, *texts)
+        parts = _split(texts, config.validation, source.name)
         streams.texts[source.name] = parts[1]
         streams.tokens[source.name] = len(parts[0].ids)
         for objective in ("span_corruption", "prefix_lm"):
@@ -105,6 +109,7 @@ def open_streams(
             tokenized([_text(r, c, n, source) for n, r in enumerate(rows, 1)], tokenizer, cache)
             for c in ("input", "target")
         )
+        _tell(told, *inputs, *outputs, prompts)
         held = _held_out(len(rows), config.validation, source.name)
         lengths = np.diff(inputs.starts) + np.diff(outputs.starts)
         streams.tokens[source.name] = int(lengths[~held].sum())
@@ -119,7 +124,13 @@ def open_streams(
                 vocab_rows,
             )
             target.append(Stream(f"pairs/{source.name}", source.weight, draw))
-    return streams
+    return streams._replace(digest=told.hexdigest())
+
+
+def _tell(told: Any, *arrays: np.ndarray) -> None:
+    for array in arrays:
+        told.update(f"{array.dtype} {array.shape}".encode())
+        told.update(np.ascontiguousarray(array).data)
 
 
 def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):

@@ -9,8 +9,9 @@ nothing that uses a prompt can tell. Their weights start with unit variance and 
 square root of their fan-in where they are used, so that one learning rate suits all leaves.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,32 @@ def by_length(tree: Tree, values: Any) -> tuple[tuple[Tree, ...], list[Any]]:
     trees = trees_of(tree)
     ends = list(itertools.accumulate(map(count, trees)))
     return trees, [values[end - count(own) : end] for own, end in zip(trees, ends, strict=True)]
+
+
+@contextlib.contextmanager
+def lent(tree: Tree) -> Iterator[Any]:
+    """The tree of a lone member without axis K, in the same memory, which it has back afterwards.
+
+    Within it, no array of the tree itself can be used.
+    """
+    own = _without_members(tree)
+    try:
+        yield own
+    finally:
+        _give_back(tree, _with_members(own))
+
+
+# donated, so that no copy of a whole model is made
+_without_members = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), donate_argnums=0)
+_with_members = jax.jit(lambda tree: jax.tree.map(lambda x: x[None], tree), donate_argnums=0)
+
+
+def _give_back(tree: dict[str, Any], arrays: dict[str, Any]) -> None:
+    for name, value in arrays.items():
+        if isinstance(value, dict):
+            _give_back(tree[name], value)
+        else:
+            tree[name] = value
 
 
 def applied(

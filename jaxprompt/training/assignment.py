@@ -1,7 +1,10 @@
 """What prompts of a run learn: splits of a task, tokenized with as many virtual tokens in place."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder
 from jaxprompt.data.pipeline import Example
@@ -18,6 +21,15 @@ class Split(NamedTuple):
     examples: Sequence[Example]
     references: list[Reference]
 
+    def digest(self) -> str:
+        """SHA-256 of all ids and of what predictions are compared with, in their order."""
+        told = hashlib.sha256()
+        for example, reference in zip(self.examples, self.references, strict=True):
+            for ids in (example.inputs, example.targets):
+                told.update(b"%d " % len(ids) + np.asarray(ids, np.int64).tobytes())
+            told.update(repr(reference).encode("utf-8", "surrogatepass"))
+        return told.hexdigest()
+
 
 class Assignment(NamedTuple):
     """A task's splits for prompts of one length, which have number 0 in all examples."""
@@ -32,6 +44,10 @@ class Assignment(NamedTuple):
     def metric(self) -> str:
         """The one that selects prompts."""
         return self.task.metrics[0]
+
+    def splits(self) -> list[Split]:
+        """Those that there are."""
+        return [self.training, self.validation, *([self.test] if self.test else [])]
 
 
 def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:

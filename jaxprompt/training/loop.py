@@ -23,7 +23,7 @@ from jaxprompt.evaluation.score import measure as measure_answers
 from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.prompts.methods import METHODS, applied
+from jaxprompt.prompts.methods import METHODS, applied, lent
 from jaxprompt.training.assignment import Split, assign, read_splits, split_of, tasks_of
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.interrupt import Interrupted, Signals
@@ -119,12 +119,8 @@ def _train(
         )
     }
     own = [assigned[task.name, length] for task, length in zip(task_of, length_of, strict=True)]
-    seen = [
-        [len(e.inputs) for e in part.examples]
-        for given in assigned.values()
-        for part in (given.training, given.validation)
-    ]
-    parallel.check_same("backbone or data", [backbone.fingerprint, *seen])
+    digests = [part.digest() for given in assigned.values() for part in given.splits()]
+    parallel.check_same("backbone or data", [backbone.fingerprint, *digests])
     for name, splits in rows.items():
         reporter.say(
             f"task {name}: {len(splits['train'])} training rows, "
@@ -134,9 +130,15 @@ def _train(
     for warning in [*schedule_warnings(settings), *start_warnings(members, task_of)]:
         reporter.say(f"warning: {warning}")
 
-    # before anything is written
-    pairs = zip(members, task_of, strict=True)
-    starts = [start_of(member, task, backbone, tokenizer) for member, task in pairs]
+    def starts_from(params) -> list[Any]:
+        """The tree [1, ...] of each member before step 0."""
+        source = backbone._replace(params=params)
+        pairs = zip(members, task_of, strict=True)
+        return [start_of(member, task, source, tokenizer) for member, task in pairs]
+
+    # prompts before anything is written; a whole model when the loaded one is no longer needed
+    starts = starts_from(backbone.params) if method.frozen else None
+    shapes = jax.eval_shape(lambda: starts or starts_from(backbone.params))
 
     def optimizer_of(alive: Sequence[int]):  # with a lower rate where the run went back
         rates = [members[k].train.learning_rate for k in alive]
@@ -226,15 +228,8 @@ def _train(
                 f"The checkpoints in {str(folder)!r} are of an earlier version; delete the "
                 "directory to start again, or choose another output."
             )
-    alive = progress["alive"]
-    state = beginning(alive, starts)
-    shapes = jax.eval_shape(lambda trees: trees, starts)
-    del starts  # of full fine-tuning it is the model
-    state = jax.device_put(state, parallel.replicated(mesh))
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-        reporter.say(f"going on from step {int(state.step)}")
-    done = int(state.step)
+    alive, resumed = progress["alive"], checkpoints.latest_step() is not None
+    done = checkpoints.latest_step() or 0
     train_step, batches = training_of(alive, done)
     logbook = Logbook(
         folder,
@@ -255,7 +250,23 @@ def _train(
             progress["untuned"][name], progress["majority"][name] = untuned, always
             row |= {f"{called(name)}untuned/{metric}": untuned, f"{called(name)}majority": always}
         logbook.write(row)
+
+    def restored() -> TrainState:
+        """The state of the newest checkpoint; no other is made for it."""
+        like = jax.eval_shape(partial(beginning, alive), shapes)
+        return checkpoints.restore(parallel.placed(like, parallel.replicated(mesh)))
+
+    if starts is None and not resumed:
+        starts = starts_from(backbone.params)
+    if not method.frozen:  # the weights are part of the state
+        backbone = backbone._replace(params={})
+    if resumed:
+        state: Any = restored()
+        reporter.say(f"going on from step {done}")
+    else:
+        state = jax.device_put(beginning(alive, starts or ()), parallel.replicated(mesh))
         checkpoints.save(0, state, progress)
+    starts = None
 
     clock = Clock(progress["seconds"])
     pending = None  # the losses of the step before, fetched while the next one runs
@@ -269,9 +280,14 @@ def _train(
     def evaluate() -> None:
         """Judge the prompts at ``done``, keep the best, and stop the worse half where asked."""
         nonlocal state, alive, train_step, batches
-        params, bank = applied(method, state.tree, backbone.params)
-        with signals.free():
-            scores = scores_of(alive, params, bank)
+        bank = None
+        if method.frozen:
+            params, bank = applied(method, state.tree, backbone.params)
+            with signals.free():
+                scores = scores_of(alive, params, bank)
+        else:
+            with lent(state.tree) as params, signals.free():
+                scores = scores_of(alive, params, None)
         fine = sound(state.tree)  # what is no number answers too
         ahead = {name: max(progress["best"][k] for k in learning(name)) for name in tasks}
         progress["stale"] += 1
@@ -285,11 +301,11 @@ def _train(
             rows_judged = len(given.validation.examples)
             facts = facts_of(members[k], given.task, backbone, found, done, rows_judged)
             if count > 1:
-                save_tuned(folder / "population" / str(k), params, mine, backbone, facts)
+                save_tuned(folder / "population" / str(k), state.tree, mine, backbone, facts)
             name = given.task.name
             others = [progress["best"][j] for j in learning(name) if j != k]
             if score > max([ahead[name], *others]):
-                save_tuned(place_of(name), params, mine, backbone, facts)
+                save_tuned(place_of(name), state.tree, mine, backbone, facts)
                 progress["stale"] = 0
         progress["evaluated"] = done
         judged = [(k, found) for k, found, ok in zip(alive, scores, fine, strict=True) if ok]
@@ -339,8 +355,8 @@ def _train(
             pending, at, times = None, done, progress["rolled_back"] + 1
             progress = checkpoints.progress() | {"rolled_back": times}
             alive = progress["alive"]
-            like = jax.eval_shape(partial(beginning, alive), shapes)
-            state = checkpoints.restore(parallel.placed(like, parallel.replicated(mesh)))
+            state = None  # its memory is needed
+            state = restored()
             done = int(state.step)
             train_step, batches = training_of(alive, done)
             logbook.back_to(done)
@@ -384,6 +400,7 @@ def _train(
             draw_curves(rows, given.metric, found["majority"], place / "curves.png")
         return found
 
+    state = None  # a test may need its memory
     outcomes = {name: outcome(name) for name in tasks}
     result = {"tasks": outcomes} if len(tasks) > 1 else outcomes[task_of[0].name]
     result |= {

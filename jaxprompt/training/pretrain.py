@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxprompt import parallel
-from jaxprompt.config import UserError
+from jaxprompt.config import PromptConfig, UserError
 from jaxprompt.data.pipeline import Batch, make_batch, random_stream
 from jaxprompt.data.text import (
     Stream,
@@ -34,7 +34,7 @@ from jaxprompt.files import replace_directory
 from jaxprompt.model import flash_attention, generate, hub, precision, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.prompts.methods import PRETRAINING
+from jaxprompt.prompts.methods import PRETRAINING, lent
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.interrupt import Interrupted, Signals
 from jaxprompt.training.logbook import (
@@ -83,7 +83,7 @@ def _pretrain(
     check_files(config)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
-    shape, params = _start(config, mesh, reporter)
+    shape, params, loaded = _start(config, mesh, reporter)
 
     def open_folder() -> None:
         open_files.enter_context(open_run(config))
@@ -94,11 +94,10 @@ def _pretrain(
 
     place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
+    parallel.check_same("tokenizer", tokenizer.identity())
     if shape is None:
         shape = _shape(config, tokenizer.ids, mesh)
     tokenizer = tokenizer.for_table(shape.vocab_size)
-    if params is None:
-        params = _init(shape, jax.random.key(settings.seed))
     begin()
     for warning in schedule_warnings(settings):
         reporter.say(f"warning: {warning}")
@@ -106,20 +105,27 @@ def _pretrain(
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
+    parallel.check_same("backbone or data", [loaded, streams.digest])
 
-    bank = _virtual(config, params, tokenizer, shape.d_model)
     optimizer = per_prompt(settings)
-    state = init_state(PRETRAINING, optimizer, params, bank)
-    state = jax.device_put(state, parallel.replicated(mesh))
     train_step = make_train_step(shape, PRETRAINING, optimizer, mesh=mesh, z_loss=settings.z_loss)
     open_files.enter_context(signals.held())
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
     done, progress = 0, {"seconds": 0.0, "tokens": 0, "evaluated": 0}
     if checkpoints.latest_step() is not None:
+        params = None  # what is restored needs their memory
         progress |= checkpoints.progress()
-        state = checkpoints.restore(state)
+        like = _state_shapes(config, shape, optimizer)
+        state = checkpoints.restore(parallel.placed(like, parallel.replicated(mesh)))
         done = int(state.step)
         reporter.say(f"going on from step {done}")
+    else:
+        params = params or _init(shape, jax.random.key(settings.seed))
+        bank = _virtual(config, params, tokenizer, shape.d_model)
+        tree, params = PRETRAINING.init(params, bank, PromptConfig(), settings.seed), None
+        state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
+        state = jax.device_put(state, parallel.replicated(mesh))
+        del tree
     logbook = Logbook(
         folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
     )
@@ -188,33 +194,42 @@ def _pretrain(
             raise Interrupted(f"{why} after step {done}, which is saved") from None
 
     scores = scores or evaluate(state)
-    trained: t5.Params = jax.tree.map(lambda x: x[0], state.tree["model"])
-    samples = fill_in(config, shape, trained, streams, tokenizer)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    write_atomically(folder / "samples.jsonl", lines)
-    draw_losses(logbook.rows, folder / "losses.png")
+    trained, state = state.tree["model"], None  # what is left of the state is not needed
+    with lent(trained) as params:
+        samples = fill_in(config, shape, params, streams, tokenizer, mesh)
+        found = {
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "fingerprint": fingerprint(params),
+        }
     result = {
         "steps": done,
         "tokens": progress["tokens"],
         "seconds": round(clock.seconds(), 3),
         "tokens_per_second": clock.rates()["tokens_per_second"],
-        "parameters": sum(x.size for x in jax.tree.leaves(trained)),
-        "fingerprint": fingerprint(trained),
+        **found,
         "start": config.start,
         "loss": float(np.mean([s["loss"] for s in scores.values()])),
         "held_out": scores,
         "source_tokens": streams.tokens,
         "model": str(folder / "model"),
     }
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+
+    def write() -> None:
+        write_atomically(folder / "samples.jsonl", lines)
+        draw_losses(logbook.rows, folder / "losses.png")
+        write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    parallel.by_first(write)
     return result
 
 
 def _start(
     config: PretrainConfig, mesh: Mesh, reporter
-) -> tuple[t5.T5Config | None, t5.Params | None]:
+) -> tuple[t5.T5Config | None, t5.Params | None, str | None]:
+    """The backbone that a run starts from, if it starts from one: shape, weights, fingerprint."""
     if config.start is None:
-        return None, None
+        return None, None, None
     reporter.say(f"loading {config.start}")
     model = config.model
     backbone = load_backbone(
@@ -226,7 +241,7 @@ def _start(
             "a T5, or tune that model with method: model-tuning."
         )
     shape = dataclasses.replace(backbone.config, **_chosen(config, mesh))
-    return shape, backbone.params
+    return shape, backbone.params, backbone.fingerprint
 
 
 def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
@@ -264,11 +279,14 @@ def _tokenizer_place(
         return hub.resolve(str(config.start))
     place, settings = folder / "tokenizer", config.tokenizer
     made_of = json.dumps([settings.model_dump(), [source.model_dump() for source in config.text]])
-    note, trained = place / "trained_on.json", (place / "tokenizer.json").is_file()
-    going_on = any(folder.glob("checkpoints/*"))  # then the settings are the same
-    if not trained or not (going_on or (note.is_file() and note.read_text() == made_of)):
-        begin()
-        reporter.say(f"training a tokenizer of {settings.vocabulary} rows")
+    note = place / "trained_on.json"
+
+    def is_there() -> bool:
+        trained = (place / "tokenizer.json").is_file()
+        going_on = any(folder.glob("checkpoints/*"))  # then the settings are the same
+        return trained and (going_on or (note.is_file() and note.read_text() == made_of))
+
+    def train() -> None:
         share = settings.characters // len(config.text) if config.text else 0
         texts = (text for source in config.text for text in _some(read_documents(source), share))
 
@@ -277,6 +295,12 @@ def _tokenizer_place(
             (path / note.name).write_text(made_of)
 
         replace_directory(place, write, lambda old: (old / note.name).is_file())
+
+    # by the first process alone: another training may come to another vocabulary
+    if not parallel.by_first(is_there):
+        begin()
+        reporter.say(f"training a tokenizer of {settings.vocabulary} rows")
+        parallel.by_first(train)
     return str(place)
 
 
@@ -286,18 +310,29 @@ def _some(texts: list[str], characters: int) -> list[str]:
     return texts[::step]
 
 
+def _state_shapes(config: PretrainConfig, shape: t5.T5Config, optimizer: Any) -> TrainState:
+    """Shapes and dtypes of a state, of which nothing is allocated."""
+    bank = np.zeros((1, _virtual_count(config), shape.d_model), np.float32)
+    begin = functools.partial(init_state, PRETRAINING, optimizer)
+    return jax.eval_shape(lambda params: begin(params, bank), t5.abstract_params(shape))
+
+
+def _virtual_count(config: PretrainConfig) -> int:
+    return config.virtual.count * max(config.virtual.lengths) if config.virtual else 0
+
+
 def _virtual(
     config: PretrainConfig, params: t5.Params, tokenizer: Tokenizer, d_model: int
 ) -> Float[np.ndarray, "1 n D"]:
     """Vectors of all virtual tokens as one long prompt, each a random word's to begin with."""
     if config.virtual is None:
         return np.zeros((1, 0, d_model), np.float32)
-    count = config.virtual.count * max(config.virtual.lengths)
     rng = np.random.default_rng(config.train.seed)
     special = {*tokenizer.special_ids, *tokenizer.sentinel_ids}
     words = [id for id in range(tokenizer.size) if id not in special]
-    table = np.asarray(params["token_embedder"]["embedding"], np.float32)
-    return table[rng.choice(words, count)][None]
+    chosen = rng.choice(words, _virtual_count(config)).astype(np.int32)
+    rows = parallel.fetch(params["token_embedder"]["embedding"][chosen])
+    return np.asarray(rows, np.float32)[None]
 
 
 def held_out_batches(config: PretrainConfig, streams: Streams) -> dict[str, list[Batch]]:
@@ -347,12 +382,16 @@ def _size(batch: Batch) -> int:
 
 
 def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: str) -> None:
-    """Write the backbone as a Hugging Face directory with its tokenizer, complete or not at all."""
+    """Write the backbone as a Hugging Face directory with its tokenizer, complete or not at all.
+
+    All processes call it, and the first one writes.
+    """
+    weights = parallel.to_first(state.tree["model"])
     if jax.process_index() != 0:
         return
 
     def write(path: Path) -> None:
-        save_hf(path, shape, jax.tree.map(lambda x: x[0], state.tree["model"]))
+        save_hf(path, shape, jax.tree.map(lambda x: x[0], weights))
         if Path(tokenizer).is_dir():
             copy_tokenizer(tokenizer, path)
         else:  # a hub id
@@ -367,8 +406,12 @@ def fill_in(
     params: t5.Params,
     streams: Streams,
     tokenizer: Tokenizer,
+    mesh: Mesh,
 ) -> list[dict[str, str]]:
-    """What the model writes for a few held-out examples of each text stream, for people to read."""
+    """What the model writes for a few held-out examples of each text stream, for people to read.
+
+    All processes call it: the weights may be over the devices of all.
+    """
     rows: list[tuple[Stream, Any]] = []
     for stream in streams.held_out:
         if not stream.name.startswith("pairs/"):
@@ -377,10 +420,11 @@ def fill_in(
     if not rows:
         return []
     batch = make_batch([e for _, e in rows], input_length=config.input_length)
-    written = generate.greedy(
-        params, None, shape, jnp.asarray(batch.inputs), jnp.asarray(batch.input_segments),
-        config.target_length,
-    )  # fmt: skip
+    inputs, segments = (
+        parallel.put(np.asarray(x), parallel.replicated(mesh))
+        for x in (batch.inputs, batch.input_segments)
+    )
+    written = generate.greedy(params, None, shape, inputs, segments, config.target_length)
     return [
         {
             "held_out": stream.name,
@@ -388,5 +432,5 @@ def fill_in(
             "target": tokenizer.show(example.targets),
             "written": tokenizer.show(ids),
         }
-        for (stream, example), ids in zip(rows, np.asarray(written), strict=True)
+        for (stream, example), ids in zip(rows, parallel.fetch(written), strict=True)
     ]

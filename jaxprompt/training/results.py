@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jaxprompt
+from jaxprompt import parallel
 from jaxprompt.config import RunConfig
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.files import replace_directory
-from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, save_hf
 from jaxprompt.prompts.artefact import Prompt, save_prompt
 
@@ -49,12 +49,16 @@ def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, row
 
 def save_tuned(
     folder: Path,
-    params: family.Params,
+    tree: Any,
     bank: Float[Array, "1 P D"] | None,
     backbone: Backbone,
     facts: dict[str, Any],
 ) -> None:
-    """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory."""
+    """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory.
+
+    All processes call it, and the first one writes. tree: what was trained, with axis K of size 1.
+    """
+    weights = parallel.to_first(tree) if bank is None else None
     if jax.process_index() != 0:
         return
     if bank is not None:
@@ -62,7 +66,7 @@ def save_tuned(
         return
 
     def write(path: Path) -> None:
-        save_hf(path, backbone.config, params)
+        save_hf(path, backbone.config, jax.tree.map(lambda x: x[0], weights))
         copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 
