@@ -347,30 +347,54 @@ def score(
     session: Session,
     pairs: Sequence[dict[str, str]],
     *,
-    max_input_length: int = 512,
+    raw: bool = False,
+    max_input_length: int | None = None,
     batch_size: int = 64,
     progress: Progress = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """log p(target | prompt, input) in nats, EOS included, for rows ``{"input", "target"}``."""
+    """Log-likelihoods of targets given inputs, as ``predict`` would find them.
+
+    Args:
+        session: the backbone, with a prompt or bare.
+        pairs: rows ``{"input": text, "target": text}``. The input is a filled template.
+        raw: a decoder-only model gets input and target as they are. Otherwise, where the prompt
+            records a task, its separator stands between them (unless the input ends with it) and
+            the target gets its leading space, as when the prompt was tuned. Without a recorded
+            task text is raw in any case.
+        max_input_length: text tokens with what ends them; None: those of the prompt's task, or 512.
+        batch_size: rows at a time.
+        progress: hears how many rows a batch had.
+
+    Returns:
+        For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
+        "tokens": of the target with EOS}``.
+    """
     tokenizer = session.tokenizer
     virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
+    recorded = session.prompt is not None and session.prompt.facts.get("task") is not None
+    task = prompt_task(session.prompt, None) if recorded else None
+    joined = task is not None and tokenizer.one_sequence and not raw
+    separator = task.separator if task is not None and joined else ""
+    end = tokenizer.input_end(separator)
+    start = tokenizer.start_ids
+    longest = max_input_length or (512 if task is None else task.max_input_length)
+    room = max(longest - len(start) - len(end), 0)
 
-    end = [] if tokenizer.one_sequence else [tokenizer.eos_id]  # text as it is, no separator
-    room = max_input_length - len(tokenizer.start_ids) - len(end)
-
-    def ids(text: str) -> np.ndarray:
-        found = [*tokenizer.start_ids, *tokenizer.encode(text)[: max(room, 0)], *end]
+    def input_ids(text: str) -> np.ndarray:
+        text = text.removesuffix(separator) if separator else text
+        found = [*start, *tokenizer.encode(text)[:room], *end]
         # what a sequence begins with where there is no text
         found = found or ([] if len(virtual) else [tokenizer.eos_id])
         return np.concatenate([virtual, np.array(found, np.int32)])
 
-    examples = [
-        Example(
-            ids(pair["input"]),
-            np.array([*tokenizer.encode(pair["target"]), tokenizer.eos_id], np.int32),
-        )
-        for pair in pairs
-    ]
+    def target_ids(pair: dict[str, str]) -> np.ndarray:
+        if joined or not tokenizer.one_sequence:
+            [ids] = tokenizer.encode_targets([pair["target"]], separator)
+        else:
+            ids = [*tokenizer.encode_rest(pair["input"], pair["target"]), tokenizer.eos_id]
+        return np.array(ids, np.int32)
+
+    examples = [Example(input_ids(pair["input"]), target_ids(pair)) for pair in pairs]
     values = log_likelihoods(session.model, examples, batch_size=batch_size, progress=progress)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}

@@ -210,11 +210,22 @@ def score(
     prompt: Annotated[Path | None, typer.Option(help="artefact, PEFT adapter or .npy")] = None,
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
-    max_input_length: Annotated[int, typer.Option(min=1, help="text tokens with EOS")] = 512,
+    max_input_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="text tokens with EOS; default: the prompt's task's, or 512"),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="decoder-only: no separator, no space before targets")
+    ] = False,
     batch_size: BatchOption = 64,
     any_backbone: AnyBackbone = False,
 ) -> None:
-    """Log-likelihood of targets given inputs."""
+    """Log-likelihood of targets given inputs, which are filled templates.
+
+    With a decoder-only backbone, and a prompt that records its task, the task's separator stands
+    between input and target, and a space before the target, as in eval and predict. Text is taken
+    as it is with --raw, without a prompt, and with a prompt that records no task.
+    """
     from jaxprompt import devices
 
     devices.start()
@@ -238,6 +249,7 @@ def score(
         rows = api.score(
             session,
             pairs,
+            raw=raw,
             max_input_length=max_input_length,
             batch_size=batch_size,
             progress=bar.advance,

@@ -15,6 +15,7 @@ from jaxprompt import api
 from jaxprompt.config import RunConfig, UserError, parse
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model import hub
 from jaxprompt.model.load import load_backbone, save_hf
@@ -198,6 +199,34 @@ def test_score_takes_text_as_it_is(made):
     rest = session.tokenizer.encode(" red")
     assert session.tokenizer.encode(" is it red") == [*first, *rest]
     assert whole["log_likelihood"] < one["log_likelihood"]
+
+
+def test_score_finds_for_a_tuned_prompt_what_predict_does(run):
+    _, result = run
+    session = api.open_session(result["prompt"])
+    short = api.prompt_task(session.prompt, None)
+    task = short.model_copy(update={"max_input_length": 64})
+    scored = lambda text, target, **more: api.score(
+        session, [{"input": text, "target": target}], **more
+    )[0]["log_likelihood"]
+    rows, same = make_rows(2), {"abs": 1e-4}
+    found, cut = (api.predict(session, rows, task=form) for form in (task, short))
+    for row, answer, less in zip(rows, found, cut, strict=True):
+        text, _ = to_text(task, row)
+        value = answer["scores"]["yes"]
+        for target in ("yes", " yes"):
+            assert scored(text, target, max_input_length=64) == pytest.approx(value, **same)
+        whole = text + task.separator  # it is not there twice
+        assert scored(whole, "yes", max_input_length=64) == pytest.approx(value, **same)
+        assert scored(whole, " yes", raw=True, max_input_length=64) == pytest.approx(value, **same)
+        assert abs(scored(text, "yes", raw=True, max_input_length=64) - value) > 1e-3
+        # text is cut as the prompt's task cuts it
+        assert scored(text, "yes") == pytest.approx(less["scores"]["yes"], **same)
+    # without a task on record text is taken as it is
+    assert session.prompt is not None
+    bare = session._replace(prompt=session.prompt._replace(facts={}))
+    [plain] = api.score(bare, [{"input": text, "target": "yes"}])
+    assert plain["log_likelihood"] == scored(text, "yes", raw=True, max_input_length=512)
 
 
 @pytest.mark.parametrize(

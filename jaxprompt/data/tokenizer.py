@@ -138,6 +138,12 @@ class Tokenizer:
         """
         return self._marks.continued(text)
 
+    def encode_rest(self, begun: str, text: str) -> list[int]:
+        """Ids of ``text`` where it goes on after ``begun``, as it is."""
+        if not begun:
+            return self.encode(text)
+        return self.encode_all([self.continued(self.plain(text))], trusted=True)[0]
+
     def encode_all(self, texts: Sequence[str], *, trusted: bool = False) -> list[list[int]]:
         """Ids of many texts, faster than one by one.
 
