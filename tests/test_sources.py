@@ -171,8 +171,9 @@ def test_tfds_set_that_is_not_prepared():
 
 def test_tfds_values_become_plain_text():
     values = np.array([b"a", b"\xc3\xa9"], object)
-    assert sources._text(values) == ["a", "é"]
-    assert sources._text(np.int64(3)) == 3
+    assert sources._plain(values) == ["a", "é"]
+    assert sources._plain(np.int64(3)) == 3
+    assert sources._plain({"a": [np.float32(0.1)], "b": b"\xff"}) == {"a": [0.1], "b": b"\xff"}
 
 
 def test_a_local_folder_is_a_hugging_face_dataset(tmp_path, monkeypatch):
@@ -234,3 +235,179 @@ def test_folder_of_files_named_by_splits(tmp_path):
         read_rows(source, "test")
     with pytest.raises(UserError, match="There is no folder"):
         read_rows(source + "Q", "train")
+
+
+# what json.dumps, pandas and people write, and a row cannot mean
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"a": 1, "b": {"c": [Infinity]}}', "line 2: column 'b': Infinity is no number of JSON"),
+        ('{"a": -Infinity}', "line 2: column 'a': -Infinity is no number"),
+        ('{"a": 1e400}', "line 2: column 'a': 1e400 is too large a number"),
+        ('{"a": "x", "a": "y"}', "line 2: the key 'a' is given twice in one object"),
+        ('{"b": [{"a": 1, "a": 1}]}', "line 2: column 'b': the key 'a' is given twice"),
+        ("NaN", "line 2: expected an object"),
+        ('{"a": ' + "[" * 150 + "]" * 150 + "}", "line 2: column 'a': nested deeper than 100"),
+        ('\ufeff{"a": 1}', "line 2, column 1: not valid JSON"),
+        ('{"a": "x\x00"}', "line 2, column 9: not valid JSON"),
+    ],
+)
+def test_lines_that_are_json_of_a_kind_and_no_row(tmp_path, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_rows(None, write(tmp_path, "a.jsonl", f'{{"ok": 1}}\n{line}\n{{"ok": 2}}\n'))
+    assert len(str(caught.value)) < 300 and str(caught.value).endswith(".")
+
+
+def test_nan_is_null_in_every_format(tmp_path):
+    nan = float("nan")
+    lines = write(tmp_path, "a.jsonl", '{"a": NaN, "b": [NaN, 1.5], "c": "NaN"}\n')
+    pq.write_table(pa.table({"a": [nan], "b": [[nan, 1.5]], "c": ["NaN"]}), tmp_path / "a.parquet")
+    for path in (lines, str(tmp_path / "a.parquet")):
+        assert list(read_rows(None, path)) == [{"a": None, "b": [None, 1.5], "c": "NaN"}]
+
+
+def test_breaks_of_unicode_end_no_line(tmp_path):
+    texts = ["a\x85b", "c\u2028d\u2029e", "f\x0bg\x0ch", "\x1c\x1d\x1e"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[:2])
+    assert [row["text"] for row in read_rows(None, write(tmp_path, "a.jsonl", lines))] == texts[:2]
+    cells = "text,n\n" + "".join(f"{text},1\n" for text in texts)
+    assert [row["text"] for row in read_rows(None, write(tmp_path, "a.csv", cells))] == texts
+
+
+def test_half_a_surrogate_in_a_column_is_kept_for_whom_it_does_not_concern(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"a": "x", "b": "\\ud800"}\n')
+    assert read_rows(None, path)[0] == {"a": "x", "b": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("a.csv", 'text,label\n"never closed,yes\nok,no\nthe end",yes\n', "line 2: a quote opens"),
+        ("a.csv", 'text,label\na,no\n"x,yes\ny",yes\n', "line 3: .*line 4.* 2 rows"),
+        ("a.csv", 'n,text,label\n1,"x,yes\n2,y,no\n\n3,z",no\n', "line 2: a quote opens"),
+        ("a.tsv", 'text\tlabel\n"Hello\tyes\nBye"\tno\n', "line 2: a quote opens"),
+        ("a.csv", 'text,label\na,b\n"open,yes\nok,no\n', "line 3: unexpected end.* runs to line 4"),
+        ("a.csv", 'text,label\n"open,yes\nit is ""so"",no\nthe "end,no\n', "line 2.*line 4"),
+    ],
+)
+def test_quotes_that_swallow_rows_are_refused_where_they_open(tmp_path, name, content, line):
+    with pytest.raises(UserError, match=line) as caught:
+        read_rows(None, write(tmp_path, name, content))
+    assert ".jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "Dear Bob, hello\nBye",
+        "one\ntwo\nthree",
+        'he said "yes", then\nleft,gone',
+        "a,b,c\nd",
+        "x,\ny",
+    ],
+)
+def test_texts_of_several_lines_are_cells(tmp_path, cell):
+    import csv
+
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], [cell, "yes"], ["b", "no"]])
+    rows = [{"text": cell, "label": "yes"}, {"text": "b", "label": "no"}]
+    assert list(read_rows(None, str(tmp_path / "a.csv"))) == rows
+
+
+def test_an_empty_cell_is_null_and_a_blank_line_is_one_of_a_lone_column(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\n,yes\n\na,\n")
+    rows = [{"text": None, "label": "yes"}, {"text": "a", "label": None}]
+    assert list(read_rows(None, path)) == rows
+    path = write(tmp_path, "b.csv", '\ntext\n\na\n""\n\n\nb\n\n')
+    found = [row["text"] for row in read_rows(None, path)]
+    assert found == [None, "a", None, None, None, "b"]
+
+
+def test_what_is_no_utf8_csv_is_told(tmp_path):
+    for content in ("a,b\n1,2\n".encode("utf-16-le"), b"a,b\n1,\x002\n"):
+        with pytest.raises(UserError, match="line [12]: a NUL character"):
+            read_rows(None, write(tmp_path, "a.csv", content))
+    path = write(tmp_path, "A.CSV", "\ufeff\ufeffa,b\n1,2\n")
+    assert read_rows(None, path)[0] == {"a": "1", "b": "2"}
+
+
+def test_values_of_parquet_are_what_they_stand_for(tmp_path):
+    columns = {
+        "bytes": pa.array(["a café".encode()], pa.binary()),
+        "fixed": pa.array([b"1234"], pa.binary(4)),
+        "coded": pa.array([b"x"]).dictionary_encode(),
+        "list": pa.array([[b"x", b"y"]]),
+        "struct": pa.array([{"k": b"v"}]),
+        "float": pa.array([0.1], pa.float32()),
+        "half": pa.array([np.float16(0.1)], pa.float16()),
+        "view": pa.array(["x"], pa.string_view()),
+        "other": pa.array([b"\xff"]),
+        "time": pa.array([1], pa.timestamp("ns")),
+        "day": pa.array([0], pa.date32()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    row = read_rows(None, str(tmp_path / "a.parquet"))[0]
+    assert str(row.pop("day")) == "1970-01-01"
+    assert row == {
+        "bytes": "a café", "fixed": "1234", "coded": "x", "list": ["x", "y"], "struct": {"k": "v"},
+        "float": 0.1, "half": 0.1, "view": "x", "other": b"\xff",
+        "time": "1970-01-01 00:00:00.000000001",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0, 2**31 - 1], pa.date32()),
+        pa.array([0, 2**62], pa.duration("s")),
+        pa.array([0, 2**61], pa.timestamp("us")),
+        pa.Array.from_buffers(
+            pa.string(),
+            2,
+            [None, pa.py_buffer(np.int32([0, 1, 2]).tobytes()), pa.py_buffer(b"a\xff")],
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_row_and_column(tmp_path, column):
+    pq.write_table(pa.table({"x": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet, row 2, column 'x': .* cannot be read"):
+        list(read_rows(None, str(tmp_path / "a.parquet")))
+
+
+def test_equal_names_of_parquet_columns(tmp_path):
+    table = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns of the same name: a"):
+        read_rows(None, str(tmp_path / "a.parquet"))
+
+
+def test_many_rows_of_parquet_are_made_on_demand(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LAZY_FROM", 10)
+    monkeypatch.setattr(sources, "BLOCK", 7)
+    table = pa.table({"i": list(range(100)), "s": [str(i) for i in range(100)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=23)
+    rows = read_rows(None, str(tmp_path / "a.parquet"))
+    assert not isinstance(rows, list) and len(rows) == 100
+    assert list(rows) == table.to_pylist() == [rows[i] for i in range(100)]
+    assert [rows[i]["i"] for i in (99, 3, 50, 22, 23, -100)] == [99, 3, 50, 22, 23, 0]
+    assert rows[21:25] == table.to_pylist()[21:25]
+    with pytest.raises(IndexError):
+        rows[100]
+    column = pa.array([0] * 60 + [2**31 - 1] + [0] * 39, pa.date32())
+    pq.write_table(pa.table({"x": column}), tmp_path / "b.parquet", row_group_size=23)
+    rows = read_rows(None, str(tmp_path / "b.parquet"))
+    for read in (list, lambda rows: rows[60]):
+        with pytest.raises(UserError, match="row 61, column 'x'"):
+            read(rows)
+
+
+def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((None, "train.csv"), ("folder:data", "train")):
+        with pytest.raises(UserError, match="There is no f.*paths start from the directory") as at:
+            read_rows(source, name)
+        assert str(tmp_path) in str(at.value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a.jsonl", '{"a": 1}\n')
+    assert list(read_rows(None, "~/a.jsonl")) == [{"a": 1}] == list(read_rows("folder:~", "a"))

@@ -248,3 +248,22 @@ def test_all_accepted_answers_are_texts():
         assert found.answers == ("b", "c")
     [found] = references(judged, [{"text": "a", "all": [1912, 2.5]}])
     assert found.answers == ("1912", "2.5")
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"name": [1], "template": "{a}"}, r"task.name is \[1\]; give one word"),
+        ({"name": {"a": 1}}, "task.name is {'a': 1}; give one word"),
+        ({"name": 5, "template": "{a}"}, "task.name is 5; give one word, in quotes"),
+        ({"name": "boolq", "prefix": True, "template": ["{a}"]}, "'task.template' is .*text"),
+        ({"name": "boolq", "prefix": "yes"}, "task.prefix is 'yes'; it is true or false"),
+        (5, "A task is 5; give a name"),
+        (["boolq"], r"A task is \['boolq'\]; give a name"),
+        ("x" * 10**6, "is unknown"),
+    ],
+)
+def test_tasks_of_the_wrong_type_are_one_sentence(value, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_task(value)
+    assert len(str(caught.value)) < 1500

@@ -1,9 +1,13 @@
 """From rows to text: fields, braces, places of virtual tokens, labels."""
 
+import datetime
+import decimal
+
+import numpy as np
 import pytest
 
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.templates import Piece, fill, place_prompt, to_text
+from jaxprompt.data.templates import Piece, fill, place_prompt, split_template, to_text
 
 
 def task(**changes):
@@ -111,3 +115,61 @@ def test_label_outside_the_set_names_value_set_and_row():
     with pytest.raises(UserError, match="has the label '-1'"):
         to_text(limited, {"text": "a", "label": -1})
     assert to_text(task(), {"text": "a", "label": "anything"})[1] == "anything"
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (True, "True"), (np.bool_(False), "False"), (3, "3"), (np.int64(3), "3"), (10**6, "1000000"),
+        (1.0, "1.0"), (0.1, "0.1"), (np.float32(0.1), "0.1"), (np.array(2.5), "2.5"),
+        (decimal.Decimal("1E+3"), "1000"), (decimal.Decimal("1.50"), "1.50"),
+        (datetime.date(2024, 1, 2), "2024-01-02"), (datetime.time(1, 2), "01:02:00"),
+        ("café".encode(), "café"), (np.bytes_(b"x"), "x"), (np.str_("x"), "x"), ("", ""),
+    ],
+)  # fmt: skip
+def test_values_with_one_text(value, text):
+    assert fill("<{a}>", {"a": value}) == f"<{text}>"
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (None, r"is empty \(null\)"),
+        (float("nan"), r"is empty \(null\)"),
+        (np.float32("nan"), r"is empty \(null\)"),
+        (np.datetime64("NaT"), r"is empty \(null\)"),
+        (float("inf"), "is inf in"),
+        (np.float32("-inf"), "is -inf in"),
+        (b"\xff", "holds bytes in row 1 of a.jsonl that are not UTF-8"),
+        ("x\ud800", "holds half of a surrogate pair"),
+        (["a"], r"is \['a'\] in"),
+        ([], r"is \[\] in"),
+        ({"text": "a"}, "is {'text': 'a'} in"),
+        (("a",), "a template wants text"),
+        (np.array(["a"]), "a template wants text"),
+        ({"a"}, "a template wants text"),
+        (object(), "a template wants text"),
+        ([["x" * 1000] * 1000] * 1000, "a template wants text"),
+    ],
+)
+def test_values_without_one_text_are_refused_with_row_and_column(value, message):
+    for template in ("x {a}", "{a}"):
+        with pytest.raises(UserError, match=f"Column 'a' .*{message}|Column 'a' {message}") as at:
+            fill(template, {"a": value}, "row 1 of a.jsonl")
+        assert "row 1 of a.jsonl" in str(at.value) and len(str(at.value)) < 700
+
+
+def test_a_number_that_is_no_label_names_label_map():
+    with pytest.raises(UserError, match="the label '1'; .*task.label_map .* {'1': 'bad'}"):
+        to_text(task(labels=["bad", "good"]), {"text": "a", "label": 1})
+    with pytest.raises(UserError) as caught:
+        to_text(task(labels=["bad", "good"]), {"text": "a", "label": "x" * 10**6})
+    assert "label_map" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_markers_with_endless_digits_and_templates_without_end():
+    with pytest.raises(UserError, match=r"write \[prompt\] or \[prompt:10\]") as caught:
+        split_template("[prompt:" + "9" * 5000 + "] {a}")
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(UserError, match=r"'c0', .*\(100000 in all\)"):
+        fill("{text}", {f"c{i}": 1 for i in range(100_000)})

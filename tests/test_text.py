@@ -402,3 +402,19 @@ def test_nothing_is_left_where_tokenizing_fails(world, tmp_path):
     with pytest.raises(UserError):
         open_streams(config, world.tokenizer, world.vocabulary, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+def test_documents_that_are_null_are_left_out_and_odd_ones_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text,n\na,1\n,2\nb,3\n")
+    assert read_documents(TextSource(name="a", train="a.csv")) == ["a", "b"]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(UserError, match="half of a surrogate pair in row 2 of b.jsonl"):
+        read_documents(TextSource(name="a", train="b.jsonl"))
+    with pytest.raises(UserError, match="There is no file 'no.txt' in .*paths start from"):
+        read_documents(TextSource(name="a", train="no.txt"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.txt").write_text("x\u2028y\r\n\r\nz\x85\n")
+    source = TextSource(name="a", train="~/c.txt")
+    assert source.train == str(tmp_path / "c.txt")
+    assert read_documents(source) == ["x\u2028y", "z\x85"]

@@ -213,12 +213,16 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
 
     ``prefix: true`` puts T5's name of the task in front of its text, as in "boolq passage: ...".
     """
+    if not isinstance(task, str | dict):
+        raise UserError(f"A task is {shown(task)}; give a name, or a mapping with a template.")
     values = {"name": task} if isinstance(task, str) else dict(task)
     name, prefix = values.get("name"), values.pop("prefix", False)
+    if not isinstance(name, str | None):
+        raise UserError(f"task.name is {shown(name)}; give one word, in quotes if it is a number.")
     if not isinstance(prefix, bool) or (prefix and name not in PREFIXES):
         raise UserError(
-            f"task.prefix is {prefix!r}; it is true or false, and true only for the tasks that T5 "
-            "was trained on; write other prefixes into task.template."
+            f"task.prefix is {shown(prefix)}; it is true or false, and true only for the tasks "
+            "that T5 was trained on; write other prefixes into task.template."
         )
     if name in TASKS:
         # rows from files replace the entry's source, and with it the splits it names
@@ -226,13 +230,14 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
         if "source" not in values and any(split in values for split in _BUILTIN):
             entry = {k: v for k, v in entry.items() if k not in ("source", *_BUILTIN)}
         values = entry | values
-        if prefix:
+        if prefix and isinstance(values["template"], str):  # else it is refused below
             values["template"] = PREFIXES[name] + values["template"]
     elif name is not None and "template" not in values:
-        close = difflib.get_close_matches(str(name), TASKS, n=3)
+        close = difflib.get_close_matches(name[:80], TASKS, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(TASKS)}."
         raise UserError(
-            f"Task {name!r} is unknown; {hint} A task of your own is a mapping with a template."
+            f"Task {shown(name)} is unknown; {hint} A task of your own is a mapping with a "
+            "template."
         )
     return parse(TaskConfig, values, "task.")
 

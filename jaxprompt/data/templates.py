@@ -5,14 +5,19 @@ tokens anywhere (p-tuning, Liu et al. 2021, and hybrids of soft and hard prompts
 ``"[prompt:10] {text} It was [prompt:2]"``. Braces that are text are doubled: ``{{`` and ``}}``.
 """
 
+import datetime
+import decimal
 import functools
 import re
+import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxprompt.config import TaskConfig, UserError
+import numpy as np
 
-_MARKER = re.compile(r"\[prompt(?::(\d+))?\]")
+from jaxprompt.config import TaskConfig, UserError, listed, shown
+
+_MARKER = re.compile(r"\[prompt(?::([0-9]{1,6}))?\]")
 _NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _BREAK = "\ufdd0"  # a noncharacter: nothing that means more than text begins or goes on here
@@ -31,7 +36,9 @@ def split_template(template: str) -> tuple[Piece, ...]:
     _check_braces(template)
     for nearly in _NEARLY.findall(template):
         if not _MARKER.fullmatch(nearly):
-            raise UserError(f"Template {template!r} has {nearly!r}; write [prompt] or [prompt:10].")
+            raise UserError(
+                f"Template {shown(template)} has {shown(nearly)}; write [prompt] or [prompt:10]."
+            )
     pieces, end = [], 0
     for marker in _MARKER.finditer(template):
         pieces.append(Piece(template[end : marker.start()], 0))
@@ -42,7 +49,8 @@ def split_template(template: str) -> tuple[Piece, ...]:
         pieces.insert(0, Piece("", -1))
     if sum(piece.virtual == -1 for piece in pieces) > 1:
         raise UserError(
-            f"Template {template!r} has more than one bare [prompt]; write [prompt:n] for the rest."
+            f"Template {shown(template)} has more than one bare [prompt]; write [prompt:n] for the "
+            "rest."
         )
     return tuple(p for p in pieces if p.text or p.virtual)
 
@@ -56,8 +64,8 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
     bare = any(piece.virtual == -1 for piece in pieces)
     if fixed > length or (fixed != length and not bare):
         raise UserError(
-            f"Template {template!r} places {fixed} virtual tokens and the prompt has {length}; "
-            f"set prompt.length={fixed} or change the markers."
+            f"Template {shown(template)} places {fixed} virtual tokens and the prompt has "
+            f"{length}; set prompt.length={fixed} or change the markers."
         )
     settled = (p._replace(virtual=length - fixed) if p.virtual == -1 else p for p in pieces)
     return tuple(p for p in settled if p.text or p.virtual)
@@ -89,12 +97,10 @@ def fill(
             return match[0][0]
         if match[1] not in row:
             raise UserError(
-                f"Template {template!r} needs column {match[1]!r}, which {where} lacks; it has "
-                f"{', '.join(map(repr, row)) or 'no columns'}."
+                f"Template {shown(template)} needs column {match[1]!r}, which {where} lacks; it "
+                f"has {listed(map(repr, row)) or 'no columns'}."
             )
-        if row[match[1]] is None:
-            raise UserError(f"Column {match[1]!r} is empty (null) in {where}; fill it or drop it.")
-        return escape(str(row[match[1]]))
+        return escape(as_text(row[match[1]], match[1], where))
 
     _check_braces(template)
     return _FIELD.sub(value, own(template).replace(_BREAK, ""))
@@ -119,11 +125,51 @@ def answered(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> t
     return filled, literal(to_target(task, row, where))
 
 
+def as_text(value: Any, column: str, where: str = "the row") -> str:
+    """The text that a value of a row stands for; UserError where it stands for none or for many."""
+    if hasattr(value, "shape") and value.shape == ():  # of NumPy and its kind
+        value = value.item() if isinstance(value, np.ndarray) else value
+    if value is None or (isinstance(value, _SINGLE) and value != value):
+        raise UserError(f"Column {column!r} is empty (null) in {where}; fill it or drop it.")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"Column {column!r} holds bytes in {where} that are not UTF-8 text "
+                f"({shown(value[:20])}); store it as text."
+            ) from None
+    if isinstance(value, str):
+        if _SURROGATE.search(value):
+            raise UserError(
+                f"Column {column!r} holds half of a surrogate pair in {where}, which is no "
+                "is not Unicode; mend that character."
+            )
+        return str(value)
+    if not isinstance(value, _SINGLE):
+        raise UserError(
+            f"Column {column!r} is {shown(value)} in {where}, and a template wants text; name a "
+            "column of text, or make one."
+        )
+    if isinstance(value, decimal.Decimal):
+        return format(value, "f")
+    text = str(value)
+    if text.lower().lstrip("+-") in ("inf", "infinity"):
+        raise UserError(f"Column {column!r} is {text} in {where}, which is no number; mend it.")
+    return text
+
+
+# what has one text, which is str's; a truth value is a number to NumPy and Python
+_SINGLE = (int, float, np.number, np.bool_, decimal.Decimal, uuid.UUID, datetime.date,
+           datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 @functools.lru_cache(maxsize=64)
 def _check_braces(template: str) -> None:
     if set("{}") & set(_FIELD.sub("", template)):
         raise UserError(
-            f"Template {template!r} has a brace without its partner; write {{{{ or }}}} for a "
+            f"Template {shown(template)} has a brace without its partner; write {{{{ or }}}} for a "
             "brace that is text."
         )
 
@@ -134,16 +180,25 @@ def to_text(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tu
     return "".join(fill(piece.text, row, where) for piece in pieces), to_target(task, row, where)
 
 
+_NUMBER = re.compile(r"[-+]?[0-9]{1,9}(\.[0-9]{1,9})?")
+
+
 def to_target(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> str:
     """Target text of a row, mapped to label words and checked against the labels."""
     target = fill(task.target, row, where)
     if task.label_map is not None:
         target = task.label_map.get(target, target)
     if task.labels is not None and target not in task.labels:
-        hint = "; rows without a label can be answered (predict), not trained on or judged"
         known = list(task.labels) + [k for k in task.label_map or {} if k not in task.labels]
+        hint = ""
+        if target == "-1":
+            hint = "; rows without a label can be answered (predict), not trained on or judged"
+        elif _NUMBER.fullmatch(target):
+            hint = (
+                f"; task.label_map names the word of a number, as in {{{target!r}: {known[0]!r}}}"
+            )
         raise UserError(
-            f"Task {task.name!r}: {where} has the label {target!r}; allowed are "
-            f"{', '.join(map(repr, known))}{hint * (target == '-1')}."
+            f"Task {shown(task.name)}: {where} has the label {shown(target)}; allowed are "
+            f"{listed(map(repr, known))}{hint}."
         )
     return target

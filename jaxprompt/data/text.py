@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, expanded, listed
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
-from jaxprompt.data.sources import read_rows
+from jaxprompt.data.sources import check_file, read_rows
+from jaxprompt.data.templates import as_text
 from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.pretrain_config import PairSource, PretrainConfig, TextSource
@@ -45,7 +46,8 @@ class Streams(NamedTuple):
 def read_documents(source: TextSource) -> list[str]:
     """The texts of a source, empty ones left out."""
     if source.source is None and Path(source.train).suffix == ".txt":
-        path = Path(source.train)
+        path = Path(expanded(source.train))
+        check_file(path)
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
@@ -53,7 +55,11 @@ def read_documents(source: TextSource) -> list[str]:
         texts = [line for line in lines if line.strip()]
     else:
         rows = read_rows(source.source, source.train)
-        texts = [_text(row, source.column, number, source) for number, row in enumerate(rows, 1)]
+        texts = [
+            _text(row, source.column, number, source)
+            for number, row in enumerate(rows, 1)
+            if row.get(source.column, "") is not None  # as an empty cell of a CSV file
+        ]
         texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"Text source {source.name!r} ({source.train}) holds no text.")
@@ -63,17 +69,15 @@ def read_documents(source: TextSource) -> list[str]:
 def check_files(config: PretrainConfig) -> None:
     """Refuse sources whose file is not there, before any work is done."""
     for source in (*config.text, *config.pairs):
-        if source.source is None and not Path(source.train).is_file():
-            raise UserError(f"There is no file {source.train!r} (source {source.name!r}).")
+        if source.source is None:
+            check_file(Path(expanded(source.train)), f" (source {source.name!r})")
 
 
 def _text(row, column: str, number: int, source: TextSource | PairSource) -> str:
+    where = f"row {number} of {source.train} (source {source.name!r})"
     if not isinstance(row.get(column), str):
-        raise UserError(
-            f"Row {number} of {source.train} (source {source.name!r}) has no text in {column!r}; "
-            f"it has {sorted(row)}."
-        )
-    return row[column]
+        raise UserError(f"R{where[1:]} has no text in {column!r}; it has {listed(map(repr, row))}.")
+    return as_text(row[column], column, where)
 
 
 def open_streams(
