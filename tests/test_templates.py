@@ -120,7 +120,8 @@ def test_label_outside_the_set_names_value_set_and_row():
 @pytest.mark.parametrize(
     "value, text",
     [
-        (True, "True"), (np.bool_(False), "False"), (3, "3"), (np.int64(3), "3"), (10**6, "1000000"),
+        (True, "True"), (np.bool_(False), "False"), (3, "3"), (np.int64(3), "3"),
+        (10**20, "1" + "0" * 20),
         (1.0, "1.0"), (0.1, "0.1"), (np.float32(0.1), "0.1"), (np.array(2.5), "2.5"),
         (decimal.Decimal("1E+3"), "1000"), (decimal.Decimal("1.50"), "1.50"),
         (datetime.date(2024, 1, 2), "2024-01-02"), (datetime.time(1, 2), "01:02:00"),

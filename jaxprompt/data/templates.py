@@ -142,7 +142,7 @@ def as_text(value: Any, column: str, where: str = "the row") -> str:
     if isinstance(value, str):
         if _SURROGATE.search(value):
             raise UserError(
-                f"Column {column!r} holds half of a surrogate pair in {where}, which is no "
+                f"Column {column!r} holds half of a surrogate pair in {where}, which "
                 "is not Unicode; mend that character."
             )
         return str(value)
