@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from jaxprompt import api
 from jaxprompt.config import RunConfig, UserError, parse
+from jaxprompt.data import gguf_tokenizer
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 from jaxprompt.data.tasks import resolve_task, tokenize
 from jaxprompt.data.templates import to_text
@@ -247,6 +248,41 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path, fields):
     make_gguf(tmp_path / "x.gguf", **fields)
     with pytest.raises(UserError, match="only byte-level BPE is read from GGUF .* name one with"):
         load_tokenizer(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    "key, found, message",
+    [
+        ("model", ["gpt2"], "tokenizer of kind .*'gpt2'"),
+        ("pre", ["gpt-2"], "tokenizer of kind 'gpt2'"),
+        ("tokens", 7, "ggml.tokens is 7, expected a list of texts"),
+        ("tokens", [1, 2], "expected a list of texts"),
+        ("merges", [1], "ggml.merges is .*expected a list of texts"),
+        ("merges", ["one"], "merges that do not fit"),
+        ("merges", ["no thing"], "merges that do not fit"),
+        ("token_type", "3", "ggml.token_type is '3', expected a list of numbers"),
+        ("bos_token_id", 10**6, "bos_token_id is 1000000, expected a whole number from 0 to"),
+        ("eos_token_id", -1, "eos_token_id is -1"),
+        ("padding_token_id", "2", "padding_token_id is '2'"),
+        ("unknown_token_id", 1.0, "unknown_token_id is 1.0"),
+    ],
+)
+def test_metadata_of_a_tokenizer_has_types_and_bounds(made, monkeypatch, key, found, message):
+    real = gguf_tokenizer.value
+    changed = lambda reader, name, default=None: (
+        found if name == f"tokenizer.ggml.{key}" else real(reader, name, default)
+    )
+    monkeypatch.setattr(gguf_tokenizer, "value", changed)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(made[0])
+
+
+def test_metadata_that_is_no_text_is_one_sentence(made, tmp_path):
+    path = tmp_path / "damaged.gguf"
+    content = made[0].read_bytes()
+    path.write_bytes(content.replace(b"smollm", b"smol\xff\xff", 1))
+    with pytest.raises(UserError, match="'tokenizer.ggml.pre' of the GGUF file cannot be read"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 5000, -1000])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers_data import make_tokenizer
+from helpers_data import make_tokenizer, sentencepiece_model
 
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.tasks import tokenize
@@ -59,3 +59,39 @@ def test_labels_that_a_backbone_cannot_say_are_refused(tokenizer, labels, messag
     task = TaskConfig(name="t", template="{text}", labels=labels)
     with pytest.raises(UserError, match=message):
         tokenize(task, [{"text": "it", "label": "yes"}], tokenizer, 2, 64)
+
+
+def test_a_folder_without_a_config_says_what_is_missing(tmp_path):
+    sentencepiece_model(tmp_path)
+    with pytest.raises(UserError, match="put the model's config.json or tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_of_a_folder_is_never_run(folder, tmp_path, monkeypatch):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Words", "own.Words"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": names}))
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Words: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked"))
+    with pytest.raises(UserError, match="no tokenizer .*needs code of its own, which is not run"):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()
+
+
+def test_a_vocabulary_without_an_unknown_piece_names_the_text(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = {("[UNK]" if k == "<unk>" else k): i for k, i in saved["model"]["vocab"].items()}
+    saved["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<none>"}
+    saved["added_tokens"] = [t for t in saved["added_tokens"] if t["content"] != "<unk>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_all(["it was", "one"]) == [[9, 10], [17]]
+    with pytest.raises(UserError, match="cannot read the text 'it is' .*without an unknown piece"):
+        tokenizer.encode_all(["it was", "it is"])

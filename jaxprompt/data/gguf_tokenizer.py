@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, shown
 
 # How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the
 # regular expression, or None for GPT-2's, and whether every digit stands alone
@@ -40,9 +40,16 @@ def open_gguf(path: Path) -> Any:
 
 
 def value(reader: Any, key: str, default: Any = None) -> Any:
-    """A field of the file's metadata."""
+    """A field of the file's metadata. Raises UserError where it cannot be read as its type says."""
     field = reader.fields.get(key)
-    return default if field is None else field.contents()
+    try:
+        return default if field is None else field.contents()
+    except Exception as error:  # text that is not UTF-8, parts that are not there
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The metadata {shown(key)} of the GGUF file cannot be read: {problem}; download it "
+            "again"
+        ) from None
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
@@ -57,21 +64,29 @@ def load_gguf_tokenizer(path: Path) -> Any:
     reader = open_gguf(path)
     kind = value(reader, "tokenizer.ggml.model")
     cut = value(reader, "tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or cut not in _CUTS:
+    if kind != "gpt2" or not isinstance(cut, str) or cut not in _CUTS:
         raise UserError(
-            f"{path} has a tokenizer of kind {kind!r} ({cut!r}), and only byte-level BPE is read "
-            f"from GGUF ({', '.join(_CUTS)}); name one with tokenizer: in the YAML or --tokenizer"
+            f"{path} has a tokenizer of kind {shown(kind)} ({shown(cut)}), and only byte-level BPE "
+            f"is read from GGUF ({', '.join(_CUTS)}); name one with tokenizer: in the YAML or "
+            "--tokenizer"
         )
-    words = value(reader, "tokenizer.ggml.tokens")
+    words, merges, types = (_list(path, reader, key) for key in ("tokens", "merges", "token_type"))
     if not words or value(reader, "tokenizer.ggml.merges") is None:
         raise UserError(
             f"{path} has no vocabulary with merges; name a tokenizer with tokenizer: in the YAML "
             "or --tokenizer"
         )
-    merges = [tuple(merge.split(" ")) for merge in value(reader, "tokenizer.ggml.merges")]
     vocabulary = {word: id for id, word in enumerate(words)}
     # Llama 3 takes a word of the vocabulary whole, whatever its merges would make of it
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+    whole = cut == "llama-bpe"
+    try:
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))
+    except Exception as error:  # a merge of pieces that are not there; the library's are bare
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} has merges that do not fit its vocabulary: {problem}; download it again"
+        ) from None
     expression, digits = _CUTS[cut]
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if expression is not None:
@@ -79,11 +94,10 @@ def load_gguf_tokenizer(path: Path) -> Any:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
     inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, plain])
     inner.decoder = decoders.ByteLevel()
-    types = value(reader, "tokenizer.ggml.token_type") or []
     inner.add_special_tokens(
         [
-            tokenizers.AddedToken(words[id], special=True, normalized=False)
-            for id, kind in enumerate(types)
+            tokenizers.AddedToken(word, special=True, normalized=False)
+            for word, kind in zip(words, types, strict=False)
             if kind == _CONTROL
         ]
     )
@@ -91,7 +105,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         id = value(reader, f"tokenizer.ggml.{key}_token_id")
         if id is not None:
-            named[f"{name}_token"] = words[id]
+            named[f"{name}_token"] = words[_id(path, f"{key}_token_id", id, len(words))]
     if value(reader, "tokenizer.ggml.add_bos_token", False) and "bos_token" in named:
         from tokenizers.processors import TemplateProcessing
 
@@ -100,3 +114,25 @@ def load_gguf_tokenizer(path: Path) -> Any:
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
         )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+
+
+def _list(path: Path, reader: Any, key: str) -> list[Any]:
+    """A list of texts (or of whole numbers: token types) from the metadata; [] without one."""
+    found = value(reader, f"tokenizer.ggml.{key}")
+    wanted, name = (int, "numbers") if key == "token_type" else (str, "texts")
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(type(item) is wanted for item in found):
+        raise UserError(
+            f"{path}: tokenizer.ggml.{key} is {shown(found)}, expected a list of {name}"
+        )
+    return found
+
+
+def _id(path: Path, key: str, id: Any, size: int) -> int:
+    if type(id) is not int or not 0 <= id < size:
+        raise UserError(
+            f"{path}: tokenizer.ggml.{key} is {shown(id)}, expected a whole number from 0 to "
+            f"{size - 1}"
+        )
+    return id

@@ -22,6 +22,8 @@ _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.mode
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", *_SENTENCEPIECE)
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
           "chat_template.jinja", *_VOCABULARIES)  # fmt: skip
+_CONFIGS = ("config.json", "tokenizer_config.json")
+_PUT = "put tokenizer.json or spiece.model beside the weights"
 _BLANK = "\u2581"  # how SentencePiece writes a blank
 
 
@@ -79,7 +81,10 @@ class Tokenizer:
 
     def _in_front(self) -> list[int]:
         """What the tokenizer puts before a text of its own accord, such as BOS."""
-        whole, text = self._inner("a")["input_ids"], self.encode("a")
+        try:
+            whole, text = self._inner("a")["input_ids"], self.encode("a")
+        except Exception:  # a vocabulary without "a" and without an unknown piece
+            return []
         starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
         return whole[: starts[0]] if text and starts else []
 
@@ -165,10 +170,13 @@ class Tokenizer:
             raise UserError(
                 f"The text {self._marks.shown(bad)[:60]!r} is not Unicode; mend that character."
             ) from None
-        except Exception as error:  # the library raises bare ones, as for a word without <unk>
+        except Exception as error:  # the library raises bare ones
+            if len(texts) > 1:
+                return [self.encode_all([text], trusted=trusted)[0] for text in texts]
             raise UserError(
-                f"The tokenizer cannot read a text ({' '.join(str(error).split())[:200]}); use the "
-                "tokenizer that belongs to the backbone."
+                f"The tokenizer cannot read the text {self._marks.shown(texts[0])[:60]!r} "
+                f"({' '.join(str(error).split())[:200]}); a vocabulary without an unknown piece "
+                "has no ids for it."
             ) from None
         if self.rows is not None:
             for text, ids in zip(texts, found, strict=True):
@@ -275,19 +283,25 @@ def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer
         return Tokenizer(load_gguf_tokenizer(Path(path)), one_sequence)
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         # transformers would make up an empty vocabulary for a T5
-        raise UserError(
-            f"There is no tokenizer that can be read at {str(path)!r}; put tokenizer.json or "
-            "spiece.model beside the weights."
-        )
+        raise _unreadable(path, _PUT)
     try:
+        # the code that a folder brings along is never run, and nobody is asked whether it may be
         inner = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types for missing files
         problem = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"There is no tokenizer that can be read at {str(path)!r} ({problem}); put "
-            "tokenizer.json or spiece.model beside the weights."
-        ) from None
+        if "custom code" in problem or "trust_remote_code" in problem:
+            raise _unreadable(
+                path, "it needs code of its own, which is not run; name another with --tokenizer"
+            ) from None
+        nameless = Path(path).is_dir() and not any((Path(path) / n).is_file() for n in _CONFIGS)
+        kind = "put the model's config.json or tokenizer_config.json beside its vocabulary"
+        raise _unreadable(path, kind if nameless else _PUT, problem) from None
     return Tokenizer(inner, one_sequence)
+
+
+def _unreadable(path: str | Path, fix: str, problem: str = "") -> UserError:
+    reason = f" ({problem})" if problem else ""
+    return UserError(f"There is no tokenizer that can be read at {str(path)!r}{reason}; {fix}.")
 
 
 def copy_tokenizer(source: str | Path, to: Path) -> None:

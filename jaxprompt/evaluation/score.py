@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt import parallel
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.pipeline import Example, evaluation_batches, round_input_length, with_prompt
+from jaxprompt.data.targets import label_of
 from jaxprompt.data.tasks import Reference
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import METRICS, check_packages
@@ -112,6 +113,7 @@ def answer(
         model.mesh, config, examples, batch_size, share=share and ranked is not None
     )
     if ranked is None:
+        legal = label_of(task, tokenizer)
         # what ends a target where it was tuned: of several that a chat model's config names, one
         config = dataclasses.replace(config, eos_id=tokenizer.eos_id)
 
@@ -122,7 +124,7 @@ def answer(
         else:
             run = model.ask(generate.greedy, prompts, config, length=length)
         ids = _in_order(model.mesh, config, examples, rows, run, progress)
-        return Answers([tokenizer.decode(row) for row in ids], None)
+        return Answers([legal.get(text, text) for text in map(tokenizer.decode, ids)], None)
     labels = label_trees(label_ids(ranked, tokenizer, task.separator))
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
     scores = _in_order(model.mesh, config, examples, rows, run, progress)

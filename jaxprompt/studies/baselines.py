@@ -4,7 +4,6 @@ Hand-written prompts are answered by rank classification, as in GPT-3 (Brown et 
 """
 
 import collections
-import copy
 import itertools
 import time
 from collections.abc import Sequence
@@ -168,16 +167,13 @@ def with_shots(task: TaskConfig, rows: Rows, count: int, seed: int, words: Any) 
 def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
     """Greedy generation without labels: the share of outputs that are none of the labels.
 
-    Sentinels count, although the package's decoding drops them: "<extra_id_0> food" is not "food".
+    Sentinels count: "<extra_id_0> food" is not "food".
     """
-    words, labels = copy.copy(session.tokenizer), task.labels or []
-    encoded = [ids[:-1] for ids in words.encode_targets(labels, task.separator)]
-    legal = {words.show(ids): label for ids, label in zip(encoded, labels, strict=True)}
-    shown = lambda ids: words.show(list(itertools.takewhile(lambda id: id != words.eos_id, ids)))
-    words.decode = shown
+    words, labels = session.tokenizer, task.labels or []
+    encoded = words.encode_targets(labels, task.separator)
+    legal = {words.decode(ids): label for ids, label in zip(encoded, labels, strict=True)}
     # a few tokens more than the longest label settle whether an output is one
-    free = {"labels": None, "max_target_length": max(map(len, encoded)) + 4}
-    session = session._replace(tokenizer=words)
+    free = {"labels": None, "max_target_length": max(map(len, encoded)) + 3}
     outputs = answer_rows(session, task.model_copy(update=free), rows).predictions
     illegal = [output for output in outputs if output not in legal]
     right = [legal.get(o) == t for o, t in zip(outputs, target_texts(task, rows), strict=True)]

@@ -1,0 +1,99 @@
+"""Targets as a backbone's vocabulary writes them: what a free answer can equal, and what it cannot.
+
+A tokenizer normalises: it gives back "blue " as "blue", and an accent that stands alone as one
+letter with its accent. Answers are compared with targets that went the same way. A character that
+the vocabulary lacks comes back as an unknown one, so no answer equals a target that has it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.tasks import Reference
+from jaxprompt.data.tokenizer import Tokenizer
+
+
+class Judged(NamedTuple):
+    """What answers are compared with, and a sentence about each kind of target out of reach."""
+
+    references: list[Reference]
+    warnings: list[str]
+
+
+def as_written(
+    task: TaskConfig, references: Sequence[Reference], tokenizer: Tokenizer, what: str = "targets"
+) -> Judged:
+    """The references with their texts as ``Tokenizer.decode`` would give them back.
+
+    Label words stay as they are: answers that spell one are made that label. A text with unknown
+    characters stays too, and ``what`` (such as "validation targets") names the rows in a warning.
+    """
+    if task.labels is not None:
+        return Judged(list(references), [])
+    texts = list(dict.fromkeys(t for found in references for t in (found.text, *found.answers)))
+    written, unknown, long = {}, set(), set()
+    for text, ids in zip(texts, tokenizer.encode_targets(texts, task.separator), strict=True):
+        if tokenizer.unk_id in ids:
+            unknown.add(text)
+        elif len(ids) - 1 > task.max_target_length:  # EOS need not be written
+            long.add(text)
+        written[text] = text if text in unknown else tokenizer.decode(ids)
+    judged = [
+        found._replace(
+            text=written[found.text], answers=tuple(written[text] for text in found.answers)
+        )
+        for found in references
+    ]
+    lost = [f for f in references if unknown.issuperset(f.answers)]
+    cut = [f for f in references if f not in lost and (unknown | long).issuperset(f.answers)]
+    return Judged(judged, [*_lost(lost, len(judged), what), *_cut(task, cut, len(judged), what)])
+
+
+def _lost(lost: Sequence[Reference], count: int, what: str) -> list[str]:
+    return [
+        f"{len(lost)} of {count} {what} have characters that the backbone's vocabulary cannot "
+        f"write, such as {lost[0].text[:60]!r}; no answer can equal them"
+    ] * bool(lost)
+
+
+def _cut(task: TaskConfig, cut: Sequence[Reference], count: int, what: str) -> list[str]:
+    return [
+        f"{len(cut)} of {count} {what} are longer than task.max_target_length, "
+        f"{task.max_target_length} tokens, at which answers end; raise it"
+    ] * bool(cut)
+
+
+def label_warnings(task: TaskConfig, tokenizer: Tokenizer) -> list[str]:
+    """A sentence where label words have characters that the vocabulary cannot write."""
+    labels = task.labels or ()
+    ids = tokenizer.encode_targets(labels, task.separator)
+    odd = [label for label, row in zip(labels, ids, strict=True) if tokenizer.unk_id in row]
+    if not odd:
+        return []
+    words = ", ".join(map(repr, odd))[:200]
+    return [
+        f"the backbone's vocabulary lacks characters of the labels {words} and reads them as "
+        "unknown; use other words, with task.label_map to reach them from the data"
+    ]
+
+
+def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """The label for each text that ``Tokenizer.decode`` gives for one.
+
+    Raises UserError where a free answer cannot tell two labels apart, or ends before one does.
+    """
+    found: dict[str, str] = {}
+    labels = task.labels or ()
+    for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):
+        if len(ids) - 1 > task.max_target_length:
+            raise UserError(
+                f"Label {label!r} has {len(ids) - 1} tokens, and task.max_target_length, at which "
+                f"answers end, is {task.max_target_length}; raise it."
+            )
+        other = found.setdefault(tokenizer.decode(ids), label)
+        if other != label:
+            raise UserError(
+                f"Labels {other!r} and {label!r} are the same text to this backbone; use other "
+                "words, with task.label_map to reach them from the data."
+            )
+    return found
