@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,11 +30,28 @@ def start(rows: Sequence[int] = (), mesh: MeshConfig = MeshConfig()) -> None:
 
     rows: batch sizes that the devices must divide. Call it before anything asks JAX for a device.
     Where the processes do not come together in time, this one ends with a sentence and exit code 2.
+    Raises UserError where the devices that are asked for are not there.
     """
     if several_processes(os.environ):
         join(os.environ)
     else:
         spread(rows, mesh)
+    available()
+
+
+def available() -> list[Any]:
+    """All devices; UserError where the platform that JAX_PLATFORMS asks for is not there."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # by platform
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here"
+            f"{f' ({problem})' if problem else ''}; see that the device works and install JAX for "
+            "it (pip install 'jax[cuda12]' or 'jax[tpu]'), or unset JAX_PLATFORMS to take what "
+            "there is."
+        ) from None
 
 
 def several_processes(environment: Mapping[str, str]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprompt.config import MeshConfig, UserError
+from jaxprompt.devices import available
 
 # logical axis of a parameter -> mesh axis; what is not named is replicated
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
@@ -26,7 +27,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = Non
     Rows of a batch go over ``data`` and ``fsdp``. Devices of ``fsdp`` hold a part of each weight
     and put a layer together when they need it; those of ``tensor`` share heads, MLP and vocabulary.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = available() if devices is None else devices
     sizes = config.model_dump()
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [axis for axis, size in sizes.items() if size == -1]

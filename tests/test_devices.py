@@ -1,8 +1,9 @@
 """Processes and devices, settled before JAX is used."""
 
+import jax
 import pytest
 
-from jaxprompt import devices
+from jaxprompt import devices, parallel
 from jaxprompt.config import MeshConfig, UserError
 
 
@@ -97,3 +98,17 @@ def test_the_quota_of_a_container_counts(tmp_path):
                         ("99900000 100000", bound), ("", bound)):  # fmt: skip
         file.write_text(text)
         assert devices.cores_here(file) == count
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("Unable to initialize\nbackend 'rocm': " + "x" * 9999)]
+)
+def test_a_device_that_is_asked_for_and_not_there_is_a_sentence(monkeypatch, error):
+    def none_there():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", none_there)
+    for ask in (devices.available, parallel.make_mesh):
+        with pytest.raises(UserError, match="no such device here.*or unset JAX_PLATFORMS") as at:
+            ask()
+        assert "\n" not in str(at.value) and len(str(at.value)) < 600
