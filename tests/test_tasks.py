@@ -6,7 +6,7 @@ from helpers import write_rows
 from helpers_data import make_tokenizer
 
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.rules import RULES
+from jaxprompt.data.rules import RULES, apply_rule
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks import (
     TASKS,
@@ -267,3 +267,31 @@ def test_tasks_of_the_wrong_type_are_one_sentence(value, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_task(value)
     assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("squad", {"question": "q", "context": "c", "answers": "Paris"}, "'answers' is 'Paris'"),
+        ("squad", {"question": "q", "context": "c", "answers": [1]}, r"'answers' is \[1\]"),
+        ("squad", {"question": "q", "context": "c"}, "'answers' is None"),
+        ("record", {"passage": "p", "query": "q", "entities": "Ann", "answers": ["Ann"],
+                    "idx": {"passage": 0, "query": 0}}, "'entities' is 'Ann'"),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "label": float("inf")}, "its label is 'inf'"),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "label": "x"}, "not as the rule"),
+        ("wsc", {"text": "a b", "span1_text": "a", "span2_text": "b", "span2_index": 1,
+                 "label": None}, "its label is None; it is True or False"),
+        ("web_nlg", {"input": "a | b | c", "target": "t"}, "'input' is .*list of texts"),
+        ("web_nlg", {"input": ["a | b | c"]}, "neither a target nor references"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_form_are_refused_by_rules(name, row, message):
+    with pytest.raises(UserError, match=f"Row 1 of a.csv.*{message}"):
+        apply_rule(resolve_task(name), [row], training=True, origin="a.csv")
+
+
+@pytest.mark.parametrize("name", ["copa", "stsb"])
+@pytest.mark.parametrize("label", [None, float("nan")])
+def test_a_label_that_is_null_is_no_word_for_a_rule(name, label):
+    row = next(RULES[name]([{"label": label}], False))
+    assert row["label"] is None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.config import TaskConfig, UserError, listed, shown
 
 Row = dict[str, Any]
 Rule = Callable[[Iterable[Row], bool], Iterator[Row]]  # rows, whether they are trained on
@@ -45,19 +45,43 @@ def apply_rule(
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"Row {seen} of {origin} is not as the rule {task.rule!r} expects "
-            f"({type(error).__name__}: {error}); it has {', '.join(map(repr, rows[seen - 1]))}."
+            f"({type(error).__name__}: {_short(error)}); it has "
+            f"{listed(map(repr, rows[seen - 1])) if seen else 'no columns'}."
         ) from None
     if not made and len(rows) > 0:
         raise UserError(f"The rule {task.rule!r} leaves none of the {len(rows)} rows of {origin}.")
     return made
 
 
+def _short(error: Exception) -> str:
+    return " ".join(str(error)[:200].split())
+
+
 def copa(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """COPA: labels 0 and 1 are the words choice1 and choice2; ``question`` is cause or effect."""
     names = {"0": "choice1", "1": "choice2"}
     for row in rows:
-        label = str(row.get("label", -1))  # -1: unknown, as in test splits
-        yield row | {"label": names.get(label, label)}
+        label = _label(row)
+        yield row | {"label": names.get(label or "", label)}
+
+
+def _label(row: Row) -> str | None:
+    """The label as text; -1 where it is unknown, as in test splits; null stays null."""
+    label = row.get("label", -1)
+    return None if label is None or label != label else str(label)
+
+
+def _texts(row: Row, column: str, value: Any, training: bool) -> list[str]:
+    """A column that has to be a list of texts; none of them where it is null.
+
+    To iterate over a text would make a text of each of its letters.
+    """
+    if value is None and (not training or column in row):
+        return []
+    texts = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{column!r} is {shown(value)}, and it has to be a list of texts.")
+    return list(texts)
 
 
 def multirc(rows: Iterable[Row], training: bool) -> Iterator[Row]:
@@ -94,11 +118,11 @@ def record(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     seen = set()
     for row in rows:
         for flat in _record_queries(row) if "qas" in row else [row]:
-            answers = list(flat.get("answers") or ())
+            answers = _texts(flat, "answers", flat.get("answers"), training)
             passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", flat["passage"])
             common = flat | {
                 "passage": passage.replace("\n@highlight\n", ". "),
-                "entities": ", ".join(flat["entities"]),
+                "entities": ", ".join(_texts(flat, "entities", flat["entities"], training)),
                 "answers": answers or [UNKNOWN],
             }
             if training:
@@ -134,8 +158,10 @@ def wsc(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     for row in rows:
         if "target" in row:  # SuperGLUE's own file
             row = _wsc_spans(row | row["target"])
-        label = str(row.get("label", -1))
-        label = {"0": "False", "1": "True"}.get(label, label)
+        label = _label(row)
+        label = {"0": "False", "1": "True"}.get(label or "", label)
+        if training and label not in ("True", "False", "-1"):
+            raise UserError(f"its label is {shown(row.get('label'))}; it is True or False.")
         if training and label != "True":
             continue
         referent = row["span1_text"]
@@ -188,9 +214,10 @@ def _wsc_spans(row: Row) -> Row:
 def squad(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """SQuAD and MRQA: blanks around all punctuation; the first of the answers is the target."""
     for row in rows:
-        answers = row.get("answers") or ()
+        answers = row.get("answers")
         texts = answers["text"] if isinstance(answers, dict) else answers
-        padded = [pad_punctuation(text) for text in texts] or [UNKNOWN]
+        padded = [pad_punctuation(text) for text in _texts(row, "answers", texts, training)]
+        padded = padded or [UNKNOWN]
         question, context = pad_punctuation(row["question"]), pad_punctuation(row["context"])
         yield row | {
             "question": question,
@@ -215,16 +242,24 @@ def pad_punctuation(text: str) -> str:
 def stsb(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """STS-B: the score rounded to the nearest fifth is the target text, as in 3.8."""
     for row in rows:
-        value = np.round(np.float32(row.get("label", -1)) * np.float32(5)) / np.float32(5)
-        yield row | {"label": f"{value:.1f}"}
+        label = _label(row)
+        if label is not None:
+            value = np.round(np.float32(row.get("label", -1)) * np.float32(5)) / np.float32(5)
+            if not np.isfinite(value):
+                raise UserError(f"its label is {shown(label)}; it is a number.")
+            label = f"{value:.1f}"
+        yield row | {"label": label}
 
 
 def web_nlg(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """WebNLG: triples as text, and all references to judge an answer by."""
     for row in rows:
         target = row.get("target") or ""
-        texts = list(row.get("references") or [target or UNKNOWN])  # unknown: rows to be answered
-        triples = " && ".join(row["input"])
+        texts = _texts(row, "references", row.get("references"), False)
+        if training and not target and not texts:
+            raise UserError("it has neither a target nor references to learn from.")
+        texts = texts or [target or UNKNOWN]  # unknown: rows to be answered
+        triples = " && ".join(_texts(row, "input", row["input"], True))
         yield row | {"triples": triples, "references": texts, "target": target or texts[0]}
 
 
