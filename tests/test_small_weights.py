@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_backbone
+from helpers import assert_same_sums, make_backbone
 from test_llama import GOLDENS
 from test_step import P, V, examples, make_batch, run
 
@@ -71,7 +71,7 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     for one, other in zip(
         jax.value_and_grad(loss)(x, stored), jax.value_and_grad(loss)(x, plain), strict=True
     ):
-        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6)
+        assert_same_sums(one, other, 64 + 2 * 5 * 3 * 32)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
         (placed.config, placed.params), batches, start, mesh=placed.mesh,
         put=lambda batch: parallel.put_batch(batch, placed.mesh),
     )  # fmt: skip
-    np.testing.assert_allclose(alone.tree["prompt"], spread.tree["prompt"], atol=1e-5)
+    # two steps through four layers of width 64, forward and backward
+    assert_same_sums(spread.tree["prompt"], alone.tree["prompt"], 64 * 4 * 2 * 2)
     exact, other = run((plain.config, plain.params), batches, start)
     assert 0 < abs(float(losses.loss[0] - other.loss[0])) < 0.3
 

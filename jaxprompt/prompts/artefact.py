@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprompt.config import UserError, shown
 from jaxprompt.files import replace_directory
+from jaxprompt.markdown import plain
 from jaxprompt.model.pickle_reader import read_torch
 
 FORMAT = 1
@@ -58,7 +59,7 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
 def _as_json(facts: dict[str, Any]) -> bytes:
     """JSON in UTF-8. Half a surrogate becomes an escape, and is read back as it was."""
 
-    def plain(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if isinstance(value, np.generic | np.ndarray):
             return value.tolist()
         if isinstance(value, os.PathLike):
@@ -66,7 +67,7 @@ def _as_json(facts: dict[str, Any]) -> bytes:
         raise TypeError(f"a {type(value).__name__} is not JSON")
 
     def dump(values: Any) -> str:
-        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False, default=plain)
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False, default=convert)
 
     for key, value in facts.items():
         try:
@@ -305,7 +306,7 @@ def model_card(facts: dict[str, Any]) -> str:
     """Markdown that tells a stranger what the prompt does, how well, and how to use it."""
     task, backbone = facts.get("task") or {}, facts.get("backbone") or {}
     source = str(backbone.get("source", "unknown"))
-    labels = ", ".join(_plain(label) for label in _list(task.get("labels"))) or "free text"
+    labels = ", ".join(plain(label) for label in _list(task.get("labels"))) or "free text"
     example = json.dumps({name: "..." for name in _columns(task)}, ensure_ascii=False)
     rows = f"Rows are objects with the columns that the template names, such as {_code(example)}."
     if task.get("rule"):
@@ -313,7 +314,7 @@ def model_card(facts: dict[str, Any]) -> str:
     return f"""---
 {_front_matter(facts, source)}
 ---
-# Soft prompt for {_plain(task.get("name", "an unnamed task"))}
+# Soft prompt for {plain(task.get("name", "an unnamed task"))}
 
 {facts.get("length")} vectors of {facts.get("width")} numbers that go before the text of a frozen
 {_code(source)} (fingerprint {_code(backbone.get("fingerprint", "unknown"))}).
@@ -379,9 +380,9 @@ def _figures(facts: dict[str, Any]) -> str:
     first = next(iter(_list((facts.get("task") or {}).get("metrics")) or metrics), "")
     named = {"majority": "of the majority class", "untuned": "of the backbone without a prompt"}
     baselines = facts.get("baselines") or {}
-    lines = [(_plain(name), value, test.get(name, "")) for name, value in metrics.items()]
+    lines = [(plain(name), value, test.get(name, "")) for name, value in metrics.items()]
     lines += [
-        (f"{_plain(first)} {words}", baselines[key], "")
+        (f"{plain(first)} {words}", baselines[key], "")
         for key, words in named.items()
         if key in baselines
     ]
@@ -391,14 +392,7 @@ def _figures(facts: dict[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:.4f}" if number else _plain(value)
-
-
-def _plain(value: Any) -> str:
-    """A value as text in Markdown: neither markup nor HTML, on one line."""
-    text = " ".join(str(value).split())
-    text = re.sub(r"([\\`*_{}\[\]()#|!~$])", r"\\\1", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"{value:.4f}" if number else plain(value)
 
 
 def _code(value: Any) -> str:
