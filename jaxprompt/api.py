@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import TaskConfig, UserError, parse, shown
+from jaxprompt.config import TaskConfig, UserError, expanded, parse, shown
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import (
@@ -418,7 +418,7 @@ def inspect(
         labels=_label_pieces(session),
     )
     if figure is not None:
-        draw_prompt(report, vectors, Path(figure))
+        draw_prompt(report, vectors, Path(expanded(figure)))
     return report
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxprompt.compilation import keep_compiled
-from jaxprompt.config import UserError, load_config, parse, read_config
+from jaxprompt.config import UserError, expanded, load_config, parse, read_config
 from jaxprompt.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def at_home(path: Any) -> Any:
+    """A path, or several, with ``~`` written out: shells do not do it behind ``--output=``."""
+    if isinstance(path, list | tuple):
+        return [Path(expanded(one)) for one in path]
+    return None if path is None else Path(expanded(path))
+
+
 BackboneOption = Annotated[
     str | None,
     typer.Option(
@@ -43,7 +51,9 @@ TokenizerOption = Annotated[
 ]
 TaskOption = Annotated[str | None, typer.Option(help="a built-in task; default: the prompt's own")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows in a batch")]
-PromptArgument = Annotated[Path, typer.Argument(help="artefact, PEFT adapter or .npy")]
+PromptArgument = Annotated[
+    Path, typer.Argument(callback=at_home, help="artefact, PEFT adapter or .npy")
+]
 AnyBackbone = Annotated[bool, typer.Option(help="allow other weights of the same width")]
 
 
@@ -55,7 +65,7 @@ def before_any_command() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    config: Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
     ] = None,
@@ -76,7 +86,7 @@ def train(
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    config: Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
     ] = None,
@@ -97,7 +107,7 @@ def pretrain(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    config: Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
     devices: Annotated[int, typer.Option(min=1, help="number of devices")] = 1,
     kind: Annotated[
@@ -124,7 +134,10 @@ def plan(
 def evaluate(
     prompts: Annotated[
         list[Path] | None,
-        typer.Argument(help="prompt; none: the bare backbone; several: alone and as an ensemble"),
+        typer.Argument(
+            callback=at_home,
+            help="prompt; none: the bare backbone; several: alone and as an ensemble",
+        ),
     ] = None,
     task: TaskOption = None,
     data: Annotated[str | None, typer.Option(help="a file with the task's columns")] = None,
@@ -160,10 +173,15 @@ def evaluate(
 @app.command()
 def predict(
     prompt: PromptArgument,
-    input: Annotated[Path, typer.Option(help="rows with the task's columns (.jsonl .csv ...)")],
+    input: Annotated[
+        Path, typer.Option(callback=at_home, help="rows with the task's columns (.jsonl .csv ...)")
+    ],
     output: Annotated[
         Path,
-        typer.Option(help="rows with a prediction each (.jsonl .csv .tsv .parquet, /dev/stdout)"),
+        typer.Option(
+            callback=at_home,
+            help="rows with a prediction each (.jsonl .csv .tsv .parquet, /dev/stdout)",
+        ),
     ],
     task: TaskOption = None,
     backbone: BackboneOption = None,
@@ -200,14 +218,19 @@ def predict(
 
 @app.command()
 def score(
-    input: Annotated[Path, typer.Option(help='rows {"input": ..., "target": ...}')],
+    input: Annotated[
+        Path, typer.Option(callback=at_home, help='rows {"input": ..., "target": ...}')
+    ],
     output: Annotated[
         Path,
         typer.Option(
-            help="rows with log_likelihood and tokens (.jsonl .csv .tsv .parquet, /dev/stdout)"
+            callback=at_home,
+            help="rows with log_likelihood and tokens (.jsonl .csv .tsv .parquet, /dev/stdout)",
         ),
     ],
-    prompt: Annotated[Path | None, typer.Option(help="artefact, PEFT adapter or .npy")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(callback=at_home, help="artefact, PEFT adapter or .npy")
+    ] = None,
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
     max_input_length: Annotated[
@@ -263,7 +286,9 @@ def inspect(
     backbone: BackboneOption = None,
     tokenizer: TokenizerOption = None,
     nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
-    figure: Annotated[Path | None, typer.Option(help="also draw a .png, .svg or .pdf")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(callback=at_home, help="also draw a .png, .svg or .pdf")
+    ] = None,
     any_backbone: AnyBackbone = False,
 ) -> None:
     """Nearest words, norms and similarities of a prompt's vectors, as one JSON object."""
@@ -302,7 +327,9 @@ def reproduce(
     adapted: Annotated[
         list[str] | None, typer.Option(help="NAME=STEPS of a backbone, for adaptation")
     ] = None,
-    output: Annotated[Path, typer.Option(help="runs, results and report")] = Path("runs/reproduce"),
+    output: Annotated[Path, typer.Option(callback=at_home, help="runs, results and report")] = Path(
+        "runs/reproduce"
+    ),
 ) -> None:
     """Run or resume a study of the paper, and write a report of all studies in the output."""
     from jaxprompt.studies.catalogue import STUDIES

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -499,3 +500,17 @@ def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
         cli.main()
     assert not stop.value.code and signal.getsignal(signal.SIGINT) is before
     assert "stopped by SIGINT; run the same command again to go on" in capsys.readouterr().err
+
+
+def test_every_path_of_a_command_is_expanded(monkeypatch, tmp_path, call):
+    paths = 0
+    for command in cli.app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(get_args(hint)[:1]):
+                assert get_args(hint)[1].callback is cli.at_home, (command.callback, name)
+                paths += 1
+    assert paths >= 10
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
+    code, _, err = call("reproduce", "report", "--output=~/none")
+    assert code == 2 and str(tmp_path / "none") in err

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprompt import parallel
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, expanded
 from jaxprompt.model import (
     family,
     flash_attention,
@@ -89,7 +89,7 @@ def load_backbone(
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
-    found, tensors, leaves = _open(location, None if config is None else Path(config))
+    found, tensors, leaves = _open(location, None if config is None else Path(expanded(config)))
     settings = replace(found, dtype=dtype, unroll=bool(unroll), remat=remat)
     if isinstance(settings, T5Config):
         kernel = flash_attention.kernel(flash, dtype, mesh)
@@ -358,7 +358,7 @@ def save_hf(
     is; transformers 5 scales the output of every umT5, there its logits are d_model**-0.5 of ours.
     With ``int8`` matrices are stored as in model/int8.py, which transformers does not read.
     """
-    directory = Path(path)
+    directory = Path(expanded(path))
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(config, LlamaConfig):
         leaves, describe = llama_hf.leaves(config), partial(llama_hf.config_to_json, config)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
-from jaxprompt.config import UserError, shown
+from jaxprompt.config import UserError, expanded, looked_in, shown
 from jaxprompt.files import replace_directory
 from jaxprompt.markdown import plain
 from jaxprompt.model.pickle_reader import read_torch
@@ -53,7 +53,7 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
             model_card(json.loads(text)).encode("utf-8", "backslashreplace")
         )
 
-    replace_directory(Path(path), write, _is_artefact)
+    replace_directory(Path(expanded(path)), write, _is_artefact)
 
 
 def _as_json(facts: dict[str, Any]) -> bytes:
@@ -92,9 +92,12 @@ def _is_artefact(folder: Path) -> bool:
 
 def load_prompt(path: str | Path) -> Prompt:
     """Read an artefact, a PEFT prompt-tuning adapter, or an ``.npy`` file of shape [P, D]."""
-    path = Path(path)
+    path = Path(expanded(path))
     if not path.exists():
-        raise UserError(f"There is no prompt at {str(path)!r}; give an artefact, adapter or .npy.")
+        raise UserError(
+            f"There is no prompt at {shown(str(path))}{looked_in(path)}; give an artefact, adapter "
+            "or .npy."
+        )
     if path.is_dir() and (path / FACTS).is_file():
         return _read_artefact(path)
     if path.is_dir() and (path / PEFT_CONFIG).is_file():
@@ -127,7 +130,7 @@ def save_peft(path: str | Path, prompt: Prompt) -> None:
         save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_bytes(text)
 
-    replace_directory(Path(path), write, _is_our_adapter)
+    replace_directory(Path(expanded(path)), write, _is_our_adapter)
 
 
 def _peft_config(shape: tuple[int, ...], facts: dict[str, Any]) -> dict[str, Any]:
