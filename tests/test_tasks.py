@@ -60,6 +60,18 @@ def test_unknown_task_suggests_near_names():
         resolve_task("xyzzy")
 
 
+@pytest.mark.parametrize("name", [["boolq"], {"boolq": 1}, 3, True, None, 1.5])
+def test_a_name_that_is_no_text_is_one_sentence(name):
+    with pytest.raises(UserError, match="task.name.* is "):
+        resolve_task({"name": name, "template": "{a}"})
+
+
+def test_a_prefix_of_a_template_that_is_no_text_is_one_sentence():
+    for template in (3, None, {"a": "b"}, ["{a}"]):
+        with pytest.raises(UserError, match="'task.template' is .*text"):
+            resolve_task({"name": "boolq", "prefix": True, "template": template})
+
+
 def test_mapping_changes_a_known_task():
     changed = resolve_task({"name": "boolq", "max_input_length": 64})
     assert changed == resolve_task("boolq").model_copy(update={"max_input_length": 64})
