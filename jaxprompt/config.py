@@ -276,7 +276,8 @@ class TrainConfig(Optimization):
     """Tuning. Defaults are the paper's, except where a comment says otherwise."""
 
     eval_batch_size: Size = 64
-    eval_rows: Positive | None = None  # at most so many validation rows in each evaluation
+    # at most so many validation rows in each evaluation; whole groups where there is task.group
+    eval_rows: Positive | None = None
     # stop after so many evaluations without a better metric, of any task where there are several
     patience: Positive | None = None
     # of a population, the worse half stops after so many steps, and again after as many
