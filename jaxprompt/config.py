@@ -163,6 +163,8 @@ class TaskConfig(Schema):
     # between input and target where both are one sequence; an encoder's input ends with EOS
     separator: str = "\nAnswer:"
     max_input_length: Size = 512  # text tokens with what ends them; the prompt comes on top
+    # column, or columns in order, that rows which are longer lose first; null: rows lose their end
+    truncate: str | list[str] | None = None
     max_target_length: Size = 64
 
     @model_validator(mode="after")

@@ -5,7 +5,8 @@ the metrics selects checkpoints.
 
 import collections
 import difflib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.templates import Piece, fill, place_prompt, to_target, to_text
-from jaxprompt.data.token_cache import tokenized
+from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.truncation import Truncation, columns_to_cut, fit
 
 CACHED_FROM = 20_000  # texts whose ids are kept on disk
 CACHE_BYTES = 8 * 2**30
@@ -239,7 +241,9 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
             f"Task {shown(name)} is unknown; {hint} A task of your own is a mapping with a "
             "template."
         )
-    return parse(TaskConfig, values, "task.")
+    found = parse(TaskConfig, values, "task.")
+    columns_to_cut(found)
+    return found
 
 
 def class_words(task: TaskConfig) -> list[str]:
@@ -257,23 +261,21 @@ def tokenize(
     prompt: int = 0,
     need_targets: bool = True,
     origin: str | None = None,
+    note: Callable[[Truncation], None] = lambda truncation: None,
 ) -> list[Example]:
     """Ids of each row, with the virtual tokens of prompt number ``prompt`` in place.
 
-    How input and target end is the tokenizer's matter. Text is cut from its end to
-    ``max_input_length`` tokens with what ends it; virtual tokens are never cut. Template and
-    separator may name special tokens, as in the marks of a chat; what rows hold stays text.
-    A target that is too long is an error: a cut target would be a wrong one. ``origin`` (a file)
-    names the rows in errors, which count from 1.
+    How input and target end is the tokenizer's matter. Text is cut to ``max_input_length`` tokens
+    with what ends it, first in the columns of ``task.truncate``, then at its end; ``note`` hears of
+    what was cut. Virtual tokens are never cut. Template and separator may name special tokens, as
+    in the marks of a chat; what rows hold stays text. A target that is too long is an error: a cut
+    target would be a wrong one. ``origin`` (a file) names the rows in errors, which count from 1.
     """
     _check_labels(task, tokenizer)
     pieces = place_prompt(task.template, prompt_length)
     virtual = virtual_ids(vocab_rows, prompt_length, prompt)
-    texts = filled(task, rows, pieces, tokenizer, origin)
-    folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
-    ids = tokenized(texts, tokenizer, folder, trusted=True, largest=CACHE_BYTES)
-    ids.check(vocab_rows, texts, tokenizer)
-    encoded = map(ids.at, range(len(ids)))
+    encode = partial(_encoded, task, tokenizer, vocab_rows, origin)
+    encoded, count = encode(rows, pieces), sum(bool(piece.text) for piece in pieces)
     ends = tokenizer.start_ids, tokenizer.input_end(task.separator)
     room = task.max_input_length - sum(map(len, ends))
     if room < 0:
@@ -281,6 +283,11 @@ def tokenize(
             f"task.max_input_length is {task.max_input_length}, and the separator "
             f"{task.separator!r} alone has {len(ends[1])} tokens; raise it."
         )
+    parts = lambda some, pieces: _of_rows(encode(some, pieces), len(some))
+    whole = lambda number: [encoded.at(number * count + i) for i in range(count)]
+    sizes = np.diff(encoded.starts[::count])
+    shortened, truncation = fit(task, rows, sizes, pieces, room, parts, whole)
+    note(truncation)
     targets: list[list[int]] = [[]] * len(rows)
     if need_targets:
         wanted = target_texts(task, rows, origin)
@@ -294,11 +301,33 @@ def tokenize(
                 )
     return [
         Example(
-            _join(pieces, encoded, virtual, room, *ends),
+            _join(pieces, iter(shortened.get(number) or whole(number)), virtual, room, *ends),
             np.array(target, np.int32),
         )
-        for target in targets
+        for number, target in enumerate(targets)
     ]
+
+
+def _encoded(
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    vocab_rows: int,
+    origin: str | None,
+    rows: Sequence[dict[str, Any]],
+    pieces: Sequence[Piece],
+) -> Ragged:
+    """Ids of the texts between a row's virtual tokens, row by row."""
+    texts = filled(task, rows, pieces, tokenizer, origin)
+    folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
+    ids = tokenized(texts, tokenizer, folder, trusted=True, largest=CACHE_BYTES)
+    ids.check(vocab_rows, texts, tokenizer)
+    return ids
+
+
+def _of_rows(ids: Ragged, rows: int) -> list[list[np.ndarray]]:
+    """The sequences of each row, of which each has as many."""
+    count = len(ids) // max(rows, 1)
+    return [[ids.at(row * count + i) for i in range(count)] for row in range(rows)]
 
 
 def filled(

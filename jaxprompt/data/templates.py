@@ -10,7 +10,7 @@ import decimal
 import functools
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +78,23 @@ def columns_of(template: str) -> list[str]:
     ['a', 'the b']
     """
     return list(dict.fromkeys(match[1] for match in _FIELD.finditer(template) if match[1]))
+
+
+def places_of(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
+    """Each column that the pieces name, as often as they do, and the texts that stand before it.
+
+    >>> places_of([Piece("a: {x} b: {y}", 0)])[1]
+    ('y', [Piece(text='a: {x} b:', virtual=0)])
+    """
+    found, before = [], []
+    for piece in pieces:
+        for match in _FIELD.finditer(piece.text):
+            if match[1] is not None:
+                head = piece.text[: match.start()].rstrip()
+                found.append((match[1], [*before, *([Piece(head, 0)] if head else [])]))
+        if piece.text:
+            before.append(piece)
+    return found
 
 
 def fill(

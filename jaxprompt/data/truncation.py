@@ -1,0 +1,166 @@
+"""Rows that are longer than a task allows: which columns give way, and what was lost.
+
+A row is cut at its end, unless ``task.truncate`` names columns that are cut before that. Nothing of
+this is silent: ``Truncation`` counts it, and callers tell it to whoever watches.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprompt.config import TaskConfig, UserError, listed
+from jaxprompt.data.templates import Piece, columns_of, places_of
+
+Row = dict[str, Any]
+Parts = list[np.ndarray]  # ids of each text between a row's virtual tokens
+Encode = Callable[[Sequence[Row], Sequence[Piece]], list[Parts]]
+_MOST_ROUNDS = 64  # of a search; each of two halves what is left
+
+
+class Truncation(NamedTuple):
+    """What tokenizing has cut off rows."""
+
+    rows: int  # in all
+    cut: int  # of them, that had more tokens than there is room for
+    lost: dict[str, int]  # column -> rows in which nothing of it is left
+
+    def sentence(self, rows: str, limit: str) -> str | None:
+        """What to tell a person; None where nothing is cut.
+
+        rows: what they are, as in "validation rows"; limit: its name and value.
+        """
+        if not self.cut:
+            return None
+        text = f"{self.cut} of {self.rows} {rows} are longer than {limit} tokens, and are cut"
+        gone = [f"of {count} nothing is left of {name!r}" for name, count in self.lost.items()]
+        return "; ".join([text, *gone])
+
+
+def of_task(truncation: Truncation, task: TaskConfig, rows: str = "rows") -> str | None:
+    """The sentence on rows of a task, with what to do about it; None where nothing is cut."""
+    told = truncation.sentence(rows, f"task.max_input_length, {task.max_input_length}")
+    if told is None:
+        return None
+    hint = "" if task.truncate else ", or name in task.truncate what may be cut before the rest"
+    return f"{told}; raise it{hint}"
+
+
+def columns_to_cut(task: TaskConfig) -> list[str]:
+    """The columns of ``task.truncate``, in order. Raises UserError unless its template has them."""
+    named = [task.truncate] if isinstance(task.truncate, str) else list(task.truncate or ())
+    columns = columns_of(task.template)
+    for name in named:
+        if name not in columns:
+            raise UserError(
+                f"task.truncate names {name!r}, which the template {task.template!r} does not; it "
+                f"has {listed(map(repr, columns))}."
+            )
+    return named
+
+
+def fit(
+    task: TaskConfig,
+    rows: Sequence[Row],
+    sizes: Sequence[int] | np.ndarray,
+    pieces: Sequence[Piece],
+    room: int,
+    encode: Encode,
+    whole: Callable[[int], Parts],
+) -> tuple[dict[int, Parts], Truncation]:
+    """Shorten the columns of ``task.truncate`` in rows that have more than ``room`` ids.
+
+    Args:
+        sizes: ids of each row.
+        encode: ids of rows in the form of some pieces.
+        whole: ids of the row of that number, in the form of ``pieces``.
+
+    Returns: ids of the rows that were too long, by number, where columns have been shortened (what
+    is still too long is for the caller to cut at the end), and what was cut.
+    """
+    columns = columns_to_cut(task)
+    long = np.flatnonzero(np.asarray(sizes) > room).tolist()
+    if not long:
+        return {}, Truncation(len(rows), 0, {})
+    originals = [rows[number] for number in long]
+    short, ids = list(originals), [whole(number) for number in long]
+    for column in columns:
+        over = [i for i, own in enumerate(ids) if _size(own) > room]
+        above = [_size(ids[i]) for i in over]
+        cut = _shorten([short[i] for i in over], above, column, room, lambda x: encode(x, pieces))
+        for i, (row, own) in zip(over, cut, strict=True):
+            short[i], ids[i] = row, own
+    lost = _lost(originals, short, ids, pieces, room, encode)
+    return dict(zip(long, ids, strict=True)), Truncation(len(rows), len(long), lost)
+
+
+def _size(parts: Parts) -> int:
+    return sum(map(len, parts))
+
+
+def _shorten(
+    rows: list[Row],
+    above: list[int],
+    column: str,
+    room: int,
+    encode: Callable[[Sequence[Row]], list[Parts]],
+) -> list[tuple[Row, Parts]]:
+    """Each row with as much of the column's beginning as there is room for, and its ids.
+
+    Rows are searched together, each between a length that fits and one that does not, which has
+    ``above`` ids: by where the line between them meets the room, and every second time in the
+    middle.
+    """
+    texts = [str(row[column]) for row in rows]
+    best = encode([{**row, column: ""} for row in rows])
+    fits, fails = [0] * len(rows), [len(text) for text in texts]
+    for turn in range(_MOST_ROUNDS):
+        room_left = [_size(own) < room and fails[i] - fits[i] > 1 for i, own in enumerate(best)]
+        open_ = [i for i, more in enumerate(room_left) if more]
+        if not open_:
+            break
+        tries = []
+        for i in open_:
+            low, width = _size(best[i]), fails[i] - fits[i]
+            share = 0.5 if turn % 2 else (room - low) / max(above[i] - low, 1)
+            tries.append(fits[i] + min(max(int(width * share), 1), width - 1))
+        asked = [{**rows[i], column: texts[i][:k]} for i, k in zip(open_, tries, strict=True)]
+        for i, k, own in zip(open_, tries, encode(asked), strict=True):
+            if _size(own) <= room:
+                fits[i], best[i] = k, own
+            else:
+                fails[i], above[i] = k, _size(own)
+    found = [{**row, column: text[:k]} for row, text, k in zip(rows, texts, fits, strict=True)]
+    return list(zip(found, best, strict=True))
+
+
+def _lost(
+    originals: list[Row],
+    rows: list[Row],
+    ids: list[Parts],
+    pieces: Sequence[Piece],
+    room: int,
+    encode: Encode,
+) -> dict[str, int]:
+    """For each column the number of rows that had something in it and have nothing of it left."""
+    left: list[set[str]] = [set() for _ in rows]  # columns of each row that are not lost
+    open_ = list(range(len(rows)))
+    places = places_of(pieces)
+    for number, (_, before) in reversed(list(enumerate(places))):
+        # where a column begins within the room, so do all that stand before it
+        over = [i for i in open_ if _size(ids[i]) > room]
+        sizes = dict.fromkeys(open_, 0)
+        if over:
+            heads = encode([rows[i] for i in over], before)
+            sizes |= {i: _size(own) for i, own in zip(over, heads, strict=True)}
+        for i in open_:
+            if sizes[i] < room:
+                left[i] |= {name for name, _ in places[: number + 1]}
+        open_ = [i for i in open_ if sizes[i] >= room]
+    counts: collections.Counter[str] = collections.Counter()
+    for original, row, names in zip(originals, rows, left, strict=True):
+        for column in dict.fromkeys(name for name, _ in places):
+            kept = column in names and str(row[column]).strip()
+            counts[column] += bool(str(original[column]).strip() and not kept)
+    return {column: count for column, count in counts.items() if count}
