@@ -1,6 +1,7 @@
 """Using tuned prompts: load, evaluate, predict, score, inspect. The command line calls these."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jaxprompt.data.tasks import (
     tokenize,
 )
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.evaluation.analyze import draw_prompt, summarize
 from jaxprompt.evaluation.metrics import diagnose, likeliest, majority, vote
 from jaxprompt.evaluation.score import (
@@ -38,6 +40,22 @@ from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt
 
 Progress = Callable[[int], None]
+Warn = Callable[[str], None]
+
+
+def _warned(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _cut(task: TaskConfig, warn: Warn) -> Callable[[Truncation], None]:
+    """Tells ``warn`` what tokenizing has cut off rows."""
+
+    def note(truncation: Truncation) -> None:
+        text = of_task(truncation, task)
+        if text is not None:
+            warn(text)
+
+    return note
 
 
 class Session(NamedTuple):
@@ -148,14 +166,16 @@ def answer_rows(
     share: bool = False,
     progress: Progress = lambda rows: None,
     origin: str | None = None,
+    warn: Warn = _warned,
 ) -> Answers:
     """Predictions for rows with the columns that the task's template names.
 
-    share: as in ``evaluation.score.answer``. ``origin`` (a file) names the rows in errors.
+    share: as in ``evaluation.score.answer``. ``origin`` (a file) names the rows in errors. ``warn``
+    is told how many rows are too long and were cut.
     """
     examples = tokenize(
         task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
-        need_targets=False, origin=origin,
+        need_targets=False, origin=origin, note=_cut(task, warn),
     )  # fmt: skip
     return answer(
         session.model, task, examples, session.tokenizer, batch_size=batch_size, share=share,
@@ -170,6 +190,7 @@ def predict(
     backbone: str | Backbone | None = None,
     task: str | dict[str, Any] | TaskConfig | None = None,
     batch_size: int = 64,
+    warn: Warn = _warned,
 ) -> list[dict[str, Any]]:
     """``{"prediction": text, "scores": {label: log-likelihood}}`` for each row.
 
@@ -180,7 +201,7 @@ def predict(
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
     rows = apply_rule(chosen, rows, training=False)
-    return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size))
+    return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size, warn=warn))
 
 
 def answer_form(task: TaskConfig) -> dict[str, Any]:
@@ -212,13 +233,14 @@ def evaluate(
     split: str = "validation",
     batch_size: int = 64,
     progress: Progress = lambda rows: None,
+    warn: Warn = _warned,
 ) -> dict[str, Any]:
     """The task's metrics on one of its splits, or on a file ``data`` with the task's columns."""
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     asked = _questions(session, task, data, split)
     answers = answer_rows(
         session, asked.task, asked.rows, batch_size=batch_size, share=True, progress=progress,
-        origin=asked.origin,
+        origin=asked.origin, warn=warn,
     )  # fmt: skip
     labels = asked.task.labels
     return asked.facts | {
@@ -262,6 +284,7 @@ def evaluate_ensemble(
     split: str = "validation",
     batch_size: int = 64,
     progress: Progress = lambda rows: None,
+    warn: Warn = _warned,
 ) -> dict[str, Any]:
     """The metrics of several prompts for one task and of their joint answers.
 
@@ -276,7 +299,7 @@ def evaluate_ensemble(
     chosen, rows, vocabulary = asked.task, asked.rows, first.backbone.config.vocab_size
     plain = tokenize(
         chosen, rows, first.tokenizer, first.length, vocabulary,
-        need_targets=False, origin=asked.origin,
+        need_targets=False, origin=asked.origin, note=_cut(chosen, warn),
     )  # fmt: skip
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
     found = answer_each(
@@ -351,6 +374,7 @@ def score(
     max_input_length: int | None = None,
     batch_size: int = 64,
     progress: Progress = lambda rows: None,
+    warn: Warn = _warned,
 ) -> list[dict[str, Any]]:
     """Log-likelihoods of targets given inputs, as ``predict`` would find them.
 
@@ -364,6 +388,7 @@ def score(
         max_input_length: text tokens with what ends them; None: those of the prompt's task, or 512.
         batch_size: rows at a time.
         progress: hears how many rows a batch had.
+        warn: is told how many inputs are too long and were cut at their end.
 
     Returns:
         For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
@@ -380,9 +405,8 @@ def score(
     longest = max_input_length or (512 if task is None else task.max_input_length)
     room = max(longest - len(start) - len(end), 0)
 
-    def input_ids(text: str) -> np.ndarray:
-        text = text.removesuffix(separator) if separator else text
-        found = [*start, *tokenizer.encode(text)[:room], *end]
+    def input_ids(words: list[int]) -> np.ndarray:
+        found = [*start, *words[:room], *end]
         # what a sequence begins with where there is no text
         found = found or ([] if len(virtual) else [tokenizer.eos_id])
         return np.concatenate([virtual, np.array(found, np.int32)])
@@ -394,7 +418,13 @@ def score(
             ids = [*tokenizer.encode_rest(pair["input"], pair["target"]), tokenizer.eos_id]
         return np.array(ids, np.int32)
 
-    examples = [Example(input_ids(pair["input"]), target_ids(pair)) for pair in pairs]
+    texts = [tokenizer.encode(pair["input"].removesuffix(separator)) for pair in pairs]
+    cut = Truncation(len(pairs), sum(len(words) > room for words in texts), {})
+    told = cut.sentence("inputs", f"max_input_length, {longest}")
+    if told is not None:
+        warn(f"{told}; raise it")
+    both = zip(texts, pairs, strict=True)
+    examples = [Example(input_ids(words), target_ids(pair)) for words, pair in both]
     values = log_likelihoods(session.model, examples, batch_size=batch_size, progress=progress)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}

@@ -163,10 +163,11 @@ def evaluate(
     sessions = [session] + [api.open_session(p, session.backbone, **more) for p in others]
     options: dict[str, Any] = {"task": task, "data": data, "split": split, "batch_size": batch_size}
     with Bar("evaluating", None) as bar:
+        options |= {"progress": bar.advance, "warn": bar.warn}
         if others:
-            report = api.evaluate_ensemble(sessions, **options, progress=bar.advance)
+            report = api.evaluate_ensemble(sessions, **options)
         else:
-            report = api.evaluate(session, **options, progress=bar.advance)
+            report = api.evaluate(session, **options)
     by_first(lambda: print(json.dumps(report)))
 
 
@@ -210,8 +211,9 @@ def predict(
     check_rows(output, rows, api.answer_form(chosen))
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
-            session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input)
-        )
+            session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input),
+            warn=bar.warn,
+        )  # fmt: skip
     found = zip(rows, api.rows_of(chosen, answers), strict=True)
     by_first(lambda: write_rows(output, [{**row, **answer} for row, answer in found], held))
 
@@ -276,6 +278,7 @@ def score(
             max_input_length=max_input_length,
             batch_size=batch_size,
             progress=bar.advance,
+            warn=bar.warn,
         )
     by_first(lambda: write_rows(output, rows, held))
 

@@ -33,6 +33,10 @@ class Bar:
         """A line that stays above the bar, unbroken: a path in it can be copied."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A line on what may not be as the person thinks."""
+        self.say(f"warning: {text}")
+
     def step(self, done: int, rates: dict[str, float]) -> None:
         """``done`` units in all are complete."""
         self.done = done

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprompt.config import TaskConfig, UserError, listed
-from jaxprompt.data.templates import Piece, columns_of, places_of
+from jaxprompt.data.templates import Piece, as_text, columns_of, places_of
 
 Row = dict[str, Any]
 Parts = list[np.ndarray]  # ids of each text between a row's virtual tokens
@@ -112,7 +112,7 @@ def _shorten(
     ``above`` ids: by where the line between them meets the room, and every second time in the
     middle.
     """
-    texts = [str(row[column]) for row in rows]
+    texts = [as_text(row[column], column) for row in rows]
     best = encode([{**row, column: ""} for row in rows])
     fits, fails = [0] * len(rows), [len(text) for text in texts]
     for turn in range(_MOST_ROUNDS):
@@ -161,6 +161,6 @@ def _lost(
     counts: collections.Counter[str] = collections.Counter()
     for original, row, names in zip(originals, rows, left, strict=True):
         for column in dict.fromkeys(name for name, _ in places):
-            kept = column in names and str(row[column]).strip()
-            counts[column] += bool(str(original[column]).strip() and not kept)
+            kept = column in names and as_text(row[column], column).strip()
+            counts[column] += bool(as_text(original[column], column).strip() and not kept)
     return {column: count for column, count in counts.items() if count}

@@ -10,6 +10,7 @@ from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.evaluation.score import check_metrics
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]  # of each split
@@ -20,6 +21,7 @@ class Split(NamedTuple):
 
     examples: Sequence[Example]
     references: list[Reference]
+    truncation: Truncation
 
     def digest(self) -> str:
         """SHA-256 of all ids and of what predictions are compared with, in their order."""
@@ -86,8 +88,22 @@ def split_of(
 ) -> Split:
     """A split with ``length`` virtual tokens in each row, above a table of ``vocabulary`` rows."""
     origin = getattr(task, name)
-    examples = tokenize(task, rows[name], tokenizer, length, vocabulary, origin=origin)
-    return Split(examples, references(task, rows[name], origin))
+    heard: list[Truncation] = []
+    examples = tokenize(
+        task, rows[name], tokenizer, length, vocabulary, origin=origin, note=heard.append
+    )
+    return Split(examples, references(task, rows[name], origin), heard[-1])
+
+
+def truncation_warnings(given: Assignment) -> list[str]:
+    """A sentence for each split of which rows have been cut."""
+    splits = {"training": given.training, "validation": given.validation, "test": given.test}
+    told = (
+        of_task(split.truncation, given.task, f"{name} rows of task {given.task.name!r}")
+        for name, split in splits.items()
+        if split is not None
+    )
+    return [text for text in told if text is not None]
 
 
 def assign(

@@ -24,7 +24,14 @@ from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.methods import METHODS, applied, lent
-from jaxprompt.training.assignment import Split, assign, read_splits, split_of, tasks_of
+from jaxprompt.training.assignment import (
+    Split,
+    assign,
+    read_splits,
+    split_of,
+    tasks_of,
+    truncation_warnings,
+)
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.interrupt import Interrupted, Signals
 from jaxprompt.training.logbook import (
@@ -127,7 +134,9 @@ def _train(
             f"{len(splits['validation'])} validation rows"
         )
 
-    for warning in [*schedule_warnings(settings), *start_warnings(members, task_of)]:
+    first = {given.task.name: given for given in reversed(assigned.values())}  # of each task
+    cut = itertools.chain(*map(truncation_warnings, first.values()))
+    for warning in [*schedule_warnings(settings), *start_warnings(members, task_of), *cut]:
         reporter.say(f"warning: {warning}")
 
     def starts_from(params) -> list[Any]:
