@@ -174,9 +174,9 @@ def test_python_says_what_is_cut(folder):
     asked = {"a": "one " * 9, "b": "two two"}  # what is left of the first row
     [whole] = api.predict(session, [asked])
     assert answers[0]["scores"]["yes"] == pytest.approx(whole["scores"]["yes"], rel=1e-5)
-    with pytest.warns(UserWarning, match="1 of 1 inputs are longer than max_input_length, 512"):
+    with pytest.warns(UserWarning, match="1 of 1 inputs are longer than max_input_length, 12"):
         api.score(session, [{"input": "one " * 600, "target": "yes"}])
-    api.score(session, [{"input": "one " * 511, "target": "yes"}])
+    api.score(session, [{"input": "one " * 11, "target": "yes"}])
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "score"])
@@ -190,5 +190,5 @@ def test_commands_say_what_is_cut(folder, tmp_path, command, monkeypatch):
     }[command]
     done = CliRunner().invoke(cli.app, [command, *arguments])
     assert done.exit_code == 0, done.exception
-    inputs = "1 of 1 inputs are longer than max_input_length, 512 tokens"
+    inputs = "1 of 1 inputs are longer than max_input_length, 12 tokens"
     assert f"warning: {inputs if command == 'score' else TOLD}" in done.stderr
