@@ -8,6 +8,7 @@ needs them, so that ``--help`` answers at once.
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxprompt import __version__
 from jaxprompt.compilation import keep_compiled
-from jaxprompt.config import UserError, expanded, load_config, parse, read_config
+from jaxprompt.config import RunConfig, UserError, expanded, load_config, parse, read_config
 from jaxprompt.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -57,8 +59,18 @@ PromptArgument = Annotated[
 AnyBackbone = Annotated[bool, typer.Option(help="allow other weights of the same width")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"jaxprompt {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def before_any_command() -> None:
+def before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print it")
+    ] = False,
+) -> None:
     """Nothing is written where only help is wanted."""
     keep_compiled()
 
@@ -162,6 +174,7 @@ def evaluate(
     session = api.open_session(first, backbone, **more)
     sessions = [session] + [api.open_session(p, session.backbone, **more) for p in others]
     options: dict[str, Any] = {"task": task, "data": data, "split": split, "batch_size": batch_size}
+    say_devices()
     with Bar("evaluating", None) as bar:
         options |= {"progress": bar.advance, "warn": bar.warn}
         if others:
@@ -209,6 +222,7 @@ def predict(
     chosen = api.prompt_task(session.prompt, task)
     rows = apply_rule(chosen, rows, training=False, origin=str(input))
     check_rows(output, rows, api.answer_form(chosen))
+    say_devices()
     with Bar("predicting", len(rows)) as bar:
         answers = api.answer_rows(
             session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input),
@@ -270,6 +284,7 @@ def score(
                 "'input' and 'target' are needed."
             )
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
+    say_devices()
     with Bar("scoring", len(pairs)) as bar:
         rows = api.score(
             session,
@@ -406,7 +421,11 @@ def interruptible() -> Iterator["Signals"]:
     except BaseException as error:
         if not several:
             raise
-        traceback.print_exc()
+        sentence = explain(error) if isinstance(error, Exception) else None
+        if sentence is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {sentence}", file=sys.stderr)
         print(
             f"process {jax.process_index()} of {jax.process_count()} ends ({error!r}), perhaps "
             "because another one did: see what the others say, then start all of them again to go "
@@ -442,16 +461,81 @@ def print_json(value: Any) -> None:
     print(text)
 
 
+def say_devices() -> None:
+    """A line on what computes, so that a GPU that is not used is noticed."""
+    import jax
+
+    from jaxprompt import devices
+
+    if jax.process_index() == 0:
+        print(f"computing on {devices.describe()}", file=sys.stderr, flush=True)
+
+
+def check_form(arguments: list[str]) -> None:
+    """Refuse settings that are typed as options, with the form that they have."""
+    command = next(iter(arguments), None)
+    if command not in ("train", "pretrain", "plan", "reproduce"):
+        return
+    own = () if command == "reproduce" else RunConfig.model_fields
+    for argument in arguments[1:]:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and (re.fullmatch(r"\w+(\.\w+)+", key) or key in own):
+            given = f"{key}={value}" if equals else f"{key}=VALUE"
+            raise UserError(
+                f"No such option: --{key[:80]}; settings are written key=value, without dashes: "
+                f"{given[:100]}."
+            )
+
+
+def explain(error: Exception) -> str | None:
+    """A sentence for an error of the machine or of a library that a user can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text:
+        return (
+            f"The memory ran out ({text[:160] or 'of this machine'}); lower train.micro_batch of a "
+            "run or --batch-size of a command, or see what a run needs with `jaxprompt plan`."
+        )
+    if isinstance(error, OSError):  # a full disk, a file without permission
+        return f"{error.strerror or text}: {error.filename or ''}"
+    if type(error).__name__ == "SafetensorError":  # not imported for this
+        return f"A safetensors file cannot be read or written: {text[:300]}."
+    return None
+
+
 def main() -> None:
     """Runs a command; turns a user's mistake into one sentence and exit code 2."""
     try:
-        app(standalone_mode=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        check_form(sys.argv[1:])
+        try:
+            app(standalone_mode=True)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python will flush what is left
         sys.exit(2)
-    except OSError as error:  # a full disk, a file without permission
-        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            traceback.print_exc()
+            print(f"This is a fault of jaxprompt ({versions()}); report it with the lines above.",
+                  file=sys.stderr)  # fmt: skip
+            sys.exit(1)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def versions() -> str:
+    """What a report of a fault should name."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"version {__version__}", f"Python {platform.python_version()}"]
+    for name in ("jax", "flax", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join([*found, platform.platform()])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,14 @@ def available() -> list[Any]:
             "it (pip install 'jax[cuda12]' or 'jax[tpu]'), or unset JAX_PLATFORMS to take what "
             "there is."
         ) from None
+
+
+def describe() -> str:
+    """The devices of all processes in words, such as ``8 x NVIDIA H100``."""
+    counts = Counter(device.device_kind for device in jax.devices())
+    text = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+    several = jax.process_count()
+    return f"{text} of {several} processes" if several > 1 else text
 
 
 def several_processes(environment: Mapping[str, str]) -> bool:

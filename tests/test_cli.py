@@ -14,11 +14,13 @@ import zipfile
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import jax
 import numpy as np
 import pytest
 from helpers import CONFIG, copy, make_backbone, make_rows, run_values, write_rows, write_run
 from safetensors.numpy import load_file, save_file
 
+import jaxprompt
 from jaxprompt import cli
 from jaxprompt.config import load_config
 from jaxprompt.data.sources import read_rows
@@ -169,6 +171,74 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
     if words.startswith("error"):
         assert len(found.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "a.yaml", "--train.steps=10"], "without dashes: train.steps=10."),
+        (["train", "a.yaml", "--train.steps", "10"], "without dashes: train.steps=VALUE."),
+        (["plan", "a.yaml", "--backbone=x"], "without dashes: backbone=x."),
+        (["reproduce", "length", "--train.eval_rows=5"], "without dashes: train.eval_rows=5."),
+    ],
+)
+def test_settings_that_are_typed_as_options(refused, arguments, words):
+    sentence = refused(*arguments)
+    assert "No such option: --" in sentence and sentence.endswith(words)
+
+
+class XlaRuntimeError(RuntimeError):
+    """As JAX's is called."""
+
+
+class SafetensorError(Exception):
+    """As the library's is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "The memory ran out (of this machine); lower train.micro_batch"),
+        (XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+         "The memory ran out (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); lower"),
+        (SafetensorError("I/O error: No space left"), "cannot be read or written: I/O error"),
+        (OSError(28, "No space left on device", "x"), "error: No space left on device: x"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_lacks_is_one_sentence(refused, prompt, monkeypatch, error, words):
+    from jaxprompt import api
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(api, "open_session", fails)
+    assert words in refused("eval", prompt)
+
+
+def test_a_fault_of_ours_shows_where_it_is_and_what_to_report(call, prompt, monkeypatch):
+    from jaxprompt import api
+
+    monkeypatch.setattr(api, "open_session", lambda *_, **__: {}["no such key"])
+    code, out, err = call("eval", prompt)
+    assert (code, out) == (1, "") and "Traceback" in err and "KeyError: 'no such key'" in err
+    assert err.splitlines()[-1].startswith("This is a fault of jaxprompt (version 0.1.0, Python 3.")
+
+
+def test_the_version_and_the_devices_are_told(call, prompt, backbone, tmp_path):
+    assert call("--version") == (0, f"jaxprompt {jaxprompt.__version__}\n", "")
+    source = write_rows(tmp_path / "pairs.jsonl", [{"input": "it was good", "target": "yes"}])
+    code, _, err = call("score", "--prompt", prompt, "--input", source, "--output", "/dev/null")
+    assert code == 0 and f"computing on {len(jax.devices())} x cpu" in err
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    """As in ``jaxprompt --help | head -1``."""
+    command = [sys.executable, "-m", "jaxprompt.cli", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.stderr == ""
 
 
 # -- configuration and data ------------------------------------------------------------------------

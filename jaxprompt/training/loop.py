@@ -16,6 +16,7 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import training_batches, with_prompt
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.devices import describe
 from jaxprompt.evaluation.analyze import draw_curves
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.score import Model, answer_each
@@ -99,7 +100,7 @@ def _train(
         parallel.check_batch_size(settings.micro_batch, mesh, "train.micro_batch")
     # before the backbone, which may take minutes: most mistakes are in the data
     rows = {name: read_splits(task, settings.eval_rows) for name, task in tasks.items()}
-    reporter.say(f"loading {config.backbone}, {config.model.dtype}")
+    reporter.say(f"loading {config.backbone}, {config.model.dtype}, on {describe()}")
     backbone = load_backbone(
         config.backbone,
         dtype=config.model.dtype,
