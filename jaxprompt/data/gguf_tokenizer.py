@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt.config import UserError, shown
+from jaxprompt.data.gguf_header import check_header
 
 # How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the
 # regular expression, or None for GPT-2's, and whether every digit stands alone
@@ -30,10 +31,11 @@ def open_gguf(path: Path) -> Any:
             f"{path} is a GGUF file, and reading those needs the package gguf; install it with "
             "pip install gguf"
         ) from None
+    check_header(path)
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # a truncated file raises whatever NumPy happens to meet
-        problem = " ".join(str(error).split())
+    except Exception as error:  # a damaged file raises whatever NumPy happens to meet
+        problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} is truncated or not a GGUF file: {problem}; download it again"
         ) from None

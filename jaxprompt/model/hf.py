@@ -3,13 +3,20 @@
 One table of names serves safetensors, torch and flax files; it is also the map for writing.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, listed, shown
 from jaxprompt.model.int8 import dequantised
+from jaxprompt.model.metadata import (
+    MOST_LAYERS,
+    read_epsilon,
+    read_flag,
+    read_id,
+    read_json,
+    read_size,
+)
 from jaxprompt.model.msgpack_file import read_msgpack
 from jaxprompt.model.pickle_reader import read_torch
 from jaxprompt.model.safetensors_file import read_safetensors
@@ -32,19 +39,6 @@ _HEAD = "lm_head.weight"
 _IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 def config_from_json(path: Path, *, tied: bool) -> T5Config:
     """T5Config from a Hugging Face config.json.
 
@@ -55,62 +49,76 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
     """
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in _DEFAULT_PROJECTION:
+    if not isinstance(family, str) or family not in _DEFAULT_PROJECTION:
         raise UserError(
-            f"{path}: model_type {family!r} is not supported, only "
+            f"{path}: model_type {shown(family)} is not supported, only "
             f"{', '.join(_DEFAULT_PROJECTION)} (T5 1.0, 1.1, LM-adapted, Flan and ByT5 are t5), "
             "llama (SmolLM2 is one), mistral and qwen2"
         )
     gated, activation = _projection(
         path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]
     )
-    scaled = family != "mt5" and raw.get("tie_word_embeddings", True)
-    layers = read_size(path, raw, "num_layers")
+    scaled = family != "mt5" and read_flag(path, raw, "tie_word_embeddings", True)
+    layers = read_size(path, raw, "num_layers", most=MOST_LAYERS)
+    rows = read_size(path, raw, "vocab_size")
+    buckets = read_size(path, raw, "relative_attention_num_buckets", 32)
+    farthest = read_size(path, raw, "relative_attention_max_distance", 128)
+    if buckets < 4 or farthest <= buckets // 2:
+        raise UserError(
+            f"{path}: relative_attention_num_buckets is {buckets} and "
+            f"relative_attention_max_distance is {farthest}; there must be at least 4 buckets, and "
+            "the distance must be more than half of them"
+        )
     return T5Config(
-        vocab_size=read_size(path, raw, "vocab_size"),
+        vocab_size=rows,
         d_model=read_size(path, raw, "d_model"),
         num_heads=read_size(path, raw, "num_heads"),
         head_dim=read_size(path, raw, "d_kv"),
         d_ff=read_size(path, raw, "d_ff"),
         num_encoder_layers=layers,
-        num_decoder_layers=read_size(path, raw, "num_decoder_layers", layers),
+        num_decoder_layers=read_size(path, raw, "num_decoder_layers", layers, most=MOST_LAYERS),
         gated=gated,
         activation=activation,
         tied=tied,
-        scale_output=bool(raw.get("scale_decoder_outputs", scaled)),
+        scale_output=read_flag(path, raw, "scale_decoder_outputs", scaled),
         per_layer_bias=family == "umt5",
-        buckets=read_size(path, raw, "relative_attention_num_buckets", 32),
-        max_distance=read_size(path, raw, "relative_attention_max_distance", 128),
-        norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)),
-        decoder_start_id=read_id(raw, "decoder_start_token_id", 0),
-        pad_id=read_id(raw, "pad_token_id", 0),
-        eos_id=read_id(raw, "eos_token_id", 1),
+        buckets=buckets,
+        max_distance=farthest,
+        norm_eps=read_epsilon(path, raw, "layer_norm_epsilon", 1e-6),
+        decoder_start_id=read_id(path, raw, "decoder_start_token_id", 0, rows=rows),
+        pad_id=read_id(path, raw, "pad_token_id", 0, rows=rows),
+        eos_id=read_id(path, raw, "eos_token_id", 1, rows=rows),
     )
 
 
-def read_size(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number of a config.json; UserError where it is something else."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {key} is {value!r}, expected a whole number above 0")
-    return value
+# what transformers assumes where config.json does not say whether the head is the embedding
+_TIED_BY_DEFAULT = {"t5": True, "umt5": True}
 
 
-def read_id(raw: Mapping[str, Any], key: str, default: int) -> int:
-    """A token id of a config.json, the first where it names several."""
-    value = raw.get(key)
-    value = value[0] if isinstance(value, list) and value else value
-    return value if type(value) is int else default
+def check_head(path: Path, *, tied: bool, head: str = _HEAD) -> None:
+    """Raise UserError if the config promises a head of its own and the checkpoint has none.
+
+    A head that is there counts whatever the config says, see ``config_from_json``.
+    head: what the format calls its tensor.
+    """
+    raw = read_json(path)
+    default = _TIED_BY_DEFAULT.get(str(raw.get("model_type")), False)
+    if tied and not read_flag(path, raw, "tie_word_embeddings", default):
+        said = "is false" if "tie_word_embeddings" in raw else "is absent, which means false"
+        raise UserError(
+            f"{path}: tie_word_embeddings {said}, and 1 tensor is missing ({head}): the "
+            "checkpoint has lost its head; download it again, or set tie_word_embeddings to true "
+            "if the embedding is the head too"
+        )
 
 
 def _projection(path: Path, name: Any) -> tuple[bool, str]:
     """(gated, activation) of feed_forward_proj; "gated-gelu" has always meant the tanh form."""
-    gated = str(name).startswith("gated-")
-    function = "gelu_new" if name == "gated-gelu" else str(name).removeprefix("gated-")
-    if function not in _ACTIVATIONS:
+    gated = isinstance(name, str) and name.startswith("gated-")
+    function = "gelu_new" if name == "gated-gelu" else str(name)[:100].removeprefix("gated-")
+    if not isinstance(name, str) or function not in _ACTIVATIONS:
         raise UserError(
-            f"{path}: feed_forward_proj {name!r} is not supported, use gated-gelu or one of "
+            f"{path}: feed_forward_proj {shown(name)} is not supported, use gated-gelu or one of "
             f"{', '.join(_ACTIVATIONS)}, each with or without gated- in front"
         )
     return gated, _ACTIVATIONS[function]
@@ -119,7 +127,8 @@ def _projection(path: Path, name: Any) -> tuple[bool, str]:
 def config_to_json(config: T5Config, dtype: str) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back.
 
-    tie_word_embeddings keeps its old meaning (scaled output), which both versions take as that.
+    tie_word_embeddings is true where the head is the embedding, and where the output is scaled:
+    version 4 knows no other way to say so. A head of its own counts in any case.
     """
     projection = {"gelu": "gelu_new"}.get(config.activation, config.activation)
     if config.gated:
@@ -143,7 +152,7 @@ def config_to_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
-        "tie_word_embeddings": config.scale_output,
+        "tie_word_embeddings": config.tied or config.scale_output,
         "scale_decoder_outputs": config.scale_output,
         "decoder_start_token_id": config.decoder_start_id,
         "pad_token_id": config.pad_id,
@@ -230,26 +239,36 @@ def open_checkpoint(directory: Path) -> tuple[dict[str, Tensor], bool]:
     )
 
 
-def _sharded(index: Path, read) -> dict[str, Tensor]:
+def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards: each from the one that the index names, and those it forgets."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index} has no weight_map from tensor names to files")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names.values())):
-        path = index.parent / name
-        if Path(name).name != name or not path.is_file():
-            raise UserError(f"{index} names {name!r}, which is not beside it; download all shards")
-        tensors |= read(path)
-    lost = [name for name in names if name not in tensors]
+    shards: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(set(names.values())):
+        path = index.parent / file
+        if Path(file).name != file or "\0" in file or not path.is_file():
+            raise UserError(
+                f"{index} names {shown(file)}, which is not beside it; download all shards"
+            )
+        shards[file] = read(path)
+    lost = [name for name, file in names.items() if name not in shards[file]]
     if lost:
-        raise UserError(f"{index} promises {len(lost)} tensors that no shard holds, e.g. {lost[0]}")
-    return {name: tensors[name] for name in names}
+        raise UserError(
+            f"{index} promises {len(lost)} tensors that no shard holds, e.g. {listed(lost, 1)}"
+        )
+    return {
+        name: shards[names.get(name, file)][name]
+        for file, shard in shards.items()
+        for name in shard
+    }
 
 
 def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], bool]:
     """Drop the copies that other programs write; returns what is left and whether the head is tied.
 
     The embedding may stand under the stacks' names, and a tied model may carry it as lm_head too.
+    Embeddings under several names must be the same one.
     """
     tensors = {n: t for n, t in dequantised(tensors).items() if n not in _IGNORED}
     embeddings, head = _EMBEDDINGS, _HEAD
@@ -259,6 +278,12 @@ def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], boo
         )
         head = "lm_head/kernel"
     copies = [tensors.pop(name) for name in embeddings if name in tensors]
+    for copy in copies[1:]:
+        if not same(copies[0], copy):
+            raise UserError(
+                f"{copy.file}: {copies[0].name} and {copy.name} are two embeddings, and encoder "
+                "and decoder of a T5 share one; the checkpoint is damaged or of another model"
+            )
     if copies:
         tensors[embeddings[0]] = copies[0]
     if not flax and copies and head in tensors and same(copies[0], tensors[head]):

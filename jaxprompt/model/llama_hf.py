@@ -5,10 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import UserError
-from jaxprompt.model.hf import read_id, read_json, read_size
+from jaxprompt.config import UserError, shown
 from jaxprompt.model.int8 import dequantised
 from jaxprompt.model.llama_config import LlamaConfig
+from jaxprompt.model.metadata import (
+    MOST_LAYERS,
+    read_choice,
+    read_epsilon,
+    read_id,
+    read_json,
+    read_number,
+    read_size,
+)
 from jaxprompt.model.tensors import Leaf, Piece, Tensor, same
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # SmolLM2 is a llama
@@ -23,37 +31,30 @@ def config_from_json(path: Path, *, tied: bool) -> LlamaConfig:
     Raises UserError for what this model cannot express, such as a kind of rotary scaling.
     """
     raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{path}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+    kind = read_choice(path, raw, "model_type", MODEL_TYPES)
     refused = {"mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1}
     if kind == "llama":
         refused["attention_bias"] = False
     for key, allowed in refused.items():
         if raw.get(key, allowed) not in (allowed, None):
-            raise UserError(f"{path}: {key} is {raw[key]!r}; only {allowed!r} is supported")
-    activation = raw.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"{path}: hidden_act {activation!r} is not supported, use {', '.join(_ACTIVATIONS)}"
-        )
+            raise UserError(f"{path}: {key} is {shown(raw[key])}; only {allowed!r} is supported")
+    activation = read_choice(path, raw, "hidden_act", _ACTIVATIONS, "silu")
     heads, width = read_size(path, raw, "num_attention_heads"), read_size(path, raw, "hidden_size")
     groups = read_size(path, raw, "num_key_value_heads", heads)
-    if heads % groups:
-        raise UserError(
-            f"{path}: {heads} query heads cannot share num_key_value_heads={groups} evenly"
-        )
     theta, scaling = _rope(path, raw)
     window = raw.get("sliding_window") if kind == "mistral" else None
-    eos = read_id(raw, "eos_token_id", 2)
+    rows = read_size(path, raw, "vocab_size")
+    eos = read_id(path, raw, "eos_token_id", 2, rows=rows)
+    # -1 was the first Llamas' way to say that they have no token for padding
+    nothing = {"pad_token_id": None} if raw.get("pad_token_id") == -1 else {}
     return LlamaConfig(
-        vocab_size=read_size(path, raw, "vocab_size"),
+        vocab_size=rows,
         d_model=width,
         num_heads=heads,
         num_kv_heads=groups,
-        head_dim=read_size(path, raw, "head_dim", width // heads),
+        head_dim=head_dim(path, raw, "head_dim", width, heads, groups),
         d_ff=read_size(path, raw, "intermediate_size"),
-        num_layers=read_size(path, raw, "num_hidden_layers"),
+        num_layers=read_size(path, raw, "num_hidden_layers", most=MOST_LAYERS),
         model_type=kind,
         activation=_ACTIVATIONS[activation],
         tied=tied,
@@ -61,17 +62,43 @@ def config_from_json(path: Path, *, tied: bool) -> LlamaConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         window=None if window is None else read_size(path, raw, "sliding_window"),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        pad_id=read_id(raw, "pad_token_id", eos),
+        norm_eps=read_epsilon(path, raw, "rms_norm_eps", 1e-6),
+        pad_id=read_id(path, {**raw, **nothing}, "pad_token_id", eos, rows=rows),
         eos_id=eos,
     )
+
+
+def head_dim(
+    path: Path, raw: Mapping[str, Any], key: str, width: int, heads: int, groups: int
+) -> int:
+    """The numbers of one head, by default its share of ``width``; UserError if heads do not fit."""
+    if heads % groups:
+        raise UserError(
+            f"{path}: {heads} query heads cannot share {groups} heads of keys and values evenly"
+        )
+    if raw.get(key) is None and width % heads:
+        raise UserError(f"{path}: {heads} heads cannot share a width of {width} evenly")
+    size = read_size(path, raw, key, width // heads)
+    if size % 2:
+        raise UserError(f"{path}: a head has {size} numbers; rotary positions need an even number")
+    return size
 
 
 def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
     """Base and scaling; version 5 of transformers keeps both under ``rope_parameters``."""
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    kind = found.get("rope_type", found.get("type", "default"))
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise UserError(
+            f"{path}: rope_parameters or rope_scaling is {shown(found)}, expected one object for "
+            "all layers"
+        )
+    where = found if found.get("rope_theta") is not None else raw
+    theta = read_number(path, where, "rope_theta", 10_000.0, least=1.0)
+    share = read_number(path, {**raw, **found}, "partial_rotary_factor", 1.0)
+    if share != 1:
+        raise UserError(f"{path}: partial_rotary_factor is {share:g}; only 1 is supported")
+    kind = found.get("rope_type", found.get("type"))
+    kind = "default" if kind is None else kind
     keys = {
         "default": (),
         "linear": ("factor",),
@@ -80,14 +107,21 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]
             "original_max_position_embeddings",
         ),
     }
-    if kind not in keys:
+    if not isinstance(kind, str) or kind not in keys:
         raise UserError(
-            f"{path}: rotary positions of type {kind!r} are not supported, use {', '.join(keys)}"
+            f"{path}: rotary positions of type {shown(kind)} are not supported, "
+            f"use {', '.join(keys)}"
         )
-    lacking = [key for key in keys[kind] if not isinstance(found.get(key), int | float)]
+    lacking = [key for key in keys[kind] if found.get(key) is None]
     if lacking:
         raise UserError(f"{path}: rotary positions of type {kind!r} need {lacking[0]}")
-    return theta, tuple(float(found[key]) for key in keys[kind])
+    scaling = tuple(read_number(path, found, key, least=1e-6) for key in keys[kind])
+    if kind == "llama3" and scaling[1] >= scaling[2]:
+        raise UserError(
+            f"{path}: low_freq_factor is {scaling[1]:g} and high_freq_factor {scaling[2]:g}; the "
+            "second must be larger"
+        )
+    return theta, scaling
 
 
 def config_to_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:

@@ -36,9 +36,19 @@ from jaxprompt.model import (
 from jaxprompt.model.gguf_file import read_gguf
 from jaxprompt.model.int8 import quantised
 from jaxprompt.model.llama_config import LlamaConfig
+from jaxprompt.model.metadata import told
 from jaxprompt.model.safetensors_file import Output, write_sharded
 from jaxprompt.model.t5_config import T5Config, released
-from jaxprompt.model.tensors import DTYPES, Index, Leaf, Tensor, check, fill, layer_sizes
+from jaxprompt.model.tensors import (
+    DTYPES,
+    Index,
+    Leaf,
+    Tensor,
+    check,
+    check_depth,
+    fill,
+    layer_sizes,
+)
 
 Params = family.Params
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
@@ -102,7 +112,6 @@ def load_backbone(
         )
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
-    check(leaves, tensors, sizes)
     if weights is not None:
         _check_small(weights, trainable)
     place = None if mesh is None else parallel.parameter_sharding(mesh)
@@ -185,8 +194,18 @@ def _open(
     location: str, config_path: Path | None
 ) -> tuple[family.Config, dict[str, Tensor], list[Leaf]]:
     """Config, unread tensors and the map between them, for whatever lies at ``location``."""
+    with told(location, "cannot be read as a model"):
+        config, tensors, leaves = _opened(location, config_path)
+        check(leaves, tensors, _sizes(config))
+    return config, tensors, leaves
+
+
+def _opened(
+    location: str, config_path: Path | None
+) -> tuple[family.Config, dict[str, Tensor], list[Leaf]]:
     if location.endswith(".gguf"):
         config, tensors = read_gguf(Path(location))
+        check_depth(location, config.num_layers, tensors)
         return config, tensors, llama_hf.leaves(config)
     if t5x.is_t5x(location):
         tensors = t5x.read_t5x(location)
@@ -196,7 +215,9 @@ def _open(
         if config_path is None:
             config = t5x.infer_config(location, tensors)
         else:
-            config = hf.config_from_json(config_path, tied=t5x.is_tied(tensors))
+            tied = t5x.is_tied(tensors)
+            hf.check_head(config_path, tied=tied, head=t5x.HEAD)
+            config = hf.config_from_json(config_path, tied=tied)
         return config, tensors, t5x.leaves(config, tensors)
     directory = Path(location)
     config_path = config_path or directory / "config.json"
@@ -206,9 +227,13 @@ def _open(
     if hf.read_json(config_path).get("model_type") in llama_hf.MODEL_TYPES:
         tensors, tied = llama_hf.tidy(raw)
         config = llama_hf.config_from_json(config_path, tied=tied)
+        check_depth(config_path, config.num_layers, tensors)
+        hf.check_head(config_path, tied=tied)
         return config, tensors, llama_hf.leaves(config)
     tensors, tied = hf.tidy(raw, flax)
     config = hf.config_from_json(config_path, tied=tied)
+    check_depth(config_path, max(config.num_encoder_layers, config.num_decoder_layers), tensors)
+    hf.check_head(config_path, tied=tied, head="lm_head/kernel" if flax else "lm_head.weight")
     leaves = hf.leaves(config)
     return config, tensors, [hf.flax_leaf(leaf) for leaf in leaves] if flax else leaves
 
@@ -259,8 +284,9 @@ def _load_leaf(
 
     def read(index: Index) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-        out = _aligned([stop - start for start, stop in bounds], dtype)
-        fill(leaf, tensors, sizes, index, out)
+        with told("/".join(leaf.path), "cannot be read from the checkpoint"):
+            out = _aligned([stop - start for start, stop in bounds], dtype)
+            fill(leaf, tensors, sizes, index, out)
         return out
 
     # a leaf that only this function knows may be adopted by a device instead of copied, and by

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxprompt.config import UserError
-from jaxprompt.model.tensors import DTYPES, Index, Tensor, mapped
+from jaxprompt.model.tensors import DTYPES, MOST_AXES, Index, Tensor, mapped
 
 _CHUNKED = "__msgpack_chunked_array__"  # flax cuts arrays of more than 2**30 bytes into flat chunks
 
@@ -26,7 +26,11 @@ def read_msgpack(path: Path) -> dict[str, Tensor]:
     """All arrays of one file under their paths joined by "/". A damaged file raises UserError."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found = dict(_Walk(path, data).map_items((), 0))
+            found: dict[str, Tensor | int | bool] = {}
+            for name, value in _Walk(path, data).map_items((), 0):
+                if name in found:
+                    raise _Malformed(f"it holds {name[:100]} twice")
+                found[name] = value
     except (_Malformed, IndexError, UnicodeDecodeError, ValueError) as error:
         detail = str(error) if isinstance(error, _Malformed) else "it ends too early"
         raise UserError(
@@ -112,7 +116,7 @@ class _Walk:
         if self.number(1) != 1 or self.length((0x90, 0xF0, 0)) != 3:
             raise _Malformed(f"{name} is not an array")
         rank = self.length((0x90, 0xF0, 0))
-        if rank is None:
+        if rank is None or rank > MOST_AXES:
             raise _Malformed(f"{name} has no shape")
         shape = tuple(self.integer() for _ in range(rank))
         kind = self.text()
@@ -132,11 +136,16 @@ def _join_chunks(path: Path, found: dict[str, Tensor | int | bool]) -> dict[str,
     for flag in [name for name in found if name.split("/")[-1] == _CHUNKED]:
         name = flag.removesuffix(_CHUNKED).rstrip("/")
         parts, shape = [], []
-        while (key := f"{name}/shape/{len(shape)}") in found:
-            shape.append(int(found[key]))  # type: ignore[arg-type]
+        while (key := f"{name}/shape/{len(shape)}") in found and len(shape) < MOST_AXES:
+            size = found[key]
+            if type(size) is not int:
+                raise UserError(f"{path}: {key} is not a size; download the file again")
+            shape.append(size)
         while (key := f"{name}/chunks/{len(parts)}") in tensors:
             parts.append(tensors.pop(key))
-        if not parts or sum(math.prod(p.shape) for p in parts) != math.prod(shape):
+        kinds = {(len(part.shape), part.dtype) for part in parts}
+        flat = len(kinds) == 1 and len(parts[0].shape) == 1
+        if not flat or sum(part.shape[0] for part in parts) != math.prod(shape):
             raise UserError(f"{path}: the chunks of {name} do not make its shape {tuple(shape)}")
         read = _chunk_reader(parts, tuple(shape))
         tensors[name] = Tensor(name, str(path), tuple(shape), parts[0].dtype, read)

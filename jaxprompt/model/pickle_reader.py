@@ -171,6 +171,8 @@ def _rebuild_tensor(args: tuple) -> Strided:
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if math.prod(shape) > 0 and last >= storage.count:
         raise _Malformed("a tensor reaches beyond its storage")
+    if math.prod(shape) > storage.count:  # by strides of 0: a small file of any number of values
+        raise _Malformed("a tensor has more values than its storage")
     return Strided(storage, offset, shape, strides)
 
 

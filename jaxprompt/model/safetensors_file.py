@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxprompt.config import UserError
 from jaxprompt.files import write_whole
-from jaxprompt.model.tensors import DTYPES, Tensor, mapped
+from jaxprompt.model.metadata import parse_json
+from jaxprompt.model.tensors import DTYPES, MOST_AXES, Tensor, mapped
 
 _CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {name: code for code, name in _CODES.items()} | {"int8": "I8"}
@@ -33,9 +34,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise _damaged(path, f"its header cannot be read from {size} bytes")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise _damaged(path, "its header is not JSON") from error
+            header = parse_json(file.read(length), "its header")
+        except UserError as error:
+            raise _damaged(path, str(error)) from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -47,23 +48,26 @@ def _tensor(path: Path, name: str, entry, start: int, size: int) -> Tensor:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
+        if not isinstance(code, str) or len(shape) > MOST_AXES:
+            raise TypeError(code)
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise TypeError(numbers)
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the header's entry for {name} is malformed") from error
+        raise _damaged(path, f"the header's entry for {name[:200]} is malformed") from error
     if code in _CODES:
         dtype = DTYPES[_CODES[code]]
     elif code in _OTHER or code == "BOOL":
         dtype = np.dtype(_OTHER.get(code, "bool"))
     else:
         raise UserError(
-            f"{path}: tensor {name} has dtype {code}; weights must be one of {', '.join(_CODES)} "
+            f"{path}: tensor {name[:200]} has dtype {code[:40]}; weights must be one of "
+            f"{', '.join(_CODES)} "
             "(quantised checkpoints cannot be loaded)"
         )
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, f"tensor {name} of shape {shape} has {end - begin} bytes")
+        raise _damaged(path, f"tensor {name[:200]} of shape {shape} has {end - begin} bytes")
     if start + end > size:
-        raise _damaged(path, f"tensor {name} ends at byte {start + end} of {size}")
+        raise _damaged(path, f"tensor {name[:200]} ends at byte {start + end} of {size}")
     return Tensor(name, str(path), shape, dtype, mapped(path, start + begin, dtype, shape))
 
 

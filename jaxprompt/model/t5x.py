@@ -5,20 +5,30 @@ Names, shapes and the scanned variants (layers stacked on axis 1) follow t5x, fl
 scalable T5 of umT5; a checkpoint carries no config, so its shapes are read as one.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, shown
+from jaxprompt.model.metadata import parse_json
 from jaxprompt.model.t5_config import T5Config
-from jaxprompt.model.tensors import DTYPES, Index, Leaf, Piece, Tensor
+from jaxprompt.model.tensors import (
+    DTYPES,
+    MOST_AXES,
+    Index,
+    Leaf,
+    Piece,
+    Tensor,
+    check_depth,
+)
 
 _STACKS = ("encoder", "decoder")
-_HEAD = "decoder/logits_dense/kernel"
+HEAD = "decoder/logits_dense/kernel"
 _SCANNED = "encoder/encoder/mlp/wo/kernel"
 
 
@@ -66,6 +76,8 @@ def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
         if code != 1:
             return None  # scalars and complex numbers, which only optimizer states hold
         shape, dtype, values = msgpack.unpackb(data)
+        if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > MOST_AXES:
+            raise ValueError(shape)
         return _Array(tuple(shape), dtype, values)
 
     try:
@@ -76,7 +88,9 @@ def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
         raise UserError(f"{location}/checkpoint is truncated or not a T5X index") from error
     if not isinstance(index, dict) or index.get("version") != 3:
         version = index.get("version") if isinstance(index, dict) else None
-        raise UserError(f"{location}/checkpoint has T5X version {version!r}, only 3 can be read")
+        raise UserError(
+            f"{location}/checkpoint has T5X version {shown(version)}, only 3 can be read"
+        )
     try:
         target = index["optimizer"]["target"]
     except (KeyError, TypeError):
@@ -86,7 +100,7 @@ def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
     return target
 
 
-def _flatten(tree: Mapping[str, Any], path: str = ""):
+def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{path}/{key}" if path else str(key)
         if isinstance(value, dict) and "driver" not in value:
@@ -104,18 +118,21 @@ def _tensor(location: str, store: Mapping[str, str], name: str, leaf: Any) -> Te
     # writers before tensorstore 0.1.14 put the path beside the kvstore; bucket and driver are those
     # of the machine that wrote, the path is relative to the checkpoint
     folder = kvstore.get("path") or leaf.get("path") or ""
-    if not re.fullmatch(r"[\w.\-]+/?", folder) or folder.strip("./") == "":
-        raise UserError(f"{location}/checkpoint: {name} lies at {folder!r}, outside the checkpoint")
+    inside = isinstance(folder, str) and re.fullmatch(r"[\w.\-]+/?", folder)
+    if not inside or folder.strip("./") == "":
+        raise UserError(
+            f"{location}/checkpoint: {name} lies at {shown(folder)}, outside the checkpoint"
+        )
     return _zarr(location, store, name, folder.rstrip("/"))
 
 
 def _inline(location: str, name: str, leaf: _Array) -> Tensor:
     try:
         values = np.frombuffer(leaf.values, DTYPES[leaf.dtype]).reshape(leaf.shape)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{location}/checkpoint: {name} of dtype {leaf.dtype}, shape {leaf.shape} is damaged "
-            f"or not one of {', '.join(DTYPES)}"
+            f"{location}/checkpoint: {name} of dtype {shown(leaf.dtype)}, shape {leaf.shape} is "
+            f"damaged or not one of {', '.join(DTYPES)}"
         ) from error
     return Tensor(name, f"{location}/checkpoint", values.shape, values.dtype, values.__getitem__)
 
@@ -123,14 +140,21 @@ def _inline(location: str, name: str, leaf: _Array) -> Tensor:
 def _zarr(location: str, store: Mapping[str, str], name: str, folder: str) -> Tensor:
     import tensorstore as ts
 
-    spec = {"driver": "zarr", "kvstore": {**store, "path": f"{store['path']}{folder}/"}}
+    kvstore = {**store, "path": f"{store['path']}{folder}/"}
+    # a chunk whose file is missing is an error, not the zeros that zarr makes of it
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     file = f"{location}/{folder}"
 
     def failed(error: Exception) -> UserError:
         return UserError(f"{file} cannot be read: {str(error).splitlines()[0][:300]}")
 
     try:
+        described = ts.KvStore.open(kvstore).result().read(".zarray").result()
+        if described.state == "value":  # else opening says what is missing
+            _check_chunks(file, described.value)
         array = ts.open(spec, open=True, read=True).result()
+    except UserError:
+        raise
     except Exception as error:
         raise failed(error) from error
 
@@ -141,6 +165,55 @@ def _zarr(location: str, store: Mapping[str, str], name: str, folder: str) -> Te
             raise failed(error) from error
 
     return Tensor(name, file, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read)
+
+
+_SMALL_CHUNK = 64 << 20  # bytes
+
+
+def _check_chunks(file: str, described: bytes) -> None:
+    """Raise UserError for a .zarray with which tensorstore could exhaust the memory.
+
+    It makes room for a whole chunk of the declared size before it looks at what is stored, and ends
+    the process if there is none. So a chunk may not be larger than the array, unless it is small.
+    """
+    raw = parse_json(described, f"{file}/.zarray")
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}/.zarray holds no JSON object")
+    shape, chunks = (_sizes(file, raw, key) for key in ("shape", "chunks"))
+    a_chunk, whole = (math.prod(sizes) * 8 for sizes in (chunks, shape))
+    if len(chunks) != len(shape) or a_chunk > max(whole, _SMALL_CHUNK):
+        raise UserError(
+            f"{file}/.zarray: chunks of {shown(tuple(chunks))} do not suit an array of shape "
+            f"{shown(tuple(shape))}; the checkpoint is damaged, download it again"
+        )
+    if Path(file).is_dir():
+        _check_stored(Path(file), shape, chunks, str(raw.get("dimension_separator") or "."))
+
+
+def _sizes(file: str, raw: Mapping[str, Any], key: str) -> list[int]:
+    sizes = raw.get(key)
+    if (
+        not isinstance(sizes, list)
+        or not 1 <= len(sizes) <= MOST_AXES
+        or not all(type(n) is int and 1 <= n < 2**62 for n in sizes)
+    ):
+        raise UserError(f"{file}/.zarray: {key} is {shown(sizes)}, expected whole numbers above 0")
+    return sizes
+
+
+def _check_stored(folder: Path, shape: list[int], chunks: list[int], separator: str) -> None:
+    """Raise UserError where files of a local array cannot hold the values that it declares."""
+    counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
+    last = folder / separator.join(str(n - 1) for n in counts)
+    present = [p for p in (folder / separator.join("0" for _ in counts), last) if p.is_file()]
+    if len(present) < 2:
+        raise UserError(f"{last} is missing; the checkpoint is incomplete, download it again")
+    # values in full precision hardly shrink; a thousandth of their size is a bomb
+    if math.prod(chunks) > max(1000 * max(p.stat().st_size for p in present), _SMALL_CHUNK):
+        raise UserError(
+            f"{last} has {last.stat().st_size} bytes for a chunk of {shown(tuple(chunks))} values; "
+            "the checkpoint is damaged, download it again"
+        )
 
 
 def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
@@ -168,17 +241,17 @@ def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
         heads, buckets = shape("encoder/relpos_bias/rel_embedding", 2)
         first = "encoder/layers_0"
         d_ff = shape(f"{first}/mlp/wo/kernel", 2)[0]
-    name = f"{first}/attention/query/kernel"
-    if name not in tensors:
-        raise UserError(f"{location} has no tensor {name}, so it is no T5 that can be read")
-    width = tensors[name].shape
-    separate = len(width) == (4 if _SCANNED in tensors else 3)
+    if min(rows, d_model, d_ff, heads, encoder_layers, decoder_layers) < 1 or buckets < 4:
+        raise UserError(
+            f"{location} has the shapes of no T5: {rows} words, width {d_model} and {d_ff}, "
+            f"{heads} heads, {buckets} buckets, {encoder_layers} and {decoder_layers} layers"
+        )
     gated = f"{first}/mlp/wi_0/kernel" in tensors
     return T5Config(
         vocab_size=rows,
         d_model=d_model,
         num_heads=heads,
-        head_dim=width[-1] if separate else width[-1] // heads,
+        head_dim=_head_dim(location, tensors, f"{first}/attention/query/kernel", heads),
         d_ff=d_ff,
         num_encoder_layers=encoder_layers,
         num_decoder_layers=decoder_layers,
@@ -191,13 +264,25 @@ def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
     )
 
 
+def _head_dim(location: str, tensors: Mapping[str, Tensor], name: str, heads: int) -> int:
+    """The numbers of one head, from the query's kernel: [D, N, H], or N and H merged."""
+    if name not in tensors:
+        raise UserError(f"{location} has no tensor {name}, so it is no T5 that can be read")
+    shape, merged = tensors[name].shape, 3 if _SCANNED in tensors else 2
+    if len(shape) == merged + 1 and shape[-1]:
+        return shape[-1]
+    if len(shape) != merged or not shape[-1] or shape[-1] % heads:
+        raise UserError(f"{location}: {name} of shape {shape} does not suit {heads} heads")
+    return shape[-1] // heads
+
+
 def is_tied(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the checkpoint has no head of its own."""
-    return _HEAD not in tensors
+    return HEAD not in tensors
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    found = (re.match(rf"{stack}/layers_(\d+)/", name) for name in tensors)
+    found = (re.match(rf"{stack}/layers_(\d{{1,9}})/", name) for name in tensors)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
@@ -210,12 +295,14 @@ def leaves(config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
     ):
         found += _stack(stack, depth, config, tensors)
     if not config.tied:
-        found.append(Leaf(("head",), "DV", (Piece(_HEAD, "D V"),)))
+        found.append(Leaf(("head",), "DV", (Piece(HEAD, "D V"),)))
     return found
 
 
 def _stack(stack: str, depth: int, config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
     scanned = f"{stack}/{stack}/mlp/wo/kernel" in tensors
+    if not scanned:
+        check_depth(next((t.file for t in tensors.values()), stack), depth, tensors)
     found: list[Leaf] = []
 
     def layers(path: str, axes: str, name: str, file_axes: str) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxprompt.config import UserError
+from jaxprompt.config import UserError, listed, shown
 
+MOST_AXES = 32  # of a tensor in a file; no weight has more than four
 Index = tuple[slice, ...]
 
 DTYPES = {
@@ -84,6 +85,15 @@ def file_shape(piece: Piece, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in group) for group in piece.axes.split())
 
 
+def check_depth(where: str | Path, layers: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError if there are more layers than tensors, before any name is made of them."""
+    if layers > len(tensors):
+        raise UserError(
+            f"{where}: the config has {layers:,} layers, and the checkpoint has {len(tensors):,} "
+            "tensors in all; check the number of layers"
+        )
+
+
 def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
     """Compare names and shapes of a checkpoint with what the config expects.
 
@@ -93,18 +103,17 @@ def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[
     pieces = [(leaf, piece) for leaf in leaves for piece in leaf.pieces]
     missing = [piece.name for _, piece in pieces if piece.name not in tensors]
     if missing:
-        some = ", ".join(missing[:3])
         where = next((t.file for t in tensors.values()), "the checkpoint")
         raise UserError(
-            f"{where}: {len(missing)} of {len(pieces)} tensors are missing ({some}"
-            f"{', ...' if len(missing) > 3 else ''}); the checkpoint is incomplete or belongs to "
+            f"{where}: {len(missing)} of {len(pieces)} tensors are missing "
+            f"({_some(missing)}); the checkpoint is incomplete or belongs to "
             "another config"
         )
     extra = sorted(set(tensors) - {piece.name for _, piece in pieces})
     if extra:
         raise UserError(
             f"{tensors[extra[0]].file}: {len(extra)} tensors have no place in this config's model "
-            f"({', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}); check config.json"
+            f"({_some(extra)}); check config.json"
         )
     for leaf, piece in pieces:
         found = tensors[piece.name]
@@ -112,13 +121,17 @@ def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[
         if found.shape != expected:
             raise UserError(
                 f"{found.file}: tensor {found.name} (our {'/'.join(leaf.path)}) has shape "
-                f"{found.shape}, the config expects {expected}; check config.json"
+                f"{shown(found.shape)}, the config expects {expected}; check config.json"
             )
         if found.dtype not in DTYPES.values():
             raise UserError(
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}, weights must be "
                 f"one of {', '.join(DTYPES)}; quantised checkpoints cannot be loaded"
             )
+
+
+def _some(names: Sequence[str]) -> str:
+    return listed(names[:3], 3) + (", ..." if len(names) > 3 else "")
 
 
 def layer_sizes(leaf: Leaf, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -139,7 +152,8 @@ def fill(
     """Read ``leaf[index]`` into ``out``, casting to its dtype, a tensor of the file at a time.
 
     Of a large tensor that is not in a layer, the embedding, some rows at a time: where a device has
-    a part of each row, all of them pass through memory.
+    a part of each row, all of them pass through memory. Raises UserError if a value is not a finite
+    number.
     """
     sizes = layer_sizes(leaf, sizes)
     stacked_here = leaf.axes[0] == "L" and not any("L" in p.axes for p in leaf.pieces)
@@ -147,7 +161,7 @@ def fill(
         (piece,) = leaf.pieces
         tensor, first = tensors[piece.name], piece.axes.split()[0]
         if len(first) > 1:
-            out[...] = _read(piece, tensor, leaf.axes, sizes, index)
+            _put(out, _read(piece, tensor, leaf.axes, sizes, index), tensor)
             return
         axis = leaf.axes.index(first)
         start, stop, _ = index[axis].indices(sizes[first])
@@ -157,12 +171,34 @@ def fill(
             end = min(begin + some, stop)
             part = (*index[:axis], slice(begin, end), *index[axis + 1 :])
             here = (*[slice(None)] * axis, slice(begin - start, end - start))
-            out[here] = _read(piece, tensor, leaf.axes, sizes, part)
+            _put(out[here], _read(piece, tensor, leaf.axes, sizes, part), tensor)
         return
     start, stop, _ = index[0].indices(sizes["L"])
     for row, layer in enumerate(range(start, stop)):
         piece = leaf.pieces[layer]
-        out[row] = _read(piece, tensors[piece.name], leaf.axes[1:], sizes, index[1:])
+        tensor = tensors[piece.name]
+        _put(out[row], _read(piece, tensor, leaf.axes[1:], sizes, index[1:]), tensor)
+
+
+def _put(out: np.ndarray, values: np.ndarray, tensor: Tensor) -> None:
+    with np.errstate(over="ignore"):  # what becomes infinite is told just below
+        out[...] = values
+    if not finite(out):
+        raise UserError(
+            f"{tensor.file}: tensor {tensor.name} has values that are not finite numbers (NaN or "
+            f"infinite as {out.dtype}); the checkpoint is damaged or has overflowed, download it "
+            "again"
+        )
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether all values are finite, in far less time than it takes to read them from a disk."""
+    if values.dtype == DTYPES["bfloat16"]:  # NumPy's arithmetic on it is slow; its bits are not
+        exponents = values.view(np.uint16) & np.uint16(0x7F80)
+        return not exponents.size or int(exponents.max()) < 0x7F80
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()  # which NaN and infinity spoil; no array of flags is made
+    return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
 
 
 def _read(
@@ -189,7 +225,7 @@ def _read(
 
 
 def elements(tensor: Tensor, limit: int = 1 << 22) -> "itertools.chain[np.ndarray]":
-    """The values of a tensor in blocks of whole rows, each of about ``limit`` values."""
+    """The values of a matrix in blocks of whole rows, each of about ``limit`` values."""
     rows = tensor.shape[0]
     step = max(1, limit // max(1, math.prod(tensor.shape[1:])))
     whole = tuple(slice(0, n) for n in tensor.shape[1:])
@@ -199,7 +235,8 @@ def elements(tensor: Tensor, limit: int = 1 << 22) -> "itertools.chain[np.ndarra
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values (reads both, block by block, until they differ)."""
-    return a.shape == b.shape and all(
+    """Whether two matrices hold the same values (reads both, block by block, until they differ)."""
+    alike = a.shape == b.shape and len(a.shape) == 2 and 0 not in a.shape
+    return alike and all(
         np.array_equal(x, y) for x, y in zip(elements(a), elements(b), strict=True)
     )
