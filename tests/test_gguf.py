@@ -1,8 +1,11 @@
 """GGUF files: the model and the tokenizer that went in come out, and a run needs nothing else."""
 
+import contextlib
 import json
+import struct
 import sys
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -342,3 +345,195 @@ def test_the_tokenizer_goes_along_with_saved_weights(made, tmp_path):
     saved = load_tokenizer(tmp_path, one_sequence=True)
     assert saved.encode(HARD) == load_tokenizer(made[0], one_sequence=True).encode(HARD)
     assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
+
+
+def patched(source, path, **fields):
+    """The file with keys of the architecture replaced or added (None takes one away)."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "llama")
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
+    kinds |= {float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+    fields = {key.replace("__", "."): value for key, value in fields.items()}
+    for key, field in reader.fields.items():
+        name = key.removeprefix("llama.")
+        if key.startswith("GGUF.") or key == "general.architecture" or name in fields:
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), kind, inner)
+    for name, value in fields.items():
+        key = name if name.startswith(("tokenizer.", "general.")) else f"llama.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"rope__scale_linear": 4.0}, (4.0,)),  # the name of the first files
+        ({"rope__scaling__factor": 4.0}, (4.0,)),  # a factor without a type is linear
+        ({"rope__scaling__factor": 2.0, "rope__scale_linear": 4.0}, (2.0,)),
+        ({"rope__scaling__factor": 2.0, "rope__scaling__type": "linear"}, (2.0,)),
+        ({"rope__scaling__factor": 2.0, "rope__scaling__type": "none"}, ()),
+        ({"rope__scale_linear": 1.0}, ()),
+        ({"rope__scaling__factor": 0.0}, ()),
+        ({}, ()),
+    ],
+)
+def test_rotary_scaling_is_what_llama_cpp_makes_of_the_keys(made, tmp_path, fields, expected):
+    found = load_backbone(patched(made[0], tmp_path / "x.gguf", **fields))
+    assert found.config.rope_scaling == expected
+    assert found.fingerprint == load_backbone(str(made[0])).fingerprint
+
+
+def test_keys_that_say_the_same_for_each_layer_or_nothing_new(made, tmp_path):
+    fields = {
+        "attention__head_count_kv": [2, 2],
+        "feed_forward_length": [64, 64],
+        "rope__dimension_count": 8,
+        "attention__key_length": 8,
+        "attention__value_length": 8,
+        "attention__causal": True,
+        "attention__scale": 8**-0.5,
+        "expert_count": 0,
+        "context_length": 512,
+        "attention__sliding_window": 512,
+    }
+    found = load_backbone(patched(made[0], tmp_path / "x.gguf", **fields))
+    assert found.config == load_backbone(str(made[0])).config
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope__dimension_count": 4}, "llama.rope.dimension_count is 4; only 8 is supported"),
+        ({"attention__value_length": 4}, "attention.value_length is 4; only 8"),
+        ({"vocab_size": 5}, "vocab_size is 5; only"),
+        ({"rope__scaling__attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0; only 1"),
+        (
+            {"rope__scaling__type": "yarn"},
+            "rope.scaling.type 'yarn' is not supported, use one of none, l",
+        ),
+        ({"attention__causal": False}, "attention.causal is False; only True"),
+        ({"attention__scale": 1.0}, "attention.scale is 1.0; only 0.35"),
+        ({"expert_count": 8}, "expert_count is 8; only 0"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+        ({"context_length": 512, "attention__sliding_window": 64}, "sliding_window is 64; only 0"),
+        ({"block_count": 10**6}, "block_count is 1000000, expected a whole number up to 10,000"),
+        ({"block_count": 9999}, "the config has 9,999 layers, and the checkpoint has 20 tensors"),
+        ({"block_count": "2"}, "block_count is '2', expected a whole number"),
+        ({"attention__head_count": [4, 2]}, r"head_count is \[4, 2\], expected a whole number"),
+        ({"attention__head_count_kv": 3}, "4 query heads cannot share 3 heads of keys"),
+        ({"attention__layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is None, expected"),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
+        ({"rope__freq_base": "a"}, "rope.freq_base is 'a', expected a number"),
+        ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id is 1000000, expected the id"),
+        ({"general__quantization_version": 1, "quantised": True}, "an older layout of quantised"),
+    ],
+)
+def test_keys_that_say_what_this_model_cannot_follow(made, tmp_path, fields, message):
+    source = made[0]
+    if fields.pop("quantised", False):
+        source = tmp_path / "q.gguf"
+        make_gguf(source, quantised=True)
+    with pytest.raises(UserError, match=message):
+        load_backbone(patched(source, tmp_path / "x.gguf", **fields))
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def header(*, tensors=0, keys=1):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys)
+
+
+ARRAY, STRING, BYTE = 9, 8, 0
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (header() + text(b"a") + struct.pack("<IIQ", ARRAY, BYTE, 2**40), "declares 1099511627776"),
+        (header() + text(b"a") + struct.pack("<IIQ", ARRAY, STRING, 2**40), "declares 1099511627"),
+        (header() + text(b"a") + struct.pack("<IIQ", ARRAY, ARRAY, 9) + b"\1" * 99, "declares"),
+        (header() + text(b"a") + struct.pack("<I", ARRAY) + struct.pack("<IQ", 9, 1) * 9, "type"),
+        (header() + struct.pack("<Q", 2**63) + b"\0" * 99, "reaches beyond its end"),
+        (header() + text(b"a") + struct.pack("<I", 99) + b"\0" * 99, "the unknown type 99"),
+        (header() + text(b"\xff") + struct.pack("<IB", BYTE, 1), "x.gguf is truncated or not a G"),
+        (header(keys=2**40) + b"\0" * 99, "declares 1099511627776 keys"),
+        (header(keys=0, tensors=2**40) + b"\0" * 99, "declares 1099511627776 tensors"),
+        (header(keys=0, tensors=1) + text(b"a") + struct.pack("<I", 2**31) + b"\0" * 99, "axes"),
+        (
+            header(keys=0, tensors=1) + text(b"a") + struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0),
+            "values in a file of",
+        ),
+        (
+            header(keys=0, tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 0, 2**63),
+            "beyond the end of the file",
+        ),
+    ],
+)  # fmt: skip
+def test_lengths_are_compared_with_the_file_before_they_are_believed(tmp_path, raw, message):
+    (tmp_path / "x.gguf").write_bytes(raw + b"\0" * 64)
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(tmp_path / "x.gguf"))
+
+
+def test_arrays_larger_than_any_vocabulary_are_refused(tmp_path):
+    count = 2**22 + 1
+    raw = header() + text(b"a") + struct.pack("<IIQ", ARRAY, BYTE, count) + bytes(count)
+    (tmp_path / "x.gguf").write_bytes(raw)
+    with pytest.raises(UserError, match="its arrays have more than 4,194,304 elements"):
+        load_backbone(str(tmp_path / "x.gguf"))
+
+
+def test_names_and_text_of_no_meaning_are_one_sentence(made, tmp_path):
+    raw = made[0].read_bytes()
+    for old, new, message in (
+        (b"token_embd.weight", b"token_embd_weight", "no matrix token_embd.weight"),
+        (b"output_norm.weight", b"output_norm\xffweight", "x.gguf is truncated or not a GGUF"),
+        (text(b"llama"), text(b"ll\xffma"), "x.gguf cannot be read as a model"),
+        (b"blk.1.attn_q.weight", b"blk.0.attn_q.weight", "duplicated tensor"),
+    ):
+        assert raw.count(old) == 1
+        (tmp_path / "x.gguf").write_bytes(raw.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            load_backbone(str(tmp_path / "x.gguf"))
+
+
+def test_scales_of_blocks_that_are_not_numbers_end_the_load(tmp_path):
+    path = tmp_path / "x.gguf"
+    make_gguf(path, quantised=True)
+    reader = gguf.GGUFReader(path)
+    (tensor,) = (t for t in reader.tensors if t.name == "blk.1.ffn_up.weight")
+    raw = bytearray(path.read_bytes())
+    raw[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="mlp.up_proj.weight has values that are not finite"):
+        load_backbone(str(path))
+
+
+def test_damaged_bytes_of_a_header_never_escape(made, tmp_path):
+    """Each load ends with a backbone or a sentence."""
+    rng = np.random.default_rng(0)
+    raw = made[0].read_bytes()
+    end = int(gguf.GGUFReader(made[0]).data_offset)
+    path = tmp_path / "x.gguf"
+    odd = [0, 1, 2**31, 2**32, 2**40, 2**63, 2**64 - 1]
+    for number in range(40):
+        bad = bytearray(raw)
+        start = int(rng.integers(*((0, 700) if number % 2 else (end - 1300, end))))
+        bad[start : start + 8] = struct.pack("<Q", odd[number % len(odd)])
+        path.write_bytes(bad)
+        with contextlib.suppress(UserError):
+            load_backbone(str(path))

@@ -1,5 +1,7 @@
 """Loading and saving backbones: formats agree, slices equal wholes, mistakes are one sentence."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +18,8 @@ from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model import hf, hub, load, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
-from jaxprompt.model.tensors import Leaf, Piece, Tensor, fill
+from jaxprompt.model.metadata import told
+from jaxprompt.model.tensors import DTYPES, Leaf, Piece, Tensor, fill, finite
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -401,3 +404,238 @@ def test_the_hub_is_asked_for_one_format_only(files, expected, monkeypatch):
 def test_an_unknown_built_in_backbone_is_refused_with_the_names(name):
     with pytest.raises(UserError, match="builtin, builtin-span, builtin-small"):
         hub.resolve(name)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_layers": 10**7}, "num_layers is 10000000, expected a whole number up to 10,000"),
+        ({"num_decoder_layers": 10**7}, "num_decoder_layers is 10000000"),
+        ({"num_layers": 9_999}, "the config has 9,999 layers, and the checkpoint has 61 tensors"),
+        ({"d_model": 10**30}, "d_model is 10+, expected a whole number up to 2,147,483,647"),
+        ({"vocab_size": True}, "vocab_size is True, expected a whole number"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan, expected a number"),
+        ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon is -1e-06, expected a number of at l"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon is '1e-6'"),
+        ({"decoder_start_token_id": -5}, "decoder_start_token_id is -5, .* from 0 to 95"),
+        ({"decoder_start_token_id": 96}, "decoder_start_token_id is 96, .* from 0 to 95"),
+        ({"pad_token_id": "0"}, "pad_token_id is '0', expected the id of a token"),
+        ({"eos_token_id": [10**30, 1]}, "eos_token_id is 10+, expected the id of a token"),
+        ({"relative_attention_max_distance": 4}, "relative_attention_max_distance is 4; "),
+        ({"relative_attention_num_buckets": 1}, "relative_attention_num_buckets is 1 and"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+        ({"feed_forward_proj": ["relu"]}, r"feed_forward_proj \['relu'\] is not supported"),
+        ({"model_type": ["t5"]}, r"model_type \['t5'\] is not supported"),
+        ({"model_type": "x" * 10**6}, "model_type 'xx.* is not supported"),
+    ],
+)
+def test_values_of_a_config_that_no_model_has(changes, message, tmp_path, monkeypatch):
+    directory = copy("t5_1_1", tmp_path / "x", **changes)
+    monkeypatch.setattr(hf, "leaves", None)  # the files are looked at before names are made
+    with pytest.raises(UserError, match=message) as caught:
+        load_backbone(str(directory))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_config_says_nothing_with_null_and_the_first_with_a_list(tmp_path):
+    nothing = {"layer_norm_epsilon": None, "pad_token_id": None, "decoder_start_token_id": None}
+    found = load_backbone(str(copy("t5_1_1", tmp_path / "x", **nothing, eos_token_id=[7, 8])))
+    expected = load_backbone(str(GOLDENS / "t5_1_1")).config
+    assert found.config == dataclasses.replace(expected, eos_id=7, pad_id=0, decoder_start_id=0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100_000, "config.json is not valid JSON: it nests too deep"),
+        ('{"d_model": 1, "d_model": 2}', "config.json names the key 'd_model' twice"),
+        ('{"d_model": 1' + "0" * 5000 + "}", "config.json is not valid JSON"),
+        ("\ud800", "config.json is not valid JSON"),
+    ],
+)
+def test_a_config_that_is_no_json_is_one_sentence(text, message, tmp_path):
+    directory = copy("t5_1_1", tmp_path / "x")
+    (directory / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(directory))
+
+
+@pytest.mark.parametrize(
+    "name, weights, head",
+    [
+        ("t5_1_0", "flax_model.msgpack", "lm_head/kernel"),
+        ("t5_1_0", "model.safetensors", "lm_head.weight"),
+    ],
+)
+def test_a_head_that_the_config_promises_and_the_checkpoint_lacks(name, weights, head, tmp_path):
+    """Those files have no head; T5's own config of them says that the embedding is one."""
+    directory = copy(name, tmp_path / "x", weights=weights, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=f"is false, and 1 tensor is missing .{head}.: "):
+        load_backbone(str(directory))
+    shutil.rmtree(directory)
+    assert load_backbone(str(copy(name, directory, weights=weights))).config.tied
+
+
+def test_a_decoder_only_config_promises_a_head_unless_it_says_otherwise(tmp_path):
+    source = GOLDENS.parent / "goldens_causal" / "llama"
+    shutil.copytree(source, tmp_path / "x")
+    directory = rewrite(tmp_path / "x", lambda tensors: tensors.pop("lm_head.weight"))
+    raw = json.loads((source / "config.json").read_text())
+    for said, message in ((False, "is false"), (None, "is absent, which means false")):
+        raw.pop("tie_word_embeddings", None)
+        raw |= {} if said is None else {"tie_word_embeddings": said}
+        (tmp_path / "x" / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UserError, match=rf"{message}, and 1 tensor is missing \(lm_head"):
+            load_backbone(directory)
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    assert load_backbone(directory).config.tied
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_and_scales_of_every_kind_are_saved_and_loaded_again(scaled, tied, tmp_path):
+    b = load_backbone(str(GOLDENS / "t5_1_1"))
+    config = dataclasses.replace(b.config, tied=tied, scale_output=scaled)
+    params = {name: leaf for name, leaf in b.params.items() if name != "head" or not tied}
+    save_hf(tmp_path, config, params)
+    found = load_backbone(str(tmp_path))
+    assert (found.config.tied, found.config.scale_output) == (tied, scaled)
+    assert_same(found.params, params)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+def test_weights_that_are_not_numbers_end_the_load(value, dtype, tmp_path):
+    name = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 5] = value
+
+    directory = rewrite(copy("t5_1_1", tmp_path / "x"), spoil)
+    with pytest.raises(UserError, match=f"tensor {name} has values that are not finite"):
+        load_backbone(directory, dtype=dtype)
+
+
+def test_a_part_of_a_sharded_tensor_that_is_not_a_number_ends_the_load(tmp_path):
+    def spoil(tensors):
+        tensors["shared.weight"][-1, -1] = np.nan
+
+    directory = rewrite(copy("t5_1_1", tmp_path / "x"), spoil)
+    with pytest.raises(UserError, match="tensor shared.weight has values that are not finite"):
+        load_backbone(directory, mesh=mesh())
+
+
+def test_scales_and_overflows_that_are_not_numbers_end_the_load(tmp_path):
+    b = load_backbone(str(GOLDENS / "t5_1_1"))
+    save_hf(tmp_path / "int8", b.config, b.params, int8=True)
+
+    def spoil(tensors):
+        tensors["lm_head.weight_scale"][7] = np.inf
+
+    def overflow(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float64) + 1e300
+
+    for directory, change in (
+        (tmp_path / "int8", spoil),
+        (copy("t5_1_1", tmp_path / "x"), overflow),
+    ):
+        with pytest.raises(UserError, match="lm_head.weight has values that are not finite"):
+            load_backbone(rewrite(directory, change))
+
+
+def test_finite_means_every_value_and_nothing_but_that():
+    big = np.full(100, 3e38, np.float32)  # whose sum is infinite
+    for dtype in DTYPES.values():
+        for bad in (np.nan, np.inf, -np.inf):
+            values = np.linspace(-2, 2, 1000).astype(dtype).reshape(10, 100)
+            assert finite(values) and finite(values[:, ::3]) and finite(values[:0])
+            values[7, 99] = bad
+            assert not finite(values) and not finite(values[:, ::3]) and finite(values[:, :99])
+    assert finite(big) and finite(big.astype(DTYPES["bfloat16"]))
+
+
+def test_two_embeddings_are_not_one_model(tmp_path):
+    def change(tensors):
+        tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
+
+    with pytest.raises(UserError, match="shared.weight and decoder.embed_tokens.weight are two"):
+        load_backbone(rewrite(copy("t5_1_0", tmp_path / "x"), change))
+
+
+def test_an_index_says_which_shard_holds_a_tensor_and_forgets_none(tmp_path):
+    b = load_backbone(str(GOLDENS / "t5_1_1"))
+    save_hf(tmp_path, b.config, b.params, max_shard_bytes=20_000)
+    index = tmp_path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    names = dict(good["weight_map"])
+    del names["lm_head.weight"]  # which its shard holds all the same
+    index.write_text(json.dumps({**good, "weight_map": names}))
+    found = load_backbone(str(tmp_path))
+    assert not found.config.tied and found.fingerprint == b.fingerprint
+    wrong = min(set(names.values()) - {names["shared.weight"]})
+    index.write_text(json.dumps({**good, "weight_map": {**names, "shared.weight": wrong}}))
+    with pytest.raises(UserError, match="1 tensors that no shard holds, e.g. shared.weight"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, "entry for .* is malformed"),
+        ({"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}, "entry for .* is malformed"),
+        ({"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, r"has shape \(\), the config"),
+        ({"dtype": "F32", "shape": [0, 16], "data_offsets": [0, 0]}, r"has shape \(0, 16\)"),
+    ],
+)
+def test_embedding_and_head_of_no_shape(entry, message, tmp_path):
+    directory = copy("t5_1_1", tmp_path / "x")
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header |= {"shared.weight": entry, "lm_head.weight": entry}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(directory))
+
+
+def test_a_safetensors_header_that_nests_is_one_sentence(tmp_path):
+    directory = copy("t5_1_1", tmp_path / "x")
+    header = b"[" * 100_000
+    path = directory / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="model.safetensors is truncated or .* nests too deep"):
+        load_backbone(str(directory))
+
+
+def test_what_no_reader_foresaw_is_one_sentence():
+    for error in (RecursionError("x" * 9999), OverflowError("a\nb"), MemoryError(), KeyError(3)):
+        with (
+            pytest.raises(UserError, match="^m.bin cannot be read") as caught,
+            told("m.bin", "cannot be read"),
+        ):
+            raise error
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "name, weights, limit",
+    [
+        ("t5_1_1", "model.safetensors", 8000),
+        ("t5_1_0", "flax_model.msgpack", None),
+        ("t5_lm_adapt", "pytorch_model.bin", None),
+    ],
+)
+def test_damaged_bytes_never_escape(name, weights, limit, tmp_path):
+    """Each load ends with a backbone or a sentence."""
+    rng = np.random.default_rng(0)
+    directory = copy(name, tmp_path / "x", weights=weights)
+    raw = (directory / weights).read_bytes()
+    for _ in range(30):
+        bad = bytearray(raw)
+        for at in rng.integers(0, limit or len(raw), rng.integers(1, 4)):
+            bad[at] = rng.choice([0, 127, 128, 255, bad[at] ^ 1])
+        (directory / weights).write_bytes(bad)
+        with contextlib.suppress(UserError):
+            load_backbone(str(directory))

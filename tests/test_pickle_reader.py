@@ -251,3 +251,10 @@ def test_flipped_bytes_never_escape(torch_file, tmp_path):
                 whole(value)
         except UserError:
             pass
+
+
+def test_a_tensor_has_no_more_values_than_its_storage(torch_file):
+    """Strides of 0 would make any number of values of a small file."""
+    path = torch_file(state(huge=tensor(shape=(2**18, 2**18), strides=(0, 0))))
+    with pytest.raises(UserError, match="a tensor has more values than its storage"):
+        read_torch(path)

@@ -285,3 +285,136 @@ def test_the_genuine_checkpoint_equals_a_hand_check():
                 )
             norm = by_hand(f"{prefix}/pre_mlp_layer_norm/scale")
             assert np.array_equal(layers["mlp_norm"]["scale"][i], norm)
+
+
+def small(folder):
+    tensors, _ = golden_tensors("t5_1_1")
+    return Path(write_t5x(folder, shared_bias(t5x_names(tensors))))
+
+
+ARRAY = "target.encoder.layers_1.mlp.wo.kernel"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"chunks": [10**6, 10**6]}, r"chunks of \(1000000, 1000000\) do not suit an array of"),
+        ({"chunks": [10**12, 10**12], "shape": [10**12, 10**12]}, "bytes for a chunk of"),
+        ({"chunks": [10**30, 1]}, "chunks is .* expected whole numbers above 0"),
+        ({"chunks": [0, 1]}, "chunks is .* expected whole numbers above 0"),
+        ({"chunks": [1.5, 1]}, "chunks is .* expected whole numbers above 0"),
+        ({"chunks": [1] * 65}, "chunks is .* expected whole numbers above 0"),
+        ({"chunks": [8]}, "do not suit an array of shape"),
+        ({"shape": "12"}, "shape is '12', expected whole numbers above 0"),
+        ({"shape": [10**9, 16]}, "is missing; the checkpoint is incomplete"),
+        ({"dtype": "|O"}, "cannot be read"),
+    ],
+)
+def test_arrays_that_declare_what_is_not_there(changes, message, tmp_path):
+    """tensorstore would end the process for want of memory, or make zeros of missing chunks."""
+    folder = small(tmp_path / "x")
+    path = folder / ARRAY / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("chunk", ["0.0", "1.0"])
+def test_a_chunk_that_is_missing_is_not_zero(chunk, tmp_path):
+    folder = small(tmp_path / "x")
+    (folder / ARRAY / chunk).unlink()
+    with pytest.raises(UserError, match=f"{ARRAY}/.* is missing"):
+        load_backbone(str(folder))
+
+
+def test_a_chunk_in_the_middle_that_is_missing_is_not_zero(tmp_path):
+    folder = small(tmp_path / "x")
+    shape = json.loads((folder / ARRAY / ".zarray").read_text())["shape"]
+    for file in (folder / ARRAY).iterdir():
+        file.unlink()
+    (folder / ARRAY).rmdir()
+    write_zarr(folder / ARRAY, np.ones(shape, np.float32), [8, shape[1]], "<f4")
+    load_backbone(str(folder))
+    (folder / ARRAY / "1.0").unlink()
+    with pytest.raises(UserError, match="chunk .1, 0. .* is missing"):
+        load_backbone(str(folder))
+
+
+def edited(folder, change):
+    """The same checkpoint after ``change`` to the tree of its weights."""
+
+    def kept(code, data):
+        return msgpack.ExtType(code, data)
+
+    path = folder / "checkpoint"
+    index = msgpack.unpackb(path.read_bytes(), ext_hook=kept)
+    change(index["optimizer"]["target"])
+    path.write_bytes(msgpack.packb(index))
+    return str(folder)
+
+
+def inline(shape, dtype="float32", size=None):
+    raw = b"\0" * (4 * int(np.prod(shape)) if size is None else size)
+    return msgpack.ExtType(1, msgpack.packb((shape, dtype, raw)))
+
+
+def deep(depth):
+    tree = 5
+    for _ in range(depth):
+        tree = {"a": tree}
+    return tree
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t["encoder"].update(layers_9999999=t["encoder"]["layers_0"]),
+            "the config has 10,000,000 layers, and the checkpoint has",
+        ),
+        (
+            lambda t: t["encoder"].update({"layers_" + "9" * 4400: t["encoder"]["layers_0"]}),
+            "tensors have no place",
+        ),
+        (
+            lambda t: t["encoder"]["relpos_bias"].update(rel_embedding=inline((0, 32))),
+            "has the shapes of no T5: .* 0 heads",
+        ),
+        (
+            lambda t: t["encoder"]["layers_0"]["attention"]["query"].update(kernel=inline((16,))),
+            "does not suit . heads",
+        ),
+        (
+            lambda t: t["encoder"]["layers_0"]["attention"]["query"].update(kernel=inline(())),
+            "does not suit . heads",
+        ),
+        (
+            lambda t: t["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]["kvstore"].update(path=5),
+            "lies at 5, outside the checkpoint",
+        ),
+        (
+            lambda t: t["token_embedder"]["embedding"]["metadata"].update(shape=[2, 3]),
+            r"token_embedder/embedding has shape \(2, 3\), and",
+        ),
+        (
+            lambda t: t["encoder"]["encoder_norm"].update(scale=inline((-1,), size=64)),
+            "truncated or not a T5X index",
+        ),
+        (
+            lambda t: t["encoder"]["encoder_norm"].update(scale=inline((16,), ["float32"])),
+            r"of dtype \['float32'\]",
+        ),
+        (lambda t: t.update(deep(depth=900)), "T5X index|cannot be read|neither an array"),
+    ],
+)
+def test_an_index_that_no_writer_makes(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_backbone(edited(small(tmp_path / "x"), change))
+
+
+def test_a_config_that_promises_a_head_of_its_own(tmp_path):
+    folder = small(tmp_path / "x")
+    (folder / "config.json").write_bytes((GOLDENS / "t5_1_1" / "config.json").read_bytes())
+    edited(folder, lambda target: target["decoder"].pop("logits_dense"))
+    with pytest.raises(UserError, match="1 tensor is missing .decoder/logits_dense/kernel"):
+        load_backbone(str(folder))

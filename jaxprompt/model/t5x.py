@@ -123,7 +123,15 @@ def _tensor(location: str, store: Mapping[str, str], name: str, leaf: Any) -> Te
         raise UserError(
             f"{location}/checkpoint: {name} lies at {shown(folder)}, outside the checkpoint"
         )
-    return _zarr(location, store, name, folder.rstrip("/"))
+    tensor = _zarr(location, store, name, folder.rstrip("/"))
+    said = leaf.get("metadata")
+    said = said.get("shape") if isinstance(said, dict) else None
+    if isinstance(said, list | tuple) and tuple(said) != tensor.shape:
+        raise UserError(
+            f"{location}/checkpoint: {name} has shape {shown(tuple(said))}, and {tensor.file} has "
+            f"{tensor.shape}; the checkpoint is damaged, download it again"
+        )
+    return tensor
 
 
 def _inline(location: str, name: str, leaf: _Array) -> Tensor:
