@@ -502,7 +502,11 @@ def test_names_and_text_of_no_meaning_are_one_sentence(made, tmp_path):
     for old, new, message in (
         (b"token_embd.weight", b"token_embd_weight", "no matrix token_embd.weight"),
         (b"output_norm.weight", b"output_norm\xffweight", "x.gguf is truncated or not a GGUF"),
-        (text(b"llama"), text(b"ll\xffma"), "x.gguf cannot be read as a model"),
+        (
+            text(b"llama"),
+            text(b"ll\xffma"),
+            "general.architecture. of the GGUF file cannot be read",
+        ),
         (b"blk.1.attn_q.weight", b"blk.0.attn_q.weight", "duplicated tensor"),
     ):
         assert raw.count(old) == 1
