@@ -1,8 +1,9 @@
 """Using tuned prompts: load, evaluate, predict, score, inspect. The command line calls these."""
 
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxprompt import parallel
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import TaskConfig, UserError, expanded, parse, shown
+from jaxprompt.config import TaskConfig, UserError, expanded, listed, parse, shown
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
 from jaxprompt.data.tasks import (
@@ -34,6 +35,7 @@ from jaxprompt.evaluation.score import (
     check_metrics,
     log_likelihoods,
     measure,
+    refuse_lost,
 )
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
@@ -172,15 +174,37 @@ def answer_rows(
 
     share: as in ``evaluation.score.answer``. ``origin`` (a file) names the rows in errors. ``warn``
     is told how many rows are too long and were cut.
+    Raises UserError where the model's scores are not finite numbers.
     """
+    check_rows(rows, origin)
     examples = tokenize(
         task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
         need_targets=False, origin=origin, note=_cut(task, warn),
     )  # fmt: skip
-    return answer(
+    answers = answer(
         session.model, task, examples, session.tokenizer, batch_size=batch_size, share=share,
         progress=progress,
     )  # fmt: skip
+    refuse_lost(answers.lost, len(examples), session.backbone.source)
+    return answers
+
+
+def check_rows(rows: Any, origin: str | None = None) -> None:
+    """Refuse what is no sequence of mappings from names of columns to values.
+
+    A string, a mapping and a pandas data frame are sequences of other things.
+    """
+    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__len__"):
+        wrong = [rows]
+    else:  # the first of a data set on disk tells enough
+        some = rows if isinstance(rows, list | tuple) else itertools.islice(rows, 1)
+        wrong = [row for row in some if not isinstance(row, Mapping)]
+    if wrong:
+        raise UserError(
+            f"Rows{f' of {origin}' if origin else ''} are mappings, such as "
+            f"[{{'text': 'a sentence'}}] with the columns of the task's template; one is "
+            f"{shown(wrong[0])}."
+        )
 
 
 def predict(
@@ -200,6 +224,7 @@ def predict(
     """
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
+    check_rows(rows)
     rows = apply_rule(chosen, rows, training=False)
     return rows_of(chosen, answer_rows(session, chosen, rows, batch_size=batch_size, warn=warn))
 
@@ -264,6 +289,8 @@ def _questions(session: Session, task, data: str | None, split: str) -> _Questio
     check_metrics(chosen)
     rows = read_split(chosen, split, data)
     origin = data if data is not None else getattr(chosen, split)
+    if not rows:
+        raise UserError(f"{origin} holds no rows that task {chosen.name!r} can judge.")
     judged_by = references(chosen, rows, origin)
     facts = {
         "task": chosen.name,
@@ -292,6 +319,8 @@ def evaluate_ensemble(
     each (Lester et al. 2021, section 6). ``vote`` is the majority's answer, ``likelihood`` the
     label of the highest mean probability (where labels are ranked). Sessions share a backbone.
     """
+    if not sessions:
+        raise UserError("An ensemble needs prompts; give the sessions of one or more.")
     first, count = sessions[0], len(sessions)
     vectors = _one_bank(sessions)
     _check_one_form(sessions, task)
@@ -305,6 +334,8 @@ def evaluate_ensemble(
     found = answer_each(
         model, chosen, plain, first.tokenizer, batch_size=batch_size, progress=progress
     )
+    for number, answers in enumerate(found, 1):
+        refuse_lost(answers.lost, len(rows), f"Prompt {number} on {first.backbone.source}")
     each = [answers.predictions for answers in found]
     scores = [answers.scores for answers in found if answers.scores is not None]
     joint = {"vote": vote(each)}
@@ -394,6 +425,7 @@ def score(
         For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
         "tokens": of the target with EOS}``.
     """
+    check_pairs(pairs)
     tokenizer = session.tokenizer
     virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
     recorded = session.prompt is not None and session.prompt.facts.get("task") is not None
@@ -426,10 +458,24 @@ def score(
     both = zip(texts, pairs, strict=True)
     examples = [Example(input_ids(words), target_ids(pair)) for words, pair in both]
     values = log_likelihoods(session.model, examples, batch_size=batch_size, progress=progress)
+    lost = np.flatnonzero(~np.isfinite(values)).tolist()
+    refuse_lost(lost, len(examples), session.backbone.source)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}
         for value, example in zip(values, examples, strict=True)
     ]
+
+
+def check_pairs(pairs: Sequence[dict[str, str]], origin: str | None = None) -> None:
+    """Refuse rows without text in "input" and "target"."""
+    check_rows(pairs, origin)
+    for number, pair in enumerate(pairs, 1):
+        wrong = [name for name in ("input", "target") if not isinstance(pair.get(name), str)]
+        if wrong:
+            raise UserError(
+                f"Row {number}{f' of {origin}' if origin else ''} has no text in {wrong[0]!r}; it "
+                f"has {listed(sorted(map(str, pair)))}, and 'input' and 'target' are needed."
+            )
 
 
 def inspect(

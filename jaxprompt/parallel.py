@@ -246,6 +246,15 @@ def positions(cpu: bool | None = None, shared: bool = False) -> int:
     return (2560 if shared else 1280) if cpu else 32_768
 
 
+def logits(cpu: bool | None = None) -> int:
+    """Logits that a device holds at a time: half a GiB of a CPU, one of an accelerator.
+
+    The gradient of a loss holds some three times as much. Classification stays far below.
+    """
+    cpu = jax.default_backend() == "cpu" if cpu is None else cpu
+    return 2**27 if cpu else 2**28
+
+
 def put(value: np.ndarray, sharding: Any) -> jax.Array:
     """A NumPy array that every process holds, as one array over the devices of all of them."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

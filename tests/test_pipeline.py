@@ -8,22 +8,27 @@ import numpy as np
 import pytest
 from helpers_data import random_examples
 
+from jaxprompt.data import pipeline
 from jaxprompt.data.pipeline import (
     Example,
+    Room,
     Widths,
     batch_indices,
+    epoch_order,
     evaluation_batches,
     first_fit,
     make_batch,
     micro_batches,
     micro_rows,
     noise,
+    order_cache,
     pack_batch,
     random_stream,
     round_input_length,
     round_target_length,
     shared_rows,
     shares,
+    target_lengths,
     training_batches,
 )
 
@@ -231,12 +236,12 @@ def test_the_rows_of_a_micro_batch_divide_the_batch_and_fit_the_positions():
     assert rows(batch_size=32, positions=100, multiple=4) == 4  # devices share the rows
 
 
-@pytest.mark.parametrize("count", [1, 8, 21])
-def test_evaluation_visits_every_row_once_and_pads_the_last_batch(count):
+@pytest.mark.parametrize("count, rows", [(1, 1), (3, 4), (8, 8), (21, 8)])
+def test_evaluation_visits_every_row_once_and_pads_the_last_batch(count, rows):
     examples = random_examples(count)
     visited = []
     for batch, numbers in evaluation_batches(examples, batch_size=8):
-        assert batch.inputs.shape[0] == batch.targets.shape[0] == len(numbers) == 8
+        assert batch.inputs.shape[0] == batch.targets.shape[0] == len(numbers) == rows
         for row, number in enumerate(numbers):
             if number == -1:
                 assert not batch.input_segments[row].any() and not batch.loss_weights[row].any()
@@ -251,7 +256,113 @@ def test_evaluation_visits_every_row_once_and_pads_the_last_batch(count):
 def test_evaluation_of_nothing_and_of_rows_without_targets():
     assert list(evaluation_batches([], batch_size=4)) == []
     [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=2)
-    assert numbers.tolist() == [0, -1] and not batch.loss_weights.any()
+    assert numbers.tolist() == [0] and not batch.loss_weights.any()
+    [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=6, devices=3)
+    assert numbers.tolist() == [0, -1, -1] and batch.inputs.shape == (3, 32)
+
+
+def test_the_shapes_of_evaluation_follow_from_the_longest_example_and_the_number_of_them():
+    """One long example changes nothing for the others, and no mean length is looked at."""
+
+    def shapes(lengths, **more):
+        rows = [example(range(n), []) for n in lengths]
+        found = evaluation_batches(rows, batch_size=16, room=Room(positions=1024), **more)
+        return [batch.inputs.shape for batch, _ in found]
+
+    assert shapes([20] * 40) == [(16, 32)] * 3
+    assert shapes([100] * 10) == [(8, 128)] * 2
+    assert shapes([500] + [20] * 39) == [(2, 512)] + [(16, 32)] * 3
+    assert shapes([500]) == [(1, 512)] and shapes([20] * 5) == [(8, 32)]
+    assert shapes([2000]) == [(1, 2048)]  # one row is answered, however long
+    assert shapes([500, 20], devices=2) == [(2, 512)]
+
+
+def test_one_long_target_makes_one_batch_deep():
+    rows = [example([5, 1], range(4)) for _ in range(499)] + [example([6, 1], range(600))]
+    room = Room(positions=2048, targets=4096)
+    found = list(evaluation_batches(rows, batch_size=64, room=room))
+    assert [batch.targets.shape for batch, _ in found] == [(1, 1024)] + [(64, 4)] * 8
+    numbers = np.concatenate([own for _, own in found])
+    assert sorted(numbers[numbers >= 0]) == list(range(500)) and found[0][1].tolist() == [499]
+    # many long ones are asked a few at a time
+    found = list(evaluation_batches(rows[-1:] * 64, batch_size=64, room=room))
+    assert {batch.targets.shape for batch, _ in found} == {(2, 1024)}
+
+
+def test_targets_of_labels_are_in_one_bucket():
+    assert target_lengths([2, 5, 16]) == (16,) and target_lengths([3]) == (3,)
+    assert target_lengths([17, 4, 64, 65, 9]) == (9, 64, 65) and target_lengths([]) == ()
+
+
+def test_one_long_target_makes_one_micro_batch_deep():
+    rng = np.random.default_rng(0)
+    rows = [example([9] * n, [7] * 3) for n in rng.integers(3, 90, 15)]
+    rows.append(example([9] * 5, [7] * 200))
+    parts = micro_batches(rows, rows=4, target_length=(4, 200))
+    assert [part.targets.shape for part in parts] == [(4, 200)] + [(4, 4)] * 3
+    assert sum(part.loss_weights.sum() for part in parts) == 15 * 3 + 200
+    # one that holds more than there is room for is cut again, the others stay as they are
+    small = micro_batches(rows, rows=4, target_length=(4, 200), room=Room(targets=256))
+    assert [part.targets.shape for part in small] == [(1, 200)] * 4 + [(4, 4)] * 3
+    for one, two in zip(parts[1:], small[4:], strict=True):
+        assert_equal(one, two)
+    assert len({part.inputs.shape for part in small[:4]}) == 1
+    # all targets are shorter: nothing is other than with one length
+    for one, two in zip(
+        micro_batches(rows[:8], rows=4, target_length=4),
+        micro_batches(rows[:8], rows=4, target_length=(4, 200), room=Room(10**4, 10**4)),
+        strict=True,
+    ):
+        assert_equal(one, two)
+
+
+def test_micro_batches_of_shared_rows_are_as_deep_as_their_own_targets():
+    rows = [example([9] * 60, [7] * 3) for _ in range(7)] + [example([9] * 60, [7] * 50)]
+    widths = Widths(shared=4, packed=64)
+    parts = micro_batches(rows, rows=4, target_length=(4, 50), widths=widths)
+    assert sorted(part.targets.shape for part in parts) == [(4, 4), (4, 50)]
+
+
+def test_training_batches_are_deep_only_where_a_long_target_is():
+    rows = [example([i, 1], [7, 1]) for i in range(31)] + [example([31, 1], [7] * 200)]
+    batches = training_batches([rows], batch_size=8, seeds=[0], rows=4)
+    epoch = [part for step in itertools.islice(batches, 4) for part in step]
+    depths = Counter(part.targets.shape[1] for part in epoch)
+    assert (
+        depths == {2: 7, 200: 1} and sum(part.loss_weights.sum() for part in epoch) == 31 * 2 + 200
+    )
+
+
+def test_a_micro_batch_of_long_rows_is_cut_where_it_holds_far_more_than_others():
+    rows = [example([9] * n, [7]) for n in [500] * 4 + [20] * 28]
+    parts = micro_batches(rows, rows=16, room=Room(positions=4096))
+    assert [part.inputs.shape for part in parts] == [(8, 512)] * 2 + [(16, 32)]
+
+
+def test_the_swaps_of_shared_rows_are_bounded(monkeypatch):
+    """Rows of many examples are as equal within a per cent, for far less than all swaps."""
+    lengths = np.random.default_rng(0).integers(30, 300, 4000).tolist()
+    asked = []
+    flatnonzero = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda x: asked.append(1) or flatnonzero(x))
+
+    def longest(pairs):
+        asked.clear()
+        monkeypatch.setattr(pipeline, "_MOST_PAIRS", pairs)
+        found = shares(lengths, 250, most=20)
+        assert sorted(i for row in found for i in row) == list(range(4000))
+        return max(sum(lengths[i] for i in row) for row in found), len(asked)
+
+    (best, many), (bounded, few) = longest(2**40), longest(20 * 4000 * 5)
+    assert few <= 10 < many and bounded <= 1.01 * best
+
+
+def test_only_the_orders_of_two_epochs_of_each_prompt_are_kept():
+    order_of = order_cache(prompts=3)
+    for seed, epoch in itertools.product(range(3), range(4)):
+        np.testing.assert_array_equal(order_of(9, seed, epoch), epoch_order(9, seed, epoch))
+    assert order_of.cache_info().currsize == 6
+    assert epoch_order(5, 0, 0).dtype == np.int32
 
 
 def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():

@@ -2,14 +2,19 @@
 
 import functools
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 # Few shapes mean few compilations; beyond 384 the steps grow, so that at most a quarter is padding
 INPUT_LENGTHS = (*range(32, 385, 32), 448, 512, 640, 768, 1024)
+# Targets of one bucket share batches: up to 16 tokens (labels), up to 64, and so on times 4
+SHORTEST_TARGET_BUCKET = 16
+# ``shares`` compares at most so many pairs of examples: a few tenths of a second
+_MOST_PAIRS = 2**25
 
 
 class Example(NamedTuple):
@@ -37,6 +42,26 @@ class Widths(NamedTuple):
     fine: bool = False  # steps of 16 up to 256: more shapes to compile, fewer wasted positions
     shared: int = 1  # so many examples at most share a row, each is answered in a row of its own
     packed: int = 0  # and none of them is longer than this
+
+
+class Room(NamedTuple):
+    """How much one batch, or one micro-batch, may hold, whatever its examples are like."""
+
+    positions: float = math.inf  # rows times the wider of inputs and targets
+    targets: float = math.inf  # rows times the length of targets: each position has V logits
+
+    def rows(self, most: int, width: int, depth: int, devices: int = 1) -> int:
+        """``most`` rows, halved until rows of these lengths fit; a multiple of ``devices``.
+
+        >>> Room(positions=2048).rows(32, width=200, depth=4), Room().rows(32, 200, 4)
+        (8, 32)
+        """
+        rows = most
+        while rows > devices and (
+            rows * max(width, depth) > self.positions or rows * depth > self.targets
+        ):
+            rows = -(-rows // (2 * devices)) * devices
+        return rows
 
 
 class Batch(NamedTuple):
@@ -70,6 +95,23 @@ def round_input_length(length: int, widths: Widths = Widths()) -> int:
 def round_target_length(length: int) -> int:
     """The next power of two, at least 4."""
     return max(4, 1 << (max(length, 1) - 1).bit_length())
+
+
+def target_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """The longest target of each bucket that is not empty, shortest first.
+
+    Buckets end at 16, 64, 256, ... tokens, so that labels are always in one.
+
+    >>> target_lengths([2, 4, 3, 200, 150]), target_lengths([2, 5])
+    ((4, 200), (5,))
+    """
+    longest: dict[int, int] = {}
+    for length in set(lengths):
+        bucket = SHORTEST_TARGET_BUCKET
+        while bucket < length:
+            bucket *= 4
+        longest[bucket] = max(length, longest.get(bucket, 0))
+    return tuple(longest[bucket] for bucket in sorted(longest))
 
 
 def make_batch(
@@ -164,19 +206,36 @@ def first_fit(
     return rows
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
+    """The permutation of ``count`` examples that an epoch is."""
+    return _random(seed, epoch, stream=0).permutation(count).astype(np.int32)
+
+
+def order_cache(prompts: int) -> Any:
+    """``epoch_order`` that keeps what steps ask for: of each prompt this epoch and the next one."""
+    return functools.lru_cache(maxsize=2 * prompts)(epoch_order)
+
+
 def batch_indices(
-    lengths: Int[np.ndarray, " n"], *, batch_size: int, seed: int, step: int, window: int
+    lengths: Int[np.ndarray, " n"],
+    *,
+    batch_size: int,
+    seed: int,
+    step: int,
+    window: int,
+    order_of: Callable[[int, int, int], Int[np.ndarray, " n"]] = epoch_order,
 ) -> Int[np.ndarray, " B"]:
     """Which examples make up batch ``step``: a pure function of its arguments.
 
     An epoch is a permutation without its ragged tail. Within each ``window`` batches of it rows are
     sorted by length and cut into batches, whose order is shuffled again; window 0 keeps the plain
     random batches of the paper. Fewer examples than a batch are repeated to fill it.
+    order_of: ``epoch_order``, or ``order_cache``: an order of many examples takes milliseconds.
     """
     count = len(lengths)
     per_epoch = max(count // batch_size, 1)
     epoch, position = divmod(step, per_epoch)
-    order = np.resize(_permutation(count, seed, epoch), per_epoch * batch_size)
+    order = np.resize(order_of(count, seed, epoch), per_epoch * batch_size)
     batches = order.reshape(per_epoch, batch_size)
     if window == 0:
         return batches[position]
@@ -185,12 +244,6 @@ def batch_indices(
     # stable, and the permutation breaks ties: equal lengths stay in random order
     chunk = chunk[np.argsort(lengths[chunk], kind="stable")].reshape(-1, batch_size)
     return chunk[_random(seed, epoch, stream=first + 1).permutation(len(chunk))[position - first]]
-
-
-@functools.lru_cache(maxsize=64)
-def _permutation(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    """The order of an epoch; kept, because a large set takes milliseconds and every batch asks."""
-    return _random(seed, epoch, stream=0).permutation(count)
 
 
 def _random(seed: int, epoch: int, stream: int) -> np.random.Generator:
@@ -215,13 +268,15 @@ def with_noise(examples: Sequence[Example], rng: np.random.Generator) -> list[Ex
     return [e._replace(noise=number) for e, number in zip(examples, drawn, strict=True)]
 
 
-def sorted_parts(lengths: Sequence[int], rows: int) -> list[list[int]]:
+def sorted_parts(lengths: Sequence[Any], rows: int) -> list[list[int]]:
     """Numbers of the rows of each micro-batch: ``rows`` of similar lengths, the longest first.
+
+    lengths: numbers, or tuples of them of which the first counts most.
 
     >>> sorted_parts([3, 9, 4, 8], rows=2)
     [[1, 3], [2, 0]]
     """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # stable
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)  # stable
     return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
@@ -229,7 +284,8 @@ def shares(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
     """Numbers of the examples of each of ``count`` rows that are about equally long.
 
     No row has more than ``most``. The longest are placed first, each in the row that is shortest;
-    then the longest row swaps examples with others as long as that makes it shorter.
+    then the longest row swaps examples with others as long as that makes it shorter. ``_MOST_PAIRS``
+    ends this for many thousands of examples, whose rows are about equally long without any swap.
 
     >>> shares([3, 9, 4, 8], count=2, most=2)
     [[0, 1], [2, 3]]
@@ -242,28 +298,40 @@ def shares(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
         row_of[i], total[row] = row, length + sizes[i]
         if held + 1 < most:
             heapq.heappush(room, (int(total[row]), row, held + 1))
-    while True:
+    pairs = 0
+    while pairs < _MOST_PAIRS:
         longest = total.argmax()
         own = np.flatnonzero(row_of == longest)
+        pairs += len(own) * len(sizes)
         less = sizes[own, None] - sizes
         worst = np.maximum(total[longest] - less, total[row_of] + less)
         worst[(less <= 0) | (row_of == longest)] = total[longest]
         i, j = np.unravel_index(worst.argmin(), worst.shape)
         if worst[i, j] >= total[longest]:
-            return [np.flatnonzero(row_of == row).tolist() for row in range(count)]
+            break
         total[longest] -= less[i, j]
         total[row_of[j]] += less[i, j]
         row_of[own[i]], row_of[j] = row_of[j], longest
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for i, row in enumerate(row_of.tolist()):
+        rows[row].append(i)
+    return rows
 
 
 def shared_rows(
-    examples: Sequence[Example], *, parts: int, devices: int, widths: Widths, target_length: int
+    examples: Sequence[Example],
+    *,
+    parts: int,
+    devices: int,
+    widths: Widths,
+    target_length: int | Sequence[int],
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
     """``parts`` batches of a row for each of ``devices``, which are filled with examples.
 
     With each batch, the numbers of the examples that its rows of targets answer, -1 where none.
-    All rows are as wide, so that hardly a position is wasted and one shape is compiled. Raises
-    ValueError for an example that ``widths`` does not allow.
+    All rows are as wide, so that hardly a position is wasted and one shape is compiled. Of several
+    target lengths each batch has the least that holds its targets. Raises ValueError for an example
+    that ``widths`` does not allow.
     """
     lengths = [len(example.inputs) for example in examples]
     if max(lengths) > widths.packed:
@@ -277,36 +345,63 @@ def shared_rows(
         numbers = np.array([[*group, *[-1] * (widths.shared - len(group))] for group in own])
         answers = [none if i < 0 else examples[i]._replace(inputs=none.inputs)
                    for i in numbers.flat]  # fmt: skip
-        batch = make_batch(answers, input_length=1, target_length=target_length)
+        depth = _least(target_length, answers)
+        batch = make_batch(answers, input_length=1, target_length=depth)
         inputs = [[examples[i].inputs for i in group] for group in own]
         ids, segments = _fill(inputs, devices, width)
         yield batch._replace(inputs=ids, input_segments=segments), numbers.reshape(-1)
+
+
+def _least(lengths: int | Sequence[int], examples: Sequence[Example]) -> int:
+    """The least of the target lengths that holds all targets; a lone one is not looked at."""
+    if isinstance(lengths, int):
+        return lengths
+    if len(lengths) == 1:
+        return lengths[0]
+    longest = max(len(e.targets) for e in examples)
+    return min(length for length in lengths if length >= longest)
 
 
 def micro_batches(
     examples: Sequence[Example],
     *,
     rows: int,
-    target_length: int | None = None,
+    target_length: int | Sequence[int] | None = None,
     widths: Widths = Widths(),
     devices: int = 1,
+    room: Room = Room(),
 ) -> list[Batch]:
     """A batch as micro-batches of ``rows`` rows of similar length, the longest rows first.
 
     Their gradients add up to the whole batch's, and few positions are padding: rows of 9, 70, 12
     and 95 tokens are two micro-batches of 2 rows, 96 and 32 wide, instead of one, 96 wide.
+    target_length: of all micro-batches. Of several lengths each has the least that holds its
+    targets, and rows are sorted by that first: one target of 200 tokens makes one of them 200 deep.
+    room: those that are too large for it are cut once more. Their shapes follow from their lengths
+    alone, so that there are no more of them to compile.
     Where ``widths`` wants rows to be shared, each of ``devices`` has one with as many examples as
     would else be its rows.
     """
-    depth = target_length or round_target_length(max(len(e.targets) for e in examples))
+    lengths = target_length or round_target_length(max(len(e.targets) for e in examples))
     if widths.shared > 1:
         parts = len(examples) // rows
         return [batch for batch, _ in shared_rows(examples, parts=parts, devices=devices,
-                                                  widths=widths, target_length=depth)]  # fmt: skip
-    return [
-        make_batch([examples[i] for i in part], rows=rows, target_length=depth, widths=widths)
-        for part in sorted_parts([len(example.inputs) for example in examples], rows)
-    ]
+                                                  widths=widths, target_length=lengths)]  # fmt: skip
+    depth_of = [_least(lengths, [example]) for example in examples]
+    sizes = [(depth, len(e.inputs)) for depth, e in zip(depth_of, examples, strict=True)]
+    found = []
+    for part in sorted_parts(sizes, rows):
+        depth = depth_of[part[0]]
+        width = round_input_length(max(len(examples[i].inputs) for i in part), widths)
+        fitting = room.rows(rows, width, depth, devices)
+        found += [
+            make_batch(
+                [examples[i] for i in part[first : first + fitting]],
+                rows=fitting, input_length=width, target_length=depth,
+            )
+            for first in range(0, len(part), fitting)
+        ]  # fmt: skip
+    return found
 
 
 def micro_rows(
@@ -332,6 +427,7 @@ def training_batches(
     rows: int | None = None,
     widths: Widths = Widths(),
     devices: int = 1,
+    room: Room = Room(),
     own: Callable[[Example, int], Example] = lambda example, prompt: example,
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
@@ -343,21 +439,22 @@ def training_batches(
 
     given = {id(each): each for each in examples}  # prompts may have the same
     lengths = {key: np.array([len(e.inputs) for e in each]) for key, each in given.items()}
-    # as long as the longest of all: one shape in any case
-    target_length = max(len(e.targets) for each in given.values() for e in each)
+    # as long as the longest of all in a bucket: as few shapes as there are buckets
+    depths = target_lengths([len(e.targets) for each in given.values() for e in each])
+    order_of = order_cache(len(seeds))
 
     def batch(step: int) -> list[Batch]:
         chosen: list[Example] = []
         for prompt, (seed, mine) in enumerate(zip(seeds, examples, strict=True)):
             drawn = batch_indices(
                 lengths[id(mine)], batch_size=batch_size, seed=seed, step=start + int(step),
-                window=window,
+                window=window, order_of=order_of,
             )  # fmt: skip
             mine = [own(mine[i], prompt) for i in drawn]
             chosen += with_noise(mine, random_stream(seed, start + int(step)))
         return micro_batches(
-            chosen, rows=rows or len(chosen), target_length=target_length, widths=widths,
-            devices=devices,
+            chosen, rows=rows or len(chosen), target_length=depths, widths=widths,
+            devices=devices, room=room,
         )  # fmt: skip
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)
@@ -371,23 +468,38 @@ def evaluation_batches(
     batch_size: int,
     widths: Widths = Widths(),
     devices: int = 1,
+    room: Room = Room(),
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
     """Batches of similar lengths, longest first, with the number of the example in each row.
 
-    The last batch is filled with empty rows, whose number is -1. Where ``widths`` wants rows to be
-    shared, each of ``devices`` has one with as many examples as would else be its rows.
+    Targets of one batch are of one bucket (``target_lengths``). A batch has ``batch_size`` rows, a
+    multiple of ``devices``, or fewer: the next power of two for few examples, and what ``room``
+    allows for its lengths. So shapes follow from the number of examples and the length of the
+    longest one alone, and few are compiled. Rows that are left over are empty, and have number -1.
+    Where ``widths`` wants rows to be shared, each of ``devices`` has one with as many examples as
+    would else be its rows.
     """
-    depth = round_target_length(max((len(e.targets) for e in examples), default=1))
+    targets = [len(example.targets) for example in examples]
+    depths = target_lengths(targets)
     if widths.shared > 1:
         parts = -(-len(examples) // batch_size)
+        depth = round_target_length(max(targets, default=1))
         yield from shared_rows(
             examples, parts=parts, devices=devices, widths=widths, target_length=depth
         )
         return
-    lengths = np.array([len(example.inputs) for example in examples])
-    order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        chosen = [examples[i] for i in numbers]
-        batch = make_batch(chosen, rows=batch_size, target_length=depth, widths=widths)
-        yield batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)
+    inputs = np.array([len(example.inputs) for example in examples])
+    bucket = np.searchsorted(depths, targets)
+    for number in reversed(range(len(depths))):
+        own = np.flatnonzero(bucket == number)
+        order = own[np.argsort(-inputs[own], kind="stable")]
+        depth = round_target_length(depths[number])
+        most = 1 << (len(order) - 1).bit_length()
+        most = min(batch_size, -(-most // devices) * devices)
+        while len(order):
+            width = round_input_length(inputs[order[0]], widths)
+            rows = room.rows(most, width, depth, devices)
+            numbers, order = order[:rows], order[rows:]
+            chosen = [examples[i] for i in numbers]
+            batch = make_batch(chosen, rows=rows, input_length=width, target_length=depth)
+            yield batch, np.pad(numbers, (0, rows - len(numbers)), constant_values=-1)

@@ -28,6 +28,7 @@ from jaxprompt.model.label_tree import label_trees
 
 # else examples do not share rows: fewer shapes, and ones that other examples have too
 _FEWEST_SHARING, _FEWEST_SHAPES = 128, 5
+_NOTHING = np.zeros(0, np.int32)
 
 
 class Model(NamedTuple):
@@ -85,10 +86,28 @@ def _prepare(params, bank, config):
 
 
 class Answers(NamedTuple):
-    """One prediction a row and, for rank classification, the log-likelihoods of all labels."""
+    """One prediction a row and, for rank classification, the log-likelihoods of all labels.
+
+    lost: numbers of the rows for which the model's logits were no finite numbers. Their predictions
+    mean nothing, see ``refuse_lost``.
+    """
 
     predictions: list[str]
     scores: Float[np.ndarray, "n C"] | None
+    lost: Sequence[int] = ()
+
+
+def refuse_lost(lost: Sequence[int], count: int, source: str) -> None:
+    """Raise a UserError where some of ``count`` rows were answered with what is no number.
+
+    Finite logits give finite log-likelihoods, so minus infinity is refused like NaN.
+    """
+    if len(lost):
+        raise UserError(
+            f"{source} gives scores that are not finite numbers for {len(lost)} of {count} rows, "
+            f"first for row {lost[0] + 1}: weights of the backbone or of the prompt are NaN or "
+            "infinite, or too large for the dtype; use a sound checkpoint, or load it as float32."
+        )
 
 
 def answer(
@@ -107,8 +126,12 @@ def answer(
     compute. Their batches then have one shape, but one that other examples will not have: it is for
     what is asked again and again, or once, not for one set of questions after another.
     """
-    prompts, config = model.prepared(examples)
     ranked = task.labels if task.decoding == "rank" else None
+    if not examples:
+        return Answers([], None if ranked is None else np.empty((0, len(ranked)), np.float32))
+    # only their number of tokens would matter, and make shapes differ
+    examples = [example._replace(targets=_NOTHING) for example in examples]
+    prompts, config = model.prepared(examples)
     config, rows = _cut(
         model.mesh, config, examples, batch_size, share=share and ranked is not None
     )
@@ -124,11 +147,15 @@ def answer(
         else:
             run = model.ask(generate.greedy, prompts, config, length=length)
         ids = _in_order(model.mesh, config, examples, rows, run, progress)
-        return Answers([legal.get(text, text) for text in map(tokenizer.decode, ids)], None)
+        lost = np.flatnonzero((ids < 0).any(axis=1))
+        ids[lost] = config.eos_id
+        texts = map(tokenizer.decode, ids)
+        return Answers([legal.get(text, text) for text in texts], None, lost.tolist())
     labels = label_trees(label_ids(ranked, tokenizer, task.separator))
     run = model.ask(generate.label_log_likelihoods, prompts, config, labels)
     scores = _in_order(model.mesh, config, examples, rows, run, progress)
-    return Answers([ranked[i] for i in scores.argmax(axis=1)], scores)
+    lost = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    return Answers([ranked[i] for i in scores.argmax(axis=1)], scores, lost.tolist())
 
 
 def answer_each(
@@ -155,7 +182,11 @@ def answer_each(
     )
     parts = [slice(k * len(examples), (k + 1) * len(examples)) for k in range(count)]
     return [
-        Answers(found.predictions[part], None if found.scores is None else found.scores[part])
+        Answers(
+            found.predictions[part],
+            None if found.scores is None else found.scores[part],
+            [i - part.start for i in found.lost if part.start <= i < part.stop],
+        )
         for part in parts
     ]
 
@@ -165,6 +196,8 @@ def log_likelihoods(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """log p(target | input) of each example, in nats, EOS included."""
+    if not examples:
+        return np.empty(0, np.float32)
     prompts, config = model.prepared(examples)
     config, rows = _cut(model.mesh, config, examples, batch_size, share=False)
     run = model.ask(generate.log_likelihood, prompts, config)
@@ -207,17 +240,23 @@ def label_ids(
 
 
 def _cut(mesh, config, examples, batch_size, *, share: bool):
-    """The config for batches of the examples and how many have rows of one, see ``family.cut``."""
+    """The config for batches of the examples, and how many rows one has at most.
+
+    What is computed at a time follows from ``family.room``, but where examples share rows.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"The batch size is {batch_size!r}; give a whole number from 1 on.")
     devices = parallel.ways(mesh)
-    lengths = [len(example.inputs) for example in examples] or [1]
+    most = -(-batch_size // devices) * devices  # filled with empty rows
+    lengths = [len(example.inputs) for example in examples]
     shapes = len(set(map(round_input_length, lengths)))
-    return family.cut(
-        config, lengths,
-        batch_size=-(-batch_size // devices) * devices,  # filled with empty rows
-        devices=devices,
-        share=share and len(examples) >= _FEWEST_SHARING and shapes >= _FEWEST_SHAPES,
+    if not share or len(examples) < _FEWEST_SHARING or shapes < _FEWEST_SHAPES:
+        return config, most
+    shared, rows = family.cut(
+        config, lengths, batch_size=most, devices=devices,
         most_widths=6,  # without a gradient they compile in half the time
     )  # fmt: skip
+    return (config, most) if shared is config else (shared, rows)
 
 
 def _in_order(mesh, config, examples, rows, run, progress) -> np.ndarray:
@@ -235,8 +274,9 @@ def _in_order(mesh, config, examples, rows, run, progress) -> np.ndarray:
         progress(int((numbers >= 0).sum()))
 
     waiting, widths, devices = None, family.widths(config), parallel.ways(mesh)
+    room = family.room(config, devices, training=False)
     for batch, numbers in evaluation_batches(
-        examples, batch_size=rows, widths=widths, devices=devices
+        examples, batch_size=rows, widths=widths, devices=devices, room=room
     ):
         output = run(batch)
         if waiting is not None:
@@ -244,4 +284,4 @@ def _in_order(mesh, config, examples, rows, run, progress) -> np.ndarray:
         waiting = numbers, output
     if waiting is not None:
         collect(*waiting)
-    return np.stack(results) if results else np.empty((0, 0))
+    return np.stack(results)

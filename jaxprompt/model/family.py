@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprompt import parallel
-from jaxprompt.data.pipeline import Widths, micro_rows
+from jaxprompt.data.pipeline import Room, Widths, micro_rows
 from jaxprompt.model import llama, segment_attention, t5, t5_cost
 from jaxprompt.model.label_tree import Tree
 from jaxprompt.model.llama_config import LlamaConfig
@@ -167,16 +167,18 @@ _SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
 
 
 def _sharing_rows(
-    config: AnyConfig, lengths: Sequence[int], rows: int, most_widths: int
+    config: AnyConfig, lengths: Sequence[int], rows: int, most_widths: int, depth: int
 ) -> AnyConfig:
     """The config for batches whose rows several examples of ``lengths`` share.
 
     Where the device attends to one example after another (CPUs), and a row that holds what else
-    would be ``rows`` of padded ones is worth it; else the config as it is.
+    would be ``rows`` of padded ones is worth it; else the config as it is. ``depth``: of targets.
     """
     if not isinstance(config, T5Config) or not config.rows_in_turn:
         return config
     if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
+        return config
+    if rows * depth * config.vocab_size > parallel.logits():
         return config
     widths = segment_attention.best_widths(lengths, most_widths)
     return replace(config, packed=widths, shared=rows)
@@ -191,11 +193,13 @@ def cut(
     rows: int | None = None,
     share: bool = True,
     most_widths: int = 4,
+    depth: int = 1,
 ) -> tuple[AnyConfig, int]:
     """The config for batches of examples of ``lengths``, and the rows of their micro-batches.
 
     Examples share rows where that is faster and ``share`` allows it. rows: None for as many as
     suit the data and the device. most_widths: that attention is compiled for, each for itself.
+    depth: tokens of the longest target.
     """
 
     def fitting(positions: int) -> int:
@@ -207,8 +211,19 @@ def cut(
     many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
     shared = config
     if share:
-        shared = _sharing_rows(config, lengths, many // devices, most_widths)
+        shared = _sharing_rows(config, lengths, many // devices, most_widths, depth)
     return (config, few) if shared is config else (shared, many)
+
+
+def room(config: Config, devices: int, *, training: bool) -> Room:
+    """What a batch or a micro-batch may hold on so many devices.
+
+    Rows of a micro-batch suit the mean length (``cut``), so in training this stops only what is far
+    beyond it. Of answers, rows of any number up to it take as long each.
+    """
+    times = 8 if training else 2
+    targets = parallel.logits() * devices // config.vocab_size
+    return Room(times * parallel.positions() * devices, targets)
 
 
 def widths(config: Config) -> Widths:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.model import family
 from jaxprompt.model.label_tree import LabelTrees
@@ -25,32 +25,40 @@ def greedy(
 ) -> Int[Array, "B T"]:
     """Greedy generation of at most ``length`` ids a row; what follows EOS is padding.
 
-    One compiled loop with a key/value cache that stops as soon as every row has ended.
+    A row of which a logit is no finite number is -1 throughout. One compiled loop with a key/value cache that stops as soon as every row has ended.
     """
     model, batch = family.of(config), inputs.shape[0]
     reading = model.read(params, prompts, config, inputs, segments)
     first, cache = model.start(params, config, reading, length)
 
     def unfinished(state):
-        index, _, _, ended, _ = state
+        index, _, _, ended, _, _ = state
         return (index < length) & ~jnp.all(ended)
 
     def step(state):
-        index, ids, output, ended, cache = state
+        index, ids, output, ended, lost, cache = state
         logits, cache = model.step(params, prompts, config, cache, ids, index)
+        lost |= ~ended & ~_finite(logits)
         best = _most_likely(logits)
         best = jnp.where(ended, config.pad_id, best)
         output = jax.lax.dynamic_update_index_in_dim(output, best, index, axis=1)
-        return index + 1, best, output, ended | (best == config.eos_id), cache
+        return index + 1, best, output, ended | lost | (best == config.eos_id), lost, cache
 
     state = (
         jnp.int32(0),
         first,
         jnp.full((batch, length), config.pad_id, jnp.int32),
         ~jnp.any(segments > 0, axis=1),  # empty rows have nothing to say
+        jnp.zeros(batch, bool),
         cache,
     )
-    return jax.lax.while_loop(unfinished, step, state)[2]
+    _, _, output, _, lost, _ = jax.lax.while_loop(unfinished, step, state)
+    return jnp.where(lost[:, None], -1, output)
+
+
+def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether the logits of a row are numbers: NaN and infinity show in the largest or the sum."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def _most_likely(logits):
@@ -70,6 +78,7 @@ class _Beams(NamedTuple):
     ended: Int[Array, "B T"]
     ended_score: Float[Array, " B"]  # log p by length; the lowest number where there is none
     ids: Int[Array, " rows"]  # B x K of them
+    lost: Bool[Array, " B"]  # a logit was no finite number
     cache: family.Cache
 
 
@@ -89,6 +98,7 @@ def beam(
 ) -> Int[Array, "B T"]:
     """The best of ``beams`` hypotheses of at most ``length`` ids a row; after EOS is padding.
 
+    A row of which a logit is no finite number is -1 throughout.
     A hypothesis of n ids, EOS included, is worth log p / ((5 + n) / 6)^alpha (Wu et al. 2016,
     arXiv 1609.08144, equation 14; T5 used 4 beams and alpha 0.6 for long targets). One that has not
     ended counts only where none has. Inputs are read once, and the loop stops as soon as no
@@ -105,11 +115,12 @@ def beam(
     def unfinished(state: _Beams):
         # log p only falls, and the longest hypotheses are divided by most
         hope = worth(jnp.max(state.live_scores, axis=1), length)
-        return (state.index < length) & jnp.any(hope > state.ended_score)
+        return (state.index < length) & jnp.any((hope > state.ended_score) & ~state.lost)
 
     def step(state: _Beams):
         logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
         vocabulary = logits.shape[-1]
+        lost = state.lost | (~jnp.all(_finite(logits).reshape(batch, beams), axis=1) & ~empty)
         logp = jax.nn.log_softmax(logits).reshape(batch, beams, vocabulary)
         scores = (state.live_scores[:, :, None] + logp).reshape(batch, -1)
         # at most K of the best 2K can end here, so that K are left to go on
@@ -134,9 +145,8 @@ def beam(
         rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(origin, best, axis=1)
         ids = jnp.take_along_axis(ids, best, axis=1)
         cache = model.reorder(cache, rows.reshape(-1))
-        return _Beams(
-            state.index + 1, live, live_scores, ended, ended_score, ids.reshape(-1), cache
-        )
+        ids = ids.reshape(-1)
+        return _Beams(state.index + 1, live, live_scores, ended, ended_score, ids, lost, cache)
 
     nothing = jnp.full((batch, beams, length), config.pad_id, jnp.int32)
     # all beams of a row begin alike: only the first may be followed
@@ -151,10 +161,12 @@ def beam(
             nothing[:, 0],
             jnp.where(empty, 0.0, _NEVER),
             jnp.repeat(first, beams),
+            jnp.zeros(batch, bool),
             cache,
         ),
     )
     found = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
+    found = jnp.where(state.lost[:, None], -1, found)
     return jnp.where(empty[:, None], config.pad_id, found)
 
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.data.pipeline import training_batches, with_prompt
+from jaxprompt.data.pipeline import Room, training_batches, with_prompt
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.devices import describe
 from jaxprompt.evaluation.analyze import draw_curves
 from jaxprompt.evaluation.metrics import majority
-from jaxprompt.evaluation.score import Model, answer_each
+from jaxprompt.evaluation.score import Model, answer_each, refuse_lost
 from jaxprompt.evaluation.score import measure as measure_answers
 from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import load_backbone
@@ -182,6 +182,7 @@ def _train(
             batch_size=settings.batch_size * len(alive),
             devices=devices,
             rows=settings.micro_batch,
+            depth=max(len(e.targets) for each in examples for e in each),
             share=settings.length_window == 0,  # else hardly a position is padding, totals differ
         )
         step = make_train_step(
@@ -196,15 +197,27 @@ def _train(
             rows=micro,
             widths=family.widths(model),
             devices=devices,
+            room=Room() if settings.micro_batch else family.room(model, devices, training=True),
             own=partial(with_prompt, vocabulary=vocabulary, length=length),
         )
         return step, batches
 
-    def measure(params, bank, task: TaskConfig, on: Split) -> list[dict[str, float]]:
-        """The metrics of every prompt of the bank (of one model without), in the same batches."""
+    def measure(params, bank, task: TaskConfig, on: Split, of: str = "") -> list[dict[str, float]]:
+        """The metrics of every prompt of the bank (of one model without), in the same batches.
+
+        of: what is measured, where scores that are no numbers end the run. A member's metrics are
+        then NaN, which is nothing to the others.
+        """
         model = Model(params, bank, backbone.config, mesh)
         each = answer_each(model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size)
-        return [measure_answers(task, found.predictions, on.references) for found in each]
+        for found in each if of else ():
+            refuse_lost(found.lost, len(on.examples), of)
+        return [
+            measure_answers(task, found.predictions, on.references)
+            if not found.lost
+            else dict.fromkeys(task.metrics, math.nan)
+            for found in each
+        ]
 
     def scores_of(alive: Sequence[int], params, bank) -> list[dict[str, float]]:
         """The validation metrics of these members, whose prompts the bank holds."""
@@ -255,7 +268,8 @@ def _train(
             metric = task.metrics[0]
             plain = split_of(task, "validation", rows[name], tokenizer, 0, vocabulary)
             with signals.free():
-                untuned = measure(backbone.params, None, task, plain)[0][metric]
+                bare = measure(backbone.params, None, task, plain, of=backbone.source)[0]
+            untuned = bare[metric]
             always = majority(metric, plain.references, task.labels)
             progress["untuned"][name], progress["majority"][name] = untuned, always
             row |= {f"{called(name)}untuned/{metric}": untuned, f"{called(name)}majority": always}
@@ -298,7 +312,8 @@ def _train(
         else:
             with lent(state.tree) as params, signals.free():
                 scores = scores_of(alive, params, None)
-        fine = sound(state.tree)  # what is no number answers too
+        # what is no number answers too
+        fine = sound(state.tree) & np.isfinite([sum(found.values()) for found in scores])
         ahead = {name: max(progress["best"][k] for k in learning(name)) for name in tasks}
         progress["stale"] += 1
         for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
@@ -404,7 +419,8 @@ def _train(
                     str(place / "model"), dtype=config.model.dtype, mesh=mesh
                 ).params
             with signals.free():
-                found["test"] = measure(params, bank, given.task, given.test)[0]
+                tuned = found["prompt"] or found["model"]
+                found["test"] = measure(params, bank, given.task, given.test, of=tuned)[0]
         if jax.process_index() == 0:
             rows = logbook.rows_of(called(name))
             draw_curves(rows, given.metric, found["majority"], place / "curves.png")
