@@ -284,8 +284,9 @@ def shares(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
     """Numbers of the examples of each of ``count`` rows that are about equally long.
 
     No row has more than ``most``. The longest are placed first, each in the row that is shortest;
-    then the longest row swaps examples with others as long as that makes it shorter. ``_MOST_PAIRS``
-    ends this for many thousands of examples, whose rows are about equally long without any swap.
+    then the longest row swaps examples with others as long as that makes it shorter. For many
+    thousands of examples, whose rows are about equally long without swaps, ``_MOST_PAIRS`` ends
+    this early.
 
     >>> shares([3, 9, 4, 8], count=2, most=2)
     [[0, 1], [2, 3]]
@@ -385,8 +386,10 @@ def micro_batches(
     lengths = target_length or round_target_length(max(len(e.targets) for e in examples))
     if widths.shared > 1:
         parts = len(examples) // rows
-        return [batch for batch, _ in shared_rows(examples, parts=parts, devices=devices,
-                                                  widths=widths, target_length=lengths)]  # fmt: skip
+        batches = shared_rows(
+            examples, parts=parts, devices=devices, widths=widths, target_length=lengths
+        )
+        return [batch for batch, _ in batches]
     depth_of = [_least(lengths, [example]) for example in examples]
     sizes = [(depth, len(e.inputs)) for depth, e in zip(depth_of, examples, strict=True)]
     found = []

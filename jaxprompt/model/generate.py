@@ -25,7 +25,8 @@ def greedy(
 ) -> Int[Array, "B T"]:
     """Greedy generation of at most ``length`` ids a row; what follows EOS is padding.
 
-    A row of which a logit is no finite number is -1 throughout. One compiled loop with a key/value cache that stops as soon as every row has ended.
+    A row of which a logit is no finite number is -1 throughout.
+    One compiled loop with a key/value cache that stops as soon as every row has ended.
     """
     model, batch = family.of(config), inputs.shape[0]
     reading = model.read(params, prompts, config, inputs, segments)
@@ -57,7 +58,7 @@ def greedy(
 
 
 def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """Whether the logits of a row are numbers: NaN and infinity show in the largest or the sum."""
+    """Whether a row's logits are finite: the largest is NaN where any of them is."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
