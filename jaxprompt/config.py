@@ -27,8 +27,14 @@ from jaxprompt import yaml12
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence with the value, what is allowed and the fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Of a sentence that some
+    value has made endless, the middle is left out.
     """
+
+    def __init__(self, message: str = ""):
+        if len(message) > 2500:
+            message = f"{message[:2000]} ... {message[-400:]}"
+        super().__init__(message)
 
 
 class _Bounded(reprlib.Repr):
@@ -551,12 +557,17 @@ def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     message = problem["msg"][0].lower() + problem["msg"][1:]
     if kind in _TEXT_WANTED:
         message = "input should be text; put it in quotes"
-        if value is None:
+        if isinstance(value, list | dict):
+            form = "a list" if isinstance(value, list) else "a mapping"
+            message = f"input should be text, and YAML reads it as {form}; put it in quotes"
+        elif value is None:
             message = "input should be text; write '' where it is to be empty"
         elif "labels" in problem["loc"] and type(value) in (int, float):
             message += (
                 ", or give words, and say in label_map which number of the data is which word"
             )
+    elif kind == "list_type":
+        message += ", as in [yes, no]"
     return f"Config key {key!r} is {shown(value)}: {message}"
 
 

@@ -339,6 +339,28 @@ def test_numbers_as_labels_are_one_problem_that_names_label_map():
     assert "label_map" in text
 
 
+def test_no_sentence_is_endless():
+    error = UserError("a" * 10**7 + "; mend it.")
+    assert len(str(error)) < 3000 and str(error).endswith("; mend it.")
+    assert str(UserError("short")) == "short"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"template": {"question": {"q": None}}},
+            "'task.template' is .*YAML reads it as a mapping",
+        ),
+        ({"train": ["a.jsonl", "b.jsonl"]}, "'task.train' is .*YAML reads it as a list"),
+        ({"labels": "yes,no"}, r"'task.labels' is 'yes,no': .*list, as in \[yes, no\]"),
+    ],
+)
+def test_values_of_another_form_say_which(changes, message):
+    with pytest.raises(UserError, match=message):
+        parse(TaskConfig, {"name": "t", "template": "{a}"} | changes, "task.")
+
+
 def test_many_mistakes_are_told_in_a_short_sentence():
     many: dict[str, Any] = {f"k{i}": i for i in range(20_000)} | {"k" * 10**6: 1}
     for values in (many, {"prompt": many}, {"prompt": {"text": ["x"] * 10**6}}):

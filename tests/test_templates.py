@@ -160,6 +160,11 @@ def test_values_without_one_text_are_refused_with_row_and_column(value, message)
         assert "row 1 of a.jsonl" in str(at.value) and len(str(at.value)) < 700
 
 
+def test_a_row_that_is_text_is_told():
+    with pytest.raises(UserError, match=r"maps columns to values, as {'text': ...}.* is 'Who am I"):
+        fill("{text}", "Who am I?")
+
+
 def test_a_number_that_is_no_label_names_label_map():
     with pytest.raises(UserError, match="the label '1'; .*task.label_map .* {'1': 'bad'}"):
         to_text(task(labels=["bad", "good"]), {"text": "a", "label": 1})

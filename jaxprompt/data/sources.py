@@ -42,8 +42,8 @@ def read_rows(source: str | None, split: str) -> Sequence[Row]:
         rows = _read_tfds(name, split)
     else:
         raise UserError(
-            f"Source {source!r} is unknown; use builtin:NAME, folder:PATH, hf:DATASET[/CONFIG], "
-            "tfds:NAME, or give files in train and validation."
+            f"Source {shown(source)} is unknown; use builtin:NAME, folder:PATH, "
+            "hf:DATASET[/CONFIG], tfds:NAME, or give files in train and validation."
         )
     if len(rows) == 0:
         raise UserError(f"{split if source is None else f'{source} {split}'} holds no rows.")
@@ -59,7 +59,7 @@ def _read_folder(folder: Path, split: str) -> Sequence[Row]:
             if (folder / f"{name}{suffix}").is_file():
                 return _read_file(folder / f"{name}{suffix}")
     raise UserError(
-        f"{folder} has no file for the split {split!r}; it would be called "
+        f"{folder} has no file for the split {shown(split)}; it would be called "
         f"{' or '.join(names)}, and end in {', '.join(_readers())}."
     )
 

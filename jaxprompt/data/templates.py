@@ -10,7 +10,7 @@ import decimal
 import functools
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +112,11 @@ def fill(
     def value(match: re.Match) -> str:
         if match[1] is None:
             return match[0][0]
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"A row maps columns to values, as {{{match[1]!r}: ...}}, and {where} is "
+                f"{shown(row)}."
+            )
         if match[1] not in row:
             raise UserError(
                 f"Template {shown(template)} needs column {match[1]!r}, which {where} lacks; it "

@@ -5,6 +5,7 @@ position to store and resuming is exact.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import UserError, expanded, listed
+from jaxprompt.config import UserError, expanded, listed, shown
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
 from jaxprompt.data.sources import check_file, read_rows
@@ -45,7 +46,7 @@ class Streams(NamedTuple):
 
 def read_documents(source: TextSource) -> list[str]:
     """The texts of a source, empty ones left out."""
-    if source.source is None and Path(source.train).suffix == ".txt":
+    if source.source is None and Path(source.train).suffix.lower() == ".txt":
         path = Path(expanded(source.train))
         check_file(path)
         try:
@@ -143,7 +144,7 @@ def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
     for at, number in enumerate(numbers, 1):
         if number is not None and (type(number) is not int or not 0 <= number < count):
             raise UserError(
-                f"Row {at} of {source.train} has prompt {number!r}, and virtual.count allows "
+                f"Row {at} of {source.train} has prompt {shown(number)}, and virtual.count allows "
                 f"{f'0 to {count - 1}' if count else 'none'}; set virtual.count."
             )
     return np.array([-1 if number is None else number for number in numbers], np.int32)
@@ -151,7 +152,7 @@ def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
 
 def _number(value):
     if isinstance(value, str):  # a CSV cell
-        return int(value) if value.isdecimal() else value or None
+        return int(value) if re.fullmatch("[0-9]{1,9}", value) else value or None
     return value
 
 
