@@ -18,6 +18,7 @@ from jaxprompt import moved
 if TYPE_CHECKING:
     from jaxprompt.api import evaluate, inspect, open_session, predict, score
     from jaxprompt.config import RunConfig, TaskConfig, UserError, load_config
+    from jaxprompt.model.export import save_backbone
     from jaxprompt.model.load import Backbone, load_backbone
     from jaxprompt.prompts.artefact import Prompt, load_prompt, save_peft, save_prompt
     from jaxprompt.training.loop import train
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score"),
     "jaxprompt.config": ("RunConfig", "TaskConfig", "UserError", "load_config"),
+    "jaxprompt.model.export": ("save_backbone",),
     "jaxprompt.model.load": ("Backbone", "load_backbone"),
     "jaxprompt.prompts.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
     "jaxprompt.training.loop": ("train",),
@@ -35,8 +37,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Backbone", "Prompt", "RunConfig", "TaskConfig", "UserError", "evaluate", "inspect",
-    "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_peft",
-    "save_prompt", "score", "train",
+    "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_backbone",
+    "save_peft", "save_prompt", "score", "train",
 ]  # fmt: skip
 
 

@@ -323,6 +323,30 @@ def inspect(
 
 
 @app.command()
+def export(
+    prompt: PromptArgument,
+    output: Annotated[Path, typer.Option(callback=at_home, help="a folder for the result")],
+    backbone: BackboneOption = None,
+) -> None:
+    """Write OUTPUT/adapter for PEFT and, of a backbone that only jaxprompt knows, OUTPUT/backbone
+    for transformers. Prints where they are, as one JSON object."""
+    from jaxprompt.model.export import save_backbone
+    from jaxprompt.model.hub import only_here
+    from jaxprompt.prompts.artefact import load_prompt, save_peft
+
+    found = load_prompt(prompt)
+    base = backbone or found.facts.get("backbone", {}).get("source")
+    if base is not None and only_here(base):
+        from jaxprompt import devices
+
+        devices.start()
+        save_backbone(output / "backbone", base)
+        base = str((output / "backbone").absolute())
+    save_peft(output / "adapter", found, base_model=base)
+    print_json({"adapter": str(output / "adapter"), "backbone": base})
+
+
+@app.command()
 def reproduce(
     study: Annotated[str, typer.Argument(help="a study of Lester et al. (2021), all, or report")],
     overrides: Annotated[

@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from jaxprompt.config import UserError
@@ -66,6 +68,42 @@ def test_the_model_card_says_what_it_is_and_how_good(saved):
     card = (saved / "README.md").read_text(encoding="utf-8")
     for text in ("mine", "some/t5", "0123", "é: {text}", "yes, no", "0.7500", "jaxprompt eval"):
         assert text in card
+
+
+HOSTILE = "<script>x</script> [a](b) *c*\n# d | `e`"
+
+
+def test_the_model_card_shows_what_users_wrote_and_is_not_shaped_by_it(tmp_path):
+    task = {
+        "name": HOSTILE,
+        "template": "a {x}``\n{y y}{{z}}",
+        "labels": [HOSTILE],
+        "metrics": ["f1"],
+    }
+    facts = {
+        "backbone": {"source": HOSTILE}, "task": task, "metrics": {HOSTILE: 0.5, "f1": 0.25},
+        "baselines": {"majority": 0.125, "untuned": 0.0625}, "test": {"f1": 0.75}, "step": 100,
+        "config": {"train": {"steps": 300}}, "rows": 8, "seed": 2,
+    }  # fmt: skip
+    save_prompt(tmp_path / "p", Prompt(vectors(), facts))
+    front, card = (tmp_path / "p" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    known = yaml.safe_load(front)
+    assert known["metrics"] == ["f1"] and "base_model" not in known
+    prose = re.sub(r"(`+)( .*? |[^`].*?)\1", "CODE", card)
+    assert "<script>" not in prose and "&lt;script&gt;" in prose and "\\*c\\*" in prose
+    assert [line for line in card.splitlines() if line.startswith("# ")][1:] == []
+    assert "```a {x}``\\n{y y}{{z}}```" in card  # one code span
+    assert '`{"x": "...", "y y": "..."}`' in card and "<column>" not in card
+    assert "| f1 | 0.2500 | 0.7500 |" in card
+    assert "| f1 of the majority class | 0.1250 |" in card
+    assert "| f1 of the backbone without a prompt | 0.0625 |" in card
+    assert "Vectors of step 100 of 300, the best on validation rows; seed 2" in card
+
+
+def test_a_hub_knows_the_base_model_from_the_card(saved):
+    front = yaml.safe_load((saved / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == "some/t5" and front["library_name"] == "jaxprompt"
+    assert front["metrics"] == ["accuracy"]
 
 
 def test_a_save_that_fails_leaves_the_old_prompt_and_nothing_else(saved, monkeypatch):
@@ -410,6 +448,20 @@ def test_an_exported_adapter_is_what_peft_reads(tmp_path):
     assert load_prompt(tmp_path / "a").vectors.tobytes() == vectors().tobytes()
     save_peft(tmp_path / "b", Prompt(vectors(), {}))
     assert load_prompt(tmp_path / "b").vectors.tobytes() == vectors().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "known"), [("some/t5", True), ("builtin", False), ("m.gguf", False), (None, False)]
+)
+def test_an_adapter_says_how_its_backbone_is_had(tmp_path, source, known):
+    facts = FACTS | {"backbone": FACTS["backbone"] | {"source": source}}
+    save_peft(tmp_path / "a", Prompt(vectors(), facts))
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert ("jp.save_backbone(" in card) != known and "`é: {text}`" in card
+    save_peft(tmp_path / "a", Prompt(vectors(), facts), base_model="elsewhere/t5")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "elsewhere/t5"
+    assert load_prompt(tmp_path / "a").facts["backbone"] == {"source": "elsewhere/t5"}
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="the released prompts are not at hand")

@@ -24,6 +24,7 @@ import jaxprompt
 from jaxprompt import cli
 from jaxprompt.config import load_config
 from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.training.logbook import open_run
@@ -102,6 +103,9 @@ def test_train_eval_predict_score_inspect(call, values, tmp_path):
     assert result["steps"] == 2 and result["test"]["accuracy"] == result["value"]
     assert "majority class" in err and "validation accuracy" in err
     prompt = tmp_path / "run" / "prompt"
+    facts = load_prompt(prompt).facts
+    assert facts["test"] == result["test"] and facts["metrics"] == {"accuracy": result["value"]}
+    assert facts["baselines"] == {key: result[key] for key in ("majority", "untuned")}
 
     code, out, err = call("eval", prompt, "--batch-size", 4)
     assert code == 0 and json.loads(out)["metrics"] == {"accuracy": result["value"]}, err
@@ -150,7 +154,7 @@ def test_the_installed_command_answers_without_heavy_libraries():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["train", "none.yaml"], "error: No config file at 'none.yaml'; give the path of a YAML"),
+        (["train", "none.yaml"], "error: No config file at 'none.yaml'"),
         (["eval", "none"], "error: There is no prompt at 'none'"),
         (["train", "a.yaml", "--fast"], "No such option"),
         (["tune", "a.yaml"], "No such command 'tune'"),
@@ -344,7 +348,7 @@ def test_a_run_with_other_settings_is_left_alone(refused, values, tmp_path):
     sentence = refused("train", file, "train.learning_rate=0.5", "task.name=other")
     assert "task.name was 'mine' and is 'other'; train.learning_rate was 0.3 and is 0.5" in sentence
     (folder / "config.yaml").write_text("task: [")
-    assert "config.yaml is not valid YAML" in refused("train", file)
+    assert "holds a run, and its config.yaml is damaged" in refused("train", file)
 
 
 def test_a_run_that_never_started_may_change_its_settings(values, tmp_path):
@@ -484,6 +488,29 @@ def test_eval_and_score_name_what_is_wrong(refused, prompt, tmp_path):
     sentence = refused("score", "--prompt", prompt, "--input", pairs, "--output", tmp_path / "o")
     assert "Row 2 of" in sentence and "has no text in 'input'" in sentence
     assert "Task 'supersens' is unknown; did" in refused("eval", prompt, "--task", "supersens")
+
+
+def test_an_export_is_all_that_others_need(call, prompt, backbone, tmp_path):
+    code, out, err = call("export", prompt, "--output", tmp_path / "known")
+    assert code == 0, err
+    assert json.loads(out) == {
+        "adapter": str(tmp_path / "known" / "adapter"), "backbone": str(backbone)
+    }  # fmt: skip
+    assert os.listdir(tmp_path / "known") == ["adapter"]
+    code, out, err = call(
+        "export", prompt, "--output", tmp_path / "x", "--backbone", "builtin-small"
+    )
+    assert code == 0, err
+    base = json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text())
+    written = load_backbone(base["base_model_name_or_path"])
+    known = load_backbone("builtin-small")
+    jax.tree.map(np.testing.assert_array_equal, written.params, known.params)
+    assert written.fingerprint == known.fingerprint
+    words = [load_tokenizer(b.path).encode("a cat of the forest") for b in (written, known)]
+    assert words[0] == words[1]
+    assert {p.name for p in (tmp_path / "x" / "backbone").iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
 
 
 def answers(path):

@@ -124,3 +124,13 @@ def _download(name: str) -> str:
             f"there is no directory {name}, and as a hub id it cannot be downloaded "
             f"({type(error).__name__}); check the spelling and the network, or name a directory"
         ) from error
+
+
+def only_here(source: str) -> bool:
+    """Whether a backbone's name or file means something to jaxprompt alone."""
+    if source in BUILTIN or source in PACKAGES or source.startswith("gs://"):
+        return True
+    path = Path(expanded(source))
+    if path.suffix == ".gguf":
+        return True
+    return path.is_dir() and not (path / "config.json").is_file()

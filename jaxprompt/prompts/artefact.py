@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxprompt.config import UserError, expanded, looked_in, shown
 from jaxprompt.files import replace_directory
 from jaxprompt.markdown import plain
+from jaxprompt.model.hub import only_here
 from jaxprompt.model.pickle_reader import read_torch
 
 FORMAT = 1
@@ -111,11 +112,17 @@ def load_prompt(path: str | Path) -> Prompt:
     )
 
 
-def save_peft(path: str | Path, prompt: Prompt) -> None:
+def save_peft(path: str | Path, prompt: Prompt, *, base_model: str | None = None) -> None:
     """Write a PEFT adapter (PROMPT_TUNING) that PEFT loads for the prompt's kind of model.
+
+    Its README.md says what text the adapter expects, and how to get a backbone that only jaxprompt
+    knows: ``save_backbone`` writes it as others load it.
 
     ``num_transformer_submodules`` is 1: with PEFT's default of 2 for T5 half of the rows would be
     dead. PEFT knows no task: an input must end with the task's separator where it has one.
+
+    Args:
+        base_model: Where PEFT finds the backbone; by default where it was in training.
 
     Raises:
         UserError: ``path`` holds anything but an adapter that was written here, or the vectors are
@@ -123,12 +130,17 @@ def save_peft(path: str | Path, prompt: Prompt) -> None:
     """
     vectors = _checked(np.asarray(prompt.vectors), "The prompt")
     facts = check_facts(prompt.facts, "The prompt's facts")
-    text = _as_json(_peft_config(vectors.shape, facts))
+    config = _peft_config(vectors.shape, facts)
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    text = _as_json(config)
+    card = adapter_card(facts, config).encode("utf-8", "backslashreplace")
 
     def write(folder: Path) -> None:
         tensors = {"prompt_embeddings": np.ascontiguousarray(vectors)}
         save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_bytes(text)
+        (folder / CARD).write_bytes(card)
 
     replace_directory(Path(expanded(path)), write, _is_our_adapter)
 
@@ -345,6 +357,58 @@ print(jp.predict(session, [{example}]))
 """
 
 
+def adapter_card(facts: dict[str, Any], config: dict[str, Any]) -> str:
+    """Markdown beside an adapter: how PEFT loads it, and what text it expects."""
+    task, recorded = facts.get("task") or {}, (facts.get("backbone") or {}).get("source")
+    base = config["base_model_name_or_path"]
+    known = isinstance(base, str) and not only_here(base)
+    values: dict[str, Any] = {"library_name": "peft"}
+    if known and _is_hub_id(base):
+        values["base_model"] = base
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+    end = ""
+    if _decoder_only(facts):
+        end = (
+            f"An input ends with {_code(task.get('separator', ''))}; an answer begins with a space."
+        )
+    how = (
+        ""
+        if known
+        else f"""
+The backbone {_code(base or recorded or "unknown")} is one that only jaxprompt knows. Write it as
+transformers reads it, and name that folder in `adapter_config.json`, or load it yourself:
+
+```python
+import jaxprompt as jp
+
+jp.save_backbone("backbone", {json.dumps(base or "...")})
+```
+"""
+    )
+    kind = "CausalLM" if _decoder_only(facts) else "Seq2SeqLM"
+    return f"""---
+{front}
+---
+# Prompt-tuning adapter for {plain(task.get("name", "an unnamed task"))}
+
+{config["num_virtual_tokens"]} vectors for {_code(base or "an unnamed backbone")}, written by
+jaxprompt. PEFT knows no task: give it text of the form {_code(task.get("template", "unknown"))}.
+{end}
+{how}
+```python
+from peft import PeftModel
+from transformers import AutoModelFor{kind}
+
+base = AutoModelFor{kind}.from_pretrained({json.dumps(base if known else "backbone")})
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
+
+
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
@@ -368,7 +432,7 @@ def _front_matter(facts: dict[str, Any], source: str) -> str:
     """What the Hugging Face hub reads: names in JSON, which is YAML."""
     kind = "causal-lm" if _decoder_only(facts) else "t5"
     values: dict[str, Any] = {"library_name": "jaxprompt"}
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists():
+    if _is_hub_id(source):
         values["base_model"] = source
     values["tags"] = ["prompt-tuning", "soft-prompt", kind]
     names = [name for name in facts.get("metrics") or {} if re.fullmatch(r"\w+", str(name))]

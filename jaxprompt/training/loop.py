@@ -59,7 +59,7 @@ from jaxprompt.training.population import (
     table,
     winner,
 )
-from jaxprompt.training.results import facts_of, save_tuned
+from jaxprompt.training.results import facts_of, note_test, save_tuned
 from jaxprompt.training.step import TrainState, make_train_step, sound
 
 MOST_ROLLBACKS = 10  # the rate is then a thousandth
@@ -325,6 +325,8 @@ def _train(
             mine = None if bank is None else bank[place : place + 1, : given.length]
             rows_judged = len(given.validation.examples)
             facts = facts_of(members[k], given.task, backbone, found, done, rows_judged)
+            words = ("majority", "untuned")
+            facts["baselines"] = {word: progress[word][given.task.name] for word in words}
             if count > 1:
                 save_tuned(folder / "population" / str(k), state.tree, mine, backbone, facts)
             name = given.task.name
@@ -421,6 +423,8 @@ def _train(
             with signals.free():
                 tuned = found["prompt"] or found["model"]
                 found["test"] = measure(params, bank, given.task, given.test, of=tuned)[0]
+            if method.uses_prompt:
+                note_test(place / "prompt", found["test"])
         if jax.process_index() == 0:
             rows = logbook.rows_of(called(name))
             draw_curves(rows, given.metric, found["majority"], place / "curves.png")

@@ -15,7 +15,7 @@ from jaxprompt.config import RunConfig
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.files import replace_directory
 from jaxprompt.model.load import Backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, save_prompt
+from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
 
 
 def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
@@ -45,6 +45,13 @@ def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, row
             "flax": flax.__version__,
         },
     }
+
+
+def note_test(folder: Path, scores: dict[str, float]) -> None:
+    """Add the metrics of the test split to the artefact of a finished run."""
+    if jax.process_index() == 0:
+        prompt = load_prompt(folder)
+        save_prompt(folder, prompt._replace(facts=prompt.facts | {"test": scores}))
 
 
 def save_tuned(
