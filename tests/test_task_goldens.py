@@ -139,5 +139,11 @@ def test_rows_without_what_they_are_judged_by():
     mine = resolve_task({"name": "mine", "template": "{a}", "target": "{b}", "answers": "all"})
     with pytest.raises(UserError, match="row 1 of v.csv has no 'all', by which task 'mine' judges"):
         references(mine, [{"a": 1, "b": 2}], "v.csv")
+    grouped = mine.model_copy(update={"answers": None, "group": "all"})
+    for lost in (None, float("nan")):  # rows without a group are not one group
+        with pytest.raises(
+            UserError, match="row 1 of v.csv has no 'all', by which task 'mine' jud"
+        ):
+            references(grouped, [{"a": 1, "b": 2, "all": lost}], "v.csv")
     with pytest.raises(UserError, match="row 1 of v.csv has 'one' in 'all'; give a list"):
         references(mine, [{"a": 1, "b": 2, "all": "one"}], "v.csv")

@@ -437,7 +437,8 @@ def references(
     for number, text in enumerate(target_texts(task, rows, origin)):
         row, where = rows[number], _where(task, origin, number)
         for column in filter(None, (task.answers, task.group)):
-            if row.get(column) is None:
+            value = row.get(column)
+            if value is None or (isinstance(value, float) and value != value):
                 raise UserError(f"{where} has no {column!r}, by which task {task.name!r} judges.")
         answers = (text,) if task.answers is None else _answers(task, row, where)
         group = number if task.group is None else str(row[task.group])
