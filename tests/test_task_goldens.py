@@ -91,6 +91,28 @@ def test_triples_without_a_text_can_be_asked():
         assert to_text(resolve_task("web_nlg"), made[0])[0] == "a | b | c && d | e | f"
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("wsc", {"label": -1}), ("stsb", {"label": -1}), ("stsb", {"label": -1.0}),
+        ("stsb", {"label": None}), ("wsc", {"label": None}), ("squad", {"answers": None}),
+        ("mrqa_drop", {"answers": None}), ("record", {"answers": None}),
+        ("web_nlg", {"target": None, "references": None}),
+        ("web_nlg", {"target": "", "references": []}),
+    ],
+)  # fmt: skip
+def test_rows_that_nothing_is_known_of_are_answered_and_never_judged(name, change):
+    """Each would count as wrong, and figures would be those of something else."""
+    task, row = resolve_task(name), GOLDENS[SAME.get(name, name)]["rows"][0]
+    missing = {key: value for key, value in row.items() if key not in change}
+    for unlabelled in (row | change, missing):
+        made = apply_rule(task, [unlabelled], training=False)
+        asked = task.model_copy(update={"target": ""})
+        assert to_text(asked, made[0])[0] == GOLDENS[SAME.get(name, name)]["inputs"][0]
+        with pytest.raises(UserError, match="row 1 "):
+            references(task, made)
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_names_that_t5_puts_in_front(name):
     prefix = GOLDENS[name].get("prefix", "")

@@ -131,7 +131,7 @@ def record(rows: Iterable[Row], training: bool) -> Iterator[Row]:
             key = flat["idx"]["passage"], flat["idx"]["query"]
             if key not in seen:
                 seen.add(key)
-                yield common | {"answer": common["answers"][0]}
+                yield _judged(common | {"answer": common["answers"][0]}, flat.get("answers"))
 
 
 def _record_queries(row: Row) -> Iterator[Row]:
@@ -211,6 +211,11 @@ def _wsc_spans(row: Row) -> Row:
     return row
 
 
+def _judged(row: Row, given: Any, column: str = "answers") -> Row:
+    """The row, without accepted answers where its source gives none: it cannot be judged."""
+    return row | {column: None} if given is None else row
+
+
 def squad(rows: Iterable[Row], training: bool) -> Iterator[Row]:
     """SQuAD and MRQA: blanks around all punctuation; the first of the answers is the target."""
     for row in rows:
@@ -219,12 +224,8 @@ def squad(rows: Iterable[Row], training: bool) -> Iterator[Row]:
         padded = [pad_punctuation(text) for text in _texts(row, "answers", texts, training)]
         padded = padded or [UNKNOWN]
         question, context = pad_punctuation(row["question"]), pad_punctuation(row["context"])
-        yield row | {
-            "question": question,
-            "context": context,
-            "answers": padded,
-            "answer": padded[0],
-        }
+        made = {"question": question, "context": context, "answers": padded, "answer": padded[0]}
+        yield _judged(row | made, answers)
 
 
 _PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
@@ -260,7 +261,9 @@ def web_nlg(rows: Iterable[Row], training: bool) -> Iterator[Row]:
             raise UserError("it has neither a target nor references to learn from.")
         texts = texts or [target or UNKNOWN]  # unknown: rows to be answered
         triples = " && ".join(_texts(row, "input", row["input"], True))
-        yield row | {"triples": triples, "references": texts, "target": target or texts[0]}
+        made = {"triples": triples, "references": texts, "target": target or texts[0]}
+        given = target or row.get("references") or None
+        yield _judged(row | made, given, "references")
 
 
 RULES: dict[str, Rule] = {

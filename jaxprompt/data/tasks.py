@@ -5,6 +5,7 @@ the metrics selects checkpoints.
 
 import collections
 import difflib
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -440,10 +441,25 @@ def references(
             value = row.get(column)
             if value is None or (isinstance(value, float) and value != value):
                 raise UserError(f"{where} has no {column!r}, by which task {task.name!r} judges.")
+        _check_judged(task, text, where)
         answers = (text,) if task.answers is None else _answers(task, row, where)
         group = number if task.group is None else str(row[task.group])
         found.append(Reference(text, answers, group))
     return found
+
+
+def _check_judged(task: TaskConfig, text: str, where: str) -> None:
+    """Refuse a reference that the task's metrics cannot mean, such as the mark of no label."""
+    hint = "rows without a label can be answered (predict), not judged"
+    if "wsc_accuracy" in task.metrics and text not in ("True", "False"):
+        raise UserError(f"{where} has the label {shown(text)}; allowed are True and False; {hint}.")
+    if {"pearson", "spearman"} & set(task.metrics):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (task.rule == "stsb" and value < 0):
+            raise UserError(f"{where} has the label {shown(text)}, which is no score; {hint}.")
 
 
 def _answers(task: TaskConfig, row: dict[str, Any], where: str) -> tuple[str, ...]:
