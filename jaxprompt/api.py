@@ -15,6 +15,7 @@ from jaxprompt.bank import virtual_ids
 from jaxprompt.config import TaskConfig, UserError, expanded, listed, parse, shown
 from jaxprompt.data.pipeline import Example
 from jaxprompt.data.rules import apply_rule
+from jaxprompt.data.targets import as_written, label_warnings
 from jaxprompt.data.tasks import (
     Reference,
     class_words,
@@ -263,6 +264,8 @@ def evaluate(
     """The task's metrics on one of its splits, or on a file ``data`` with the task's columns."""
     session = prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
     asked = _questions(session, task, data, split)
+    for text in asked.warnings:
+        warn(text)
     answers = answer_rows(
         session, asked.task, asked.rows, batch_size=batch_size, share=True, progress=progress,
         origin=asked.origin, warn=warn,
@@ -282,6 +285,7 @@ class _Questions(NamedTuple):
     origin: str
     judged_by: list[Reference]
     facts: dict[str, Any]
+    warnings: list[str]  # of targets that no answer can equal
 
 
 def _questions(session: Session, task, data: str | None, split: str) -> _Questions:
@@ -291,7 +295,9 @@ def _questions(session: Session, task, data: str | None, split: str) -> _Questio
     origin = data if data is not None else getattr(chosen, split)
     if not rows:
         raise UserError(f"{origin} holds no rows that task {chosen.name!r} can judge.")
-    judged_by = references(chosen, rows, origin)
+    written = as_written(chosen, references(chosen, rows, origin), session.tokenizer)
+    judged_by = written.references
+    odd = [*label_warnings(chosen, session.tokenizer), *written.warnings]
     facts = {
         "task": chosen.name,
         "data": data if data is not None else split,
@@ -300,7 +306,7 @@ def _questions(session: Session, task, data: str | None, split: str) -> _Questio
         "backbone": session.backbone.source,
         "prompt_length": session.length,
     }
-    return _Questions(chosen, rows, origin, judged_by, facts)
+    return _Questions(chosen, rows, origin, judged_by, facts, odd)
 
 
 def evaluate_ensemble(
@@ -325,6 +331,8 @@ def evaluate_ensemble(
     vectors = _one_bank(sessions)
     _check_one_form(sessions, task)
     asked = _questions(first, task, data, split)
+    for text in asked.warnings:
+        warn(text)
     chosen, rows, vocabulary = asked.task, asked.rows, first.backbone.config.vocab_size
     plain = tokenize(
         chosen, rows, first.tokenizer, first.length, vocabulary,

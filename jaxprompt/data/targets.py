@@ -6,11 +6,14 @@ the vocabulary lacks comes back as an unknown one, so no answer equals a target 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.tasks import Reference
+from jaxprompt.data.pipeline import Example
+from jaxprompt.data.tasks import Reference, references
 from jaxprompt.data.tokenizer import Tokenizer
+
+Rows = Sequence[dict[str, Any]]
 
 
 class Judged(NamedTuple):
@@ -21,7 +24,7 @@ class Judged(NamedTuple):
 
 
 def as_written(
-    task: TaskConfig, references: Sequence[Reference], tokenizer: Tokenizer, what: str = "targets"
+    task: TaskConfig, judges: Sequence[Reference], tokenizer: Tokenizer, what: str = "targets"
 ) -> Judged:
     """The references with their texts as ``Tokenizer.decode`` would give them back.
 
@@ -29,11 +32,11 @@ def as_written(
     characters stays too, and ``what`` (such as "validation targets") names the rows in a warning.
     """
     if task.labels is not None:
-        return Judged(list(references), [])
-    texts = list(dict.fromkeys(t for found in references for t in (found.text, *found.answers)))
+        return Judged(list(judges), [])
+    texts = list(dict.fromkeys(t for found in judges for t in (found.text, *found.answers)))
     written, unknown, long = {}, set(), set()
     for text, ids in zip(texts, tokenizer.encode_targets(texts, task.separator), strict=True):
-        if tokenizer.unk_id in ids:
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             unknown.add(text)
         elif len(ids) - 1 > task.max_target_length:  # EOS need not be written
             long.add(text)
@@ -42,25 +45,54 @@ def as_written(
         found._replace(
             text=written[found.text], answers=tuple(written[text] for text in found.answers)
         )
-        for found in references
+        for found in judges
     ]
-    lost = [f for f in references if unknown.issuperset(f.answers)]
-    cut = [f for f in references if f not in lost and (unknown | long).issuperset(f.answers)]
+    lost = [found for found in judges if unknown.issuperset(found.answers)]
+    out_of_reach = unknown | long
+    cut = [
+        found
+        for found in judges
+        if out_of_reach.issuperset(found.answers) and not unknown.issuperset(found.answers)
+    ]
     return Judged(judged, [*_lost(lost, len(judged), what), *_cut(task, cut, len(judged), what)])
 
 
+def unknown_targets(
+    task: TaskConfig,
+    references: Sequence[Reference],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    what: str,
+) -> list[str]:
+    """The warning about targets with unknown characters, from ids that are there already."""
+    if task.labels is not None or tokenizer.unk_id is None:
+        return []
+    pairs = zip(references, examples, strict=True)
+    lost = [found for found, example in pairs if (example.targets == tokenizer.unk_id).any()]
+    return _lost(lost, len(references), what)
+
+
+def judged_by(task: TaskConfig, rows: Rows, tokenizer: Tokenizer) -> list[Reference]:
+    """What answers to these rows are compared with."""
+    return as_written(task, references(task, rows), tokenizer).references
+
+
 def _lost(lost: Sequence[Reference], count: int, what: str) -> list[str]:
+    if not lost:
+        return []
     return [
         f"{len(lost)} of {count} {what} have characters that the backbone's vocabulary cannot "
         f"write, such as {lost[0].text[:60]!r}; no answer can equal them"
-    ] * bool(lost)
+    ]
 
 
 def _cut(task: TaskConfig, cut: Sequence[Reference], count: int, what: str) -> list[str]:
+    if not cut:
+        return []
     return [
         f"{len(cut)} of {count} {what} are longer than task.max_target_length, "
         f"{task.max_target_length} tokens, at which answers end; raise it"
-    ] * bool(cut)
+    ]
 
 
 def label_warnings(task: TaskConfig, tokenizer: Tokenizer) -> list[str]:

@@ -26,7 +26,8 @@ from jaxprompt.api import (
     open_session,
 )
 from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder, parse
-from jaxprompt.data.tasks import load_rows, references
+from jaxprompt.data.targets import judged_by
+from jaxprompt.data.tasks import load_rows
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.score import measure
 from jaxprompt.files import write_atomically
@@ -199,8 +200,8 @@ def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     if task.labels and bench.illegal_rows:
         record |= free_generation(session, task, load_rows(task, "validation", bench.illegal_rows))
     for split, name in (("validation", "majority"), ("test", "majority_test")):
-        judged_by = references(task, rows.get(split, []))
-        record[name] = majority(metric, judged_by, task.labels) if judged_by else None
+        judges = judged_by(task, rows.get(split, []), session.tokenizer)
+        record[name] = majority(metric, judges, task.labels) if judges else None
     for other in bench.also.get(cell.task, ()) if cell.method in ("prompt", "full") else ():
         record.setdefault("also", {})[other.name] = _judged_on(session, other, limit)
     record |= {"rows": len(rows["validation"]), "fingerprint": backbone.fingerprint}
@@ -246,9 +247,8 @@ def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[st
     if limit is None:
         return evaluate(session, task=task, split=split)["metrics"]
     rows = load_rows(task, split, limit)
-    return measure(
-        task, answer_rows(session, task, rows, share=True).predictions, references(task, rows)
-    )
+    answers = answer_rows(session, task, rows, share=True)
+    return measure(task, answers.predictions, judged_by(task, rows, session.tokenizer))
 
 
 def _ensemble(cell: Cell, bench: Bench, task: TaskConfig, backbone: Backbone) -> Record:

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder
 from jaxprompt.data.pipeline import Example
+from jaxprompt.data.targets import as_written, label_warnings, unknown_targets
 from jaxprompt.data.tasks import Reference, load_rows, references, resolve_task, tokenize
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
@@ -22,6 +23,7 @@ class Split(NamedTuple):
     examples: Sequence[Example]
     references: list[Reference]
     truncation: Truncation
+    warnings: Sequence[str] = ()  # of targets that no answer can equal
 
     def digest(self) -> str:
         """SHA-256 of all ids and of what predictions are compared with, in their order."""
@@ -92,7 +94,13 @@ def split_of(
     examples = tokenize(
         task, rows[name], tokenizer, length, vocabulary, origin=origin, note=heard.append
     )
-    return Split(examples, references(task, rows[name], origin), heard[-1])
+    told = references(task, rows[name], origin)
+    what = f"{'training' if name == 'train' else name} targets of task {task.name!r}"
+    if name == "train":  # nothing is compared with them
+        odd = unknown_targets(task, told, examples, tokenizer, what)
+        return Split(examples, told, heard[-1], odd)
+    judged = as_written(task, told, tokenizer, what)
+    return Split(examples, judged.references, heard[-1], judged.warnings)
 
 
 def truncation_warnings(given: Assignment) -> list[str]:
@@ -104,6 +112,12 @@ def truncation_warnings(given: Assignment) -> list[str]:
         if split is not None
     )
     return [text for text in told if text is not None]
+
+
+def target_warnings(given: Assignment, tokenizer: Tokenizer) -> list[str]:
+    """A sentence for each kind of target, or label, that answers cannot equal."""
+    found = [text for split in given.splits() for text in split.warnings]
+    return [*label_warnings(given.task, tokenizer), *found]
 
 
 def assign(

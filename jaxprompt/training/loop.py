@@ -30,6 +30,7 @@ from jaxprompt.training.assignment import (
     assign,
     read_splits,
     split_of,
+    target_warnings,
     tasks_of,
     truncation_warnings,
 )
@@ -137,7 +138,9 @@ def _train(
 
     first = {given.task.name: given for given in reversed(assigned.values())}  # of each task
     cut = itertools.chain(*map(truncation_warnings, first.values()))
-    for warning in [*schedule_warnings(settings), *start_warnings(members, task_of), *cut]:
+    odd = [text for given in first.values() for text in target_warnings(given, tokenizer)]
+    warnings = [*schedule_warnings(settings), *start_warnings(members, task_of), *cut, *odd]
+    for warning in warnings:
         reporter.say(f"warning: {warning}")
 
     def starts_from(params) -> list[Any]:

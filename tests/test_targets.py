@@ -1,0 +1,98 @@
+"""Free answers and their targets are compared as the vocabulary writes them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers_data import t5_tokenizer
+
+from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.targets import as_written, label_of, label_warnings
+from jaxprompt.data.tasks import references, tokenize
+from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.evaluation import score
+from jaxprompt.evaluation.score import answer, measure
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return load_tokenizer(t5_tokenizer(tmp_path_factory.mktemp("t5")))
+
+
+@dataclasses.dataclass
+class Settings:
+    eos_id: int = 1
+
+
+class Fixed:
+    """In place of a model: what it writes is patched in."""
+
+    mesh = None
+    prepared = staticmethod(lambda examples: (None, Settings()))
+    ask = staticmethod(lambda *_, **__: None)
+
+
+def mine(**changes):
+    return TaskConfig(name="t", template="{text}", **changes)
+
+
+def perfect(task, rows, tokenizer):
+    """The metrics of a model that writes each row's target, token by token."""
+    judged = as_written(task, references(task, rows), tokenizer)
+    ids = tokenizer.encode_targets([row["label"] for row in rows], task.separator)
+    return measure(task, [tokenizer.decode(row) for row in ids], judged.references), judged.warnings
+
+
+@pytest.mark.parametrize(
+    "target", ["bread", "bread ", " is  it", "good\nbad", "good\u00a0bad", "\uff47ood", "\ufb01t"]
+)
+def test_a_perfect_answer_is_right_however_the_target_is_spelled(t5, target):
+    task = mine(metrics=["accuracy"])
+    metrics, warnings = perfect(task, [{"text": "it", "label": target}] * 2, t5)
+    assert metrics == {"accuracy": 1.0}
+    assert warnings == []
+
+
+def test_targets_with_unknown_characters_are_told_and_equal_nothing(t5):
+    rows = [{"text": "it", "label": word} for word in ("{a}", "bread", "日本")]
+    metrics, [warning] = perfect(mine(), rows, t5)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert "2 of 3 targets have characters" in warning and "'{a}'" in warning
+    # one of several answers is enough
+    several = mine(answers="all", metrics=["exact_match"])
+    rows = [{"text": "it", "label": "{a}", "all": ["{a}", " a "]}]
+    judged = as_written(several, references(several, rows), t5)
+    assert judged.references[0].answers == ("{a}", "a") and judged.warnings == []
+
+
+def test_targets_that_answers_are_too_short_for_are_told(t5):
+    task = mine(max_target_length=8)
+    rows = [{"text": "it", "label": "bread"}, {"text": "it", "label": "the roof leaks: is it"}]
+    judged = as_written(task, references(task, rows), t5)
+    assert judged.warnings == [
+        "1 of 2 targets are longer than task.max_target_length, 8 tokens, at which answers end; "
+        "raise it"
+    ]
+
+
+def test_labels_that_the_vocabulary_cannot_write_are_told(t5):
+    assert label_warnings(mine(labels=["good", "bad"]), t5) == []
+    for label in ("<b>", "{yes}", "日本", "\uff5byes\uff5d"):
+        [warning] = label_warnings(mine(labels=["good", label]), t5)
+        assert f"lacks characters of the labels {label!r}" in warning
+
+
+def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
+    task = mine(labels=["yes ", "{no}"], decoding="greedy", max_target_length=8)
+    rows = t5.encode_targets(task.labels)
+    rows += t5.encode_targets(["it"])
+    written = np.array([row + [0] * (8 - len(row)) for row in rows])
+    monkeypatch.setattr(score, "_in_order", lambda *_: written)
+    monkeypatch.setattr(score, "_cut", lambda mesh, config, *_, **__: (config, 8))
+    found = answer(Fixed(), task, [], t5, batch_size=8)  # pyright: ignore[reportArgumentType]
+    assert found.predictions == ["yes ", "{no}", "it"]
+    with pytest.raises(UserError, match="Label 'yes ' has . tokens, and task.max_target_length"):
+        label_of(task.model_copy(update={"max_target_length": 1}), t5)
+    same = mine(labels=["yes", "yes\u200b"], decoding="greedy")
+    with pytest.raises(UserError, match="the same (text|tokens) to this backbone"):
+        tokenize(same, [{"text": "it", "label": "yes"}], t5, 1, 500)
