@@ -4,14 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import Killer, make_backbone, run_config, write_rows
 from helpers_data import t5_tokenizer
 
+from jaxprompt import api
 from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.data.pipeline import Example
 from jaxprompt.data.targets import as_written, label_of, label_warnings
 from jaxprompt.data.tasks import references, tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluation import score
-from jaxprompt.evaluation.score import answer, measure
+from jaxprompt.evaluation.score import Answers, answer, measure
+from jaxprompt.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +93,43 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
     written = np.array([row + [0] * (8 - len(row)) for row in rows])
     monkeypatch.setattr(score, "_in_order", lambda *_: written)
     monkeypatch.setattr(score, "_cut", lambda mesh, config, *_, **__: (config, 8))
-    found = answer(Fixed(), task, [], t5, batch_size=8)  # pyright: ignore[reportArgumentType]
+    asked = [Example(np.zeros(1, np.int32), np.zeros(0, np.int32))] * 3
+    found = answer(Fixed(), task, asked, t5, batch_size=8)  # pyright: ignore[reportArgumentType]
     assert found.predictions == ["yes ", "{no}", "it"]
     with pytest.raises(UserError, match="Label 'yes ' has . tokens, and task.max_target_length"):
         label_of(task.model_copy(update={"max_target_length": 1}), t5)
     same = mine(labels=["yes", "yes\u200b"], decoding="greedy")
     with pytest.raises(UserError, match="the same (text|tokens) to this backbone"):
         tokenize(same, [{"text": "it", "label": "yes"}], t5, 1, 500)
+
+
+@pytest.mark.parametrize("split", ["training", "validation", "test"])
+def test_a_run_warns_of_targets_that_nothing_equals(tmp_path, split):
+    backbone = make_backbone(tmp_path / "tiny")
+    rows = [{"text": "one", "label": word} for word in ("good", "zzz")]
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", rows if name == split else rows[:1]))
+        for name in ("training", "validation", "test")
+    }
+    task = {"name": "t", "template": "{text}", "labels": None, "train": files["training"],
+            "validation": files["validation"], "test": files["test"]}  # fmt: skip
+    said = f"warning: 1 of 2 {split} targets of task 't' have characters that .*"
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(backbone, tmp_path / "run", task=task), Killer(said[:50]))
+
+
+def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
+    session = api.open_session(None, str(make_backbone(tmp_path / "tiny")))
+    told, path = [], tmp_path / "rows.jsonl"
+    write_rows(path, [{"text": "one", "label": word} for word in (" good ", "zzz", "bad")])
+    written = Answers(["good", "", "yes"], None)
+    monkeypatch.setattr(api, "answer", lambda *_, **__: written)
+    task = mine(train=None)
+    found = api.evaluate(session, task=task, data=str(path), warn=told.append)
+    assert found["metrics"] == {"accuracy": pytest.approx(1 / 3)}
+    assert len(told) == 1 and "1 of 3 targets have characters" in told[0] and "'zzz'" in told[0]
+    labelled = mine(labels=["good", "zzz yes"])
+    write_rows(path, [{"text": "one", "label": "good"}])
+    monkeypatch.setattr(api, "answer", lambda *_, **__: Answers(["good"], None))
+    api.evaluate(session, task=labelled, data=str(path), warn=told.append)
+    assert "lacks characters of the labels 'zzz yes'" in told[1]

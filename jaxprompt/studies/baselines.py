@@ -15,7 +15,7 @@ import numpy as np
 from jaxprompt.api import Session, answer_rows
 from jaxprompt.config import TaskConfig, UserError
 from jaxprompt.data.targets import judged_by
-from jaxprompt.data.tasks import target_texts
+from jaxprompt.data.tasks import references, target_texts
 from jaxprompt.data.templates import answered, columns_of, to_text
 from jaxprompt.evaluation.score import measure
 
@@ -98,7 +98,7 @@ def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float 
     shares = jax.nn.log_softmax(np.asarray(free), axis=-1)
     prior = np.asarray(jax.nn.logsumexp(shares, axis=0)) - np.log(len(shares))
     predictions = [task.labels[i] for i in (found - prior).argmax(axis=1)]
-    return measure(task, predictions, judged_by(task, rows, session.tokenizer))[task.metrics[0]]
+    return measure(task, predictions, references(task, rows))[task.metrics[0]]
 
 
 def hard_prompt(
