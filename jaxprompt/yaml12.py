@@ -56,8 +56,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _wrong(node: yaml.Node, wanted: str) -> yaml.constructor.ConstructorError:
-    given = node.value[:40] if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
-    problem = f"{given!r} is tagged as {wanted} and is none"
+    given = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    if isinstance(node, yaml.ScalarNode):
+        given = repr(node.value[:40])
+    problem = f"{given} is tagged as {wanted} and is none"
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 

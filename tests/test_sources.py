@@ -390,7 +390,8 @@ def test_many_rows_of_parquet_are_made_on_demand(tmp_path, monkeypatch):
     rows = read_rows(None, str(tmp_path / "a.parquet"))
     assert not isinstance(rows, list) and len(rows) == 100
     assert list(rows) == table.to_pylist() == [rows[i] for i in range(100)]
-    assert [rows[i]["i"] for i in (99, 3, 50, 22, 23, -100)] == [99, 3, 50, 22, 23, 0]
+    order = [99, 3, 50, 22, 23, 22, 0, 46, 45, 98, 99]
+    assert [rows[i]["i"] for i in order] == order and rows[-100]["i"] == 0
     assert rows[21:25] == table.to_pylist()[21:25]
     with pytest.raises(IndexError):
         rows[100]
@@ -400,6 +401,7 @@ def test_many_rows_of_parquet_are_made_on_demand(tmp_path, monkeypatch):
     for read in (list, lambda rows: rows[60]):
         with pytest.raises(UserError, match="row 61, column 'x'"):
             read(rows)
+    assert [rows[i]["x"].year for i in (99, 30, 70, 0)] == [1970] * 4
 
 
 def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):

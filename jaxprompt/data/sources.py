@@ -297,8 +297,8 @@ def _read_csv(path: Path) -> list[Row]:
 class _ParquetRows(Sequence[Row]):
     """Rows of a parquet file, made when they are asked for: a file is larger in Python's objects.
 
-    Of the file one row group is in memory, and of its rows one block. To go over all rows takes a
-    batch at a time.
+    A batch of them is in memory at a time. In their order they are read once; a step back begins
+    again with the row group.
     """
 
     def __init__(self, path: Path):
@@ -310,8 +310,8 @@ class _ParquetRows(Sequence[Row]):
             facts = self._file.metadata
             sizes = [facts.row_group(i).num_rows for i in range(facts.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
-        self._group, self._table = -1, None
-        self._block, self._rows = -1, []
+        self._batches, self._next = iter(()), len(self)  # what is read next, from which row on
+        self._start, self._rows = 0, []  # of the batch at hand
         names = self._file.schema_arrow.names
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -331,14 +331,22 @@ class _ParquetRows(Sequence[Row]):
         return int(self._starts[-1])
 
     def __iter__(self) -> Iterator[Row]:
-        batches, start = self._file.iter_batches(BLOCK), 0
+        for start, batch in self._read(0):
+            yield from self._rows_of(batch, start)
+
+    def _read(self, group: int) -> Iterator[tuple[int, Any]]:
+        """Batches from a row group on, each with the number of its first row."""
+        start = int(self._starts[group])
+        batches = self._file.iter_batches(BLOCK, row_groups=range(group, len(self._starts) - 1))
         while True:
             with self._readable():
                 batch = next(batches, None)
             if batch is None:
-                return
-            yield from self._rows_of(batch, start)
+                break
+            yield start, batch
             start += batch.num_rows
+        if start != len(self):
+            raise UserError(f"{self._path} cannot be read as parquet: it has {start} rows.")
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -347,19 +355,26 @@ class _ParquetRows(Sequence[Row]):
         index += len(self) * (index < 0)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        group = int(np.searchsorted(self._starts, index, "right")) - 1
-        if group != self._group:
-            with self._readable():
-                self._table = self._file.read_row_group(group)
-            self._group, self._block = group, -1
-        block, inside = divmod(index - int(self._starts[group]), BLOCK)
-        if block != self._block:
-            assert self._table is not None
-            self._rows = self._rows_of(self._table.slice(block * BLOCK, BLOCK), index - inside)
-            self._block = block
-        if inside >= len(self._rows):
-            raise UserError(f"{self._path} cannot be read as parquet: row {index + 1} is missing.")
-        return dict(self._rows[inside])
+        if not self._start <= index < self._start + len(self._rows):
+            self._load(index)
+        return dict(self._rows[index - self._start])
+
+    def _load(self, index: int) -> None:
+        """Make the rows of the batch that holds a row."""
+        group = self._group(index)
+        if index < self._next or group > self._group(self._next):
+            self._batches, self._next = self._read(group), int(self._starts[group])
+        for start, batch in self._batches:
+            self._next = start + batch.num_rows
+            if index < self._next:
+                self._start, self._rows = start, self._rows_of(batch, start)
+                return
+        self._next = len(self)
+        raise UserError(f"{self._path} cannot be read as parquet: row {index + 1} is missing.")
+
+    def _group(self, index: int) -> int:
+        """The row group of a row."""
+        return int(np.searchsorted(self._starts, index, "right")) - 1
 
     def _rows_of(self, batch: Any, start: int) -> list[Row]:
         """The rows of an arrow table or batch, the first of which is number ``start`` from 0."""
