@@ -26,7 +26,7 @@ from jaxprompt.data.tasks import (
 )
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
-from jaxprompt.evaluation.analyze import draw_prompt, summarize
+from jaxprompt.evaluation.analyze import draw_prompt, figure_format, summarize
 from jaxprompt.evaluation.metrics import diagnose, likeliest, majority, vote
 from jaxprompt.evaluation.score import (
     Answers,
@@ -40,7 +40,7 @@ from jaxprompt.evaluation.score import (
 )
 from jaxprompt.model import family
 from jaxprompt.model.load import Backbone, load_backbone
-from jaxprompt.prompts.artefact import Prompt, load_prompt
+from jaxprompt.prompts.artefact import Prompt, checked_prompt, load_prompt
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -92,6 +92,8 @@ def open_session(
     """
     if isinstance(prompt, str | Path):
         prompt = load_prompt(prompt)
+    elif prompt is not None:  # made in Python
+        prompt = checked_prompt(prompt)
     recorded = {} if prompt is None else prompt.facts.get("backbone", {})
     if backbone is None:
         backbone = recorded.get("source")
@@ -492,6 +494,8 @@ def inspect(
     """Nearest words, norms, similarities of the session's prompt; ``figure`` draws them (.png)."""
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
+    if figure is not None:
+        figure_format(Path(figure))
     tokenizer, vectors = session.tokenizer, session.prompt.vectors
     report = summarize(
         vectors,

@@ -20,6 +20,8 @@ from jaxprompt.config import UserError
 
 Write = Callable[[IO[bytes]], object]
 
+# names of what is being written, or kept aside for a while
+PART = re.compile(r"\..*(-[0-9a-f]{12}|@[0-9]+)(\.part)?")
 # a model's files, of which a new version may have fewer
 _SHARD = re.compile(r"[\w.-]+-\d{5}-of-\d{5}\.safetensors|[\w.-]+\.safetensors(\.index\.json)?")
 

@@ -22,12 +22,12 @@ from safetensors.numpy import load_file, save_file
 
 import jaxprompt
 from jaxprompt import cli
-from jaxprompt.config import load_config
+from jaxprompt.config import RunConfig, dump_yaml, load_config, parse
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
-from jaxprompt.training.logbook import open_run
+from jaxprompt.training.logbook import check_run, clear_run, open_run
 
 COMMAND = Path(sys.executable).parent / "jaxprompt"
 
@@ -341,6 +341,18 @@ def test_an_output_that_is_something_else_is_left_alone(refused, values, tmp_pat
     assert "cannot be written" in refused(*train(values, tmp_path))
 
 
+def test_settings_of_the_user_in_a_folder_of_other_things_are_left_alone(refused, values, tmp_path):
+    """A file that has all of a run's keys is not enough: `output=.` beside one's own config."""
+    home = tmp_path / "home"
+    home.mkdir()
+    text = "# mine\n" + dump_yaml(parse(RunConfig, values | {"output": str(home)}))
+    (home / "config.yaml").write_text(text)
+    (home / "notes.txt").write_text("mine")
+    assert "exists and is not a run" in refused("train", home / "config.yaml")
+    (home / "notes.txt").rename(home / ".config.yaml-0123456789ab.part")  # of a killed run
+    check_run(load_config(home / "config.yaml"))
+
+
 def test_a_run_with_other_settings_is_left_alone(refused, values, tmp_path):
     file = write_run(tmp_path / "run.yaml", values)
     with open_run(load_config(file)) as folder:
@@ -358,6 +370,15 @@ def test_a_run_that_never_started_may_change_its_settings(values, tmp_path):
     changed = load_config(file, ["train.learning_rate=0.5"])
     with open_run(changed) as folder:
         assert load_config(folder / "config.yaml") == changed
+
+
+def test_what_a_run_wrote_is_cleared_and_nothing_else(tmp_path):
+    for name in ("config.yaml", "metrics.jsonl", "notes.txt", ".prompt@3", "prompt/a", "mine/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    clear_run(tmp_path)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
+    assert left == {"config.yaml", "notes.txt", "mine", "mine/b"}
 
 
 def test_two_runs_in_one_directory_refuse_each_other(refused, values, tmp_path):
@@ -511,6 +532,15 @@ def test_an_export_is_all_that_others_need(call, prompt, backbone, tmp_path):
     assert {p.name for p in (tmp_path / "x" / "backbone").iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
+
+
+def test_a_study_does_not_begin_among_other_things(refused, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "report.md").write_text("mine")
+    sentence = refused("reproduce", "length", "--output", tmp_path / "home")
+    assert "holds other things (['report.md']) and no study" in sentence
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused("reproduce", "length", "--output", tmp_path / "file")
 
 
 def answers(path):

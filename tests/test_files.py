@@ -223,16 +223,18 @@ def test_rows_are_read_back_as_they_were(tmp_path, ending):
     check_rows(path, ROWS, ANSWER)
     write_rows(path, rows)
     found = list(read_rows(None, str(path)))
-    assert [{key: row[key] for key in ROWS[0]} for row in found] == ROWS
+    table = ending in (".csv", ".tsv")  # an empty cell is null
+    expected = [{k: None if table and v == "" else v for k, v in row.items()} for row in ROWS]
+    assert [{key: row[key] for key in ROWS[0]} for row in found] == expected
     assert [row["prediction"] for row in found] == ["yes", "yes"]
-    if ending in (".csv", ".tsv"):
+    if table:
         assert {"score:yes": "-0.25", "score:no": "-1.5"}.items() <= found[0].items()
     else:
         assert found[1]["scores"] == ANSWER["scores"]
 
 
 def test_a_table_of_one_column_keeps_empty_cells_and_odd_names(tmp_path):
-    rows = [{"\ufeff a,\n": value} for value in ("", "x", "", '"')]
+    rows = [{" a,\n": value} for value in (None, "x", None, '"')]
     for ending in ("csv", "tsv"):
         write_rows(tmp_path / f"o.{ending}", rows)
         assert list(read_rows(None, str(tmp_path / f"o.{ending}"))) == rows
@@ -242,7 +244,7 @@ def test_rows_of_different_columns_lose_none(tmp_path):
     rows = [{"a": "1"}, {"b": "2", "a": None}]
     write_rows(tmp_path / "o.csv", rows)
     assert list(read_rows(None, str(tmp_path / "o.csv"))) == [
-        {"a": "1", "b": ""}, {"a": "", "b": "2"}
+        {"a": "1", "b": None}, {"a": None, "b": "2"}
     ]  # fmt: skip
     write_rows(tmp_path / "o.parquet", rows)
     assert list(read_rows(None, str(tmp_path / "o.parquet"))) == [

@@ -126,7 +126,8 @@ def _dump_tsv(file: IO[bytes], rows: Sequence[Row]) -> None:
 def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> None:
     """A header and a line for each row; all text is in quotes, so that it is read back as it was.
 
-    Scores are columns ``score:LABEL``. A null is an empty cell, and a list or mapping its JSON.
+    Scores are columns ``score:LABEL``. A null is an empty cell, as empty text is, and a list or
+    mapping its JSON.
     """
     flat = [_flat(row) for row in rows]
     names = _names(flat)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from jaxprompt.config import UserError, expanded, looked_in, shown
 from jaxprompt.files import replace_directory
@@ -41,13 +41,14 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         UserError: ``path`` holds anything but an artefact, the vectors are not finite numbers, or
             the facts are nothing that JSON can say.
     """
-    vectors = _checked(np.asarray(prompt.vectors), "The prompt")
-    facts = {"format": FORMAT, **check_facts(prompt.facts, "The prompt's facts")}
+    vectors, facts = checked_prompt(prompt)
+    facts = {"format": FORMAT, **facts}
     facts["length"], facts["width"] = vectors.shape
     text = _as_json(facts)
 
     def write(folder: Path) -> None:
-        save_file({"prompt": np.ascontiguousarray(vectors)}, folder / TENSORS)
+        # bytes, so that a full disk is an OSError
+        (folder / TENSORS).write_bytes(save({"prompt": np.ascontiguousarray(vectors)}))
         (folder / FACTS).write_bytes(text)
         # what has no UTF-8 form, half a surrogate, is shown as an escape
         (folder / CARD).write_bytes(
@@ -55,6 +56,12 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         )
 
     replace_directory(Path(expanded(path)), write, _is_artefact)
+
+
+def checked_prompt(prompt: Prompt) -> Prompt:
+    """A prompt that Python made, checked as one that is read. Raises UserError."""
+    vectors = _checked(np.asarray(prompt.vectors), "The prompt")
+    return Prompt(vectors, check_facts(prompt.facts, "The prompt's facts:"))
 
 
 def _as_json(facts: dict[str, Any]) -> bytes:
@@ -128,8 +135,7 @@ def save_peft(path: str | Path, prompt: Prompt, *, base_model: str | None = None
         UserError: ``path`` holds anything but an adapter that was written here, or the vectors are
             not finite numbers.
     """
-    vectors = _checked(np.asarray(prompt.vectors), "The prompt")
-    facts = check_facts(prompt.facts, "The prompt's facts")
+    vectors, facts = checked_prompt(prompt)
     config = _peft_config(vectors.shape, facts)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
@@ -138,7 +144,7 @@ def save_peft(path: str | Path, prompt: Prompt, *, base_model: str | None = None
 
     def write(folder: Path) -> None:
         tensors = {"prompt_embeddings": np.ascontiguousarray(vectors)}
-        save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
+        (folder / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / PEFT_CONFIG).write_bytes(text)
         (folder / CARD).write_bytes(card)
 
@@ -213,7 +219,7 @@ _NAMES = {dict: "object", str: "text", int: "whole number"}
 def check_facts(facts: Any, where: str) -> dict[str, Any]:
     """The facts of a prompt without those that are null. Raises UserError for a wrong type."""
     if not isinstance(facts, dict):
-        raise UserError(f"{where} are {shown(facts)}, no object; give a mapping.")
+        raise UserError(f"{where} {shown(facts)} is no object; give a mapping.")
     kept = {key: value for key, value in facts.items() if value is not None}
     for kind, keys in _KINDS.items():
         for key in keys:

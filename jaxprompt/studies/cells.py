@@ -36,6 +36,7 @@ from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
 from jaxprompt.training.interrupt import locked
+from jaxprompt.training.logbook import clear_run
 from jaxprompt.training.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
@@ -214,10 +215,8 @@ def _train(
 ) -> tuple[Record, Session]:
     """Scores of a trained cell, and what answers with its prompt or its model."""
     folder = bench.folder(cell)
-    if folder.is_dir() and not (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)  # killed before anything was written
-    if not any(folder.glob("checkpoints/*")):
-        shutil.rmtree(folder, ignore_errors=True)  # of a record that was lost: run it again
+    if (folder / "config.yaml").is_file() and not any(folder.glob("checkpoints/*")):
+        clear_run(folder)  # of a record that was lost: run it again
     result = train(run_config(cell, bench.recipe, task, bench.backbones[cell.backbone], folder))
     keys = ("untuned", "steps", "seconds", "best_step", "trainable_parameters")
     test = result.get("test", {}).get(task.metrics[0])

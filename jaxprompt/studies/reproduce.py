@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import TaskConfig, UserError, as_folder
+from jaxprompt.config import TaskConfig, UserError, as_folder, shown
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Bench, run_cells
 from jaxprompt.studies.plan import Plan, check_recipe, mixture, read_task, relabelled
 from jaxprompt.studies.report import save_plan, write_report
+from jaxprompt.training.interrupt import LOCK
 
 # what a backbone was before its LM adaptation, where we know
 SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}
@@ -89,8 +90,24 @@ def also_judged_on(plan: Plan) -> dict[str, Sequence[TaskConfig]]:
     }
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder of other things, whose ``report.md`` or ``figures`` would be replaced."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{shown(str(out))} is a file; name a directory with --output.")
+    names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if names - {LOCK} and not names & {"plans", "cells.jsonl"}:
+        raise UserError(
+            f"{shown(str(out))} holds other things ({shown(sorted(names)[:3])}) and no study; name "
+            "a new directory with --output."
+        )
+
+
 def reproduce(plan: Plan, out: Path, say: Callable[[str], None]) -> tuple[Path, int]:
-    """Run what is missing of a study; the report's page and the number of runs that failed."""
+    """Run what is missing of a study; the report's page and the number of runs that failed.
+
+    Raises a UserError where ``out`` holds other things than studies.
+    """
+    check_folder(out)
     also: dict[str, Sequence[TaskConfig]] = {}
     if plan.study in ("transfer", "shift"):
         also = also_judged_on(plan)

@@ -5,8 +5,9 @@ import json
 import math
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,16 @@ from jaxprompt.config import (
     shown,
 )
 from jaxprompt.data.tasks import resolve_task
-from jaxprompt.files import write_atomically
+from jaxprompt.files import PART, write_atomically
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.training.interrupt import LOCK, locked
 
+# all that a run writes
+RUN_FILES = frozenset((
+    LOCK, "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "damaged", "result.json",
+    "curves.png", "losses.png", "samples.jsonl", "tokenizer", "tokens", "prompt", "model", "tasks",
+    "population", "population.md",
+))  # fmt: skip
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 
@@ -135,8 +142,9 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     begun = any(folder.glob("checkpoints/*")) or (folder / "result.json").is_file()
     if file.is_file() and begun:
         _check_settings(folder, config)
-    elif folder.exists() and not (file.is_file() and _read_settings(file)):
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
+    elif folder.exists():
+        own = RUN_FILES if file.is_file() and _read_settings(file) else {LOCK}
+        if not folder.is_dir() or _foreign(folder, own):
             raise UserError(
                 f"Output {str(folder)!r} exists and is not a run; choose another output."
             )
@@ -147,6 +155,22 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
             "written to; choose another output."
         )
     return folder
+
+
+def _foreign(folder: Path, own: Collection[str]) -> list[str]:
+    """What is in a folder beside files of these names, and what a killed run was writing."""
+    names = (path.name for path in folder.iterdir())
+    return [name for name in names if name not in own and not PART.fullmatch(name)]
+
+
+def clear_run(folder: Path) -> None:
+    """Remove all that a run wrote but its settings, so that it begins anew; other files stay."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in RUN_FILES - {"config.yaml"} or PART.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def complete(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
