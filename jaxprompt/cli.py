@@ -19,7 +19,15 @@ import typer
 
 from jaxprompt import __version__
 from jaxprompt.compilation import keep_compiled
-from jaxprompt.config import RunConfig, UserError, expanded, load_config, parse, read_config
+from jaxprompt.config import (
+    MOST_ROWS,
+    RunConfig,
+    UserError,
+    expanded,
+    load_config,
+    parse,
+    read_config,
+)
 from jaxprompt.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -52,7 +60,7 @@ TokenizerOption = Annotated[
     typer.Option(help="hub id or directory; default: the prompt's, or beside the weights"),
 ]
 TaskOption = Annotated[str | None, typer.Option(help="a built-in task; default: the prompt's own")]
-BatchOption = Annotated[int, typer.Option(min=1, help="rows in a batch")]
+BatchOption = Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="rows in a batch")]
 PromptArgument = Annotated[
     Path, typer.Argument(callback=at_home, help="artefact, PEFT adapter or .npy")
 ]
@@ -121,7 +129,7 @@ def pretrain(
 def plan(
     config: Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
-    devices: Annotated[int, typer.Option(min=1, help="number of devices")] = 1,
+    devices: Annotated[int, typer.Option(min=1, max=2**16, help="number of devices")] = 1,
     kind: Annotated[
         str, typer.Option(help="cpu, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, a100, h100 or h200")
     ] = "tpu-v4",
@@ -129,7 +137,7 @@ def plan(
         float | None, typer.Option(help="GiB of a device, instead of the kind's")
     ] = None,
     inputs: Annotated[
-        int | None, typer.Option(min=1, help="positions of a row, prompt included")
+        int | None, typer.Option(min=1, max=2**20, help="positions of a row, prompt included")
     ] = None,
 ) -> None:
     """Memory and time of a step before there is a run, and the cheapest mesh that fits."""
@@ -217,7 +225,7 @@ def predict(
     from jaxprompt.progress import Bar
 
     held = by_first(lambda: check_rows_output(output, [input, *files_of(prompt)]))
-    rows = read_rows(None, str(input))
+    rows = read_rows(None, str(input), empty=True)
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     chosen = api.prompt_task(session.prompt, task)
     rows = apply_rule(chosen, rows, training=False, origin=str(input))
@@ -275,14 +283,8 @@ def score(
     from jaxprompt.progress import Bar
 
     held = by_first(lambda: check_rows_output(output, [input, *files_of(prompt)]))
-    pairs = read_rows(None, str(input))
-    for number, pair in enumerate(pairs, 1):
-        wrong = [name for name in ("input", "target") if not isinstance(pair.get(name), str)]
-        if wrong:
-            raise UserError(
-                f"Row {number} of {input} has no text in {wrong[0]!r}; it has {sorted(pair)}, and "
-                "'input' and 'target' are needed."
-            )
+    pairs = read_rows(None, str(input), empty=True)
+    api.check_pairs(pairs, str(input))
     session = api.open_session(prompt, backbone, tokenizer=tokenizer, any_backbone=any_backbone)
     say_devices()
     with Bar("scoring", len(pairs)) as bar:

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import math
 import os
 import re
 import reprlib
@@ -130,7 +131,9 @@ PathText = Annotated[str, AfterValidator(expanded)]
 # steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+MOST_ROWS = 2**16
+MOST_PROMPTS = 1024  # of a population, all trained in one step
+Size = Annotated[int, Field(gt=0, le=MOST_ROWS, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Rate = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
@@ -363,6 +366,12 @@ class RunConfig(Schema):
                     f"prompt.population.{key} is {shown(choices)}; give one or more different "
                     "values"
                 )
+        count = math.prod(map(len, grid.values()))
+        if count > MOST_PROMPTS:
+            raise ValueError(
+                f"prompt.population has {count:,} combinations, and at most {MOST_PROMPTS:,} are "
+                "trained together; give fewer values"
+            )
         for member in self.members() if grid else ():
             try:
                 parse(type(self), member.model_dump(warnings=False))

@@ -138,6 +138,17 @@ def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return bound
 
 
+def crowding(devices: Sequence[Any], cores: int | None = None) -> str | None:
+    """A warning where devices of a CPU are more than its cores, which then take turns."""
+    cores = cores or cores_here()
+    if jax.process_count() > 1 or len(devices) <= cores or devices[0].platform != "cpu":
+        return None
+    return (
+        f"the mesh has {len(devices)} devices on {cores} core(s), which take turns: leave mesh out "
+        "for one device on each core, which is faster"
+    )
+
+
 def spread(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:
     """As many devices of a CPU as it has cores, or as the mesh asks for, if not yet settled.
 

@@ -547,6 +547,32 @@ def answers(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_no_rows_are_answered_as_no_rows(call, refused, prompt, tmp_path, ending):
+    source, output = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    source.write_text("" if ending == "jsonl" else "text,input,target,label\n")
+    where = "--input", source, "--output", output
+    for command in (("predict", prompt, *where), ("score", "--prompt", prompt, *where)):
+        output.write_text("of yesterday")
+        code, out, err = call(*command)
+        assert (code, out, output.read_text()) == (0, "", ""), err
+    assert "holds no rows" in refused("eval", prompt, "--data", source)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("eval", "p", "--batch-size", 10**9), "less than or equal to 65536"),
+        (("reproduce", "length", "--seeds", 10**9), "--seeds is 1000000000; give a number from 1 "),
+        (("plan", "run.yaml", "--inputs", 10**18), "less than or equal to 1048576"),
+        (("plan", "run.yaml", "--devices", 10**18), "less than or equal to 65536"),
+    ],
+)
+def test_numbers_beyond_all_use_are_refused_with_the_largest(call, tmp_path, arguments, words):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "") and words in err
+
+
 def test_answers_that_cannot_be_written_are_kept_and_it_says_where(
     call, prompt, tmp_path, monkeypatch
 ):

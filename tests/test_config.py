@@ -502,3 +502,10 @@ def test_a_value_in_a_message_is_bounded_and_so_is_the_work():
         assert shown(value) == repr(value)
     assert listed(["a", "b"]) == "a, b"
     assert listed(map(str, range(100_000))).endswith(", 29, ... (100000 in all)")
+
+
+def test_a_population_has_a_bound():
+    grid = {"seed": list(range(400)), "length": list(range(1, 401))}
+    values = {"task": "supersense", "output": "x", "prompt": {"population": grid}}
+    with pytest.raises(UserError, match="has 160,000 combinations, and at most 1,024 are trained"):
+        parse(RunConfig, values)

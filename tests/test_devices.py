@@ -1,5 +1,7 @@
 """Processes and devices, settled before JAX is used."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -112,3 +114,11 @@ def test_a_device_that_is_asked_for_and_not_there_is_a_sentence(monkeypatch, err
         with pytest.raises(UserError, match="no such device here.*or unset JAX_PLATFORMS") as at:
             ask()
         assert "\n" not in str(at.value) and len(str(at.value)) < 600
+
+
+def test_more_devices_than_cores_are_warned_of():
+    some = jax.devices()[:3]
+    told = devices.crowding(some, cores=2)
+    assert told and told.startswith("the mesh has 3 devices on 2 core(s)")
+    assert devices.crowding(some, cores=3) is None
+    assert devices.crowding([SimpleNamespace(platform="gpu")] * 8, cores=2) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, TaskConfig
+from jaxprompt.config import MeshConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import Example
 from jaxprompt.evaluation import score as scoring
 from jaxprompt.model import generate, t5
@@ -63,6 +63,96 @@ def test_an_empty_row_says_nothing(tiny):
     segments[2] = 0
     out = np.asarray(generate.greedy(params, None, config, ids * segments, segments, 4))
     assert (out[2] == 0).all() and (out[0] != 0).any()
+
+
+def lost_head(params):
+    """The parameters with one NaN in the head's column of one word."""
+    return params | {"head": params["head"].at[0, 40].set(np.nan)}
+
+
+@pytest.mark.parametrize("beams", [None, 3])
+def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
+    """One NaN among the words is enough, and rows that are empty or sound are as they were."""
+    config, params = tiny
+    ids, segments = inputs()
+    segments[2] = 0
+
+    def generated(params, bank=None):
+        given = params, bank, config, ids * segments, segments, 4
+        found = generate.beam(*given, beams=beams) if beams else generate.greedy(*given)
+        return np.asarray(found)
+
+    assert (generated(params) >= 0).all()
+    found = generated(lost_head(params))
+    assert (found[:2] == -1).all() and (found[2] == config.pad_id).all()
+    bank = jnp.zeros((2, 1, config.d_model)).at[1].set(jnp.nan)
+    ids[0, 0], ids[1, 0] = config.vocab_size, config.vocab_size + 1
+    found = generated(params, bank)
+    assert (found[0] >= 0).all() and (found[1] == -1).all()
+
+
+def asked(params, config, task, count=5, mesh=None):
+    words = [[7, 1], [9, 11, 1]]
+    tokenizer = SimpleNamespace(
+        encode_targets=lambda labels, separator: words, eos_id=1, size=61, one_sequence=False,
+        decode=lambda ids: " ".join(map(str, ids)),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
+    model = scoring.Model(params, None, config, mesh)
+    return scoring.answer(model, task, rows, tokenizer, batch_size=4)
+
+
+@pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
+def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, monkeypatch):
+    monkeypatch.setattr(scoring, "label_of", lambda task, tokenizer: {})
+    config, params = tiny
+    task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
+                      max_target_length=4)  # fmt: skip
+    assert not asked(params, config, task).lost
+    found = asked(lost_head(params), config, task)
+    assert list(found.lost) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
+    with pytest.raises(UserError, match="m gives scores that are not finite numbers for 5 of 5"):
+        scoring.refuse_lost(found.lost, 5, "m")
+    none = asked(params, config, task, count=0)
+    assert none.predictions == [] and not none.lost
+    assert none.scores is None or none.scores.shape == (0, 2)
+
+
+def test_one_row_is_computed_as_one_row(tiny, monkeypatch):
+    """Not as a full batch; of several devices each has one."""
+    shapes, batches = [], scoring.evaluation_batches
+
+    def counted(*args, **kwargs):
+        for batch, numbers in batches(*args, **kwargs):
+            shapes.append(batch.inputs.shape)
+            yield batch, numbers
+
+    monkeypatch.setattr(scoring, "evaluation_batches", counted)
+    config, params = tiny
+    task = TaskConfig(name="q", template="{text}", labels=["a", "b"])
+    alone = asked(params, config, task, count=1)
+    mesh = parallel.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    placed = jax.device_put(params, parallel.replicated(mesh))
+    over_two = asked(placed, config, task, count=1, mesh=mesh)
+    among = asked(params, config, task, count=3)
+    assert shapes == [(1, 32), (2, 32), (4, 32)]
+    for other in (over_two, among):
+        np.testing.assert_allclose(other.scores[:1], alone.scores, rtol=1e-5)
+
+
+def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
+    config, params = tiny
+    rng = np.random.default_rng(0)
+    ids = lambda count: rng.integers(3, 61, count).astype(np.int32)
+    rows = [Example(ids(n), ids(t)) for n, t in [(9, 3), (30, 40), (5, 2), (70, 4)]]
+    model = scoring.Model(params, None, config)
+    together = scoring.log_likelihoods(model, rows, batch_size=64)
+    alone = [scoring.log_likelihoods(model, [row], batch_size=1)[0] for row in rows]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert scoring.log_likelihoods(model, [], batch_size=4).shape == (0,)
+    with pytest.raises(UserError, match="batch size is 0; give a whole number"):
+        scoring.log_likelihoods(model, rows, batch_size=0)
 
 
 @pytest.mark.parametrize("count", [6, 19])

@@ -152,6 +152,8 @@ def test_xxl_is_planned_for_16_chips():
         ({}, {"kind": "abacus"}, "--kind is 'abacus'; known are cpu, tpu-v4"),
         ({"method": "model-tuning"}, {}, "is not counted: plan knows prompts on T5"),
         ({"train": {"batch_size": 32}}, {"devices": 7}, "7 devices divide neither"),
+        ({}, {"memory": float("nan")}, "--memory is nan; give the GiB"),
+        ({}, {"memory": -1.0}, "--memory is -1.0; give the GiB"),
     ],
 )
 def test_what_cannot_be_planned_is_told(changes, options, words):

@@ -23,14 +23,17 @@ from test_survival import diverge
 
 from jaxprompt import api
 from jaxprompt.config import UserError, load_config
+from jaxprompt.data.pipeline import Example
 from jaxprompt.data.tasks import resolve_task
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.evaluation.score import Answers
 from jaxprompt.model.load import load_backbone
 from jaxprompt.progress import show_result
 from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.training import loop
 from jaxprompt.training.logbook import Diverged, Shown, check_members
 from jaxprompt.training.loop import train
-from jaxprompt.training.population import start_of, start_warnings
+from jaxprompt.training.population import length_warnings, start_of, start_warnings
 
 TASKS = ["mine", "other"]
 
@@ -257,3 +260,47 @@ def test_class_labels_of_a_task_without_labels_start_its_prompt(backbone, tmp_pa
     strange = task.model_copy(update={"class_labels": ["good", "zebra"]})
     with pytest.raises(UserError, match="class label 'zebra' of task 'mine' has no token"):
         start_of(run, strange, loaded, tokenizer)
+
+
+def test_a_prompt_that_is_most_of_what_a_row_holds_is_warned_of():
+    rows = [Example(np.zeros(5020, np.int32), np.zeros(2, np.int32))] * 3
+    [told] = length_warnings(5000, rows)
+    assert "prompt.length is 5000" in told and "has 20 tokens" in told and "251 times" in told
+    assert not length_warnings(100, rows)
+
+
+def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, monkeypatch):
+    """The vectors are finite here and the answers right: only the scores are not."""
+    answer_each = loop.answer_each
+
+    def lost(model, task, examples, *args, **kwargs):
+        found = answer_each(model, task, examples, *args, **kwargs)
+        if len(found) == 2:
+            right = [examples_of[id(examples)][i] for i in range(len(examples))]
+            found[0] = Answers(right, None, lost=[1])
+        return found
+
+    split_of, examples_of = loop.assign, {}
+
+    def assigned(*args):
+        given = split_of(*args)
+        texts = [reference.text for reference in given.validation.references]
+        examples_of[id(given.validation.examples)] = texts
+        return given
+
+    monkeypatch.setattr(loop, "answer_each", lost)
+    monkeypatch.setattr(loop, "assign", assigned)
+    run = run_config(backbone, tmp_path / "a", prompt={"population": {"seed": [0, 1]}})
+    result = train(run)
+    first, second = result["population"]
+    assert first["best_step"] == -1 and second["best_step"] > 0
+    assert not (Path(run.output) / "population" / "0").exists()
+    assert "NaN" not in (Path(run.output) / "metrics.jsonl").read_text()
+
+
+def test_a_backbone_that_answers_no_numbers_ends_the_run(backbone, tmp_path, monkeypatch):
+    lost = [Answers(["yes"] * 8, None, lost=[2, 5])]
+    monkeypatch.setattr(loop, "answer_each", lambda *args, **kwargs: lost)
+    with pytest.raises(UserError, match="tiny gives scores that are not finite .* for 2 of 8 rows, "
+                       "first for row 3"):  # fmt: skip
+        train(run_config(backbone, tmp_path / "a"))

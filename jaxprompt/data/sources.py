@@ -22,12 +22,12 @@ BLOCK = 1024  # of them that are
 PACKAGED = Path(__file__).parent.parent / "builtin" / "data"
 
 
-def read_rows(source: str | None, split: str) -> Sequence[Row]:
+def read_rows(source: str | None, split: str, *, empty: bool = False) -> Sequence[Row]:
     """Rows of ``split``: a file where ``source`` is None, else a split of the source.
 
     Sources: ``builtin:NAME``; ``folder:PATH``, whose files are named by splits, as SuperGLUE's own
     ``BoolQ/val.jsonl`` is; ``hf:DATASET[/CONFIG]``, where DATASET may have a namespace, as in
-    ``hf:nyu-mll/glue/sst2``; ``tfds:NAME[/CONFIG]``.
+    ``hf:nyu-mll/glue/sst2``; ``tfds:NAME[/CONFIG]``. ``empty``: there may be no rows.
     """
     kind, colon, name = (source or "").partition(":")
     if source is None:
@@ -45,7 +45,7 @@ def read_rows(source: str | None, split: str) -> Sequence[Row]:
             f"Source {shown(source)} is unknown; use builtin:NAME, folder:PATH, "
             "hf:DATASET[/CONFIG], tfds:NAME, or give files in train and validation."
         )
-    if len(rows) == 0:
+    if len(rows) == 0 and not empty:
         raise UserError(f"{split if source is None else f'{source} {split}'} holds no rows.")
     return rows
 

@@ -131,6 +131,8 @@ def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> Non
     """
     flat = [_flat(row) for row in rows]
     names = _names(flat)
+    if not names:  # no rows: an empty file, not a line without cells
+        return
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_NONNUMERIC)
     for number, cells in enumerate(_lines(names, flat)):

@@ -23,6 +23,9 @@ TASKS = {
 }  # fmt: skip
 
 
+MOST_SEEDS = 1000  # runs of each arm of a study
+
+
 def make_plan(
     study: str,
     *,
@@ -41,6 +44,8 @@ def make_plan(
     """
     if study not in STUDIES:
         raise UserError(f"There is no study {study!r}; there are {', '.join(STUDIES)} and all.")
+    if seeds is not None and not 0 < seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds is {seeds}; give a number from 1 to {MOST_SEEDS}.")
     small = all(path.startswith("builtin") for path in backbones.values())
     recipe = recipe or ("miniature" if small else "paper")
     check_recipe(recipe)

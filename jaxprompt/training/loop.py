@@ -16,7 +16,7 @@ from jaxprompt import parallel
 from jaxprompt.config import RunConfig, TaskConfig, UserError
 from jaxprompt.data.pipeline import Room, training_batches, with_prompt
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.devices import describe
+from jaxprompt.devices import crowding, describe
 from jaxprompt.evaluation.analyze import draw_curves
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.score import Model, answer_each, refuse_lost
@@ -54,6 +54,7 @@ from jaxprompt.training.population import (
     as_markdown,
     better_half,
     keep_of,
+    length_warnings,
     stacked,
     start_of,
     start_warnings,
@@ -139,8 +140,11 @@ def _train(
     first = {given.task.name: given for given in reversed(assigned.values())}  # of each task
     cut = itertools.chain(*map(truncation_warnings, first.values()))
     odd = [text for given in first.values() for text in target_warnings(given, tokenizer)]
+    longest = max(own, key=lambda given: given.length)
+    sizes = length_warnings(longest.length, longest.training.examples)
+    sizes += filter(None, [crowding(mesh.devices.flatten().tolist())])
     warnings = [*schedule_warnings(settings), *start_warnings(members, task_of), *cut, *odd]
-    for warning in warnings:
+    for warning in [*warnings, *sizes]:
         reporter.say(f"warning: {warning}")
 
     def starts_from(params) -> list[Any]:

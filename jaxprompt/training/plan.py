@@ -159,6 +159,8 @@ def plan_of(
         raise UserError(f"--kind is {kind!r}; known are cpu, {', '.join(DEVICES)}.")
     cpu, device = kind == "cpu", DEVICES.get(kind, Device(0, 0, _memory_here(), 0))
     limit = device.memory if memory is None else memory
+    if not 0 < limit < math.inf:
+        raise UserError(f"--memory is {limit}; give the GiB of a device, a number above 0.")
     members = config.members()
     tasks = [resolve_task(member.task) for member in members]
     shape = open_config(config.backbone)

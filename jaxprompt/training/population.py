@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.config import RunConfig, TaskConfig, UserError
+from jaxprompt.data.pipeline import Example
 from jaxprompt.data.tasks import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.markdown import plain
@@ -71,6 +72,21 @@ def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) ->
                 f"start from them; the last {count - rows} are left out"
             )
     return list(dict.fromkeys(told))
+
+
+LONG_PROMPT = 500  # the paper's longest has 150 vectors
+
+
+def length_warnings(length: int, examples: Sequence[Example]) -> list[str]:
+    """A sentence where a prompt of this length is most of what the examples' rows hold."""
+    if length <= LONG_PROMPT:
+        return []
+    text = sum(len(example.inputs) for example in examples) / max(len(examples), 1) - length
+    return [
+        f"prompt.length is {length}, and the text of a row has {text:.0f} tokens on average: a "
+        f"step reads {1 + length / max(text, 1):,.0f} times as many positions as without a prompt; "
+        "the paper's prompts have 1 to 150 vectors"
+    ]
 
 
 def stacked(trees: Sequence[Any]) -> Any:

@@ -29,7 +29,7 @@ from jaxprompt.data.text import (
 )
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
-from jaxprompt.devices import describe
+from jaxprompt.devices import crowding, describe
 from jaxprompt.evaluation.analyze import draw_losses
 from jaxprompt.files import replace_directory
 from jaxprompt.model import flash_attention, generate, hub, precision, t5
@@ -103,6 +103,8 @@ def _pretrain(
     for warning in schedule_warnings(settings):
         reporter.say(f"warning: {warning}")
     reporter.say(f"tokenizing; computing on {describe()}")
+    if told := crowding(mesh.devices.flatten().tolist()):
+        reporter.say(f"warning: {told}")
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
