@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import UserError, expanded, listed, shown
+from jaxprompt.config import UserError, expanded, shown
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
 from jaxprompt.data.sources import check_file, read_rows
@@ -77,7 +77,7 @@ def check_files(config: PretrainConfig) -> None:
 def _text(row, column: str, number: int, source: TextSource | PairSource) -> str:
     where = f"row {number} of {source.train} (source {source.name!r})"
     if not isinstance(row.get(column), str):
-        raise UserError(f"R{where[1:]} has no text in {column!r}; it has {listed(map(repr, row))}.")
+        raise UserError(f"R{where[1:]} has no text in {column!r}; it has {shown(sorted(row))}.")
     return as_text(row[column], column, where)
 
 
