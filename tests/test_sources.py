@@ -285,6 +285,7 @@ def test_half_a_surrogate_in_a_column_is_kept_for_whom_it_does_not_concern(tmp_p
         ("a.csv", 'text,label\n"never closed,yes\nok,no\nthe end",yes\n', "line 2: a quote opens"),
         ("a.csv", 'text,label\na,no\n"x,yes\ny",yes\n', "line 3: .*line 4.* 2 rows"),
         ("a.csv", 'n,text,label\n1,"x,yes\n2,y,no\n\n3,z",no\n', "line 2: a quote opens"),
+        ("a.csv", 'text,label\n"open,yes\nok, fine,no\nit,no\nend",yes\n', "line 2: a quote opens"),
         ("a.tsv", 'text\tlabel\n"Hello\tyes\nBye"\tno\n', "line 2: a quote opens"),
         ("a.csv", 'text,label\na,b\n"open,yes\nok,no\n', "line 3: unexpected end.* runs to line 4"),
         ("a.csv", 'text,label\n"open,yes\nit is ""so"",no\nthe "end,no\n', "line 2.*line 4"),
@@ -304,6 +305,8 @@ def test_quotes_that_swallow_rows_are_refused_where_they_open(tmp_path, name, co
         'he said "yes", then\nleft,gone',
         "a,b,c\nd",
         "x,\ny",
+        "Dear Bob,\nHello",
+        "Dear Ann, thanks\none,two\nthree,four\nBye",
     ],
 )
 def test_texts_of_several_lines_are_cells(tmp_path, cell):

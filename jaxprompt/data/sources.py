@@ -34,7 +34,7 @@ def read_rows(source: str | None, split: str, *, empty: bool = False) -> Sequenc
         rows = _read_file(Path(expanded(split)))
     elif kind == "builtin" and colon:
         rows = _read_packaged(name, split)
-    elif kind == "folder" and colon:
+    elif kind == "folder" and name:
         rows = _read_folder(Path(expanded(name)), split)
     elif kind == "hf" and colon:
         rows = _read_hugging_face(expanded(name), split)
@@ -189,7 +189,8 @@ def _read_jsonl(path: Path) -> list[Row]:
                 rows.append(reader.row(line))
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})."
+                    f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); "
+                    "each line is to hold one object."
                 ) from None
             except _NoRow as error:
                 raise UserError(f"{path}, line {number}: {error}.") from None
@@ -243,17 +244,20 @@ def _records(path: Path, delimiter: str) -> Iterator[_Record]:
 def _swallows_rows(record: _Record, columns: int, delimiter: str) -> bool:
     """Whether a quoted cell over several lines looks like rows between two stray quotes.
 
-    It does where each of the lines has the cells of a row, as unquoted rows have it: separators
-    without a space behind them, unlike commas of prose, and no quotes but the two.
+    It does where its first and last line and half of the others have the cells of a row, as
+    unquoted rows have them (separators without a space behind them, unlike commas of prose), and
+    there are no quotes but the two.
     """
     text = "".join(record.lines)
     lines = [line for line in record.lines if line.strip()]
     if len(lines) < 2 or columns < 2 or text.count('"') != 2:
         return False
-    if any(line.count(delimiter) != columns - 1 for line in lines):
+    spaced = re.compile("(?!)" if delimiter == "\t" else rf"{re.escape(delimiter)}\s")
+    inside = text[text.index('"') : text.rindex('"')].split("\n")
+    if any(spaced.search(line + "\n") for line in (inside[0], inside[-1])):
         return False
-    inside = text[text.index('"') : text.rindex('"')]
-    return delimiter == "\t" or not re.search(rf"{re.escape(delimiter)}\s", inside)
+    rows = [line.count(delimiter) == columns - 1 for line in lines]
+    return rows[0] and rows[-1] and sum(rows[1:-1]) * 2 >= len(rows) - 2
 
 
 def _read_csv(path: Path) -> list[Row]:
