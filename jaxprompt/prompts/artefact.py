@@ -465,7 +465,7 @@ def _figures(facts: dict[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:.4f}" if number else plain(value)
+    return f"{value:.4f}" if number and abs(value) < 1e9 else plain(str(value))
 
 
 def _code(value: Any) -> str:
