@@ -212,7 +212,10 @@ def test_facts_that_json_cannot_hold_are_refused(tmp_path, value):
 
 
 def test_odd_facts_are_written_readably(tmp_path):
-    deep = {"metrics": {"a|b": "high", "n": np.float32(0.5), "c": [1], "d": 10**400}, "half": "\ud800"}
+    deep = {
+        "metrics": {"a|b": "high", "n": np.float32(0.5), "c": [1], "d": 10**400},
+        "half": "\ud800",
+    }
     facts = deep | {
         "task": {"name": "\ud800", "labels": [1], "template": "{x}"},
         "where": Path("a"),

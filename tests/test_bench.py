@@ -317,7 +317,7 @@ def test_a_population_is_timed_against_lone_runs(script, tmp_path, capsys, monke
     kept = json.loads((tmp_path / "out" / "population.json").read_text())
     [found] = kept["rounds"]
     assert len(found["together"]) == 1 and len(found["alone"]) == 2
-    assert all(0 <= x < 1e-5 for x in kept["apart"])
+    assert all(0 <= x < 1e-4 for x in kept["apart"])  # another prompt is 0.1 apart
     ratio = sum(found["alone"]) / found["together"][0]
     assert f"| 2 | 4 | 2 | float32 | {found['together'][0]:.1f} (" in (
         out := capsys.readouterr().out

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same_sums
 
 from jaxprompt.model import blocks, dropout, layers, segment_attention, t5
 from jaxprompt.model.layers import shift_right
@@ -66,9 +67,8 @@ def test_how_layers_and_rows_take_turns_changes_nothing(tiny, name, monkeypatch)
     config, params = make(tiny, name)
     plain = forward(params, bank(), config, *batch())
     other = dataclasses.replace(config, unroll=True, remat=True, rows_in_turn=True)
-    np.testing.assert_allclose(
-        plain, forward(params, bank(), other, *batch()), rtol=1e-5, atol=1e-6
-    )
+    # through five layers of width 16
+    assert_same_sums(plain, forward(params, bank(), other, *batch()), 16 * 5)
     assert jax.tree.structure(t5.abstract_params(other)) == jax.tree.structure(params)
 
 
