@@ -460,7 +460,8 @@ def score(
             ids = [*tokenizer.encode_rest(pair["input"], pair["target"]), tokenizer.eos_id]
         return np.array(ids, np.int32)
 
-    texts = [tokenizer.encode(pair["input"].removesuffix(separator)) for pair in pairs]
+    inputs = [pair["input"].removesuffix(separator) for pair in pairs]
+    texts = [tokenizer.encode_start(text, room) for text in inputs]
     cut = Truncation(len(pairs), sum(len(words) > room for words in texts), {})
     told = cut.sentence("inputs", f"max_input_length, {longest}")
     if told is not None:

@@ -19,6 +19,7 @@ _CUTS: dict[str, tuple[str | None, bool]] = {
     "llama-bpe": (_GROUPS % "{1,3}", False),
     "qwen2": (_GROUPS % "", False),
 }
+EXPRESSIONS = [expression for expression, _ in _CUTS.values() if expression is not None]
 _CONTROL = 3  # token type of llama.cpp
 
 

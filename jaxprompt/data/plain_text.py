@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxprompt.data.long_text import Cuts, cuts_of
+
 _FIRST, _LAST = 0xF0000, 0x10FFFB  # planes 15 and 16, but for three characters:
 _INSIDE = "\U0010fffc"  # in front of a text that continues another
 _GLUE = "\U0010fffd"  # see _glued
@@ -62,6 +64,7 @@ class Encoder(NamedTuple):
     inside: Any  # the same for text that continues one
     glue: int | None  # the id of _GLUE; see _glued
     glued: re.Pattern[str]  # marks after which there is glue
+    cuts: Cuts  # where a long text may be cut
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of marked texts."""
@@ -95,12 +98,13 @@ def make_encoder(
     _rename(spec, marks.of, ids)
     _as_sentencepiece(spec)
     glue = _glued(spec) if sentinels else None
+    cuts = cuts_of(spec, list(marks.of.values()))
     glued = re.compile("|".join(re.escape(marks.of[name]) for name in sentinels) or "(?!)")
     start = _built(spec)
     if start is None or any(start.token_to_id(marks.of[name]) != ids[name] for name in marks.of):
         return None
     inside = _built(spec) if one_sequence and _without_dummy_blank(spec) else start
-    return Encoder(start, inside, glue, glued)
+    return Encoder(start, inside, glue, glued, cuts)
 
 
 def _built(spec: dict[str, Any]) -> Any:

@@ -318,7 +318,8 @@ def _encoded(
     pieces: Sequence[Piece],
 ) -> Ragged:
     """Ids of the texts between a row's virtual tokens, row by row."""
-    texts = filled(task, rows, pieces, tokenizer, origin)
+    whole = filled(task, rows, pieces, tokenizer, origin)
+    texts = [tokenizer.start_of(text, task.max_input_length) for text in whole]
     folder = cache_folder("tokens") if len(texts) >= CACHED_FROM else None
     ids = tokenized(texts, tokenizer, folder, trusted=True, largest=CACHE_BYTES)
     ids.check(vocab_rows, texts, tokenizer)

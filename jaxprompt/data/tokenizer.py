@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxprompt.config import UserError, expanded
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
+from jaxprompt.data.long_text import LONG, Cuts, start_of
 from jaxprompt.data.plain_text import encode_slowly, make_encoder, make_marks
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
@@ -78,6 +79,7 @@ class Tokenizer:
             made = make_encoder(fast, self._marks, ids, sentinels, self.one_sequence)
         slowly = functools.partial(encode_slowly, inner, self._marks, ids, self.unk_id)
         self._encode = made.encode if made else slowly
+        self._cuts = made.cuts if made else Cuts(False, 0)
 
     def _in_front(self) -> list[int]:
         """What the tokenizer puts before a text of its own accord, such as BOS."""
@@ -190,6 +192,21 @@ class Tokenizer:
                 f"The text {self._marks.shown(text)[:60]!r} has the id {int(max(ids))} and the "
                 f"backbone {rows} rows; use the tokenizer that belongs to it."
             )
+
+    def encode_start(self, text: str, count: int) -> list[int]:
+        """The first ``count`` ids of ``text``, and some more if it has more."""
+        start = self.start_of(self.plain(text), count)
+        return self.encode_all([start], trusted=True)[0]
+
+    def start_of(self, text: str, count: int) -> str:
+        """The start of a marked text, if it is very long, with the same first ``count`` ids.
+
+        It has more ids than that where the text has more.
+        """
+        if len(text) <= LONG:
+            return text
+        encode = lambda texts: self.encode_all(texts, trusted=True)
+        return start_of(text, count, self._cuts, encode)
 
     def encode_targets(self, texts: Sequence[str], separator: str = "") -> list[list[int]]:
         """Ids of targets with EOS last.
