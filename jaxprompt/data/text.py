@@ -96,7 +96,7 @@ def open_streams(
     for source in config.text:
         documents = read_documents(source)
         say(f"{source.name}: {len(documents):,} documents")
-        texts = tokenized(documents, tokenizer, cache)
+        texts = _checked(documents, tokenizer, cache, vocab_rows)
         _tell(told, *texts)
         parts = _split(texts, config.validation, source.name)
         streams.texts[source.name] = parts[1]
@@ -110,10 +110,11 @@ def open_streams(
         rows = read_rows(source.source, source.train)
         say(f"{source.name}: {len(rows):,} pairs")
         prompts = _prompt_numbers(rows, config, source)
-        inputs, outputs = (
-            tokenized([_text(r, c, n, source) for n, r in enumerate(rows, 1)], tokenizer, cache)
-            for c in ("input", "target")
+        columns = (
+            [_text(row, column, number, source) for number, row in enumerate(rows, 1)]
+            for column in ("input", "target")
         )
+        inputs, outputs = (_checked(texts, tokenizer, cache, vocab_rows) for texts in columns)
         _tell(told, *inputs, *outputs, prompts)
         held = _held_out(len(rows), config.validation, source.name)
         lengths = np.diff(inputs.starts) + np.diff(outputs.starts)
@@ -130,6 +131,12 @@ def open_streams(
             )
             target.append(Stream(f"pairs/{source.name}", source.weight, draw))
     return streams._replace(digest=told.hexdigest())
+
+
+def _checked(texts: list[str], tokenizer: Tokenizer, cache: Path, vocab_rows: int) -> Ragged:
+    ids = tokenized(texts, tokenizer, cache)
+    ids.check(vocab_rows, texts, tokenizer)
+    return ids
 
 
 def _tell(told: Any, *arrays: np.ndarray) -> None:
