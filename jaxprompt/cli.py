@@ -220,7 +220,7 @@ def predict(
     from jaxprompt import api
     from jaxprompt.data.rules import apply_rule
     from jaxprompt.data.sources import read_rows
-    from jaxprompt.data.writers import check_rows, write_rows
+    from jaxprompt.data.writers import Answered, check_rows, write_rows
     from jaxprompt.parallel import by_first
     from jaxprompt.progress import Bar
 
@@ -236,8 +236,8 @@ def predict(
             session, chosen, rows, batch_size=batch_size, progress=bar.advance, origin=str(input),
             warn=bar.warn,
         )  # fmt: skip
-    found = zip(rows, api.rows_of(chosen, answers), strict=True)
-    by_first(lambda: write_rows(output, [{**row, **answer} for row, answer in found], held))
+    found = Answered(rows, api.rows_of(chosen, answers))
+    by_first(lambda: write_rows(output, found, held))
 
 
 @app.command()

@@ -31,7 +31,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Through a symbolic link it is the link's target that is replaced.
     """
-    data = content.encode() if isinstance(content, str) else content
+    # half a surrogate, which has no UTF-8 form, is written as an escape: nothing is lost for it
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     write_whole(path, lambda file: file.write(data))
 
 

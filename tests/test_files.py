@@ -12,7 +12,7 @@ import pytest
 from jaxprompt.config import UserError
 from jaxprompt.data import writers
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.writers import check_rows, format_of, write_rows
+from jaxprompt.data.writers import Answered, check_rows, format_of, write_rows
 from jaxprompt.files import check_output, replace_directory, write_atomically, write_output
 from jaxprompt.training.interrupt import locked
 
@@ -132,7 +132,7 @@ def test_temporary_files_never_follow_what_was_planted(tmp_path):
     precious.write_text("precious")
     for name in (".out.part", "lock"):
         (tmp_path / name).symlink_to(precious)
-    write_atomically(tmp_path / "out", "new")
+    write_atomically(tmp_path / "out", "new \ud800")
     with pytest.raises(UserError, match="'.*lock' is no file of its own but a link"):
         with locked(tmp_path):
             pass
@@ -141,7 +141,7 @@ def test_temporary_files_never_follow_what_was_planted(tmp_path):
     with pytest.raises(UserError, match="is no file of its own"):
         with locked(tmp_path):
             pass
-    assert precious.read_text() == "precious" and (tmp_path / "out").read_text() == "new"
+    assert precious.read_text() == "precious" and (tmp_path / "out").read_text() == "new \\ud800"
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
@@ -288,6 +288,27 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path, name, ro
     with pytest.raises(UserError, match=words):
         check_rows(tmp_path / name, [{"a": "x"}, row], ANSWER)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["o", "o.jsonl", "o.csv", "o.tsv", "o.parquet"])
+def test_no_rows_are_written_as_no_rows(tmp_path, name):
+    check_rows(tmp_path / name, [], ANSWER)
+    write_rows(tmp_path / name, [])
+    assert (tmp_path / name).is_file()
+    if name != "o.parquet":
+        assert (tmp_path / name).read_bytes() == b""
+
+
+def test_rows_and_answers_are_joined_in_their_order(tmp_path):
+    rows, answers = [{"a": 1}, {"a": 2, "b": 3}], [{"prediction": "x"}, {"prediction": "y"}]
+    joined = Answered(rows, answers)
+    expected = [{"a": 1, "prediction": "x"}, {"a": 2, "b": 3, "prediction": "y"}]
+    assert list(joined) == expected == [joined[0], joined[-1]] and len(joined) == 2
+    with pytest.raises(ValueError):
+        list(Answered(rows, answers[:1]))
+    write_rows(tmp_path / "o.parquet", joined)
+    found = list(read_rows(None, str(tmp_path / "o.parquet")))
+    assert found == [{"b": None} | expected[0], expected[1]]
 
 
 @pytest.mark.parametrize("name", ["o.txt", "o.json", "o.xlsx", "o.csv.gz"])

@@ -23,6 +23,22 @@ Row = dict[str, Any]
 Dump = Callable[[IO[bytes], Sequence[Row]], None]
 
 
+class Answered(Sequence[Row]):
+    """Rows with their answers, joined when they are asked for: rows may be read from a file."""
+
+    def __init__(self, rows: Sequence[Row], answers: Sequence[Row]):
+        self._rows, self._answers = rows, answers
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {**self._rows[index], **self._answers[index]}
+
+    def __iter__(self) -> Iterator[Row]:
+        return ({**row, **mine} for row, mine in zip(self._rows, self._answers, strict=True))
+
+
 def format_of(path: Path) -> Dump:
     """How rows are written to a file of this name; JSON lines where it has no ending."""
     dumps: dict[str, Dump] = {
@@ -52,7 +68,7 @@ def check_rows(path: Path, rows: Sequence[Row], answer: Row) -> None:
                 "rename it in the input."
             )
     with open(os.devnull, "wb") as nothing:
-        format_of(path)(nothing, [{**row, **answer} for row in rows])
+        format_of(path)(nothing, Answered(rows, [answer] * len(rows)))
 
 
 def write_rows(path: Path, rows: Sequence[Row], held: int | None = None) -> None:
@@ -129,13 +145,12 @@ def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> Non
     Scores are columns ``score:LABEL``. A null is an empty cell, as empty text is, and a list or
     mapping its JSON.
     """
-    flat = [_flat(row) for row in rows]
-    names = _names(flat)
+    names = list(dict.fromkeys(name for row in rows for name in _flat(row)))
     if not names:  # no rows: an empty file, not a line without cells
         return
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_NONNUMERIC)
-    for number, cells in enumerate(_lines(names, flat)):
+    for number, cells in enumerate(_lines(names, rows)):
         try:
             writer.writerow(cells)
             file.write(text.getvalue().encode())
@@ -151,9 +166,11 @@ def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> Non
 
 
 def _lines(names: list[str], rows: Sequence[Row]) -> Iterator[list[Any]]:
-    yield names
+    if names:
+        yield names
     for row in rows:
-        yield [_cell(row.get(name)) for name in names]
+        flat = _flat(row)
+        yield [_cell(flat.get(name)) for name in names]
 
 
 def _cell(value: Any) -> Any:
@@ -179,18 +196,21 @@ def _flat(row: Row) -> Row:
     return rest | {f"score:{label}": value for label, value in scores.items()}
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def _dump_parquet(file: IO[bytes], rows: Sequence[Row]) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    values: dict[str, list[Any]] = {}
+    for number, row in enumerate(rows):
+        for name, value in row.items():
+            column = values.setdefault(name, [])
+            column.extend([None] * (number - len(column)))  # of rows without it
+            column.append(value)
     columns = {}
-    for name in _names(rows):
+    for name, column in values.items():
+        column.extend([None] * (len(rows) - len(column)))
         try:
-            columns[name] = pyarrow.array([row.get(name) for row in rows])
+            columns[name] = pyarrow.array(column)
         except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"Column {name!r} cannot be written as parquet "
