@@ -24,6 +24,7 @@ from jaxprompt.data.tasks import (
     resolve_task,
     tokenize,
 )
+from jaxprompt.data.templates import place_prompt
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.evaluation.analyze import draw_prompt, figure_format, summarize
@@ -429,7 +430,8 @@ def score(
         max_input_length: text tokens with what ends them; None: those of the prompt's task, or 512.
         batch_size: rows at a time.
         progress: hears how many rows a batch had.
-        warn: is told how many inputs are too long and were cut at their end.
+        warn: is told how many inputs are too long and were cut at their end, and where the task's
+            template says what the text of an input cannot.
 
     Returns:
         For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
@@ -442,6 +444,9 @@ def score(
     task = prompt_task(session.prompt, None) if recorded else None
     joined = task is not None and tokenizer.one_sequence and not raw
     separator = task.separator if task is not None and joined else ""
+    if task is not None and not raw:
+        for text in _beyond_text(task, tokenizer, session.length):
+            warn(text)
     end = tokenizer.input_end(separator)
     start = tokenizer.start_ids
     longest = max_input_length or (512 if task is None else task.max_input_length)
@@ -474,6 +479,24 @@ def score(
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}
         for value, example in zip(values, examples, strict=True)
+    ]
+
+
+def _beyond_text(task: TaskConfig, tokenizer: Tokenizer, length: int) -> list[str]:
+    """A sentence for each thing in the task's template that a text cannot say."""
+    pieces = place_prompt(task.template, length)
+    inside = any(piece.virtual for piece in pieces[1:])
+    [named] = tokenizer.encode_all([tokenizer.marked(task.template)], trusted=True)
+    special = named != tokenizer.encode(task.template)
+    found = [
+        ("places virtual tokens within the text; here all of them stand in front", inside),
+        ("names special tokens; in an input they are text", special),
+    ]
+    return [
+        f"the template {shown(task.template)} of the prompt's task {what}, so these are other "
+        "likelihoods than those of eval and predict"
+        for what, there in found
+        if there
     ]
 
 

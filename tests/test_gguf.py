@@ -226,6 +226,17 @@ def test_score_finds_for_a_tuned_prompt_what_predict_does(run):
         assert abs(scored(text, "yes", raw=True, max_input_length=64) - value) > 1e-3
         # text is cut as the prompt's task cuts it
         assert scored(text, "yes") == pytest.approx(less["scores"]["yes"], **same)
+    # what no text can say is told
+    assert session.prompt is not None
+    for form, what in (
+        ("{text} [prompt] is", "places virtual tokens within the text"),
+        ("<|im_start|>{text}", "names special tokens"),
+    ):
+        facts = session.prompt.facts | {"task": task.model_dump() | {"template": form}}
+        heard = []
+        other = session._replace(prompt=session.prompt._replace(facts=facts))
+        api.score(other, [{"input": "it", "target": "yes"}], warn=heard.append)
+        assert len(heard) == 1 and what in heard[0]
     # without a task on record text is taken as it is
     assert session.prompt is not None
     bare = session._replace(prompt=session.prompt._replace(facts={}))

@@ -133,7 +133,7 @@ def _rename(spec: dict[str, Any], of: dict[str, str], ids: dict[str, int]) -> No
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     for name, mark in of.items():
         token = added.setdefault(name, {"id": ids[name], "special": True, **plain})
-        token["content"] = mark
+        token |= {"content": mark, "normalized": False}
     spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
 
 
