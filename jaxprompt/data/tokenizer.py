@@ -71,11 +71,11 @@ class Tokenizer:
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._sentinels = re.compile("|".join(map(re.escape, sentinels)) or "(?!)")
         fast: Any = getattr(inner, "backend_tokenizer", None)
-        decoder = None if fast is None else json.loads(fast.to_str())["decoder"]
-        # pieces of SentencePiece are decoded as SentencePiece does
-        self._decoder = fast.decoder if _BLANK in json.dumps(decoder, ensure_ascii=False) else None
-        made = None
+        made, self._decoder = None, None
         if fast is not None:
+            decoder = json.dumps(json.loads(fast.to_str())["decoder"], ensure_ascii=False)
+            # pieces of SentencePiece are decoded as SentencePiece does
+            self._decoder = fast.decoder if _BLANK in decoder else None
             made = make_encoder(fast, self._marks, ids, sentinels, self.one_sequence)
         slowly = functools.partial(encode_slowly, inner, self._marks, ids, self.unk_id)
         self._encode = made.encode if made else slowly
