@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -89,6 +90,59 @@ def _spec(
     )
 
 
+_is_spec = lambda x: isinstance(x, PartitionSpec)
+
+
+def trained_axes(tree: Any, shapes: Any, axes: Any) -> Any:
+    """The logical axes of each array that a whole model is trained with: weights and moments.
+
+    An array belongs to the parameter that its path ends with. It has axis K before that one's axes,
+    of which it may lack one (a factored moment of Adafactor). What belongs to none has no axes.
+    shapes, axes: of the model's parameters.
+    """
+    is_axes = lambda x: isinstance(x, tuple)
+    names = jax.tree_util.tree_flatten_with_path(axes, is_axes)[0]
+    parameters = {
+        tuple(key.key for key in path): (x.shape, own)
+        for (path, own), x in zip(names, jax.tree.leaves(shapes), strict=True)
+    }
+
+    def of_array(path, x):
+        keys = tuple(getattr(key, "key", None) for key in path)
+        ends = (keys[start:] for start in range(len(keys)))
+        shape, own = next((parameters[end] for end in ends if end in parameters), ((), ()))
+        without = lambda some, i: (*some[:i], *some[i + 1 :])
+        lacking = {without(own, i) for i in range(len(own)) if without(shape, i) == x.shape[1:]}
+        if x.shape[1:] == tuple(shape):
+            return (None, *own)[: x.ndim]
+        return (None, *lacking.pop()) if len(lacking) == 1 else (None,) * x.ndim
+
+    return jax.tree_util.tree_map_with_path(of_array, tree)
+
+
+def specs_of(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """How each array of these logical axes is spread over the devices, where it can be divided."""
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+
+    def spec(x, of):
+        along = [*_spec(x.shape, of, sizes)]
+        while along and along[-1] is None:  # as the compiler spells it
+            along.pop()
+        return PartitionSpec(*along)
+
+    return jax.tree.map(spec, tree, axes)
+
+
+def on(mesh: Mesh, specs: Any) -> Any:
+    """Partition specs as shardings on ``mesh``."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def divides_weights(mesh: Mesh | None) -> bool:
+    """Whether a device has no more than a part of each large weight."""
+    return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of prompt, optimizer state and metrics."""
     return NamedSharding(mesh, PartitionSpec())
@@ -115,6 +169,7 @@ def over_rows(
     axes: Any = None,
     *,
     stacked: bool = False,
+    results: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, Any, Any], Any]:
     """``work(params, shared, rows)`` of each device's own rows, by itself; results together.
 
@@ -124,36 +179,65 @@ def over_rows(
     stacked: each device's result along a new first axis, for ``summed``, which is all that the
     devices of ``data`` ever send each other; else one after another, as the rows were. What
     ``tensor`` shares is the compiler's, along ``constrained``.
+    results: where ``params`` are trained: the specs of what ``work`` returns by those of
+    ``params``, which ``axes`` then makes of them. Their parts are put together by ``work`` itself,
+    and the gradient of a part is a sum over the devices of ``fsdp``.
     """
     own = lambda found: jax.tree.map(lambda x: x[None], found) if stacked else found
     if mesh is None or mesh.size == 1:
         return lambda params, shared, rows: own(work(params, shared, rows))
     parts = 1 if axes is None else mesh.shape["fsdp"]
-    place = _Place(mesh.shape["tensor"], parts)
-
-    def put_together(x, of):
-        return x if of[0] == "layers" or "embed" not in of else whole(x, of)
+    place = _Place(mesh.shape["tensor"], parts, results is not None)
 
     def mine(params, shared, rows):
         told = _PLACE.set(place)
         try:
-            params = spread(put_together, params, axes) if parts > 1 else params
+            params = params if results else put_together(params, axes)
             found = work(params, shared, rows)
         finally:
             _PLACE.reset(told)
         return own(found)
 
     def everywhere(params, shared, rows):
-        specs = PartitionSpec()
-        if parts > 1:
+        specs, out = PartitionSpec(), PartitionSpec(ROWS)
+        if results:
+            specs = _along(axes(params), ROWS)
+            out = stacked_specs(results(specs))
+        elif parts > 1:
             specs = spread(lambda x, of: _spec(x.shape, of, {"fsdp": parts}), params, axes)
         return jax.shard_map(
             mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
-            out_specs=PartitionSpec(ROWS),
+            out_specs=out,
             axis_names=_own_axes(mesh), check_vma=False,
         )(params, shared, rows)  # fmt: skip
 
     return everywhere
+
+
+def put_together(params: Any, axes: Any) -> Any:
+    """Parameters of which this device has parts, those that are in no layer whole."""
+
+    def one(x, of):
+        return x if of[0] == "layers" or "embed" not in of else whole(x, of)
+
+    return spread(one, params, axes) if parts() > 1 else params
+
+
+def _along(specs: Any, names: Sequence[str]) -> Any:
+    """Partition specs with these axes of the mesh alone."""
+    only = lambda spec: PartitionSpec(*(name if name in names else None for name in spec))
+    return jax.tree.map(only, specs, is_leaf=_is_spec)
+
+
+def _adding(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of the mesh whose devices have sums of their own of what is spread like this."""
+    return tuple(name for name in ROWS if name not in spec)
+
+
+def stacked_specs(specs: Any) -> Any:
+    """Those of what ``over_rows`` stacks, by those of the results."""
+    stack = lambda spec: PartitionSpec(_adding(spec), *spec)
+    return jax.tree.map(stack, specs, is_leaf=_is_spec)
 
 
 def _own_axes(mesh: Mesh) -> set[str]:
@@ -169,15 +253,34 @@ def by_device(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def summed(results: Any, mesh: Mesh | None) -> Any:
-    """What ``over_rows`` has stacked, added up, on every device."""
+def summed(results: Any, mesh: Mesh | None, specs: Any = None) -> Any:
+    """What ``over_rows`` has stacked, added up, on every device or spread as ``specs`` say."""
     own = lambda found: jax.tree.map(lambda x: x[0], found)
     if mesh is None or mesh.size == 1:
         return own(results)
+    if specs is not None:
+        specs = _along(specs, ROWS)
+        add = lambda x, spec: jax.lax.psum(x[0], _adding(spec))
+        return jax.shard_map(
+            lambda found: jax.tree.map(add, found, specs), mesh=mesh,
+            in_specs=(stacked_specs(specs),), out_specs=specs, axis_names=set(ROWS),
+            check_vma=False,
+        )(results)  # fmt: skip
     return jax.shard_map(
         lambda found: jax.lax.psum(own(found), ROWS), mesh=mesh, in_specs=PartitionSpec(ROWS),
         out_specs=PartitionSpec(), axis_names=set(ROWS), check_vma=False,
     )(results)  # fmt: skip
+
+
+def stacked_zeros(like: Any, mesh: Mesh, specs: Any) -> Any:
+    """Zeros of what ``over_rows`` stacks of results like these."""
+
+    def zeros(x, spec, stacked):
+        count = math.prod(mesh.shape[name] for name in _adding(spec))
+        own = jnp.zeros((count, *x.shape), x.dtype)
+        return jax.lax.with_sharding_constraint(own, NamedSharding(mesh, stacked))
+
+    return jax.tree.map(zeros, like, specs, stacked_specs(specs))
 
 
 class _Place(NamedTuple):
@@ -185,6 +288,7 @@ class _Place(NamedTuple):
 
     tensor: int = 1  # devices that share the products of a batch's rows
     parts: int = 1  # of a layer's weights, of which it has one
+    trained: bool = False  # the weights have gradients
 
 
 _ALONE = _Place()
@@ -194,6 +298,11 @@ _PLACE: ContextVar[_Place] = ContextVar("_PLACE", default=_ALONE)
 def parts() -> int:
     """In how many parts, one a device, the weights of each layer are along the model dimension."""
     return _PLACE.get().parts
+
+
+def trained() -> bool:
+    """Whether the weights of which a device has a part have gradients."""
+    return _PLACE.get().trained
 
 
 def whole(weight: Any, axes: Sequence[str | None]) -> Any:
@@ -260,10 +369,10 @@ def put(value: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def placed(shapes: Any, sharding: Any) -> Any:
-    """Shapes and dtypes of arrays as those of arrays over devices."""
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, shapes)
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of arrays as those of arrays over devices, each with its sharding."""
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, shardings)
 
 
 def fetch(tree: Any) -> Any:

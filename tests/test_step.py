@@ -14,7 +14,13 @@ from jaxprompt.data.pipeline import Example, make_batch, micro_batches, pack_bat
 from jaxprompt.model import family, t5
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.training.optimizer import per_prompt
-from jaxprompt.training.step import batch_losses, init_state, make_train_step
+from jaxprompt.training.step import (
+    batch_losses,
+    first_state,
+    init_state,
+    make_train_step,
+    shardings,
+)
 
 V, P, D = 61, 4, 16
 
@@ -197,6 +203,52 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
         mesh=mesh if by_rows else None,
     )  # fmt: skip
     np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((2, 2, 1), "adamw"),
+        ((1, 4, 1), "adafactor"),
+        ((1, 2, 2), "adamw"),
+        ((2, 1, 2), "adafactor"),
+    ],
+)
+def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
+    """Each holds its part of weights and moments, and the step's outcome stays what it was."""
+    config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4, dropout=0.1)
+    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
+    rows = [e._replace(inputs=np.minimum(e.inputs[P:], 59), targets=np.minimum(e.targets, 59))
+            for e in examples(8)]  # fmt: skip
+    batches = [[make_batch(rows)], [make_batch(rows), make_batch(rows[:4])]]
+    start = np.zeros((1, 0, D), np.float32)
+    settings = {"method": "model-tuning", "name": name, "rate": 1e-3}
+    alone, losses = run((config, params), batches, start, **settings)
+
+    method, mesh = METHODS["model-tuning"], make_mesh(shape)
+    optimizer, step = trainer(config, mesh=mesh, **settings)
+    state = first_state(method.init(params, start, None, 0), method, optimizer, config, mesh)
+    place = shardings(state, method, config, mesh)
+    for batch in batches:
+        state, found = step(state, {}, parallel.put_batch(batch, mesh))
+        for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(place), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    np.testing.assert_allclose(found.loss, losses.loss, rtol=1e-5)
+    # the sign of a gradient that is 0 but for rounding decides a step of Adam
+    for a, b in zip(jax.tree.leaves(alone.tree), jax.tree.leaves(state.tree), strict=True):
+        assert np.abs(a - b).max() < 1e-3 and np.abs(a - b).mean() < 1e-5
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    jax.tree.map(near, alone.optimizer, state.optimizer)
+    parts = shape[1] * shape[2]
+    wi = state.tree["encoder"]["layers"]["mlp"]["wi_0"]
+    assert wi.addressable_shards[0].data.size == wi.size // parts
+    held = lambda tree: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(tree))
+    whole = sum(x.size for x in jax.tree.leaves(state))
+    assert held(state) < whole * (1 / parts + 0.1)  # norms, biases and row statistics are on all
+
+
+def make_mesh(shape):
+    return parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
 
 
 def test_devices_send_each_other_sums_of_the_prompts_alone(tiny):

@@ -50,12 +50,15 @@ def project(
 ) -> Float[Array, "..."]:
     """``product`` of activations with a weight: d is the model's dimension, n heads, f the MLP's.
 
-    A frozen weight of which this device has a part (``parallel.over_rows``), or which is stored in
-    fewer bits (``small_weights``), is made ready for the product, and again for the backward pass
-    instead of kept.
+    A weight of which this device has a part (``parallel.over_rows``), or a frozen one that is
+    stored in fewer bits (``small_weights``), is made ready for the product, and again for the
+    backward pass instead of kept.
     """
     if parallel.parts() == 1 and not is_stored(weight):
         return product(spec, x, weight, mixed)
+    if parallel.trained():
+        ready = lambda x, weight: product(spec, x, _ready(spec, weight, x.dtype), mixed)
+        return jax.checkpoint(ready)(x, weight)
     return _product_with_stored(spec, x, weight, mixed)
 
 

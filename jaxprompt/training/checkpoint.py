@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +34,55 @@ class Checkpoints:
     """The checkpoints in one directory; the newest ``keep`` are kept.
 
     Of several processes the first one alone reads and writes: no other needs to see the directory.
+    in_parts: for states as large as a model. Each process reads and writes what its devices hold,
+    in a directory that all of them see.
     """
 
-    def __init__(self, path: Path, keep: int, say: Callable[[str], None] = lambda text: None):
-        self.path, self._keep = path.absolute(), keep
+    def __init__(
+        self, path: Path, keep: int, say: Callable[[str], None] = lambda text: None,
+        *, in_parts: bool = False,
+    ):  # fmt: skip
+        self.path, self._keep, self._in_parts = path.absolute(), keep, in_parts
         self._latest = parallel.by_first(lambda: newest_good(self.path, say))
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""
         if self._latest == step:
             return
-        values = jax.tree.map(np.asarray, parallel.fetch(state))
-        parallel.by_first(lambda: self._save(step, values, progress))
+        what = ocp.args.Composite(
+            state=ocp.args.StandardSave(
+                state if self._in_parts else jax.tree.map(np.asarray, parallel.fetch(state))
+            ),
+            progress=ocp.args.JsonSave(progress),
+        )
+        write = partial(self._writing, step, partial(self._write, step, what))
+        if self._in_parts:
+            write()
+        else:
+            parallel.by_first(write)
+        parallel.by_first(partial(self._writing, step, partial(self._complete, step)))
         self._latest = step
 
-    def _save(self, step: int, values: Any, progress: dict[str, Any]) -> None:
+    def _write(self, step: int, what: ocp.args.Composite) -> None:
+        self.path.mkdir(exist_ok=True)
+        with _orbax(self._in_parts) as orbax:
+            orbax.save(self.path / str(step), args=what)
+
+    def _complete(self, step: int) -> None:
         folder = self.path / str(step)
+        sums = {"step": step, "files": checksums(folder)}
+        write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+        for old in checkpoint_folders(self.path)[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _writing(self, step: int, work: Callable[[], None]) -> None:
         try:
-            self.path.mkdir(exist_ok=True)
-            what = ocp.args.Composite(
-                state=ocp.args.StandardSave(values), progress=ocp.args.JsonSave(progress)
-            )
-            with _orbax() as orbax:
-                orbax.save(folder, args=what)
-            sums = {"step": step, "files": checksums(folder)}
-            write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+            work()
         except (OSError, ValueError, RuntimeError) as error:  # a full disk has many names
             raise UserError(
                 f"Checkpoint {step} cannot be written to {str(self.path)!r} ({_brief(error)}); "
                 "mend that and run the same command again: the checkpoint before it is intact."
             ) from None
-        for old in checkpoint_folders(self.path)[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def latest_step(self) -> int | None:
         """Step of the newest good checkpoint."""
@@ -72,28 +90,33 @@ class Checkpoints:
 
     def progress(self) -> dict[str, Any]:
         """The newest progress alone: it may say what shape the state has."""
-        return parallel.by_first(lambda: self._load(progress=ocp.args.JsonRestore()))
+        return parallel.by_first(lambda: self._load(False, progress=ocp.args.JsonRestore()))
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the shapes, dtypes and shardings of ``like``.
 
         The devices may be others than those that it was saved from.
         """
-        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        what = ocp.args.StandardRestore(abstract)
-        state = parallel.from_first(lambda: self._load(state=what), abstract)
+        if self._in_parts:
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            state = self._load(True, state=ocp.args.StandardRestore(jax.tree.map(place, like)))
+        else:
+            abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+            what = ocp.args.StandardRestore(abstract)
+            state = parallel.from_first(lambda: self._load(False, state=what), abstract)
         if int(state.step) != self._latest:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
                 "delete its folder to go on from an earlier one."
             )
-        place = lambda value, x: parallel.put(value, x.sharding)
-        return jax.tree.map(place, state, like)
+        if self._in_parts:
+            return state
+        return jax.tree.map(lambda value, x: parallel.put(value, x.sharding), state, like)
 
-    def _load(self, **what: Any) -> Any:
+    def _load(self, by_all: bool, **what: Any) -> Any:
         """The one part that is asked for."""
         try:
-            with _orbax() as orbax:
+            with _orbax(by_all) as orbax:
                 found = orbax.restore(
                     self.path / str(self._latest), args=ocp.args.Composite(**what)
                 )
@@ -106,9 +129,10 @@ class Checkpoints:
             ) from None
 
 
-def _orbax() -> ocp.Checkpointer:
-    """A checkpointer for the first process alone: it waits for no other."""
-    several = jax.process_count() > 1  # alone it would be told of no one else
+def _orbax(by_all: bool) -> ocp.Checkpointer:
+    """A checkpointer for all processes, or for the first one alone: it waits for no other."""
+    # one process would be told of no one else
+    several = jax.process_count() > 1 and not by_all
     alone = options.MultiprocessingOptions(
         primary_host=0,
         active_processes={0} if several else None,

@@ -62,7 +62,13 @@ from jaxprompt.training.population import (
     winner,
 )
 from jaxprompt.training.results import facts_of, note_test, save_tuned
-from jaxprompt.training.step import TrainState, make_train_step, sound
+from jaxprompt.training.step import (
+    TrainState,
+    first_state,
+    make_train_step,
+    shardings,
+    sound,
+)
 
 MOST_ROLLBACKS = 10  # the rate is then a thousandth
 
@@ -243,7 +249,9 @@ def _train(
 
     parallel.by_first(open_folder)
     open_files.enter_context(signals.held())
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", settings.keep, reporter.say, in_parts=not method.frozen
+    )
     count = len(members)
     shown = [Shown(called(given.task.name), given.metric) for given in own]
     progress: dict[str, Any] = {
@@ -285,7 +293,8 @@ def _train(
     def restored() -> TrainState:
         """The state of the newest checkpoint; no other is made for it."""
         like = jax.eval_shape(partial(beginning, alive), shapes)
-        return checkpoints.restore(parallel.placed(like, parallel.replicated(mesh)))
+        place = shardings(like, method, backbone.config, mesh)
+        return checkpoints.restore(parallel.placed(like, place))
 
     if starts is None and not resumed:
         starts = starts_from(backbone.params)
@@ -295,7 +304,10 @@ def _train(
         state: Any = restored()
         reporter.say(f"going on from step {done}")
     else:
-        state = jax.device_put(beginning(alive, starts or ()), parallel.replicated(mesh))
+        state = first_state(
+            stacked([(starts or [])[k] for k in alive]), method, optimizer_of(alive),
+            backbone.config, mesh,
+        )  # fmt: skip
         checkpoints.save(0, state, progress)
     starts = None
 

@@ -49,7 +49,15 @@ from jaxprompt.training.logbook import (
     write_atomically,
 )
 from jaxprompt.training.optimizer import per_prompt, schedule_warnings
-from jaxprompt.training.step import TrainState, batch_losses, init_state, make_train_step, sound
+from jaxprompt.training.step import (
+    TrainState,
+    batch_losses,
+    first_state,
+    init_state,
+    make_train_step,
+    shardings,
+    sound,
+)
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
@@ -113,21 +121,21 @@ def _pretrain(
     optimizer = per_prompt(settings)
     train_step = make_train_step(shape, PRETRAINING, optimizer, mesh=mesh, z_loss=settings.z_loss)
     open_files.enter_context(signals.held())
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say)
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say, in_parts=True)
     done, progress = 0, {"seconds": 0.0, "tokens": 0, "evaluated": 0}
     if checkpoints.latest_step() is not None:
         params = None  # what is restored needs their memory
         progress |= checkpoints.progress()
         like = _state_shapes(config, shape, optimizer)
-        state = checkpoints.restore(parallel.placed(like, parallel.replicated(mesh)))
+        place = shardings(like, PRETRAINING, shape, mesh)
+        state: Any = checkpoints.restore(parallel.placed(like, place))
         done = int(state.step)
         reporter.say(f"going on from step {done}")
     else:
-        params = params or _init(shape, jax.random.key(settings.seed))
+        params = params or _new(shape, settings.seed, mesh)
         bank = _virtual(config, params, tokenizer, shape.d_model)
         tree, params = PRETRAINING.init(params, bank, PromptConfig(), settings.seed), None
-        state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
-        state = jax.device_put(state, parallel.replicated(mesh))
+        state = first_state(tree, PRETRAINING, optimizer, shape, mesh)
         del tree
     logbook = Logbook(
         folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
@@ -136,9 +144,8 @@ def _pretrain(
     checks = held_out_batches(config, streams)
 
     def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
-        put = functools.partial(parallel.put_batch, mesh=mesh)
-        with signals.free():
-            return held_out_scores(state.tree, checks, shape, put)
+        with lent(state.tree["model"]) as params, signals.free():
+            return held_out_scores(params, state.tree.get("prompt"), checks, shape, mesh)
 
     def log_scores(step: int, scores) -> None:
         row = {f"held_out/{name}/loss": s["loss"] for name, s in scores.items()}
@@ -250,7 +257,7 @@ def _start(
 def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
     """A T5 1.1 for a vocabulary of ``pieces``, rounded up to a multiple of 128."""
     model = config.model
-    return t5.T5Config(
+    shape = t5.T5Config(
         vocab_size=-(-pieces // 128) * 128,
         **config.shape.model_dump(),
         dropout=model.dropout,
@@ -259,6 +266,9 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
         rows_in_turn=parallel.whole_rows_on_cpu(mesh),
         **_chosen(config, mesh),
     )
+    check = lambda x, of: parallel.check_divides(mesh, of, x.shape, "the new backbone")
+    parallel.spread(check, t5.abstract_params(shape), t5.logical_axes(shape))
+    return shape
 
 
 def _chosen(config: PretrainConfig, mesh: Mesh) -> dict[str, Any]:
@@ -313,6 +323,16 @@ def _some(texts: list[str], characters: int) -> list[str]:
     return texts[::step]
 
 
+def _new(shape: t5.T5Config, seed: int, mesh: Mesh) -> t5.Params:
+    """Random weights, each part of them made where it belongs."""
+    key = jax.random.key(seed)
+    if not parallel.divides_weights(mesh):
+        return _init(shape, key)
+    specs = parallel.specs_of(mesh, t5.abstract_params(shape), t5.logical_axes(shape))
+    place = parallel.on(mesh, specs)
+    return jax.jit(t5.init_params, static_argnums=0, out_shardings=place)(shape, key)
+
+
 def _state_shapes(config: PretrainConfig, shape: t5.T5Config, optimizer: Any) -> TrainState:
     """Shapes and dtypes of a state, of which nothing is allocated."""
     bank = np.zeros((1, _virtual_count(config), shape.d_model), np.float32)
@@ -350,15 +370,17 @@ def held_out_batches(config: PretrainConfig, streams: Streams) -> dict[str, list
 
 
 def held_out_scores(
-    tree: Any,
+    params: t5.Params,
+    bank: Float[Array, "1 P D"] | None,
     checks: dict[str, list[Batch]],
     config: t5.T5Config,
-    put: Callable[[Batch], Any] = lambda batch: batch,
+    mesh: Mesh | None = None,
 ) -> dict[str, dict[str, float]]:
     """Loss in nats a target token, perplexity, share of right tokens and their number by set."""
-    scores = {}
+    scores, sums = {}, _sums(config, mesh)
+    put = lambda batch: batch if mesh is None else parallel.put_batch(batch, mesh)
     for name, batches in checks.items():
-        found = [np.asarray(_sums(tree, put(batch), config=config)) for batch in batches]
+        found = [np.asarray(sums(params, bank, put(batch))) for batch in batches]
         nll, right, count = (float(x) for x in np.sum(found, axis=0))
         scores[name] = {
             "loss": nll / count,
@@ -369,15 +391,19 @@ def held_out_scores(
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _sums(tree, batch: Batch, *, config: t5.T5Config) -> Float[Array, " 3"]:
+@functools.lru_cache(maxsize=8)
+def _sums(config: t5.T5Config, mesh: Mesh | None) -> Callable[..., Float[Array, " 3"]]:
     """Sums over target tokens of negative log-likelihood, of correct ones, and of ones."""
-    params, bank = PRETRAINING.apply(tree, {})
-    weights = (batch.target_segments > 0).astype(jnp.float32)
-    flat = batch._replace(loss_weights=weights, noise=None)
-    _, losses = batch_losses(params, bank, config, flat, prompts=1)
-    count = jnp.sum(flat.loss_weights)
-    return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
+
+    def of_rows(params, bank, batch):
+        weights = (batch.target_segments > 0).astype(jnp.float32)
+        flat = batch._replace(loss_weights=weights, noise=None)
+        _, losses = batch_losses(params, bank, config, flat, prompts=1)
+        count = jnp.sum(flat.loss_weights)
+        return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
+
+    everywhere = parallel.over_rows(of_rows, mesh, t5.logical_axes(config), stacked=True)
+    return jax.jit(lambda *args: parallel.summed(everywhere(*args), mesh))
 
 
 def _size(batch: Batch) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt import parallel
@@ -120,33 +120,49 @@ def make_train_step(
     needs no random state. Raises ValueError for a batch without it, where the config has dropout.
     """
 
+    # the devices that share the weights that are trained, if they do
+    shared_by = None if method.frozen or not parallel.divides_weights(mesh) else mesh
+    frozen_or_shared = method.frozen or shared_by is not None
+    axes = family.of(config).logical_axes(config) if frozen_or_shared else None
+
     def sums_of_rows(params, tree, batch):
         if config.dropout > 0 and batch.noise is None:
             raise ValueError("A batch without noise has no dropout; give its examples some.")
 
         def objective(tree):
             tuned, bank = applied(method, tree, params)
+            if shared_by is not None:
+                tuned = parallel.put_together(tuned, axes)
             each, sums = _summed(tuned, bank, config, batch, count(tree), z_loss)
             return jnp.sum(each), sums
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
         return sums._replace(gradient=gradient)
 
-    axes = family.of(config).logical_axes(config) if method.frozen else None
     everywhere = parallel.over_rows(sums_of_rows, mesh, axes, stacked=True)
+    specs: Any = lambda tree: None
+    if shared_by is not None:
+        everywhere, specs = _over_parts(sums_of_rows, config, shared_by)
 
     def finish(state, sums):
-        sums = parallel.summed(sums, mesh)
+        sums = parallel.summed(sums, mesh, specs(state.tree))
         updates, opt_state = optimizer.update(sums.mean_gradient(), state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
-        return TrainState(state.step + 1, tree, opt_state), sums.losses()
+        state = TrainState(state.step + 1, tree, opt_state)
+        if shared_by is not None:
+            place = shardings(state, method, config, shared_by)
+            state = jax.lax.with_sharding_constraint(state, place)
+        return state, sums.losses()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def at_once(state, params, batch):
         return finish(state, everywhere(params, state.tree, batch))
 
-    @functools.partial(jax.jit, out_shardings=parallel.by_device(mesh))
+    @functools.partial(jax.jit, out_shardings=None if shared_by else parallel.by_device(mesh))
     def nothing(tree):
+        if shared_by is not None:
+            each = jnp.zeros(count(tree))
+            return parallel.stacked_zeros(Sums(tree, each, each, each), shared_by, specs(tree))
         ways = parallel.ways(mesh)
         gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
         each = jnp.zeros((ways, count(tree)))
@@ -172,6 +188,57 @@ def make_train_step(
         return last(state, sums)
 
     return train_step
+
+
+def _over_parts(sums_of_rows, config: family.Config, mesh: Mesh):
+    """``sums_of_rows`` of a tree whose weights the devices share, and how its sums are spread."""
+
+    def specs(tree):
+        return _specs_of_sums(_specs(tree, config, mesh))
+
+    work = parallel.over_rows(
+        lambda tree, _, batch: sums_of_rows({}, tree, batch), mesh,
+        lambda tree: specs(tree).gradient, stacked=True,
+        results=_specs_of_sums,
+    )  # fmt: skip
+
+    def everywhere(params, tree, batch):
+        place = parallel.on(mesh, parallel.stacked_specs(specs(tree)))
+        return jax.lax.with_sharding_constraint(work(tree, {}, batch), place)
+
+    return everywhere, specs
+
+
+def _specs_of_sums(specs: Any) -> Any:
+    everywhere: Any = PartitionSpec()
+    return Sums(specs, everywhere, everywhere, everywhere)
+
+
+def _specs(tree: Any, config: family.Config, mesh: Mesh) -> Any:
+    model = family.of(config)
+    known = model.abstract_params(config), model.logical_axes(config)
+    return parallel.specs_of(mesh, tree, parallel.trained_axes(tree, *known))
+
+
+def shardings(state: Any, method: Method, config: family.Config, mesh: Mesh) -> Any:
+    """Where each array of a state is: prompts on every device, a whole model as ``RULES`` say."""
+    if method.frozen or not parallel.divides_weights(mesh):
+        return jax.tree.map(lambda x: parallel.replicated(mesh), state)
+    return parallel.on(mesh, _specs(state, config, mesh))
+
+
+def first_state(
+    tree: Any, method: Method, optimizer: optax.GradientTransformation,
+    config: family.Config, mesh: Mesh,
+) -> TrainState:  # fmt: skip
+    """The state before step 0 of a tree, on the devices of ``mesh``."""
+    if method.frozen or not parallel.divides_weights(mesh):
+        state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
+        return jax.device_put(state, parallel.replicated(mesh))
+    tree = jax.device_put(tree, shardings(tree, method, config, mesh))
+    place = shardings(jax.eval_shape(optimizer.init, tree), method, config, mesh)
+    moments = jax.jit(optimizer.init, out_shardings=place)(tree)  # no device ever has all of them
+    return TrainState(jax.device_put(jnp.int32(0), parallel.replicated(mesh)), tree, moments)
 
 
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
