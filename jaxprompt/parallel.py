@@ -201,7 +201,7 @@ def over_rows(
     def everywhere(params, shared, rows):
         specs, out = PartitionSpec(), PartitionSpec(ROWS)
         if results:
-            specs = _along(axes(params), ROWS)
+            specs = _along(axes(params), ROWS)  # pyright: ignore[reportOptionalCall]
             out = stacked_specs(results(specs))
         elif parts > 1:
             specs = spread(lambda x, of: _spec(x.shape, of, {"fsdp": parts}), params, axes)
