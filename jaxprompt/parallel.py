@@ -364,9 +364,17 @@ def logits(cpu: bool | None = None) -> int:
     return 2**27 if cpu else 2**28
 
 
-def put(value: np.ndarray, sharding: Any) -> jax.Array:
+def put(value: np.ndarray | np.generic, sharding: Any) -> jax.Array:
     """A NumPy array that every process holds, as one array over the devices of all of them."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def moved(x: jax.Array, sharding: Any) -> jax.Array:
+    """An array, over all devices or the same in each process, as one over devices of all."""
+    if jax.process_count() > 1 and x.is_fully_addressable:
+        # what device_put makes of it has no parts that can be read (jax 0.10)
+        return put(np.asarray(x), sharding)
+    return jax.device_put(x, sharding)
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

@@ -127,8 +127,8 @@ def _pretrain(
         params = None  # what is restored needs their memory
         progress |= checkpoints.progress()
         like = _state_shapes(config, shape, optimizer)
-        place = shardings(like, PRETRAINING, shape, mesh)
-        state: Any = checkpoints.restore(parallel.placed(like, place))
+        like = parallel.placed(like, shardings(like, PRETRAINING, shape, mesh))
+        state: Any = checkpoints.restore(like)
         done = int(state.step)
         reporter.say(f"going on from step {done}")
     else:
@@ -326,7 +326,7 @@ def _some(texts: list[str], characters: int) -> list[str]:
 def _new(shape: t5.T5Config, seed: int, mesh: Mesh) -> t5.Params:
     """Random weights, each part of them made where it belongs."""
     key = jax.random.key(seed)
-    if not parallel.divides_weights(mesh):
+    if mesh.size == 1:
         return _init(shape, key)
     specs = parallel.specs_of(mesh, t5.abstract_params(shape), t5.logical_axes(shape))
     place = parallel.on(mesh, specs)

@@ -232,13 +232,15 @@ def first_state(
     config: family.Config, mesh: Mesh,
 ) -> TrainState:  # fmt: skip
     """The state before step 0 of a tree, on the devices of ``mesh``."""
-    if method.frozen or not parallel.divides_weights(mesh):
+    if method.frozen:
         state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
         return jax.device_put(state, parallel.replicated(mesh))
-    tree = jax.device_put(tree, shardings(tree, method, config, mesh))
-    place = shardings(jax.eval_shape(optimizer.init, tree), method, config, mesh)
-    moments = jax.jit(optimizer.init, out_shardings=place)(tree)  # no device ever has all of them
-    return TrainState(jax.device_put(jnp.int32(0), parallel.replicated(mesh)), tree, moments)
+    place = lambda some: shardings(some, method, config, mesh)
+    tree = jax.tree.map(parallel.moved, tree, place(tree))
+    moments = jax.eval_shape(optimizer.init, tree)
+    # no device ever has more than its part
+    moments = jax.jit(optimizer.init, out_shardings=place(moments))(tree)
+    return TrainState(parallel.put(np.int32(0), parallel.replicated(mesh)), tree, moments)
 
 
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
