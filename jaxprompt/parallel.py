@@ -364,7 +364,7 @@ def logits(cpu: bool | None = None) -> int:
     return 2**27 if cpu else 2**28
 
 
-def put(value: np.ndarray | np.generic, sharding: Any) -> jax.Array:
+def put(value: np.ndarray, sharding: Any) -> jax.Array:
     """A NumPy array that every process holds, as one array over the devices of all of them."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 

@@ -240,7 +240,9 @@ def first_state(
     moments = jax.eval_shape(optimizer.init, tree)
     # no device ever has more than its part
     moments = jax.jit(optimizer.init, out_shardings=place(moments))(tree)
-    return TrainState(parallel.put(np.int32(0), parallel.replicated(mesh)), tree, moments)
+    return TrainState(
+        parallel.put(np.zeros((), np.int32), parallel.replicated(mesh)), tree, moments
+    )
 
 
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
