@@ -314,7 +314,7 @@ class MeshConfig(Schema):
     """Devices along each axis; -1 takes what is left."""
 
     data: int = -1  # take rows of their own
-    fsdp: int = 1  # take rows of their own, and hold a part of each weight
+    fsdp: int = 1  # take rows of their own, and hold a part of each weight, frozen or trained
     tensor: int = 1  # share heads, MLP and vocabulary
 
 
