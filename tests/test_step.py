@@ -12,6 +12,7 @@ from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, TrainConfig, UserError
 from jaxprompt.data.pipeline import Example, make_batch, micro_batches, pack_batch
 from jaxprompt.model import family, t5
+from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.prompts.methods import METHODS
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import (
@@ -245,6 +246,31 @@ def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
     held = lambda tree: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(tree))
     whole = sum(x.size for x in jax.tree.leaves(state))
     assert held(state) < whole * (1 / parts + 0.1)  # norms, biases and row statistics are on all
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "tied, mixed and rematerialised"])
+def test_the_gradient_of_a_shared_model_is_that_of_one_device(tiny, kind):
+    config: family.Config = LlamaConfig(
+        vocab_size=60, d_model=D, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, num_layers=2,
+        qkv_bias=True,
+    )  # fmt: skip
+    if kind != "decoder-only":
+        config = dataclasses.replace(
+            tiny[0], vocab_size=60, num_heads=4, tied=True, dtype="mixed", remat=True
+        )
+    params = family.of(config).init_params(config, jax.random.key(0))
+    rows = [e._replace(inputs=np.minimum(e.inputs[P:], 59), targets=np.minimum(e.targets, 59))
+            for e in examples(4)]  # fmt: skip
+    start, batch = np.zeros((1, 0, D), np.float32), make_batch(rows)
+    settings = {"method": "model-tuning", "name": "adamw", "rate": 1e-3}
+    alone, losses = run((config, params), [batch], start, **settings)
+    method, mesh = METHODS["model-tuning"], make_mesh((1, 2, 2))
+    optimizer, step = trainer(config, mesh=mesh, **settings)
+    state = first_state(method.init(params, start, None, 0), method, optimizer, config, mesh)
+    state, found = step(state, {}, [parallel.put_batch(batch, mesh)])
+    np.testing.assert_allclose(found.loss, losses.loss, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (alone.optimizer, state.optimizer)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
 
 
 def make_mesh(shape):
