@@ -313,6 +313,8 @@ class _ParquetRows(Sequence[Row]):
             self._file = pyarrow.parquet.ParquetFile(path)
             facts = self._file.metadata
             sizes = [facts.row_group(i).num_rows for i in range(facts.num_row_groups)]
+        if any(size < 0 for size in sizes):
+            raise UserError(f"{path} cannot be read as parquet: a row group of {min(sizes)} rows.")
         self._starts = np.cumsum([0, *sizes])
         self._batches, self._next = iter(()), len(self)  # what is read next, from which row on
         self._start, self._rows = 0, []  # of the batch at hand
