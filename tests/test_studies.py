@@ -336,6 +336,23 @@ def test_a_cell_that_fails_is_noted_and_the_others_go_on(mine, tmp_path):
     assert list(read_records(tmp_path)) == [cells[1].key]
 
 
+def test_a_cell_keeps_what_is_not_of_its_run_and_tells_what_the_run_warns_of(mine, tmp_path):
+    plan = make_plan("length", **mine)
+    settings = plan.settings | {"train.warmup_steps": 9, "model.dtype": "float32"}
+    cell = Cell("tiny", "mine", "prompt", 3, 0, None, settings)
+    said: list[str] = []
+    bench = Bench(tmp_path, plan.backbones, plan.tasks, illegal_rows=0, say=said.append)
+    folder = bench.folder(cell)
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert run_cells([cell], bench) == 1 and (folder / "notes.txt").read_text() == "mine"
+    assert any("FAILED: UserError" in text and "notes.txt" in text for text in said)
+    (folder / "notes.txt").unlink()
+    (folder / "lock").touch()  # killed before anything else was written
+    assert run_cells([cell], bench) == 0
+    assert any(text.startswith("    warning: train.warmup_steps is 9") for text in said)
+
+
 def test_cells_load_their_backbone_as_their_runs_do(mine, tmp_path, monkeypatch):
     loaded, load = [], cells.load_backbone
 

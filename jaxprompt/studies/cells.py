@@ -36,7 +36,7 @@ from jaxprompt.model.load import Backbone, load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
 from jaxprompt.training.interrupt import locked
-from jaxprompt.training.logbook import clear_run
+from jaxprompt.training.logbook import Silent, clear_run
 from jaxprompt.training.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
@@ -217,7 +217,8 @@ def _train(
     folder = bench.folder(cell)
     if (folder / "config.yaml").is_file() and not any(folder.glob("checkpoints/*")):
         clear_run(folder)  # of a record that was lost: run it again
-    result = train(run_config(cell, bench.recipe, task, bench.backbones[cell.backbone], folder))
+    config = run_config(cell, bench.recipe, task, bench.backbones[cell.backbone], folder)
+    result = train(config, _Warnings(bench.say))
     keys = ("untuned", "steps", "seconds", "best_step", "trainable_parameters")
     test = result.get("test", {}).get(task.metrics[0])
     scores = {"validation": result["value"], "test": test} | {key: result[key] for key in keys}
@@ -238,6 +239,17 @@ def _train(
         "tightest": [[near["word"] for near in vector["nearest"]] for vector in tightest],
     }
     return scores, session
+
+
+class _Warnings(Silent):
+    """Of what a run says the warnings alone."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def say(self, text: str) -> None:
+        if text.startswith("warning:"):
+            self._say(f"    {text}")
 
 
 def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[str, float]:
