@@ -40,7 +40,7 @@ from jaxprompt.evaluation.score import (
     refuse_lost,
 )
 from jaxprompt.model import family
-from jaxprompt.model.load import Backbone, load_backbone
+from jaxprompt.model.load import Backbone, load_backbone, same_model
 from jaxprompt.prompts.artefact import Prompt, checked_prompt, load_prompt
 
 Progress = Callable[[int], None]
@@ -141,7 +141,7 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
         )
     recorded = prompt.facts.get("backbone", {})
     expected = recorded.get("fingerprint")
-    if expected is not None and expected != backbone.fingerprint and not any_backbone:
+    if expected is not None and not any_backbone and not same_model(backbone, recorded):
         raise UserError(
             f"The prompt was tuned on {recorded.get('source')!r} with fingerprint {expected} and "
             f"{backbone.source!r} has {backbone.fingerprint}: other weights; name the right "

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, UserError
 from jaxprompt.model import hf, hub, load, t5
-from jaxprompt.model.load import fingerprint, load_backbone, save_hf
+from jaxprompt.model.load import fingerprint, load_backbone, same_model, save_hf
 from jaxprompt.model.metadata import told
 from jaxprompt.model.tensors import DTYPES, Leaf, Piece, Tensor, fill, finite
 
@@ -106,6 +106,54 @@ def test_the_fingerprint_is_taken_on_the_device_where_that_is_not_the_host(monke
     b = load_backbone(str(GOLDENS / "umt5"))
     monkeypatch.setattr(load, "_on_host", lambda leaf: False)
     assert fingerprint(b.params) == b.fingerprint
+
+
+def test_the_smallest_numbers_count_wherever_the_fingerprint_is_taken(tmp_path, monkeypatch):
+    """Devices take them for 0 when they compute; the fingerprint is that of the host."""
+
+    def change(tensors):
+        tensors["shared.weight"][0, :6] = [1e-39, -1e-40, 1e-45, 9e-39, 2e-39, -3e-41]
+
+    directory = rewrite(copy("t5_1_1", tmp_path / "x"), change)
+    expected = load_backbone(directory).fingerprint
+    assert expected != load_backbone(str(GOLDENS / "t5_1_1")).fingerprint
+    assert (
+        load_backbone(
+            directory, mesh=parallel.make_mesh(MeshConfig(fsdp=len(jax.devices())))
+        ).fingerprint
+        == expected
+    )
+    monkeypatch.setattr(load, "_on_host", lambda leaf: False)
+    for dtype in ("float32", "bfloat16", "mixed"):
+        assert load_backbone(directory, dtype=dtype).fingerprint == expected
+
+
+def test_copies_of_a_model_in_other_dtypes_are_the_same_model(tmp_path):
+    """A fingerprint recorded for one copy is accepted for the other, in both directions."""
+    copies = {}
+    for dtype in (*DTYPES.values(), None):
+        name = dtype.name if dtype else "other"
+
+        def change(tensors, dtype=dtype):
+            for key, value in tensors.items():
+                tensors[key] = value.astype(dtype) if dtype else value * 1.01
+
+        copies[name] = load_backbone(rewrite(copy("t5_1_1", tmp_path / name), change))
+    other = copies.pop("other")
+    exact = {copies[name].fingerprint for name in ("float64", "float32", "bfloat16")}
+    assert len(exact) == 1 and copies["float16"].fingerprint not in exact
+
+    def record(b):
+        return {"fingerprint": b.fingerprint, "fingerprint_float16": b.float16}
+
+    for a in ("float64", "float32", "float16"):
+        for b in ("float64", "float32", "float16"):
+            assert same_model(copies[a], record(copies[b]))
+        assert not same_model(other, record(copies[a]))
+        assert not same_model(copies[a], record(other))
+    old = {"fingerprint": copies["float32"].fingerprint}  # of a prompt without the second one
+    assert same_model(copies["float32"], old) and not same_model(other, old)
+    assert not same_model(copies["float32"], {})
 
 
 def mesh():
@@ -522,7 +570,7 @@ def test_a_part_of_a_sharded_tensor_that_is_not_a_number_ends_the_load(tmp_path)
 
     directory = rewrite(copy("t5_1_1", tmp_path / "x"), spoil)
     with pytest.raises(UserError, match="tensor shared.weight has values that are not finite"):
-        load_backbone(directory, mesh=mesh())
+        load_backbone(directory, mesh=parallel.make_mesh(MeshConfig(fsdp=len(jax.devices()))))
 
 
 def test_scales_and_overflows_that_are_not_numbers_end_the_load(tmp_path):

@@ -64,6 +64,7 @@ class Backbone(NamedTuple):
     fingerprint: str
     path: Path | str  # directory or GGUF file with the tokenizer, or the source where there is none
     mesh: Mesh | None = None  # that it is spread over
+    float16: str = ""  # the fingerprint of a copy of this model in float16
 
 
 def load_backbone(
@@ -137,7 +138,19 @@ def load_backbone(
             array = _small(array, _at(axes, leaf.path), str(weights), mesh)
         node[last] = array
     path = name if location.startswith("gs://") else Path(location)
-    return Backbone(settings, params, name, fingerprint(params, samples), path, mesh)
+    own, half = _fingerprints(params, samples)
+    return Backbone(settings, params, name, own, path, mesh, half)
+
+
+def same_model(backbone: Backbone, recorded: Mapping[str, Any]) -> bool:
+    """Whether a prompt's record of its backbone names this one, or one of them is its float16 copy.
+
+    A copy in bfloat16 has the fingerprint of the model itself. One in float16 has not, as its
+    values are rounded twice; so each side tells what a copy of its own would have.
+    recorded: "fingerprint", and "fingerprint_float16" where the writer was not too old.
+    """
+    named = recorded.get("fingerprint"), recorded.get("fingerprint_float16")
+    return any(each in named for each in (backbone.fingerprint, backbone.float16) if each)
 
 
 def rounded_at_load(name: str, config: family.Config, trainable: bool) -> bool:
@@ -317,31 +330,43 @@ def fingerprint(params: Params, samples: Mapping[tuple[str, ...], Any] | None = 
     bfloat16: constant work a leaf, also where leaves are sharded over devices.
     samples: shape and those values of leaves, by path, that are quantised by now.
     """
-    digest = hashlib.sha256()
+    return _fingerprints(params, samples)[0]
+
+
+def _fingerprints(
+    params: Params, samples: Mapping[tuple[str, ...], Any] | None = None
+) -> tuple[str, str]:
+    """``fingerprint``, and that of the same values after they have been rounded to float16."""
+    digests = hashlib.sha256(), hashlib.sha256()
     known = samples or {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, lambda x: not isinstance(x, dict))
     paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
     taken = iter(_sample([x for p, (_, x) in zip(paths, leaves, strict=True) if p not in known]))
     for path, (_, leaf) in zip(paths, leaves, strict=True):
         shape, sample = known[path] if path in known else (tuple(leaf.shape), next(taken))
-        digest.update(f"{'/'.join(path)} {tuple(shape)}\n".encode())
-        digest.update(np.ascontiguousarray(sample).view(np.uint16).astype("<u2").tobytes())
-    return digest.hexdigest()[:16]
+        with np.errstate(over="ignore"):
+            rounded = sample, sample.astype(np.float16)
+        for digest, values in zip(digests, rounded, strict=True):
+            digest.update(f"{'/'.join(path)} {tuple(shape)}\n".encode())
+            bits = np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint16)
+            digest.update(bits.astype("<u2").tobytes())
+    own, half = (digest.hexdigest()[:16] for digest in digests)
+    return own, half
 
 
 def _sample(leaves: list[Any]) -> list[np.ndarray]:
-    """At most ``_SAMPLES`` values of each leaf as bfloat16, gathered where the leaf lives."""
+    """At most ``_SAMPLES`` values of each leaf, to the bit, gathered where the leaf lives."""
     taken: list[Any] = [None] * len(leaves)
     remote = []
     for i, leaf in enumerate(leaves):
         if _on_host(leaf):
-            taken[i] = np.asarray(leaf)[_strided(leaf.shape)].astype(ml_dtypes.bfloat16)
+            taken[i] = np.asarray(leaf)[_strided(leaf.shape)]
         else:
             remote.append(i)
     if remote:
         gathered = _gather([leaves[i] for i in remote])
         for i, values in zip(remote, gathered, strict=True):
-            taken[i] = np.asarray(values)
+            taken[i] = np.asarray(values).view(leaves[i].dtype)
     return taken
 
 
@@ -359,8 +384,12 @@ def _strided(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 def _gather(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Their bits as integers: devices that compute with the smallest numbers make 0 of them."""
+
     def take(leaves):
-        return [leaf[_strided(leaf.shape)].astype(jnp.bfloat16) for leaf in leaves]
+        kinds = {2: jnp.uint16, 4: jnp.uint32}
+        bits = [jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]) for x in leaves]
+        return [each[_strided(each.shape)] for each in bits]
 
     mesh = getattr(leaves[0].sharding, "mesh", None)
     if mesh is None:

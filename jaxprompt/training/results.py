@@ -25,6 +25,7 @@ def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, row
         "backbone": {
             "source": config.backbone,
             "fingerprint": backbone.fingerprint,
+            "fingerprint_float16": backbone.float16,
             "tokenizer": config.tokenizer,
             "d_model": shape.d_model,
             "vocab_size": shape.vocab_size,
