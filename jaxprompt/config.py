@@ -287,7 +287,8 @@ class TrainConfig(Optimization):
     """Tuning. Defaults are the paper's, except where a comment says otherwise."""
 
     eval_batch_size: Size = 64
-    # at most so many validation rows in each evaluation; whole groups where there is task.group
+    # at most so many validation rows in each evaluation, whole groups where there is task.group; a
+    # test split is used in full
     eval_rows: Positive | None = None
     # stop after so many evaluations without a better metric, of any task where there are several
     patience: Positive | None = None

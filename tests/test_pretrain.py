@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 
@@ -18,8 +19,8 @@ from PIL import Image
 from jaxprompt import cli, parallel
 from jaxprompt.config import UserError, parse, read_config
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model import precision
-from jaxprompt.model.load import fingerprint, load_backbone
+from jaxprompt.model import precision, t5
+from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.training import pretrain as module
 from jaxprompt.training.logbook import Silent, check_run, open_run
@@ -220,6 +221,48 @@ def test_more_steps_go_on_where_the_run_ended(uninterrupted, values, tmp_path):
     result = pretrain(config(values, tmp_path))
     assert_same_weights(weights(tmp_path), weights(uninterrupted[0]))
     assert without_clock(result) == without_clock(uninterrupted[1])
+
+
+@pytest.mark.parametrize("what", ["text/book", "pairs/quiz", "tokenizer", "backbone/fingerprint"])
+def test_other_inputs_at_the_same_paths_are_refused(uninterrupted, values, tmp_path, what):
+    text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text("\n".join([" ".join(WORDS[:20])] * 30))
+    rows = [{"input": f"w{i} w{i + 1}", "target": f"w{i + 2}", "prompt": i % 2} for i in range(18)]
+    start, tokenizer = tmp_path / "start", word_tokenizer(tmp_path / "tokenizer", WORDS)
+    shutil.copytree(uninterrupted[0] / "run" / "model", start)
+    run = config(
+        values, tmp_path, start=str(start), tokenizer=str(tokenizer), train={"checkpoint_every": 2},
+        text=[{"name": "book", "train": str(text)}],
+        pairs=[{"name": "quiz", "train": str(write_rows(pairs, rows))}],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(run, Killer(3))
+    if what == "text/book":
+        text.write_text("\n".join([" ".join(WORDS[1:21])] * 30))
+    elif what == "pairs/quiz":
+        write_rows(pairs, [*rows[1:], rows[0]])
+    elif what == "tokenizer":
+        word_tokenizer(tmp_path / "tokenizer", [*WORDS[:20], *WORDS[:19:-1]])  # same ids of texts
+    else:
+        shape = load_backbone(str(start)).config
+        save_hf(start, shape, jax.jit(t5.init_params, static_argnums=0)(shape, jax.random.key(9)))
+    with pytest.raises(UserError, match=f"other data or weights .*{what} was .* and is "):
+        pretrain(run)
+
+
+def test_fewer_steps_than_done_are_refused(values, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config(values, tmp_path), Killer(7))
+    with pytest.raises(UserError, match="has done 5 steps, and train.steps is 3; make it 5"):
+        pretrain(config(values, tmp_path, train={"steps": 3}))
+
+
+def test_a_result_goes_before_the_model_that_it_tells_of(values, tmp_path):
+    pretrain(config(values, tmp_path, train={"steps": 5}))
+    for at, there in ((7, True), (11, False)):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config(values, tmp_path), Killer(at))
+        assert (tmp_path / "run" / "result.json").exists() == there
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Streams(NamedTuple):
     held_out: list[Stream]
     texts: dict[str, Ragged]  # held-out documents by source
     tokens: dict[str, int]  # of the training part by source
-    digest: str = ""  # changes with any id that is read, and with the prompts of pairs
+    digests: dict[str, str]  # of all ids of a source, and of the prompts of pairs
 
 
 def read_documents(source: TextSource) -> list[str]:
@@ -92,12 +92,12 @@ def open_streams(
 
     ``vocab_rows``: V of the backbone, above which virtual tokens have their ids.
     """
-    streams, told = Streams([], [], {}, {}), hashlib.sha256()
+    streams = Streams([], [], {}, {}, {})
     for source in config.text:
         documents = read_documents(source)
         say(f"{source.name}: {len(documents):,} documents")
         texts = _checked(documents, tokenizer, cache, vocab_rows)
-        _tell(told, *texts)
+        streams.digests[f"text/{source.name}"] = _digest(*texts)
         parts = _split(texts, config.validation, source.name)
         streams.texts[source.name] = parts[1]
         streams.tokens[source.name] = len(parts[0].ids)
@@ -115,7 +115,7 @@ def open_streams(
             for column in ("input", "target")
         )
         inputs, outputs = (_checked(texts, tokenizer, cache, vocab_rows) for texts in columns)
-        _tell(told, *inputs, *outputs, prompts)
+        streams.digests[f"pairs/{source.name}"] = _digest(*inputs, *outputs, prompts)
         held = _held_out(len(rows), config.validation, source.name)
         lengths = np.diff(inputs.starts) + np.diff(outputs.starts)
         streams.tokens[source.name] = int(lengths[~held].sum())
@@ -130,7 +130,7 @@ def open_streams(
                 vocab_rows,
             )
             target.append(Stream(f"pairs/{source.name}", source.weight, draw))
-    return streams._replace(digest=told.hexdigest())
+    return streams
 
 
 def _checked(texts: list[str], tokenizer: Tokenizer, cache: Path, vocab_rows: int) -> Ragged:
@@ -139,10 +139,12 @@ def _checked(texts: list[str], tokenizer: Tokenizer, cache: Path, vocab_rows: in
     return ids
 
 
-def _tell(told: Any, *arrays: np.ndarray) -> None:
+def _digest(*arrays: np.ndarray) -> str:
+    told = hashlib.sha256()
     for array in arrays:
         told.update(f"{array.dtype} {array.shape}".encode())
         told.update(np.ascontiguousarray(array).data)
+    return told.hexdigest()[:32]
 
 
 def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):

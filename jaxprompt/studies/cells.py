@@ -176,7 +176,7 @@ def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     task, backbone = bench.tasks[cell.task], _load(cell, bench, held)
     limit = cell.settings.get("train.eval_rows")
     splits = [split for split in ("validation", "test") if getattr(task, split)]
-    rows = {split: load_rows(task, split, limit) for split in splits}
+    rows = {split: load_rows(task, split, limit if split != "test" else None) for split in splits}
     metric = task.metrics[0]
     record: Record = dict(zip(KEY, cell, strict=False))
     record |= {"recipe": bench.recipe, "metric": metric}
@@ -255,7 +255,7 @@ class _Warnings(Silent):
 def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[str, float]:
     """All metrics of another task, on its test rows where it has any."""
     split = "test" if task.test else "validation"
-    if limit is None:
+    if limit is None or split == "test":
         return evaluate(session, task=task, split=split)["metrics"]
     rows = load_rows(task, split, limit)
     answers = answer_rows(session, task, rows, share=True)

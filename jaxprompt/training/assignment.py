@@ -71,12 +71,14 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
 
 
 def read_splits(task: TaskConfig, eval_rows: int | None) -> Rows:
-    """The rows of all splits that the task has; ``eval_rows`` at most but for training.
+    """The rows of all splits that the task has; of validation at most ``eval_rows``.
+
+    A test figure is of all test rows.
 
     Raises UserError for a row that cannot be trained on or, of other splits, judged.
     """
     rows = {
-        name: load_rows(task, name, None if name == "train" else eval_rows)
+        name: load_rows(task, name, eval_rows if name == "validation" else None)
         for name in ("train", "validation", "test")
         if name != "test" or task.test
     }

@@ -25,6 +25,7 @@ from jaxprompt.model import family, precision, small_weights
 from jaxprompt.model.load import load_backbone
 from jaxprompt.prompts.artefact import load_prompt
 from jaxprompt.prompts.methods import METHODS, applied, lent
+from jaxprompt.training import inputs
 from jaxprompt.training.assignment import (
     Split,
     assign,
@@ -43,6 +44,7 @@ from jaxprompt.training.logbook import (
     Shown,
     Silent,
     check_members,
+    checkpoint_folders,
     complete,
     log_scores,
     log_step,
@@ -61,7 +63,14 @@ from jaxprompt.training.population import (
     table,
     winner,
 )
-from jaxprompt.training.results import facts_of, note_test, save_tuned
+from jaxprompt.training.results import (
+    bring_back,
+    facts_of,
+    note_test,
+    save_tuned,
+    tidy,
+    tuned_in,
+)
 from jaxprompt.training.step import (
     TrainState,
     first_state,
@@ -99,7 +108,13 @@ def _train(
     folder = Path(config.output)
     result: Any = parallel.by_first(lambda: complete(config))
     if result:
-        reporter.say(f"{folder} is complete; delete it to start again.")
+        for task in tasks.values():
+            inputs.check_inputs(
+                folder, result.get("inputs"), inputs.of_files(task, settings.eval_rows)
+            )
+        reporter.say(
+            f"{folder} is complete after {result['steps']} steps; delete it to start again."
+        )
         return result
 
     mesh = parallel.make_mesh(config.mesh)
@@ -138,10 +153,15 @@ def _train(
     digests = [part.digest() for given in assigned.values() for part in given.splits()]
     parallel.check_same("backbone or data", [backbone.fingerprint, *digests])
     for name, splits in rows.items():
-        reporter.say(
-            f"task {name}: {len(splits['train'])} training rows, "
-            f"{len(splits['validation'])} validation rows"
-        )
+        told = {"training": "train", "validation": "validation", "test": "test"}
+        counts = [f"{len(splits[s])} {word} rows" for word, s in told.items() if s in splits]
+        reporter.say(f"task {name}: {', '.join(counts)}")
+    reads = inputs.of_backbone(backbone.config, backbone.fingerprint)
+    reads["tokenizer"] = tokenizer.fingerprint()
+    for name, splits in rows.items():
+        reads |= inputs.of_rows(tasks[name], splits)
+    # test rows change nothing but the figure that is measured on them at the end
+    learns = {key: value for key, value in reads.items() if not key.endswith("/test")}
 
     first = {given.task.name: given for given in reversed(assigned.values())}  # of each task
     cut = itertools.chain(*map(truncation_warnings, first.values()))
@@ -266,8 +286,34 @@ def _train(
                 f"The checkpoints in {str(folder)!r} are of an earlier version; delete the "
                 "directory to start again, or choose another output."
             )
+        inputs.check_inputs(folder, progress.get("inputs"), learns)
+    progress["inputs"] = learns
+
+    def steps_in() -> dict[Path, int]:
+        """Where the best of each prompt and of each task lies, and of which step; -1: none yet."""
+        best, steps, several = progress["best"], progress["best_step"], range(count * (count > 1))
+        found = {folder / "population" / str(k): steps[k] for k in several}
+        for name in tasks:
+            found[place_of(name)] = steps[winner(best, steps, in_order(learning(name)))]
+        return found
+
+    def keep(place: Path, tree, mine, facts: dict[str, Any], held: dict[Path, int]) -> None:
+        """Save what is tuned in its place; what was there stays aside if a checkpoint names it."""
+        if jax.process_index() == 0:
+            (folder / "result.json").unlink(missing_ok=True)  # of an earlier number of steps
+        saved = checkpoints.latest_step()
+        known = held[place] if saved is not None and held[place] <= saved else -1
+        save_tuned(place, tree, mine, backbone, facts, known)
+        held[place] = done
+
+    def match_tuned() -> None:
+        """Let what was saved of the best be what the checkpoint says."""
+        for place, step in steps_in().items():
+            bring_back(tuned_in(place, method.uses_prompt), step, folder / "result.json")
+
     alive, resumed = progress["alive"], checkpoints.latest_step() is not None
     done = checkpoints.latest_step() or 0
+    parallel.by_first(match_tuned)
     train_step, batches = training_of(alive, done)
     logbook = Logbook(
         folder,
@@ -333,6 +379,7 @@ def _train(
                 scores = scores_of(alive, params, None)
         # what is no number answers too
         fine = sound(state.tree) & np.isfinite([sum(found.values()) for found in scores])
+        held = steps_in()
         ahead = {name: max(progress["best"][k] for k in learning(name)) for name in tasks}
         progress["stale"] += 1
         for place, (k, found) in enumerate(zip(alive, scores, strict=True)):
@@ -347,11 +394,11 @@ def _train(
             words = ("majority", "untuned")
             facts["baselines"] = {word: progress[word][given.task.name] for word in words}
             if count > 1:
-                save_tuned(folder / "population" / str(k), state.tree, mine, backbone, facts)
+                keep(folder / "population" / str(k), state.tree, mine, facts, held)
             name = given.task.name
             others = [progress["best"][j] for j in learning(name) if j != k]
             if score > max([ahead[name], *others]):
-                save_tuned(place_of(name), state.tree, mine, backbone, facts)
+                keep(place_of(name), state.tree, mine, facts, held)
                 progress["stale"] = 0
         progress["evaluated"] = done
         judged = [(k, found) for k, found, ok in zip(alive, scores, fine, strict=True) if ok]
@@ -359,7 +406,7 @@ def _train(
         halving = settings.halve_every and done % settings.halve_every == 0
         halves = (better_half(progress["best"], learning(n, alive)) for n in tasks)
         kept = in_order(itertools.chain(*halves))
-        if halving and len(kept) < len(alive) and done < settings.steps:
+        if halving and len(kept) < len(alive):  # also at the last step: a run may get more of them
             state = keep_of(state, [alive.index(k) for k in kept])
             alive = progress["alive"] = kept
             train_step, batches = training_of(alive, done)
@@ -369,14 +416,25 @@ def _train(
         check_members(done, alive, np.where(sound(state.tree), 0.0, math.nan), shown)
         progress["seconds"] = clock.seconds()
         checkpoints.save(done, state, progress)
+        if jax.process_index() == 0:
+            oldest = min((int(f.name) for f in checkpoint_folders(checkpoints.path)), default=done)
+            for place, step in steps_in().items():
+                tidy(tuned_in(place, method.uses_prompt), step, oldest)
+
+    def may_go_back() -> bool:
+        return settings.on_divergence == "go_back" and progress["rolled_back"] < MOST_ROLLBACKS
 
     while True:
         try:
             last = done >= settings.steps
-            if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
+            regular = done % settings.evaluate_every == 0
+            if progress["evaluated"] < done and (last or regular):
                 flush()
+                if not regular:
+                    save()  # with more steps the run goes on from here as if never judged here
                 evaluate()
-            stopped = bool(settings.patience and progress["stale"] >= settings.patience)
+            patience = settings.patience if regular else None
+            stopped = bool(patience and progress["stale"] >= patience)
             # who may go back needs the best prompt's scores beside it, or would keep a lost one
             judged = settings.on_divergence == "go_back" and 0 < progress["evaluated"] == done
             if last or stopped or judged or (done and done % settings.checkpoint_every == 0):
@@ -392,18 +450,25 @@ def _train(
             flush()
             pending = done, losses, alive
         except Interrupted as why:
-            flush()
-            save()
+            try:
+                flush()
+                save()
+            except Diverged:
+                if not may_go_back():
+                    raise
+                told = f"{why} after step {done}, which is no number; the checkpoint before is good"
+                raise Interrupted(told) from None
             raise Interrupted(f"{why} after step {done}, which is saved") from None
         except Diverged:
-            if settings.on_divergence == "stop" or progress["rolled_back"] == MOST_ROLLBACKS:
+            if not may_go_back():
                 raise
             pending, at, times = None, done, progress["rolled_back"] + 1
-            progress = checkpoints.progress() | {"rolled_back": times}
+            progress = checkpoints.progress() | {"rolled_back": times, "inputs": learns}
             alive = progress["alive"]
             state = None  # its memory is needed
             state = restored()
             done = int(state.step)
+            parallel.by_first(match_tuned)
             train_step, batches = training_of(alive, done)
             logbook.back_to(done)
             reporter.say(
@@ -440,6 +505,7 @@ def _train(
                     str(place / "model"), dtype=config.model.dtype, mesh=mesh
                 ).params
             with signals.free():
+                found["test_rows"] = len(given.test.examples)
                 tuned = found["prompt"] or found["model"]
                 found["test"] = measure(params, bank, given.task, given.test, of=tuned)[0]
             if method.uses_prompt:
@@ -460,6 +526,7 @@ def _train(
             sum(progress["trained"]) * settings.batch_size / max(clock.seconds(), 1e-9), 3
         ),
         "frozen_parameters": small_weights.count(backbone.params) if method.uses_prompt else 0,
+        "inputs": reads,
     }
     if count > 1:
         result["population"] = table(config.choices(), task_of, progress)

@@ -36,6 +36,7 @@ from jaxprompt.model import flash_attention, generate, hub, precision, t5
 from jaxprompt.model.load import fingerprint, load_backbone, save_hf
 from jaxprompt.pretrain_config import PretrainConfig
 from jaxprompt.prompts.methods import PRETRAINING, lent
+from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.interrupt import Interrupted, Signals
 from jaxprompt.training.logbook import (
@@ -87,7 +88,9 @@ def _pretrain(
     parallel.check_same("config", config.model_dump(exclude={"output"}))
     result = parallel.by_first(lambda: complete(config))
     if result:
-        reporter.say(f"{folder} is complete; delete it to start again.")
+        reporter.say(
+            f"{folder} is complete after {result['steps']} steps; delete it to start again."
+        )
         return result
     check_files(config)
     mesh = parallel.make_mesh(config.mesh)
@@ -116,7 +119,10 @@ def _pretrain(
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
-    parallel.check_same("backbone or data", [loaded, streams.digest])
+    parallel.check_same("backbone or data", [loaded, streams.digests])
+    reads = {**streams.digests, "tokenizer": tokenizer.fingerprint()}
+    if loaded is not None:
+        reads |= inputs.of_backbone(shape, loaded)
 
     optimizer = per_prompt(settings)
     train_step = make_train_step(shape, PRETRAINING, optimizer, mesh=mesh, z_loss=settings.z_loss)
@@ -126,6 +132,7 @@ def _pretrain(
     if checkpoints.latest_step() is not None:
         params = None  # what is restored needs their memory
         progress |= checkpoints.progress()
+        inputs.check_inputs(folder, progress.get("inputs"), reads)
         like = _state_shapes(config, shape, optimizer)
         like = parallel.placed(like, shardings(like, PRETRAINING, shape, mesh))
         state: Any = checkpoints.restore(like)
@@ -137,6 +144,7 @@ def _pretrain(
         tree, params = PRETRAINING.init(params, bank, PromptConfig(), settings.seed), None
         state = first_state(tree, PRETRAINING, optimizer, shape, mesh)
         del tree
+    progress["inputs"] = reads
     logbook = Logbook(
         folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
     )
@@ -170,6 +178,8 @@ def _pretrain(
             check_loss(math.nan, done)
         progress["seconds"] = clock.seconds()
         if checkpoints.latest_step() != done:
+            # of an earlier number of steps: it tells of the model that is replaced
+            parallel.by_first(lambda: (folder / "result.json").unlink(missing_ok=True))
             save_model(folder, shape, state, place)
         checkpoints.save(done, state, progress)
 
@@ -221,6 +231,7 @@ def _pretrain(
         "loss": float(np.mean([s["loss"] for s in scores.values()])),
         "held_out": scores,
         "source_tokens": streams.tokens,
+        "inputs": reads,
         "model": str(folder / "model"),
     }
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)

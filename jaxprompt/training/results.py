@@ -1,6 +1,9 @@
 """What a run leaves: the tuned prompt or model, and the facts about it."""
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +64,17 @@ def save_tuned(
     bank: Float[Array, "1 P D"] | None,
     backbone: Backbone,
     facts: dict[str, Any],
+    known: int = -1,
 ) -> None:
     """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory.
 
     All processes call it, and the first one writes. tree: what was trained, with axis K of size 1.
+    known: the step of what is there, if a checkpoint names it as the best; it is kept aside.
     """
     weights = parallel.to_first(tree) if bank is None else None
     if jax.process_index() != 0:
         return
+    _put_aside(tuned_in(folder, bank is not None), known)
     if bank is not None:
         save_prompt(folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], facts))
         return
@@ -79,3 +85,62 @@ def save_tuned(
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     replace_directory(folder / "model", write, lambda old: (old / "tuning.json").is_file())
+
+
+def tuned_in(folder: Path, prompt: bool) -> Path:
+    """Where ``save_tuned`` writes in ``folder``."""
+    return folder / ("prompt" if prompt else "model")
+
+
+def _aside(path: Path) -> dict[int, Path]:
+    """What is kept of earlier steps of ``path``, by step."""
+    named = ((re.fullmatch(r"\.\w+@([0-9]+)", f.name), f) for f in path.parent.glob(".*@*"))
+    return {int(name[1]): f for name, f in named if name and f.name.startswith(f".{path.name}@")}
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _put_aside(path: Path, step: int) -> None:
+    """Keep what is at ``path``, of this step, until no checkpoint names it any more."""
+    place = path.with_name(f".{path.name}@{step}")
+    if step < 0 or place.exists() or not path.is_dir():
+        return
+    part = place.with_name(f"{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(path, part, copy_function=_linked)
+    os.replace(part, place)
+
+
+def bring_back(path: Path, step: int, result: Path) -> None:
+    """Let what is at ``path`` be that of ``step``, as a checkpoint says.
+
+    ``result`` is the file that tells of what is there: it goes with that.
+
+    A run that was killed may have saved a better one after its last checkpoint. When that part is
+    run again, on other devices, it may not be the best again.
+    """
+    aside = _aside(path)
+    for later in (place for at, place in aside.items() if at > step):
+        shutil.rmtree(later, ignore_errors=True)
+    if step not in aside:
+        return
+    result.unlink(missing_ok=True)
+    copy = lambda fresh: shutil.copytree(
+        aside[step], fresh, copy_function=_linked, dirs_exist_ok=True
+    )
+    replace_directory(path, copy)
+    shutil.rmtree(aside[step], ignore_errors=True)
+
+
+def tidy(path: Path, step: int, oldest: int) -> None:
+    """Drop what no checkpoint from ``oldest`` on names; ``path`` is of ``step``."""
+    aside = _aside(path)
+    steps = [*sorted(aside), step]
+    for at, after in zip(steps, steps[1:], strict=False):
+        if after <= oldest:
+            shutil.rmtree(aside[at], ignore_errors=True)

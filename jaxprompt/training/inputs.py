@@ -1,0 +1,81 @@
+"""What a run reads besides its settings, as digests: rows, texts, tokenizer and weights.
+
+They stand in every checkpoint, so that a run goes on only with what it began with, and in
+``result.json``. Paths say nothing: files at a path may change.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.config import TaskConfig, UserError, shown
+from jaxprompt.data.tasks import references
+from jaxprompt.data.templates import to_text
+from jaxprompt.model import family
+from jaxprompt.training.assignment import read_splits
+
+Inputs = dict[str, Any]  # "rows/TASK/train", "backbone/fingerprint" and so on -> JSON
+
+# how a backbone is computed, which the settings and the devices say
+_COMPUTED = {
+    "dtype", "dropout", "unroll", "remat", "rows_in_turn", "flash", "packed", "shared", "leading",
+    "attention",
+}  # fmt: skip
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """How many ``parts`` (JSON) there are, and the SHA-256 of them in their order."""
+    digest, count = hashlib.sha256(), 0
+    for part in parts:
+        digest.update(json.dumps(part, default=str).encode() + b"\n")
+        count += 1
+    return f"{count} with SHA-256 {digest.hexdigest()[:32]}"
+
+
+def of_backbone(config: family.Config, fingerprint: str) -> Inputs:
+    """The weights, and all of the shape and the constants that change what they compute."""
+    shape = dataclasses.asdict(config)
+    kept = {f"backbone/{name}": x for name, x in shape.items() if name not in _COMPUTED}
+    kept["backbone/fingerprint"] = fingerprint
+    return json.loads(json.dumps(kept))  # as it comes back from a file
+
+
+def of_rows(task: TaskConfig, splits: Mapping[str, Sequence[dict[str, Any]]]) -> Inputs:
+    """The texts of each row by split; of rows that are answered, what they are judged by."""
+    found = {}
+    for name, rows in splits.items():
+        texts: Iterable[Any] = (to_text(task, row) for row in rows)
+        if name != "train":
+            texts = zip(texts, references(task, rows, getattr(task, name)), strict=True)
+        found[f"rows/{task.name}/{name}"] = digest_of(texts)
+    return found
+
+
+def of_files(task: TaskConfig, eval_rows: int | None) -> Inputs:
+    """``of_rows`` where that is cheap: of files that are there."""
+    names = [name for name in (task.train, task.validation, task.test) if name is not None]
+    if task.source is not None or not all(Path(name).is_file() for name in names):
+        return {}
+    return of_rows(task, read_splits(task, eval_rows))
+
+
+def check_inputs(folder: Path, before: Any, now: Inputs) -> None:
+    """Refuse to go on in ``folder`` with other inputs than ``before``.
+
+    Runs of earlier versions have recorded none, or fewer; what is not known may be anything.
+    """
+    if not isinstance(before, dict):
+        return
+    changed = [
+        f"{key} was {shown(before[key])} and is {shown(now[key])}"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other data or weights ({'; '.join(changed)}); put those "
+            "back, choose another output, or delete that directory to start again."
+        )
