@@ -24,6 +24,7 @@ from jaxprompt.config import (
     RunConfig,
     UserError,
     expanded,
+    is_count,
     load_config,
     parse,
     read_config,
@@ -388,7 +389,7 @@ def reproduce(
         page = write_report(output)
     else:
         steps = named(adapted or [])
-        wrong = [text for text in steps.values() if not text.isdigit()]
+        wrong = [text for text in steps.values() if not is_count(text)]
         if wrong:
             raise UserError(f"--adapted has {wrong[0]!r}; give NAME=STEPS with a whole number.")
         chosen: dict[str, Any] = {

@@ -85,6 +85,15 @@ def listed(names: Iterable[Any], most: int = 30) -> str:
     return ", ".join(some) + (f", ... ({len(every)} in all)" if len(every) > most else "")
 
 
+def is_count(text: str) -> bool:
+    """Whether a text from outside is a whole number that ``int`` reads, in plain digits.
+
+    >>> [is_count(text) for text in ("12", "²", "١٢", "-1", "")]
+    [True, False, False, False, False]
+    """
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
 def as_folder(name: str, what: str) -> str:
     """``name``, which is to be that of a folder: of one, inside the folder that it is made in.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxprompt.config import MeshConfig, UserError
+from jaxprompt.config import MeshConfig, UserError, is_count, shown
 
 # seconds in which all processes must have come
 START_TIMEOUT = "JAXPROMPT_START_TIMEOUT"
@@ -70,9 +70,9 @@ def several_processes(environment: Mapping[str, str]) -> bool:
     ``JAX_PROCESS_ID``), Slurm (``srun``), Open MPI, and the workers of a TPU slice on GKE.
     """
     counts = [environment[name] for name in _COUNTS if environment.get(name)]
-    wrong = [count for count in counts if not count.isdigit()]
+    wrong = [count for count in counts if not is_count(count)]
     if wrong:
-        raise UserError(f"The number of processes is {wrong[0]!r}; set it to a whole number.")
+        raise UserError(f"The number of processes is {shown(wrong[0])}; set it to a whole number.")
     if counts:
         return any(int(count) > 1 for count in counts)
     workers = environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -89,9 +89,10 @@ def join(environment: Mapping[str, str]) -> None:
     told, seconds = {}, environment.get(START_TIMEOUT, "300")
     numbers = [environment[name] for name in names[1:]] if explicit else []
     for text in (*numbers, seconds):
-        if not text.isdigit():
+        if not is_count(text):
             raise UserError(
-                f"{', '.join((*names[1:], START_TIMEOUT))} are whole numbers, and one is {text!r}."
+                f"{', '.join((*names[1:], START_TIMEOUT))} are whole numbers, and one is "
+                f"{shown(text)}."
             )
     if explicit:
         told = {

@@ -40,8 +40,9 @@ def test_the_environment_says_whether_there_are_others(environment, several):
 def test_what_is_missing_is_told(environment, words):
     with pytest.raises(UserError, match=words):
         devices.join(environment)
-    with pytest.raises(UserError, match="number of processes is 'two'"):
-        devices.several_processes({"JAX_NUM_PROCESSES": "two"})
+    for count in ("two", "²", "١٢", "-1", "1" * 5000):  # not all digits are numbers to Python
+        with pytest.raises(UserError, match=f"number of processes is '{count[:9]}"):
+            devices.several_processes({"JAX_NUM_PROCESSES": count})
 
 
 @pytest.mark.parametrize(

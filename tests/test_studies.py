@@ -402,6 +402,7 @@ def test_the_command_says_what_is_wrong_and_reports_without_running(tmp_path):
         (["length", "train.stps=1"], "did you mean 'steps'"),
         (["length", "--task", "nothing.yaml"], "No config file"),
         (["adaptation", "--adapted", "x=few"], "whole number"),
+        (["adaptation", "--adapted", "x=²"], "whole number"),
     ):
         result = run(*arguments)
         assert isinstance(result.exception, UserError) and message in str(result.exception)

@@ -5,7 +5,6 @@ position to store and resuming is exact.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprompt.bank import virtual_ids
-from jaxprompt.config import UserError, expanded, shown
+from jaxprompt.config import UserError, expanded, is_count, shown
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
 from jaxprompt.data.sources import check_file, read_rows
@@ -161,7 +160,7 @@ def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
 
 def _number(value):
     if isinstance(value, str):  # a CSV cell
-        return int(value) if re.fullmatch("[0-9]{1,9}", value) else value or None
+        return int(value) if is_count(value) else value or None
     return value
 
 
