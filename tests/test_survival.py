@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -245,6 +247,39 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, backbone, tmp_path, monkey
     monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
     train(run)
     same_run(whole, tmp_path / "run")
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from jaxprompt.config import UserError
+from jaxprompt.training.checkpoint import Checkpoints
+from jaxprompt.training.step import TrainState
+
+place = Path(sys.argv[1]) / "checkpoints"
+checkpoints = Checkpoints(place, 2)
+values = np.random.default_rng(0).normal(size=(100, 1000)).astype(np.float32)
+state = lambda step: TrainState(jnp.int32(step), {"prompt": jnp.asarray(values)}, ())
+checkpoints.save(1, state(1), {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    checkpoints.save(2, state(2), {"best": 1})
+except UserError as error:
+    print(error)
+assert Checkpoints(place, 2).latest_step() == 1
+"""
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_what_does_not_fit_is_one_sentence(tmp_path, room):
+    """Files that may not grow fail as on a full disk, also in the threads that write them."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Checkpoint 2 cannot be written to")
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
 # -- divergence ------------------------------------------------------------------------------------

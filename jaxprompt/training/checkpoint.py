@@ -7,12 +7,14 @@ A checkpoint is good when it holds a list of the SHA-256 of all of its files, wh
 and when they agree. What is not is put aside, and the newest good one is used.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def _write(self, step: int, what: ocp.args.Composite) -> None:
         self.path.mkdir(exist_ok=True)
-        with _orbax(self._in_parts) as orbax:
+        with _no_tracebacks(), _orbax(self._in_parts) as orbax:
             orbax.save(self.path / str(step), args=what)
 
     def _complete(self, step: int) -> None:
@@ -127,6 +129,18 @@ class Checkpoints:
                 f"({_brief(error)}); delete its folder to go on from an earlier one, or the run "
                 "directory to start again."
             ) from None
+
+
+@contextlib.contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """What fails in a thread of orbax is raised where it is waited for, and not logged besides."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _orbax(by_all: bool) -> ocp.Checkpointer:
