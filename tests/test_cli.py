@@ -21,8 +21,8 @@ from helpers import CONFIG, copy, make_backbone, make_rows, run_values, write_ro
 from safetensors.numpy import load_file, save_file
 
 import jaxprompt
-from jaxprompt import cli
-from jaxprompt.config import RunConfig, dump_yaml, load_config, parse
+from jaxprompt import api, cli
+from jaxprompt.config import RunConfig, UserError, dump_yaml, load_config, parse
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model.load import load_backbone
@@ -557,6 +557,44 @@ def test_no_rows_are_answered_as_no_rows(call, refused, prompt, tmp_path, ending
         code, out, err = call(*command)
         assert (code, out, output.read_text()) == (0, "", ""), err
     assert "holds no rows" in refused("eval", prompt, "--data", source)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (["Who is it"], "Rows are mappings, .* one is 'Who is it'"),
+        ("Who is it", "one is 'Who is it'"),
+        ({"text": "Who is it"}, "one is {'text': 'Who is it'}"),
+        ([{"text": "a"}, ["b"]], r"one is \['b'\]"),
+        ((row for row in [{"text": "a"}]), "one is <generator"),
+    ],
+)
+def test_rows_from_python_are_mappings(prompt, rows, words):
+    for ask in (jaxprompt.predict, lambda _, rows: api.score(None, rows)):  # pyright: ignore
+        with pytest.raises(UserError, match=words):
+            ask(prompt, rows)
+
+
+def test_scores_that_are_no_numbers_are_told(prompt):
+    """Weights that became NaN after they were loaded; a file with NaN is refused already."""
+    session = api.open_session(prompt)
+    assert jaxprompt.predict(session, []) == [] and api.score(session, []) == []
+    head = session.model.params["head"]
+    params = session.model.params | {"head": head.at[0, 0].set(np.nan)}
+    session = session._replace(model=session.model._replace(params=params))
+    greedy = session.prompt.facts["task"] | {"decoding": "greedy"}
+    asked = [
+        lambda: jaxprompt.predict(session, make_rows(3)),
+        lambda: jaxprompt.predict(session, make_rows(3), task=greedy),
+        lambda: jaxprompt.evaluate(session),
+        lambda: api.evaluate_ensemble([session, session]),
+        lambda: api.score(session, [{"input": "a", "target": "yes"}]),
+    ]
+    for ask in asked:
+        with pytest.raises(UserError, match="scores that are not finite numbers for"):
+            ask()
+    with pytest.raises(UserError, match="needs prompts; give the sessions"):
+        api.evaluate_ensemble([])
 
 
 @pytest.mark.parametrize(

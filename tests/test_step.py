@@ -10,7 +10,7 @@ import pytest
 
 from jaxprompt import parallel
 from jaxprompt.config import MeshConfig, TrainConfig, UserError
-from jaxprompt.data.pipeline import Example, make_batch, micro_batches, pack_batch
+from jaxprompt.data.pipeline import Example, Room, make_batch, micro_batches, pack_batch
 from jaxprompt.model import family, t5
 from jaxprompt.model.llama_config import LlamaConfig
 from jaxprompt.prompts.methods import METHODS
@@ -152,6 +152,29 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
     # Adam's first step is the gradient's sign: its moments show the gradient itself
     same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(a[1].accuracy, b[1].accuracy)
+    jax.tree.map(same, a[0].optimizer, b[0].optimizer)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_batch(tiny, shared):
+    """One target of 20 tokens; its part is cut again, into rows of which some are empty."""
+    config = dataclasses.replace(tiny[0], dropout=0.2)
+    rows = [*examples(4), *examples(3, prompt=1)]
+    long = np.random.default_rng(0).integers(3, V, 20).astype(np.int32)
+    rows.insert(2, examples(5)[4]._replace(targets=long))
+    ours, more = config, {"room": Room(targets=60)}
+    if shared:
+        ours = dataclasses.replace(config, rows_in_turn=True, packed=(5, 9, 16), shared=6)
+        more = {"widths": family.widths(ours)}
+    parts = micro_batches(rows, rows=4, target_length=(4, 20), **more)
+    depths = [(len(part.inputs), part.targets.shape[1]) for part in parts]
+    assert sorted(depths) == ([(1, 4), (1, 20)] if shared else [(2, 20), (2, 20), (4, 4)])
+    settings = {"name": "adamw", "rate": 0.01}
+    a = run((config, tiny[1]), [make_batch(rows, target_length=20)], prompts(2), **settings)
+    b = run((ours, tiny[1]), [parts], prompts(2), **settings)
+    np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=1e-5)
+    # Adam's first step is the gradient's sign: its moments show the gradient itself
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
     jax.tree.map(same, a[0].optimizer, b[0].optimizer)
 
 

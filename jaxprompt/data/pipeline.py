@@ -500,7 +500,7 @@ def evaluation_batches(
         most = 1 << (len(order) - 1).bit_length()
         most = min(batch_size, -(-most // devices) * devices)
         while len(order):
-            width = round_input_length(inputs[order[0]], widths)
+            width = round_input_length(int(inputs[order[0]]), widths)
             rows = room.rows(most, width, depth, devices)
             numbers, order = order[:rows], order[rows:]
             chosen = [examples[i] for i in numbers]

@@ -472,5 +472,6 @@ def fill_in(
             "target": tokenizer.show(example.targets),
             "written": tokenizer.show(ids),
         }
-        for (stream, example), ids in zip(rows, parallel.fetch(written), strict=True)
+        # -1, where logits were no numbers, becomes padding
+        for (stream, example), ids in zip(rows, np.maximum(parallel.fetch(written), 0), strict=True)
     ]
