@@ -172,8 +172,8 @@ def _same_rows(written: list[dict], read: list[dict]) -> None:
         raise Lost(f"{len(written)} rows were written and {len(read)} read")
     for number, (was, now) in enumerate(zip(written, read, strict=True), 1):
         for key, value in was.items():
-            if isinstance(value, float) and value != value:
-                raise Lost(f"row {number}: a number that is none was read as {now.get(key)!r}")
+            if isinstance(value, float) and value != value and now.get(key) is not None:
+                raise Lost(f"row {number}: a number that is none was read as {now[key]!r}")
             if isinstance(value, str) and now.get(key) != value and (value or now.get(key)):
                 raise Lost(f"row {number}, {key!r}: {value[:60]!r} was read as {now.get(key)!r}")
 
@@ -194,13 +194,13 @@ def _write_parquet(path: Path, written: list[dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from jaxprompt.config import shown
+
     def column(values: list) -> Any:
-        for attempt in (values, [str(v).encode("utf-8", "replace") for v in values]):
-            try:
-                return pa.array(attempt)
-            except Exception:
-                continue
-        raise AssertionError
+        try:
+            return pa.array(values)
+        except Exception:  # values of several types
+            return pa.array([shown(value).encode("utf-8", "replace") for value in values])
 
     for row in written:  # what parquet cannot hold is not the reader's matter
         for key, value in row.items():
