@@ -198,6 +198,8 @@ def _write_parquet(path: Path, written: list[dict]) -> None:
 
     def column(values: list) -> Any:
         try:
+            if any(tree_bytes(value).count(b"[") > 50 for value in values):
+                raise ValueError("pyarrow crashes on lists thousands of levels deep")
             return pa.array(values)
         except Exception:  # values of several types
             return pa.array([shown(value).encode("utf-8", "replace") for value in values])
