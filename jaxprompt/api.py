@@ -95,6 +95,10 @@ def open_session(
         prompt = load_prompt(prompt)
     elif prompt is not None:  # made in Python
         prompt = checked_prompt(prompt)
+    if isinstance(backbone, Path):
+        backbone = str(backbone)
+    if not isinstance(backbone, str | Backbone | None):
+        raise UserError(f"A backbone is {shown(backbone)}; give a name, a path or a Backbone.")
     recorded = {} if prompt is None else prompt.facts.get("backbone", {})
     if backbone is None:
         backbone = recorded.get("source")
@@ -292,6 +296,8 @@ class _Questions(NamedTuple):
 
 
 def _questions(session: Session, task, data: str | None, split: str) -> _Questions:
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"The split is {shown(split)}; give train, validation or test.")
     chosen = prompt_task(session.prompt, task)
     check_metrics(chosen)
     rows = read_split(chosen, split, data)
@@ -437,6 +443,14 @@ def score(
         For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
         "tokens": of the target with EOS}``.
     """
+    if not isinstance(session, Session):
+        raise UserError(f"A session is {shown(session)}; open one with open_session.")
+    if max_input_length is not None and not (
+        isinstance(max_input_length, int | np.integer) and max_input_length > 0
+    ):
+        raise UserError(
+            f"max_input_length is {shown(max_input_length)}; give a whole number from 1 on."
+        )
     check_pairs(pairs)
     tokenizer = session.tokenizer
     virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
@@ -518,6 +532,8 @@ def inspect(
     """Nearest words, norms, similarities of the session's prompt; ``figure`` draws them (.png)."""
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
+    if not isinstance(nearest, int | np.integer) or nearest < 1:
+        raise UserError(f"nearest is {shown(nearest)}; give a whole number from 1 on.")
     if figure is not None:
         figure_format(Path(figure))
     tokenizer, vectors = session.tokenizer, session.prompt.vectors

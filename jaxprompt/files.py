@@ -22,8 +22,8 @@ Write = Callable[[IO[bytes]], object]
 
 # names of what is being written, or kept aside for a while
 PART = re.compile(r"\..*(-[0-9a-f]{12}|@[0-9]+)(\.part)?")
-# a model's files, of which a new version may have fewer
-_SHARD = re.compile(r"[\w.-]+-\d{5}-of-\d{5}\.safetensors|[\w.-]+\.safetensors(\.index\.json)?")
+# files of tensors, of which a new version may have fewer; group 1: what all of one version share
+_SHARD = re.compile(r"([\w.-]+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -199,6 +199,7 @@ def replace_directory(
 
 def _swap(fresh: Path, place: Path, old: Path) -> None:
     written = {entry.name for entry in fresh.iterdir()}
+    stems = _stems(written)
     if place.exists():
         with suppress(OSError):
             fresh.chmod(stat.S_IMODE(place.stat().st_mode))
@@ -212,7 +213,8 @@ def _swap(fresh: Path, place: Path, old: Path) -> None:
     if not old.exists():
         return
     for entry in sorted(old.iterdir()):
-        if (entry.name in written or _SHARD.fullmatch(entry.name)) and not _folder(entry):
+        stale = entry.name in written or _stems([entry.name]) & stems  # or an old shard of these
+        if stale and not _folder(entry):
             entry.unlink()
         elif not os.path.lexists(place / entry.name):
             os.replace(entry, place / entry.name)
@@ -220,6 +222,10 @@ def _swap(fresh: Path, place: Path, old: Path) -> None:
             shutil.rmtree(entry)
     with suppress(OSError):  # what could not be moved stays where it is
         old.rmdir()
+
+
+def _stems(names: Iterable[str]) -> set[str]:
+    return {match[1] for match in map(_SHARD.fullmatch, names) if match}
 
 
 def _folder(path: Path) -> bool:

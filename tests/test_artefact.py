@@ -483,3 +483,14 @@ def test_the_released_prompts_import(name):
     prompt = load_prompt(file)
     assert prompt.vectors.shape == (100, 768) and prompt.vectors.dtype == np.float32
     assert prompt.vectors.tobytes() == file.read_bytes()[-100 * 768 * 4 :]
+
+
+def test_weights_beside_a_prompt_stay(tmp_path):
+    """A prompt that is saved again replaces its own files, not those of others with its ending."""
+    prompt = Prompt(np.zeros((2, 4), np.float32), {})
+    save_prompt(tmp_path / "prompt", prompt)
+    others = ("model.safetensors", "backup.safetensors", "model-00001-of-00002.safetensors")
+    for name in others:
+        (tmp_path / "prompt" / name).write_text("mine")
+    save_prompt(tmp_path / "prompt", prompt)
+    assert all((tmp_path / "prompt" / name).read_text() == "mine" for name in others)

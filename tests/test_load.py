@@ -687,3 +687,20 @@ def test_damaged_bytes_never_escape(name, weights, limit, tmp_path):
         (directory / weights).write_bytes(bad)
         with contextlib.suppress(UserError):
             load_backbone(str(directory))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_equals_the_embedding_is_a_head(tmp_path, equal):
+    """A config may promise a head of its own, and the file have one with the same values."""
+    folder = copy("t5_1_1", tmp_path / "model", tie_word_embeddings=False)
+    tensors = dict(load_file(folder / "model.safetensors"))
+    del tensors["lm_head.weight"]
+    if equal:
+        tensors["lm_head.weight"] = tensors["shared.weight"].copy()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if not equal:
+        with pytest.raises(UserError, match="lost its head"):
+            load_backbone(str(folder))
+        return
+    found = load_backbone(str(folder)).config
+    assert found.tied and not found.scale_output

@@ -45,12 +45,13 @@ def format_of(path: Path) -> Dump:
         "": _dump_jsonl, ".jsonl": _dump_jsonl, ".csv": _dump_csv, ".tsv": _dump_tsv,
         ".parquet": _dump_parquet,
     }  # fmt: skip
-    if path.suffix not in dumps:
+    suffix = path.suffix.lower()  # as they are read
+    if suffix not in dumps:
         raise UserError(
             f"{str(path)!r} says no format that can be written; let it end in "
             f"{', '.join(filter(None, dumps))}."
         )
-    return dumps[path.suffix]
+    return dumps[suffix]
 
 
 def check_rows(path: Path, rows: Sequence[Row], answer: Row) -> None:

@@ -241,12 +241,13 @@ def _opened(
         tensors, tied = llama_hf.tidy(raw)
         config = llama_hf.config_from_json(config_path, tied=tied)
         check_depth(config_path, config.num_layers, tensors)
-        hf.check_head(config_path, tied=tied)
+        hf.check_head(config_path, tied="lm_head.weight" not in raw)
         return config, tensors, llama_hf.leaves(config)
     tensors, tied = hf.tidy(raw, flax)
     config = hf.config_from_json(config_path, tied=tied)
     check_depth(config_path, max(config.num_encoder_layers, config.num_decoder_layers), tensors)
-    hf.check_head(config_path, tied=tied, head="lm_head/kernel" if flax else "lm_head.weight")
+    head = "lm_head/kernel" if flax else "lm_head.weight"
+    hf.check_head(config_path, tied=head not in raw, head=head)  # a copy of the embedding is one
     leaves = hf.leaves(config)
     return config, tensors, [hf.flax_leaf(leaf) for leaf in leaves] if flax else leaves
 

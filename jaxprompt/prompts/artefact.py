@@ -60,6 +60,8 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
 
 def checked_prompt(prompt: Prompt) -> Prompt:
     """A prompt that Python made, checked as one that is read. Raises UserError."""
+    if not isinstance(prompt, Prompt):
+        raise UserError(f"A prompt is {shown(prompt)}; give a path, or Prompt(vectors, facts).")
     vectors = _checked(np.asarray(prompt.vectors), "The prompt")
     return Prompt(vectors, check_facts(prompt.facts, "The prompt's facts:"))
 
