@@ -244,6 +244,20 @@ def test_a_run_that_gets_more_steps_is_that_of_as_many(backbone, tmp_path, steps
     np.testing.assert_array_equal(*vectors)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_more_steps_go_on_with_the_prompt_of_the_checkpoint(backbone, tmp_path, monkeypatch, keep):
+    """The last step of the shorter run is judged, and its checkpoint is of before that."""
+    run = run_config(backbone, tmp_path, train={"steps": 6, "keep": keep})
+    scores(monkeypatch, {4: 0.5, 6: 0.9, 8: 0.3, 12: 0.4})
+    result = train(run)
+    assert (result["best_step"], result["value"]) == (6, 0.9)
+    agrees(tmp_path / "run", result)
+    more = run.model_copy(update={"train": run.train.model_copy(update={"steps": 12})})
+    result = train(more)
+    assert (result["best_step"], result["value"]) == (4, 0.5)
+    agrees(tmp_path / "run", result)
+
+
 # -- signals ---------------------------------------------------------------------------------------
 
 

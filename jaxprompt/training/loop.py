@@ -415,6 +415,8 @@ def _train(
     def save() -> None:
         check_members(done, alive, np.where(sound(state.tree), 0.0, math.nan), shown)
         progress["seconds"] = clock.seconds()
+        if checkpoints.latest_step() == done:
+            return  # what was judged since is in no checkpoint, which may name what is kept aside
         checkpoints.save(done, state, progress)
         if jax.process_index() == 0:
             oldest = min((int(f.name) for f in checkpoint_folders(checkpoints.path)), default=done)
@@ -501,9 +503,9 @@ def _train(
                 # placed as in training, where what answers has been compiled
                 bank = jax.device_put(best[None], parallel.replicated(mesh))
             else:
-                params = load_backbone(
-                    str(place / "model"), dtype=config.model.dtype, mesh=mesh
-                ).params
+                # by the first process, which has then written it
+                model = parallel.by_first(lambda: str(place / "model"))
+                params = load_backbone(model, dtype=config.model.dtype, mesh=mesh).params
             with signals.free():
                 found["test_rows"] = len(given.test.examples)
                 tuned = found["prompt"] or found["model"]
