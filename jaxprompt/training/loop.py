@@ -482,6 +482,12 @@ def _train(
         """What came of a task: its best prompt, which is the one in prompt/."""
         k = winner(progress["best"], progress["best_step"], in_order(learning(name)))
         given, place = own[k], place_of(name)
+        if progress["best_step"][k] < 0:  # there is nothing that a result could tell of
+            raise UserError(
+                f"No scores of task {name!r} on its validation rows were finite numbers, so that "
+                "nothing was saved as the best; lower train.learning_rate, or use "
+                "model.dtype=float32, in another output."
+            )
         found = {
             "task": name,
             "method": config.method,
