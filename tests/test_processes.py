@@ -148,9 +148,9 @@ def test_a_run_moves_to_other_processes_and_devices(alone, backbone, tmp_path, f
     assert first.folder == again.folder
 
 
-@pytest.mark.parametrize("mesh", [[], ["mesh.fsdp=2"]])
-def test_full_fine_tuning_is_the_same_over_processes(backbone, tmp_path, mesh):
+def test_full_fine_tuning_is_the_same_over_processes_that_share_the_model(backbone, tmp_path):
     told = ["method=model-tuning", "train.optimizer=adamw", "train.learning_rate=0.01"]
+    mesh = ["mesh.fsdp=2"]
     one = Run(backbone, tmp_path / "one", 1, 1, [told]).complete()
     two = Run(backbone, tmp_path / "two", 2, 1, [told + mesh] * 2, steps=8).complete()
     (two.folder / "run" / "result.json").unlink()
@@ -169,8 +169,7 @@ def same_model(one, two, rate):
         assert np.abs(a - b).max() < rate and np.abs(a - b).mean() < 1e-4
 
 
-@pytest.mark.parametrize("mesh", [[], ["mesh.fsdp=2"]])
-def test_pre_training_is_the_same_over_processes(tmp_path, mesh):
+def test_pre_training_is_the_same_over_processes(tmp_path):
     """The first process trains the tokenizer and writes; the other takes what is there."""
 
     def run(processes, tokenizer, told):
@@ -182,10 +181,10 @@ def test_pre_training_is_the_same_over_processes(tmp_path, mesh):
         assert codes == [0] * processes, said
         return run
 
-    two = run(2, {"vocabulary": 150, "sentinels": 10}, mesh)
+    two = run(2, {"vocabulary": 150, "sentinels": 10}, [])
     (two.folder / "run" / "result.json").unlink()
     shutil.rmtree(two.folder / "run" / "checkpoints" / "8")
-    two = run(2, {"vocabulary": 150, "sentinels": 10}, mesh)
+    two = run(2, {"vocabulary": 150, "sentinels": 10}, [])
     assert "going on from step 4" in (two.folder / "err0").read_text()
     one = run(1, str(two.folder / "run" / "tokenizer"), [])
     same_model(one, two, rate=0.01)

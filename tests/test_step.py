@@ -229,15 +229,7 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
     np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("shape", "name"),
-    [
-        ((2, 2, 1), "adamw"),
-        ((1, 4, 1), "adafactor"),
-        ((1, 2, 2), "adamw"),
-        ((2, 1, 2), "adafactor"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "name"), [((2, 2, 1), "adafactor"), ((1, 2, 2), "adamw")])
 def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
     """Each holds its part of weights and moments, and the step's outcome stays what it was."""
     config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4, dropout=0.1)
