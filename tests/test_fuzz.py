@@ -39,7 +39,7 @@ def raises(error):
         (lambda folder: None, "accepted"),
         (raises(UserError("5 is too large; use 4.")), "refused"),
         (raises(FileNotFoundError(2, "no such file")), "refused"),
-        (raises(UserError("x" * 4000)), "traceback"),
+        (raises(FileNotFoundError("x" * 4000)), "traceback"),
         (raises(KeyError("a")), "traceback"),
         (raises(RecursionError()), "traceback"),
         (raises(SystemExit(1)), "traceback"),
@@ -66,11 +66,11 @@ def test_an_input_is_a_function_of_seed_and_number(tmp_path):
 
 def test_some_inputs_of_every_kind_are_read_or_refused_in_a_sentence(tmp_path):
     done = subprocess.run(
-        [sys.executable, FAULTS / "fuzz.py", "--inputs", "100", "--seed", "1"],
+        [sys.executable, FAULTS / "fuzz.py", "--inputs", "80", "--seed", "1"],
         capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False,
         env=os.environ | {"PYTHONPATH": str(FAULTS.parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["inputs"] == 100 and report["wrong"] == []
+    assert report["inputs"] == 80 and report["wrong"] == []
     assert all(counts["accepted"] and counts["refused"] for counts in report["counts"].values())
