@@ -53,8 +53,9 @@ def test_rows_that_are_cut_are_counted_and_columns_that_are_lost_named(tokenizer
     assert texts == [ids[:11] for ids in whole]
     sentence = of_task(truncation, task(), "training rows")
     assert sentence == (
-        "5 of 7 training rows are longer than task.max_input_length, 12 tokens, and are cut; of 3 "
-        "nothing is left of 'b'; raise it, or name in task.truncate what may be cut before the rest"
+        "5 of 7 training rows are longer than task.max_input_length, 12 tokens, and are cut; in 3 "
+        "of them nothing is left of 'b'; raise it, or name in task.truncate what may be "
+        "cut before the rest"
     )
     assert cut(task(), rows[:1], tokenizer)[1] == Truncation(1, 0, {})
     assert cut(task(), [], tokenizer)[1] == Truncation(0, 0, {})
@@ -144,7 +145,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-TOLD = "1 of 2 rows are longer than task.max_input_length, 12 tokens, and are cut; of 1 nothing"
+TOLD = "1 of 2 rows are longer than task.max_input_length, 12 tokens, and are cut; in 1"
 
 
 def test_a_run_says_what_is_cut_of_each_split(folder, tmp_path):

@@ -34,7 +34,8 @@ class Truncation(NamedTuple):
         if not self.cut:
             return None
         text = f"{self.cut} of {self.rows} {rows} are longer than {limit} tokens, and are cut"
-        gone = [f"of {count} nothing is left of {name!r}" for name, count in self.lost.items()]
+        lost = self.lost.items()
+        gone = [f"in {count} of them nothing is left of {name!r}" for name, count in lost]
         return "; ".join([text, *gone])
 
 
