@@ -443,6 +443,7 @@ def score(
         For each row ``{"log_likelihood": log p(target | prompt, input) in nats, EOS included,
         "tokens": of the target with EOS}``.
     """
+    check_pairs(pairs)
     if not isinstance(session, Session):
         raise UserError(f"A session is {shown(session)}; open one with open_session.")
     if max_input_length is not None and not (
@@ -451,7 +452,6 @@ def score(
         raise UserError(
             f"max_input_length is {shown(max_input_length)}; give a whole number from 1 on."
         )
-    check_pairs(pairs)
     tokenizer = session.tokenizer
     virtual = virtual_ids(session.backbone.config.vocab_size, session.length)
     recorded = session.prompt is not None and session.prompt.facts.get("task") is not None
