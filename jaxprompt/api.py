@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprompt import parallel
-from jaxprompt.bank import virtual_ids
-from jaxprompt.config import TaskConfig, UserError, expanded, listed, parse, shown
-from jaxprompt.data.pipeline import Example
-from jaxprompt.data.rules import apply_rule
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.paths import expanded
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.batches import Example
 from jaxprompt.data.targets import as_written, label_warnings
-from jaxprompt.data.tasks import (
+from jaxprompt.data.tasks.registry import (
     Reference,
     class_words,
     read_split,
@@ -24,24 +24,25 @@ from jaxprompt.data.tasks import (
     resolve_task,
     tokenize,
 )
+from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.templates import place_prompt
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
-from jaxprompt.evaluation.analyze import draw_prompt, figure_format, summarize
-from jaxprompt.evaluation.metrics import diagnose, likeliest, majority, vote
-from jaxprompt.evaluation.score import (
-    Answers,
+from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.evaluation.analysis import draw_prompt, figure_format, summarize
+from jaxprompt.evaluation.metrics import check_metrics, diagnose, likeliest, majority, measure, vote
+from jaxprompt.inference.score import (
     Model,
-    answer,
-    answer_each,
-    check_metrics,
+    Predictions,
     log_likelihoods,
-    measure,
+    predict_per_prompt,
     refuse_lost,
 )
-from jaxprompt.model import family
-from jaxprompt.model.load import Backbone, load_backbone, same_model
-from jaxprompt.prompts.artefact import Prompt, checked_prompt, load_prompt
+from jaxprompt.inference.score import predict as answer
+from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
+from jaxprompt.runtime import parallel
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -111,12 +112,14 @@ def open_session(
         backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh)
     bank = None
     if prompt is not None:
-        backbone = backbone._replace(config=family.attending(backbone.config, _attention(prompt)))
+        backbone = backbone._replace(
+            config=registry.with_attention(backbone.config, _attention(prompt))
+        )
         check_pair(prompt, backbone, any_backbone)
         bank = jnp.asarray(prompt.vectors)[None]
     model = Model(backbone.params, bank, backbone.config, backbone.mesh)
     words = tokenizer or recorded.get("tokenizer") or backbone.path
-    words = load_tokenizer(words, one_sequence=family.one_sequence(backbone.config))
+    words = load_tokenizer(words, one_sequence=registry.one_sequence(backbone.config))
     return Session(backbone, words.for_table(backbone.config.vocab_size), prompt, model)
 
 
@@ -137,7 +140,7 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
             f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
         )
     kind = prompt.facts.get("peft", {}).get("task_type")
-    fitting = "CAUSAL_LM" if family.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
+    fitting = "CAUSAL_LM" if registry.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
     if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:
         raise UserError(
             f"The adapter is for {kind} and {backbone.source} is a model for {fitting}; use the "
@@ -177,7 +180,7 @@ def answer_rows(
     progress: Progress = lambda rows: None,
     origin: str | None = None,
     warn: Warn = _warned,
-) -> Answers:
+) -> Predictions:
     """Predictions for rows with the columns that the task's template names.
 
     share: as in ``evaluation.score.answer``. ``origin`` (a file) names the rows in errors. ``warn``
@@ -244,7 +247,7 @@ def answer_form(task: TaskConfig) -> dict[str, Any]:
     return {"prediction": task.labels[0], "scores": dict.fromkeys(task.labels, 0.0)}
 
 
-def rows_of(task: TaskConfig, answers: Answers) -> list[dict[str, Any]]:
+def rows_of(task: TaskConfig, answers: Predictions) -> list[dict[str, Any]]:
     """Answers as JSON-ready rows."""
     if answers.scores is None or task.labels is None:
         return [{"prediction": text} for text in answers.predictions]
@@ -348,7 +351,7 @@ def evaluate_ensemble(
         need_targets=False, origin=asked.origin, note=_cut(chosen, warn),
     )  # fmt: skip
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
-    found = answer_each(
+    found = predict_per_prompt(
         model, chosen, plain, first.tokenizer, batch_size=batch_size, progress=progress
     )
     for number, answers in enumerate(found, 1):

@@ -8,10 +8,15 @@ import types
 import warnings
 from collections.abc import Sequence
 
-# old package or module -> new one; what is inside moves with it
+# old package or module -> new one; what is inside moves with it, but for what is named itself
 MOVED = {
     "jaxprompt.train": "jaxprompt.training",
     "jaxprompt.evaluate": "jaxprompt.evaluation",
+    "jaxprompt.model": "jaxprompt.models",
+    "jaxprompt.model.load": "jaxprompt.models.checkpoints.load",
+    "jaxprompt.model.export": "jaxprompt.models.checkpoints.export",
+    "jaxprompt.pretrain_config": "jaxprompt.config.pretrain",
+    "jaxprompt.prompts": "jaxprompt.methods",
 }
 
 
@@ -21,9 +26,9 @@ def new_name(name: str) -> str | None:
     >>> new_name("jaxprompt.train.loop")
     'jaxprompt.training.loop'
     """
-    for old, new in MOVED.items():
+    for old in sorted(MOVED, key=len, reverse=True):
         if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
+            return MOVED[old] + name.removeprefix(old)
     return None
 
 

@@ -14,11 +14,12 @@ import time
 import jax
 import numpy as np
 
-from jaxprompt.config import TrainConfig, UserError
-from jaxprompt.data.pipeline import Batch
-from jaxprompt.model.load import LOAD_DTYPES, load_backbone
-from jaxprompt.pretrain_config import PretrainOptimization
-from jaxprompt.prompts.methods import METHODS, PRETRAINING
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.pretrain import PretrainOptimization
+from jaxprompt.config.schema import TrainConfig
+from jaxprompt.data.batches import Batch
+from jaxprompt.methods.base import METHODS, PRETRAINING
+from jaxprompt.models.checkpoints.load import LOAD_DTYPES, load_backbone
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 

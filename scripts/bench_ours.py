@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from bench_tools import LABELS, Row, Start, resident, serve
 
-from jaxprompt import devices, parallel
-from jaxprompt.bank import virtual_ids
-from jaxprompt.config import TaskConfig, TrainConfig
-from jaxprompt.data.pipeline import Example, micro_batches, with_noise
-from jaxprompt.evaluation.score import Model, answer
-from jaxprompt.model import family
-from jaxprompt.model.load import Backbone, load_backbone
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.schema import TaskConfig, TrainConfig
+from jaxprompt.data.batches import Example, micro_batches, with_noise
+from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.inference.score import Model, predict
+from jaxprompt.methods.base import METHODS
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.runtime import devices, parallel
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 
@@ -33,7 +33,11 @@ DEPTH = max(map(len, LABELS.values()))
 def take_step(step, state, params, examples, rows, widths, mesh):
     """One optimizer step on a batch in micro-batches of ``rows``, and the shapes of its inputs."""
     batches = micro_batches(
-        examples, rows=rows, target_length=DEPTH, widths=widths, devices=parallel.ways(mesh)
+        examples,
+        rows=rows,
+        target_length=DEPTH,
+        widths=widths,
+        devices=parallel.num_batch_shards(mesh),
     )
     state, losses = step(state, params, parallel.put_batch(batches, mesh))
     return state, losses, [batch.inputs.shape for batch in batches]
@@ -109,16 +113,16 @@ class Ours:
         drawn = [with_noise(self.examples(backbone, rows), rng) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
-        config, many = family.cut(
+        config, many = registry.plan_microbatches(
             backbone.config, lengths, batch_size=job["batch_size"],
-            devices=parallel.ways(self.mesh), share=job["micro"],
+            devices=parallel.num_batch_shards(self.mesh), share=job["micro"],
         )  # fmt: skip
         rows = rows if config is backbone.config else many
         if key not in self.steps:
             self.steps[key] = make_train_step(config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0)
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))
         state = jax.device_put(state, parallel.replicated(self.mesh))
-        widths, found = family.widths(config), {"seconds": [], "losses": [], "shapes": []}
+        widths, found = registry.widths(config), {"seconds": [], "losses": [], "shapes": []}
         for examples in drawn[:steps]:
             began = time.perf_counter()
             state, losses, shapes = take_step(
@@ -139,7 +143,7 @@ class Ours:
         bank = jnp.asarray(self.vectors(backbone))
         model = Model(backbone.params, bank, backbone.config, self.mesh)
         began = time.perf_counter()
-        answers = answer(
+        answers = predict(
             model, task, examples, Words(), batch_size=job["batch_size"], share=True  # type: ignore[arg-type]
         )  # fmt: skip
         seconds = time.perf_counter() - began

@@ -42,14 +42,14 @@ from bench_tools import (
 )
 from peft_tools import check_packages, comparing, peft_parser
 
-from jaxprompt.config import UserError
-from jaxprompt.data.pipeline import micro_rows, sorted_parts
-from jaxprompt.files import replace_directory, write_atomically
-from jaxprompt.memory import huge_pages
-from jaxprompt.model import t5
-from jaxprompt.model.load import save_hf
-from jaxprompt.model.t5_config import released
-from jaxprompt.parallel import positions
+from jaxprompt.config.errors import UserError
+from jaxprompt.data.batches import length_sorted_microbatches, micro_rows
+from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.t5 import t5
+from jaxprompt.models.t5.config import released
+from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.memory import huge_pages
+from jaxprompt.runtime.parallel import positions
 
 Job = dict[str, Any]
 HERE = Path(__file__).parent
@@ -134,7 +134,7 @@ def write_problem(options: argparse.Namespace) -> dict[str, Any]:
         lengths = [[options.prompt + len(row["inputs"]) for row in rows] for rows in drawn]
         every = np.concatenate(lengths)
         rows = micro_rows(every, batch_size=size, positions=options.positions)
-        return [sorted_parts(own, rows) for own in lengths]
+        return [length_sorted_microbatches(own, rows) for own in lengths]
 
     splits = {size: split(drawn, int(size)) for size, drawn in batches.items()}
     problem = {

@@ -25,8 +25,8 @@ import yaml
 from bench_tools import Gate, Moment, machine
 from compare_report import markdown
 
-from jaxprompt.files import write_atomically
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.runtime.files import write_atomically
 
 
 def run_values(options: argparse.Namespace, name: str, seeds: list[int]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def train(options: argparse.Namespace, name: str, seeds: list[int], cache: Path)
     file.write_text(yaml.safe_dump(values))
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "jaxprompt.cli", "train", str(file)], check=True,
+        [sys.executable, "-m", "jaxprompt.cli.app", "train", str(file)], check=True,
         env=os.environ | {"JAXPROMPT_CACHE": str(cache)},
         stdout=subprocess.DEVNULL, stderr=None if options.verbose else subprocess.DEVNULL,
     )  # fmt: skip

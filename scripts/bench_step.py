@@ -32,13 +32,15 @@ from bench_tools import machine
 from compare_report import markdown
 from matplotlib.figure import Figure
 
-from jaxprompt.config import TrainConfig, UserError
-from jaxprompt.files import replace_directory, write_atomically
-from jaxprompt.memory import start_again_with_huge_pages
-from jaxprompt.model import small_weights, t5, t5_cost
-from jaxprompt.model.load import Backbone, load_backbone, save_hf
-from jaxprompt.model.t5_config import released
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TrainConfig
+from jaxprompt.methods.base import METHODS
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone, save_hf
+from jaxprompt.models.ops import quantization
+from jaxprompt.models.t5 import cost, t5
+from jaxprompt.models.t5.config import released
+from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.memory import start_again_with_huge_pages
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 
@@ -75,7 +77,7 @@ WORDS = {
 def flops(config: Any, point: Point) -> dict[str, float]:
     """Floating-point operations of a step by part, forward and backward."""
     rows, width = point.rows * point.prompts, point.text + point.vectors
-    return t5_cost.flops(config, rows, width, TARGETS)
+    return cost.flops(config, rows, width, TARGETS)
 
 
 def peak(dtype: str, size: int = 2048) -> Callable[[], float]:
@@ -105,7 +107,7 @@ def compiled(backbone: Backbone, point: Point) -> tuple[Callable[[], float], dic
         rows=point.rows, prompts=point.prompts,
     )  # fmt: skip
     state = init_state(METHOD, optimizer, backbone.params, start)
-    params = small_weights.in_bits(backbone.params)  # as the step does where it is not traced
+    params = quantization.view_as_uint16(backbone.params)  # as the step does where it is not traced
     program = jax.jit(step).lower(state, params, [batch]).compile()
     asked: Any = program.memory_analysis()
 

@@ -33,14 +33,16 @@ from bench_tools import Gate, Worker, machine
 from compare_report import markdown
 from peft_tools import check_packages, comparing, peft_parser
 
-from jaxprompt import devices
-from jaxprompt.config import RunConfig, UserError, parse
-from jaxprompt.data.tasks import load_rows, resolve_task, tokenize
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.tasks.registry import load_rows, resolve_task, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.files import replace_directory, write_atomically
-from jaxprompt.memory import start_again_with_huge_pages
-from jaxprompt.model import family
-from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.runtime import devices
+from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.memory import start_again_with_huge_pages
 from jaxprompt.training import loop
 
 Events = list[dict[str, Any]]
@@ -94,7 +96,7 @@ def ours(values: dict[str, Any]) -> Events:
 def write_problem(options: argparse.Namespace) -> None:
     """OUT/weights and OUT/problem.json: the backbone and the rows for PEFT."""
     backbone, task = load_backbone(options.backbone), resolve_task(options.task)
-    if family.one_sequence(backbone.config):
+    if registry.one_sequence(backbone.config):
         raise UserError(f"--backbone {options.backbone!r} has no encoder; name a T5.")
     if not task.labels or task.metrics[0] != "accuracy":
         raise UserError(f"--task {options.task!r} is not judged by accuracy; name one that is.")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from corpus import shingles
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 from jaxprompt.data.sources import read_rows
 
 SIZE = 8

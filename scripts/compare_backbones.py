@@ -24,7 +24,9 @@ from typing import Any
 
 from compare_report import report
 
-from jaxprompt.config import TaskConfig, UserError, override_value
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import override_value
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.studies.cells import RECIPES, Bench, Cell, of_method, run_cells
 from jaxprompt.studies.plan import read_task
 

@@ -22,17 +22,18 @@ from bench_tools import WorkerEnded
 from peft_tools import comparing, peft_parser
 
 from jaxprompt import api
-from jaxprompt.config import PromptConfig, TaskConfig, TrainConfig, UserError
-from jaxprompt.data.pipeline import batch_indices, make_batch, round_target_length
-from jaxprompt.data.tasks import load_rows, references, tokenize
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import PromptConfig, TaskConfig, TrainConfig
+from jaxprompt.data.batches import batch_indices, make_batch, round_target_length
+from jaxprompt.data.tasks.registry import load_rows, references, tokenize
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.evaluation.score import measure
-from jaxprompt.files import replace_directory
-from jaxprompt.model import family
-from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, load_prompt
-from jaxprompt.prompts.init import initial_prompt
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.evaluation.metrics import measure
+from jaxprompt.methods.artefact import Prompt, load_prompt
+from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.init import initial_prompt
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.runtime.files import replace_directory
 from jaxprompt.studies.plan import read_task
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
@@ -49,14 +50,14 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
     """Vectors after training, and each step's time and loss (the first of a shape compiles)."""
     method, optimizer = METHODS["prompt-tuning"], per_prompt(settings)
     state = init_state(method, optimizer, backbone.params, start[None])
-    config = family.specialise(backbone.config, [e.inputs for e in examples], length)
+    config = registry.with_shared_prefix(backbone.config, [e.inputs for e in examples], length)
     step = make_train_step(config, method, optimizer, z_loss=settings.z_loss)
     depth = round_target_length(max(len(e.targets) for e in examples))
     times, losses, seen = [], [], set()
     for number, chosen in enumerate(indices):
         began = time.perf_counter()
         drawn = [examples[i] for i in chosen]
-        batch = make_batch(drawn, target_length=depth, widths=family.widths(config))
+        batch = make_batch(drawn, target_length=depth, widths=registry.widths(config))
         state, found = step(state, backbone.params, [batch])
         losses.append(float(found.loss[0]))
         compiles = batch.inputs.shape not in seen
@@ -138,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     with comparing(options):
         task, backbone = read_task(options.task), load_backbone(options.backbone)
-        if not family.one_sequence(backbone.config):
+        if not registry.one_sequence(backbone.config):
             raise UserError(
                 f"--backbone {options.backbone!r} is not decoder-only; name one that is."
             )

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 from jaxprompt.studies.cells import read_records
 
 Record = dict[str, Any]

@@ -90,12 +90,12 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxprompt import parallel
-    from jaxprompt.config import UserError
-    from jaxprompt.data.pipeline import Batch
-    from jaxprompt.model import family, precision
-    from jaxprompt.model.t5_config import released
-    from jaxprompt.prompts.methods import METHODS
+    from jaxprompt.config.errors import UserError
+    from jaxprompt.data.batches import Batch
+    from jaxprompt.methods.base import METHODS
+    from jaxprompt.models import precision, registry
+    from jaxprompt.models.t5.config import released
+    from jaxprompt.runtime import parallel
     from jaxprompt.training.optimizer import per_prompt
     from jaxprompt.training.step import init_state, make_train_step
 
@@ -104,14 +104,14 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         raise UserError(
             f"{config.backbone!r} is none of the released T5 1.1, whose shape is known."
         )
-    dtype = precision.chosen(config.model.dtype, cpu=False)
+    dtype = precision.resolve_dtype(config.model.dtype, cpu=False)
     numerics = {"dtype": dtype, "dropout": config.model.dropout}
     unroll = bool(config.model.unroll)
     shape = dataclasses.replace(shape, remat=config.model.remat, unroll=unroll, **numerics)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size
     parallel.check_batch_size(size, mesh, "train.batch_size")
-    model, method, length = family.of(shape), METHODS[config.method], config.prompt.length
+    model, method, length = registry.model_for(shape), METHODS[config.method], config.prompt.length
     kept = "bfloat16" if dtype == "bfloat16" else "float32"
     place = parallel.parameter_sharding(mesh)
     params = jax.tree.map(
@@ -179,7 +179,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
 
 def main(options: argparse.Namespace) -> None:
     """One JSON object, or a table of several numbers of devices."""
-    from jaxprompt.config import load_config
+    from jaxprompt.config.overrides import load_config
 
     config = load_config(options.config, options.overrides)
     if len(options.devices) == 1:
@@ -203,7 +203,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(chosen.devices)}"
-    from jaxprompt.config import UserError
+    from jaxprompt.config.errors import UserError
 
     try:
         main(chosen)

@@ -11,11 +11,12 @@ import json
 import shutil
 from pathlib import Path
 
-from jaxprompt.config import parse, read_config
+from jaxprompt.config.overrides import read_config
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data.text import open_streams
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.pretrain_config import PretrainConfig
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.training.pretrain import held_out_batches, held_out_scores
 
 

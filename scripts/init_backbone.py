@@ -21,8 +21,8 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxprompt.data.tokenizer import copy_tokenizer
-from jaxprompt.model import t5
-from jaxprompt.model.load import save_hf
+from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.t5 import t5
 
 
 def smollm(path: Path) -> tuple[np.ndarray, Tokenizer]:

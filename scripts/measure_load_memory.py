@@ -25,11 +25,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxprompt import devices, parallel
-from jaxprompt.config import MeshConfig
-from jaxprompt.model import family
-from jaxprompt.model.hf import open_checkpoint
-from jaxprompt.model.load import load_backbone, open_config, save_hf
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.hf_t5 import open_checkpoint
+from jaxprompt.models.checkpoints.load import load_backbone, open_config, save_hf
+from jaxprompt.runtime import devices, parallel
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,7 +58,7 @@ def write_random(name: str, folder: Path) -> None:
             part[:] = rng.standard_normal(part.shape, np.float32)
         return out.reshape(x.shape)
 
-    params = jax.tree.map(draw, family.of(config).abstract_params(config))
+    params = jax.tree.map(draw, registry.model_for(config).abstract_params(config))
     save_hf(folder, config, params, max_shard_bytes=10**9)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench_tools import Worker, WorkerEnded
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 
 
 def peft_parser(about: str | None) -> argparse.ArgumentParser:

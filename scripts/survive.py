@@ -28,10 +28,10 @@ import numpy as np
 import yaml
 
 from jaxprompt.data.tokenizer import copy_tokenizer
-from jaxprompt.model import t5
-from jaxprompt.model.hub import resolve
-from jaxprompt.model.load import save_hf
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.models.checkpoints.hub import resolve
+from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.t5 import t5
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

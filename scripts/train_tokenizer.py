@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxprompt.config.pretrain import TokenizerConfig
 from jaxprompt.data.tokenizer_training import train_tokenizer
-from jaxprompt.pretrain_config import TokenizerConfig
 
 BYTES_PER_SOURCE = 3_000_000
 

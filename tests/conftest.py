@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from jaxprompt.model import t5  # noqa: E402
+from jaxprompt.models.t5 import t5  # noqa: E402
 
 TINY = t5.T5Config(
     vocab_size=61, d_model=16, num_heads=3, head_dim=4, d_ff=24,

@@ -9,10 +9,11 @@ import numpy as np
 import yaml
 from helpers_data import make_tokenizer
 
-from jaxprompt.config import RunConfig, parse
-from jaxprompt.model import t5
-from jaxprompt.model.load import save_hf
-from jaxprompt.training.logbook import Silent
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.t5 import t5
+from jaxprompt.training.logbook import NullReporter
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,
@@ -96,7 +97,7 @@ def assert_same_sums(found, wanted, terms: int) -> None:
 RUN_SUMS = 16 * 8 * 12
 
 
-class Killer(Silent):
+class Killer(NullReporter):
     """Raises at a step, or at a line that starts as given, as a kill would."""
 
     def __init__(self, at):

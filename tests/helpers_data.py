@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from jaxprompt.data.pipeline import Example
+from jaxprompt.data.batches import Example
 
 WORDS = "question : passage subject text it was good bad yes no True False one two three".split()
 SPECIAL = ["<pad>", "</s>", "<unk>"]

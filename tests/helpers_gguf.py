@@ -8,8 +8,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from jaxprompt.model import llama
-from jaxprompt.model.llama_config import LlamaConfig
+from jaxprompt.models.decoder import decoder
+from jaxprompt.models.decoder.config import LlamaConfig
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = (
@@ -59,7 +59,7 @@ def make_gguf(path: Path, *, seed: int = 0, quantised: bool = False, bos: bool =
     def values(path, leaf):
         return rng.normal(float(path[-1].key == "scale"), 0.3, leaf.shape).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(values, llama.abstract_params(config))
+    params = jax.tree_util.tree_map_with_path(values, decoder.abstract_params(config))
 
     writer = gguf.GGUFWriter(path, fields.get("arch", "llama"))
     writer.add_block_count(config.num_layers)

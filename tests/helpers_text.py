@@ -5,8 +5,8 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from jaxprompt.config import parse
-from jaxprompt.pretrain_config import PretrainConfig
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.validation import parse
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.evaluation.analyze import nearest_words, summarize, tightness
+from jaxprompt.evaluation.analysis import nearest_words, summarize, tightness
 
 # two bundles of four words each around an axis, and eight words far from everything
 AXES = np.eye(16, dtype=np.float32)

@@ -14,15 +14,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import jaxprompt as jp
-from jaxprompt.config import UserError
-from jaxprompt.files import replace_directory
-from jaxprompt.prompts import artefact
-from jaxprompt.prompts.artefact import (
-    Prompt,
-    load_prompt,
-    save_peft,
-    save_prompt,
-)
+from jaxprompt.config.errors import UserError
+from jaxprompt.methods import artefact
+from jaxprompt.methods.artefact import Prompt, load_prompt, save_peft, save_prompt
+from jaxprompt.runtime.files import replace_directory
 
 RELEASED = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "released_prompts"
 FACTS = {

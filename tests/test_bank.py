@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprompt.bank import embed, virtual_ids
-from jaxprompt.model import t5
+from jaxprompt.data.virtual_tokens import embed, virtual_ids
+from jaxprompt.models.t5 import t5
 
 
 def test_ids_follow_the_layout():

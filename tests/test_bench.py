@@ -17,9 +17,9 @@ import pytest
 from helpers import make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
-from jaxprompt.config import MeshConfig
-from jaxprompt.data.pipeline import sorted_parts
-from jaxprompt.model import t5
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.data.batches import length_sorted_microbatches
+from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -50,7 +50,7 @@ def test_micro_batches_hold_each_row_once_sorted():
     rng = np.random.default_rng(1)
     for size in (1, 4, 32):
         lengths = rng.integers(100, 500, 32).tolist()
-        found = sorted_parts(lengths, size)
+        found = length_sorted_microbatches(lengths, size)
         order = [row for rows in found for row in rows]
         assert sorted(order) == list(range(32))
         assert [lengths[row] for row in order] == sorted(lengths, reverse=True)

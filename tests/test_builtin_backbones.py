@@ -9,7 +9,7 @@ import pytest
 
 import jaxprompt as jp
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model.hub import BUILTIN
+from jaxprompt.models.checkpoints.hub import BUILTIN
 
 FOLDER = Path(jp.__file__).parent / "builtin" / "backbones"
 STATED = {

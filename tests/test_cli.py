@@ -21,12 +21,16 @@ from helpers import CONFIG, copy, make_backbone, make_rows, run_values, write_ro
 from safetensors.numpy import load_file, save_file
 
 import jaxprompt
-from jaxprompt import api, cli
-from jaxprompt.config import RunConfig, UserError, dump_yaml, load_config, parse
+from jaxprompt import api
+from jaxprompt.cli.app import app
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import dump_yaml, load_config
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model.load import load_backbone
-from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training.logbook import check_run, clear_run, open_run
 
 COMMAND = Path(sys.executable).parent / "jaxprompt"
@@ -60,7 +64,7 @@ def call(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 
@@ -145,7 +149,7 @@ def test_the_installed_command_answers_without_heavy_libraries():
     assert found.returncode == 0
     for name in ("train", "eval", "predict", "score", "inspect"):
         assert name in found.stdout
-    light = "import sys, jaxprompt.cli; print(sorted({'jax', 'datasets', 'transformers'} & "
+    light = "import sys, jaxprompt.cli.app; print(sorted({'jax', 'datasets', 'transformers'} & "
     light += "set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
@@ -168,7 +172,7 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
             pytest.skip("the package is not installed as a command beside this Python")
         command = [COMMAND, *arguments]
     else:
-        command = [sys.executable, "-m", "jaxprompt.cli", *arguments]
+        command = [sys.executable, "-m", "jaxprompt.cli.app", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert found.returncode == 2 and found.stdout == ""
     assert words in found.stderr and "Traceback" not in found.stderr
@@ -237,7 +241,7 @@ def test_the_version_and_the_devices_are_told(call, prompt, backbone, tmp_path):
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
     """As in ``jaxprompt --help | head -1``."""
-    command = [sys.executable, "-m", "jaxprompt.cli", "--help"]
+    command = [sys.executable, "-m", "jaxprompt.cli.app", "--help"]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -688,20 +692,20 @@ def test_an_interrupt_says_how_to_go_on(values, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "train", interrupted)
     monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, train(values, tmp_path))])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code and signal.getsignal(signal.SIGINT) is before
     assert "stopped by SIGINT; run the same command again to go on" in capsys.readouterr().err
 
 
 def test_every_path_of_a_command_is_expanded(monkeypatch, tmp_path, call):
     paths = 0
-    for command in cli.app.registered_commands:
+    for command in app.app.registered_commands:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             if "Path" in str(get_args(hint)[:1]):
-                assert get_args(hint)[1].callback is cli.at_home, (command.callback, name)
+                assert get_args(hint)[1].callback is app.at_home, (command.callback, name)
                 paths += 1
     assert paths >= 10
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
+    assert app.at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
     code, _, err = call("reproduce", "report", "--output=~/none")
     assert code == 2 and str(tmp_path / "none") in err

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from jaxprompt.compilation import keep_compiled
+from jaxprompt.runtime.compilation import keep_compiled
 
 PROGRAM = """
-from jaxprompt.compilation import keep_compiled
+from jaxprompt.runtime.compilation import keep_compiled
 keep_compiled()
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

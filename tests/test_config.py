@@ -6,32 +6,27 @@ from typing import Any
 import jax
 import pytest
 
-from jaxprompt import yaml12
-from jaxprompt.cache import cache_folder
-from jaxprompt.config import (
-    PromptConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-    UserError,
+from jaxprompt.config import yaml12
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.overrides import (
     dump_yaml,
-    expanded,
-    listed,
     load_config,
     override_value,
-    parse,
     read_config,
     read_yaml,
     set_value,
-    shown,
 )
+from jaxprompt.config.paths import expanded
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.schema import PromptConfig, RunConfig, TaskConfig, TrainConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import resolve_task
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model import t5
-from jaxprompt.model.hub import resolve
-from jaxprompt.model.t5_config import released
-from jaxprompt.pretrain_config import PretrainConfig
+from jaxprompt.models.checkpoints.hub import resolve
+from jaxprompt.models.t5 import t5
+from jaxprompt.models.t5.config import released
+from jaxprompt.runtime.cache import cache_folder
 
 MINIMAL = "task: supersense\noutput: runs/a\n"
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxprompt import devices, parallel
-from jaxprompt.config import MeshConfig, UserError
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.runtime import devices, parallel
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_cpu_gets_a_device_for_each_core(monkeypatch, rows, mesh, cores, count
 
     monkeypatch.setenv("XLA_FLAGS", "--a")
     monkeypatch.setattr(devices.jax, "config", Config)
-    devices.spread(rows, MeshConfig(**mesh), cores)
+    devices.make_virtual_devices(rows, MeshConfig(**mesh), cores)
     assert told == {"jax_num_cpu_devices": count}
     assert devices.os.environ["XLA_FLAGS"] == (
         "--a --xla_cpu_multi_thread_eigen=false" if alone else "--a"
@@ -88,10 +89,10 @@ def test_what_the_user_has_settled_stays(monkeypatch):
 
     monkeypatch.setattr(devices.jax, "config", Config)
     monkeypatch.delenv("XLA_FLAGS")
-    devices.spread([32], MeshConfig())
+    devices.make_virtual_devices([32], MeshConfig())
     Config.jax_num_cpu_devices = -1
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    devices.spread([32], MeshConfig())
+    devices.make_virtual_devices([32], MeshConfig())
 
 
 def test_the_quota_of_a_container_counts(tmp_path):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 from jaxprompt.data import writers
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.writers import Answered, check_rows, format_of, write_rows
-from jaxprompt.files import check_output, replace_directory, write_atomically, write_output
-from jaxprompt.training.interrupt import locked
+from jaxprompt.runtime.files import check_output, replace_directory, write_atomically, write_output
+from jaxprompt.runtime.signals import locked
 
 ROWS = [
     {"text": 'a "quoted", text\r\nof\tlines\n', "other": "\u20ac é \x85 \u2028", "n": "007"},

@@ -14,10 +14,13 @@ import pytest
 from helpers import make_backbone
 from jax.experimental import pallas as pl
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import flash_attention, layers, t5
-from jaxprompt.model.load import load_backbone
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.ops import layers
+from jaxprompt.models.ops.attention import flash_attention
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel
 
 # lengths of the segments of each row, of 160 positions, which no block of a kernel divides
 ALONE = [[160], [70], [1]]
@@ -135,7 +138,7 @@ def test_it_is_lowered_where_several_tpus_share_the_rows():
 
     mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:2])
     work = lambda bias, _, rows: attend(bias, *rows)
-    spread = jax.jit(parallel.over_rows(work, mesh))
+    spread = jax.jit(parallel.shard_over_batch(work, mesh))
     text = spread.trace(bias, None, (three, segments)).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 3
 

@@ -16,7 +16,7 @@ import fuzz  # noqa: E402
 import kinds  # noqa: E402
 import mutations  # noqa: E402
 
-from jaxprompt.config import UserError  # noqa: E402
+from jaxprompt.config.errors import UserError  # noqa: E402
 
 
 def does(action):

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, TaskConfig, UserError
-from jaxprompt.data.pipeline import Example
-from jaxprompt.evaluation import score as scoring
-from jaxprompt.model import generate, t5
-from jaxprompt.model.label_tree import label_trees
-from jaxprompt.model.layers import shift_right
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig, TaskConfig
+from jaxprompt.data.batches import Example
+from jaxprompt.inference import generate
+from jaxprompt.inference import score as scoring
+from jaxprompt.models.label_tree import label_trees
+from jaxprompt.models.ops.layers import shift_right
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel
 
 
 def inputs(seed=0, rows=3):
@@ -100,7 +102,7 @@ def asked(params, config, task, count=5, mesh=None):
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
     model = scoring.Model(params, None, config, mesh)
-    return scoring.answer(model, task, rows, tokenizer, batch_size=4)
+    return scoring.predict(model, task, rows, tokenizer, batch_size=4)
 
 
 @pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
@@ -203,7 +205,7 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
 
     def answers(config, **settings):
         model = scoring.Model(params, None, config, mesh)
-        return scoring.answer(model, task, examples, tokenizer, batch_size=16, **settings)
+        return scoring.predict(model, task, examples, tokenizer, batch_size=16, **settings)
 
     batches = scoring.evaluation_batches
 

@@ -15,15 +15,17 @@ from helpers_gguf import SPECIAL, make_gguf
 from safetensors.numpy import load_file
 
 from jaxprompt import api
-from jaxprompt.config import RunConfig, UserError, parse
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data import gguf_tokenizer
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
-from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data.tasks.registry import resolve_task, tokenize
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model import hub
-from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.prompts.artefact import load_prompt, save_peft
+from jaxprompt.methods.artefact import load_prompt, save_peft
+from jaxprompt.models.checkpoints import hub
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.training.loop import train
 
 HARD = "it's  12345 naïve\n\n\tcafé — <tag> question: yes"

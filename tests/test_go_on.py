@@ -12,12 +12,12 @@ from helpers import Killer, make_backbone, make_rows, run_config, write_rows
 from safetensors.numpy import load_file, save_file
 from test_survival import diverge
 
-from jaxprompt.config import UserError
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.config.errors import UserError
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training import loop
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.interrupt import Interrupted, Signals
-from jaxprompt.training.logbook import Silent
+from jaxprompt.training.logbook import NullReporter
 from jaxprompt.training.loop import train
 
 
@@ -26,7 +26,7 @@ def backbone(tmp_path_factory):
     return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny")
 
 
-class Listener(Silent):
+class Listener(NullReporter):
     def __init__(self):
         self.said = []
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.bank import virtual_ids
-from jaxprompt.model.load import load_backbone
-from jaxprompt.model.t5 import decode, encode
+from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.t5.t5 import decode, encode
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())

@@ -2,8 +2,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.config import PromptConfig, UserError, parse
-from jaxprompt.prompts.init import initial_prompt
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import PromptConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.methods.init import initial_prompt
 
 TABLE = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
 WORDS = {"yes": [5], "not yes": [7, 9, 11], "a b c d": [20, 21, 22, 23]}

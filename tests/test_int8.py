@@ -10,11 +10,12 @@ import pytest
 from helpers import CONFIG, make_backbone
 from safetensors.numpy import load_file, save_file
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model.int8 import quantised
-from jaxprompt.model.load import load_backbone, save_hf
-from jaxprompt.model.safetensors_file import Output
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models.checkpoints.int8 import quantised
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.safetensors import Output
+from jaxprompt.runtime import parallel
 
 
 @pytest.fixture(scope="module")

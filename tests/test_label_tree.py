@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxprompt.model.label_tree import label_trees
+from jaxprompt.models.label_tree import label_trees
 
 
 def test_a_tree_is_this():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.model import layers
+from jaxprompt.models.ops import layers
 
 
 def test_buckets_of_a_bidirectional_stack():
@@ -44,14 +44,14 @@ def test_mixed_products_are_float32_products_of_rounded_operands(spec, a, b):
     keys = jax.random.split(jax.random.key(0), 3)
     a, b = (jax.random.normal(k, shape) for k, shape in zip(keys[:2], (a, b), strict=True))
     rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
-    plain, back = jax.vjp(lambda a, b: layers.product(spec, a, b), rounded(a), rounded(b))
-    mixed = jax.jit(lambda a, b: layers.product(spec, a, b, mixed=True))(a, b)
+    plain, back = jax.vjp(lambda a, b: layers.matmul(spec, a, b), rounded(a), rounded(b))
+    mixed = jax.jit(lambda a, b: layers.matmul(spec, a, b, mixed=True))(a, b)
     np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-5)
     assert mixed.dtype == jnp.float32 and np.abs(mixed - jnp.einsum(spec, a, b)).max() > 1e-4
 
     # the cotangent is rounded too, and gradients have the dtype of what they belong to
     cotangent = jax.random.normal(keys[2], mixed.shape)
-    _, mixed_back = jax.vjp(lambda a, b: layers.product(spec, a, b, mixed=True), a, b)
+    _, mixed_back = jax.vjp(lambda a, b: layers.matmul(spec, a, b, mixed=True), a, b)
     pairs = zip(jax.jit(mixed_back)(cotangent), back(rounded(cotangent)), strict=True)
     for got, expected in pairs:
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def _attended(form, mixed=False):
         if form == "to":
             y = layers.attention_to(query, *kernels, encoded, mask, keep, mixed=mixed)
         else:
-            key, val = (layers.product("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
+            key, val = (layers.matmul("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
             val = val * keep[..., None]
             y = layers.attention(query, key, val, None, mask, mixed=mixed)
         return jnp.sum(y * weights), y

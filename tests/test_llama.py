@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt import parallel
-from jaxprompt.bank import virtual_ids
-from jaxprompt.config import MeshConfig
-from jaxprompt.data.pipeline import Example, make_batch, pack_batch
-from jaxprompt.model import family, generate, llama
-from jaxprompt.model.label_tree import label_trees
-from jaxprompt.model.load import load_backbone, save_hf
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.data.batches import Example, make_batch, pack_batch
+from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.inference import generate
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.decoder import decoder
+from jaxprompt.models.label_tree import label_trees
+from jaxprompt.runtime import parallel
 from jaxprompt.training.step import batch_losses
 
 GOLDENS = Path(__file__).parent / "goldens_causal"
@@ -43,9 +45,9 @@ def examples_of(g, virtual=()):
 
 @functools.partial(jax.jit, static_argnums=2)
 def logits_of(params, bank, config, batch):
-    prompts = llama.prepare(params, bank, config)
-    return llama.logits(
-        params, prompts, config, batch.inputs, batch.input_segments, batch.targets,
+    prompts = decoder.prepare(params, bank, config)
+    return decoder.logits(
+        params, prompts, config, batch.inputs, batch.segments, batch.targets,
         batch.target_segments,
     )  # fmt: skip
 
@@ -57,7 +59,7 @@ def gradient_of(params, bank, config, batch):
     def loss(bank):
         scores = jax.nn.log_softmax(logits_of(params, bank, config, batch))
         chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
-        return -jnp.sum(chosen * batch.loss_weights)
+        return -jnp.sum(chosen * batch.weights)
 
     return jax.grad(loss)(bank)
 
@@ -75,7 +77,7 @@ def with_prompt(b, g):
     """A batch with the prompt in front of every row, its bank, and the config that knows it."""
     virtual = virtual_ids(b.config.vocab_size, len(g["prompt"]))
     examples = examples_of(g, virtual)
-    config = family.specialise(b.config, [e.inputs for e in examples], len(virtual))
+    config = registry.with_shared_prefix(b.config, [e.inputs for e in examples], len(virtual))
     return make_batch(examples), jnp.asarray(g["prompt"])[None], config
 
 
@@ -110,7 +112,7 @@ def test_logits_and_gradient_with_a_prompt_equal_pytorch(name, shared):
 def test_greedy_tokens_equal_pytorch(name):
     b, g = backbone(name), golden(name)
     batch = make_batch(examples_of(g))
-    arguments = b.params, llama.Prompts(None), b.config, batch.inputs, batch.input_segments
+    arguments = b.params, decoder.Prompts(None), b.config, batch.inputs, batch.segments
     found = np.asarray(generate.greedy(*arguments, g["generated"].shape[1]))
     expected = np.where(g["generated"] < 0, b.config.pad_id, g["generated"])
     assert np.array_equal(found, expected)
@@ -122,14 +124,14 @@ def test_beams_of_a_batch_are_those_of_its_rows(name):
     batch = make_batch(examples_of(g))
 
     def search(rows, beams):
-        ids, segments = batch.inputs[rows], batch.input_segments[rows]
-        arguments = b.params, llama.Prompts(None), b.config, ids, segments
+        ids, segments = batch.inputs[rows], batch.segments[rows]
+        arguments = b.params, decoder.Prompts(None), b.config, ids, segments
         return np.asarray(generate.beam(*arguments, 6, beams=beams, alpha=0.0))
 
     together, count = search(slice(None), 3), len(batch.inputs)
     alone = [search(slice(row, row + 1), 3)[0] for row in range(count)]
     np.testing.assert_array_equal(together, np.stack(alone))
-    arguments = b.params, llama.Prompts(None), b.config, batch.inputs, batch.input_segments
+    arguments = b.params, decoder.Prompts(None), b.config, batch.inputs, batch.segments
     np.testing.assert_array_equal(search(slice(None), 1), generate.greedy(*arguments, 6))
 
 
@@ -150,13 +152,13 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
 
     @jax.jit
     def in_two():
-        prompts = llama.prepare(b.params, bank, config)
-        reading = llama.read(b.params, prompts, config, batch.inputs, batch.input_segments)
-        answered = llama.answer_logits(b.params, prompts, config, reading, tree)
-        ids, cache = llama.start(b.params, config, reading, batch.targets.shape[1])
+        prompts = decoder.prepare(b.params, bank, config)
+        reading = decoder.read(b.params, prompts, config, batch.inputs, batch.segments)
+        answered = decoder.answer_logits(b.params, prompts, config, reading, tree)
+        ids, cache = decoder.start(b.params, config, reading, batch.targets.shape[1])
         steps = []
         for index in range(batch.targets.shape[1]):
-            scores, cache = llama.step(b.params, prompts, config, cache, ids, jnp.int32(index))
+            scores, cache = decoder.step(b.params, prompts, config, cache, ids, jnp.int32(index))
             steps.append(scores)
             ids = jnp.asarray(batch.targets)[:, index]
         return answered, jnp.stack(steps, axis=1)
@@ -206,7 +208,7 @@ def test_a_batch_may_mix_prompts_that_lead_their_rows():
         Example(np.concatenate([virtual_ids(b.config.vocab_size, length, k), e.inputs]), e.targets)
         for k, e in zip(owners, texts, strict=True)
     ]
-    config = family.specialise(b.config, [e.inputs for e in rows], length)
+    config = registry.with_shared_prefix(b.config, [e.inputs for e in rows], length)
     assert config.leading == length
     mixed = np.asarray(logits_of(b.params, jnp.asarray(banks), config, make_batch(rows)))
     front = virtual_ids(b.config.vocab_size, length)
@@ -223,24 +225,24 @@ def test_what_leads_is_looked_up_in_the_ids():
     text = np.array([7, 8], np.int32)
 
     def leading(*inputs):
-        return family.specialise(config, [np.concatenate(i) for i in inputs], 4).leading
+        return registry.with_shared_prefix(config, [np.concatenate(i) for i in inputs], 4).leading
 
     assert leading((front, text), (other, text)) == 4
     assert leading((front, text), (text, front)) == 0  # not in front
     assert leading((front, text), (front,)) == 0  # no text to answer from
     assert leading((front[1:], other[:1], text)) == 0  # parts of two prompts
     assert leading((front, text, front[:1])) == 0  # and one more vector later
-    assert family.specialise(config, [], 4).leading == 0
+    assert registry.with_shared_prefix(config, [], 4).leading == 0
     prefix = replace(config, attention="prefix")
-    assert family.specialise(prefix, [np.concatenate([front, text])], 4).leading == 0
+    assert registry.with_shared_prefix(prefix, [np.concatenate([front, text])], 4).leading == 0
 
 
 def test_labels_are_scored_as_if_each_were_the_target():
     b, g = backbone("smollm2"), golden("smollm2")
     batch, bank, config = with_prompt(b, g)
     labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
-    prompts = llama.prepare(b.params, bank, config)
-    where = b.params, prompts, config, batch.inputs, batch.input_segments
+    prompts = decoder.prepare(b.params, bank, config)
+    where = b.params, prompts, config, batch.inputs, batch.segments
     found = np.asarray(generate.label_log_likelihoods(*where, label_trees(labels)))
     for column, label in enumerate(labels):
         targets = np.tile(np.maximum(label, 0), (len(found), 1))
@@ -273,7 +275,7 @@ def test_lower_precision_stays_near(dtype):
 def test_logical_axes_name_every_axis():
     for name in NAMES:
         config = backbone(name).config
-        shapes, axes = llama.abstract_params(config), llama.logical_axes(config)
+        shapes, axes = decoder.abstract_params(config), decoder.logical_axes(config)
         jax.tree.map(lambda s, a: (_ for _ in ()).throw(AssertionError) if len(s.shape) != len(a)
                      else None, shapes, axes, is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
 

@@ -14,12 +14,14 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.numpy import load_file, save_file
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import hf, hub, load, t5
-from jaxprompt.model.load import fingerprint, load_backbone, same_model, save_hf
-from jaxprompt.model.metadata import told
-from jaxprompt.model.tensors import DTYPES, Leaf, Piece, Tensor, fill, finite
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models.checkpoints import hf_t5, hub, load
+from jaxprompt.models.checkpoints.leaf import DTYPES, Leaf, Piece, Tensor, fill, finite
+from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, same_model, save_hf
+from jaxprompt.models.checkpoints.metadata import told
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -244,7 +246,7 @@ def test_when_the_output_is_scaled(changes, scaled, tmp_path):
     raw = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
     (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
     for tied in (False, True):
-        config = hf.config_from_json(tmp_path / "config.json", tied=tied)
+        config = hf_t5.config_from_json(tmp_path / "config.json", tied=tied)
         assert (config.scale_output, config.tied) == (scaled, tied)
         assert config.per_layer_bias == (changes["model_type"] == "umt5")
 
@@ -262,7 +264,7 @@ def test_when_the_output_is_scaled(changes, scaled, tmp_path):
 )
 def test_feed_forward_projections(projection, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "feed_forward_proj": projection}))
-    config = hf.config_from_json(tmp_path / "config.json", tied=False)
+    config = hf_t5.config_from_json(tmp_path / "config.json", tied=False)
     assert (config.gated, config.activation) == expected
 
 
@@ -479,7 +481,7 @@ def test_an_unknown_built_in_backbone_is_refused_with_the_names(name):
 )
 def test_values_of_a_config_that_no_model_has(changes, message, tmp_path, monkeypatch):
     directory = copy("t5_1_1", tmp_path / "x", **changes)
-    monkeypatch.setattr(hf, "leaves", None)  # the files are looked at before names are made
+    monkeypatch.setattr(hf_t5, "leaves", None)  # the files are looked at before names are made
     with pytest.raises(UserError, match=message) as caught:
         load_backbone(str(directory))
     assert len(str(caught.value)) < 1000

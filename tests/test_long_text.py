@@ -6,9 +6,9 @@ import pytest
 from helpers_data import llama_tokenizer, make_tokenizer, t5_tokenizer
 from helpers_gguf import make_gguf
 
-from jaxprompt.config import TaskConfig
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.long_text import LONG
-from jaxprompt.data.tasks import tokenize
+from jaxprompt.data.tasks.registry import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 
 SIZE = 5 * LONG

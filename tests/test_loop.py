@@ -21,11 +21,12 @@ from helpers import run_config as config
 from helpers_data import make_tokenizer
 
 from jaxprompt import api
-from jaxprompt.config import UserError, dump_yaml, load_config
-from jaxprompt.data.tasks import read_split, references
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import dump_yaml, load_config
+from jaxprompt.data.tasks.registry import read_split, references
 from jaxprompt.evaluation.metrics import vote
-from jaxprompt.model.load import fingerprint, load_backbone
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.models.checkpoints.load import fingerprint, load_backbone
 from jaxprompt.training.logbook import check_run
 from jaxprompt.training.loop import Silent, train
 
@@ -222,7 +223,7 @@ def test_kill_minus_nine(uninterrupted, backbone, tmp_path):
     values = run_values(backbone, tmp_path)
     values["train"] |= {"steps": 12, "evaluate_every": 4, "checkpoint_every": 5}
     file = write_run(tmp_path / "run.yaml", values)
-    command = [sys.executable, "-m", "jaxprompt.cli", "train", str(file)]
+    command = [sys.executable, "-m", "jaxprompt.cli.app", "train", str(file)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
     while not (log.exists() and '"step": 4' in log.read_text()):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jaxprompt.memory import huge_pages
+from jaxprompt.runtime.memory import huge_pages
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 TUNABLE = "glibc.malloc.hugetlb=1"

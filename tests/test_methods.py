@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from helpers import make_backbone, run_values
 
-from jaxprompt.config import PromptConfig, RunConfig, UserError, parse
-from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import PromptConfig, RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.methods.base import METHODS
 from jaxprompt.training.loop import train
 
 P, D = 3, 8

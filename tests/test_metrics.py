@@ -5,13 +5,15 @@ import sys
 import numpy as np
 import pytest
 
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.tasks import Reference
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import Reference
 from jaxprompt.evaluation.metrics import (
     METRICS,
     SUPERGLUE,
     accuracy,
     bleu,
+    check_metrics,
     diagnose,
     exact_match,
     f1,
@@ -28,7 +30,6 @@ from jaxprompt.evaluation.metrics import (
     token_f1,
     vote,
 )
-from jaxprompt.evaluation.score import check_metrics
 
 LABELS = ["no", "yes"]
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt.config import TrainConfig
+from jaxprompt.config.schema import TrainConfig
 from jaxprompt.training.optimizer import make_optimizer, per_prompt, schedule, schedule_warnings
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprompt.config import UserError
-from jaxprompt.model.pickle_reader import read_torch
+from jaxprompt.config.errors import UserError
+from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 
 GOLDEN = Path(__file__).parent / "goldens" / "t5_lm_adapt"
 DICT, END = b"\x80\x02}", b"."
@@ -145,7 +145,7 @@ def attacks(mark: Path):
         "collections\nOrderedDict.__init__.__globals__",
         "collections\nnamedtuple",
         "numpy\nload",
-        "jaxprompt.model.pickle_reader\nread_torch",
+        "jaxprompt.models.checkpoints.legacy.torch_pickle\nread_torch",
         "this_module_does_not_exist\nx",
     ):
         yield f"name {name!r}", b"\x80\x02c" + name.encode() + b"\n(" + text(shell) + b"tR."

@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 from helpers_data import random_examples
 
-from jaxprompt.data import pipeline
-from jaxprompt.data.pipeline import (
+from jaxprompt.data import batches as pipeline
+from jaxprompt.data.batches import (
     Example,
     Room,
     Widths,
+    balance_rows,
     batch_indices,
+    dropout_seeds,
     epoch_order,
     evaluation_batches,
     first_fit,
     make_batch,
     micro_batches,
     micro_rows,
-    noise,
     order_cache,
     pack_batch,
+    packed_rows,
     random_stream,
     round_input_length,
     round_target_length,
-    shared_rows,
-    shares,
     target_lengths,
     training_batches,
 )
@@ -49,22 +49,22 @@ def test_make_batch_is_this():
     pair = [PAIR[0]._replace(prompt=2), PAIR[1]._replace(prompt=1)]
     batch = make_batch(pair, rows=3, input_length=4, target_length=3)
     assert batch.inputs.tolist() == [[9, 8, 1, 0], [7, 1, 0, 0], [0, 0, 0, 0]]
-    assert batch.input_segments.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert batch.segments.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.targets.tolist() == [[5, 1, 0], [6, 1, 0], [0, 0, 0]]
     assert batch.target_segments.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert batch.target_prompts.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
-    assert batch.loss_weights.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert batch.weights.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert {array.dtype for array in batch[:5]} == {np.dtype(np.int32)}
-    assert batch.loss_weights.dtype == np.float32
+    assert batch.weights.dtype == np.float32
 
 
 def test_pack_batch_is_this():
     batch = pack_batch([PAIR], input_length=6, target_length=5)
     assert batch.inputs.tolist() == [[9, 8, 1, 7, 1, 0]]
-    assert batch.input_segments.tolist() == [[1, 1, 1, 2, 2, 0]]
+    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 0]]
     assert batch.targets.tolist() == [[5, 1, 6, 1, 0]]
     assert batch.target_segments.tolist() == [[1, 1, 2, 2, 0]]
-    assert batch.loss_weights.tolist() == [[1, 1, 1, 1, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1, 1, 0]]
 
 
 def test_few_shapes():
@@ -91,7 +91,7 @@ def test_packing_keeps_every_token_exactly_once():
         inputs, targets = found[original.inputs[0]]
         np.testing.assert_array_equal(inputs, original.inputs)
         np.testing.assert_array_equal(targets, original.targets)
-    assert (batch.inputs[batch.input_segments == 0] == 0).all()
+    assert (batch.inputs[batch.segments == 0] == 0).all()
 
 
 def test_packing_refuses_what_fits_nowhere():
@@ -183,8 +183,8 @@ def test_training_batches_are_those_of_batch_indices():
     for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)
         ordered = sorted(chosen, key=lambda i: -lengths[i])
-        drawn = noise(random_stream(3, step), 8)
-        own = {i: examples[i]._replace(noise=n) for i, n in zip(chosen, drawn, strict=True)}
+        drawn = dropout_seeds(random_stream(3, step), 8)
+        own = {i: examples[i]._replace(dropout_seed=n) for i, n in zip(chosen, drawn, strict=True)}
         assert_equal(batch, make_batch([own[i] for i in ordered], target_length=longest))
         for part, mine in ((longer, ordered[:4]), (shorter, ordered[4:])):
             assert_equal(part, make_batch([own[i] for i in mine], target_length=longest))
@@ -194,18 +194,18 @@ def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = rng.integers(30, 200, 32).tolist()
-        found = shares(lengths, 8, most=6)
+        found = balance_rows(lengths, 8, most=6)
         assert sorted(i for row in found for i in row) == list(range(32))
         assert max(map(len, found)) <= 6
         longest = max(sum(lengths[i] for i in row) for row in found)
         assert longest < 1.02 * sum(lengths) / 8
-    assert shares([5, 5, 5], 2, most=2) in ([[0, 2], [1]], [[0], [1, 2]])
+    assert balance_rows([5, 5, 5], 2, most=2) in ([[0, 2], [1]], [[0], [1, 2]])
 
 
 def test_shared_rows_are_this():
     examples = [example(range(1, n + 1), [n, 1]) for n in (40, 30, 50, 20)]
     widths = Widths(shared=3, packed=50)
-    (one, first), (two, second) = shared_rows(
+    (one, first), (two, second) = packed_rows(
         examples, parts=2, devices=1, widths=widths, target_length=4
     )
     assert sorted([*first, *second]) == [-1, -1, 0, 1, 2, 3]
@@ -217,12 +217,12 @@ def test_shared_rows_are_this():
         lengths = batch.targets[:, 0]
         assert lengths.sum() == 70 and (batch.target_segments[:, 0] == (lengths > 0)).all()
         for number, length in enumerate(lengths[lengths > 0], 1):
-            ids = batch.inputs[batch.input_segments == number]
+            ids = batch.inputs[batch.segments == number]
             assert ids.tolist() == list(range(1, length + 1))
     [whole] = micro_batches(examples, rows=4, widths=widths, devices=2)
     assert whole.inputs.shape == (2, 128) and whole.targets.shape == (6, 4)
     with pytest.raises(ValueError, match="50 ids, more than 49"):
-        next(shared_rows(examples, parts=1, devices=1, widths=widths._replace(packed=49),
+        next(packed_rows(examples, parts=1, devices=1, widths=widths._replace(packed=49),
                          target_length=4))  # fmt: skip
 
 
@@ -244,19 +244,19 @@ def test_evaluation_visits_every_row_once_and_pads_the_last_batch(count, rows):
         assert batch.inputs.shape[0] == batch.targets.shape[0] == len(numbers) == rows
         for row, number in enumerate(numbers):
             if number == -1:
-                assert not batch.input_segments[row].any() and not batch.loss_weights[row].any()
+                assert not batch.segments[row].any() and not batch.weights[row].any()
                 continue
             visited.append(number)
             length = len(examples[number].inputs)
             np.testing.assert_array_equal(batch.inputs[row, :length], examples[number].inputs)
-            assert batch.input_segments[row].sum() == length
+            assert batch.segments[row].sum() == length
     assert sorted(visited) == list(range(count))
 
 
 def test_evaluation_of_nothing_and_of_rows_without_targets():
     assert list(evaluation_batches([], batch_size=4)) == []
     [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=2)
-    assert numbers.tolist() == [0] and not batch.loss_weights.any()
+    assert numbers.tolist() == [0] and not batch.weights.any()
     [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=6, devices=3)
     assert numbers.tolist() == [0, -1, -1] and batch.inputs.shape == (3, 32)
 
@@ -300,7 +300,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
     rows.append(example([9] * 5, [7] * 200))
     parts = micro_batches(rows, rows=4, target_length=(4, 200))
     assert [part.targets.shape for part in parts] == [(4, 200)] + [(4, 4)] * 3
-    assert sum(part.loss_weights.sum() for part in parts) == 15 * 3 + 200
+    assert sum(part.weights.sum() for part in parts) == 15 * 3 + 200
     # one that holds more than there is room for is cut again, the others stay as they are
     small = micro_batches(rows, rows=4, target_length=(4, 200), room=Room(targets=256))
     assert [part.targets.shape for part in small] == [(1, 200)] * 4 + [(4, 4)] * 3
@@ -328,9 +328,7 @@ def test_training_batches_are_deep_only_where_a_long_target_is():
     batches = training_batches([rows], batch_size=8, seeds=[0], rows=4)
     epoch = [part for step in itertools.islice(batches, 4) for part in step]
     depths = Counter(part.targets.shape[1] for part in epoch)
-    assert (
-        depths == {2: 7, 200: 1} and sum(part.loss_weights.sum() for part in epoch) == 31 * 2 + 200
-    )
+    assert depths == {2: 7, 200: 1} and sum(part.weights.sum() for part in epoch) == 31 * 2 + 200
 
 
 def test_a_micro_batch_of_long_rows_is_cut_where_it_holds_far_more_than_others():
@@ -349,7 +347,7 @@ def test_the_swaps_of_shared_rows_are_bounded(monkeypatch):
     def longest(pairs):
         asked.clear()
         monkeypatch.setattr(pipeline, "_MOST_PAIRS", pairs)
-        found = shares(lengths, 250, most=20)
+        found = balance_rows(lengths, 250, most=20)
         assert sorted(i for row in found for i in row) == list(range(4000))
         return max(sum(lengths[i] for i in row) for row in found), len(asked)
 
@@ -372,7 +370,7 @@ def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
     widths = Widths(lead=100)
     batch = make_batch(rows, widths=widths)
     assert batch.inputs.shape == (2, 132)
-    assert (batch.input_segments.sum(axis=1) == [103, 132]).all()
+    assert (batch.segments.sum(axis=1) == [103, 132]).all()
     (found, _), *rest = evaluation_batches(rows, batch_size=2, widths=widths)
     assert found.inputs.shape == (2, 132) and not rest
 

@@ -9,8 +9,9 @@ import transformers
 from helpers_data import llama_tokenizer, make_tokenizer, t5_tokenizer
 from helpers_gguf import make_gguf
 
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.tasks import tokenize
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.studies.baselines import with_shots
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, RunConfig, UserError, parse
-from jaxprompt.data.pipeline import Batch
-from jaxprompt.model import t5, t5_cost
-from jaxprompt.model.load import rounded_at_load
-from jaxprompt.model.work import Work
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig, RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.batches import Batch
+from jaxprompt.methods.base import METHODS
+from jaxprompt.models.checkpoints.load import rounded_at_load
+from jaxprompt.models.t5 import cost, t5
+from jaxprompt.models.work import Work
+from jaxprompt.runtime import parallel
 from jaxprompt.training import plan
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.plan import Layout, layouts, plan_of
@@ -93,7 +95,7 @@ def test_bytes_are_those_of_the_compiled_step(name, rows, inputs, in_turn, remat
     shape = dataclasses.replace(SHAPES[name], remat=remat, rows_in_turn=in_turn)
     work, layout = Work(rows, 1, inputs, 4), Layout(1, 1, 1, remat)
     counted = sum(plan.Weights.of(shape, layout))
-    counted += sum(t5_cost.activations(shape, work, 1).values())
+    counted += sum(cost.activations(shape, work, 1).values())
     assert counted == pytest.approx(bytes_of(compiled(shape, work, layout)), rel=WITHIN)
 
 
@@ -112,7 +114,7 @@ def test_bytes_of_each_device_and_what_it_receives(layout, monkeypatch):
     assert sum(parts.values()) == pytest.approx(bytes_of(program), rel=WITHIN)
     # in the program a layer is there once, in a loop over all
     once = plan.Weights.of(shape, layout).others * (layout.fsdp - 1)
-    once += t5_cost.shared(dataclasses.replace(shape, num_encoder_layers=0, num_decoder_layers=0),
+    once += cost.shared(dataclasses.replace(shape, num_encoder_layers=0, num_decoder_layers=0),
                            work, layout.tensor)  # fmt: skip
     received = sum(one.received for one in collectives(program.as_text())) - once
     assert sent == pytest.approx(once + shape.num_encoder_layers * received, rel=WITHIN)

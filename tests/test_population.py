@@ -22,16 +22,17 @@ from helpers import (
 from test_survival import diverge
 
 from jaxprompt import api
-from jaxprompt.config import UserError, load_config
-from jaxprompt.data.pipeline import Example
-from jaxprompt.data.tasks import resolve_task
+from jaxprompt.cli.progress import show_result
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import load_config
+from jaxprompt.data.batches import Example
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.evaluation.score import Answers
-from jaxprompt.model.load import load_backbone
-from jaxprompt.progress import show_result
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.inference.score import Predictions
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training import loop
-from jaxprompt.training.logbook import Diverged, Shown, check_members
+from jaxprompt.training.logbook import Diverged, MetricName, check_members
 from jaxprompt.training.loop import train
 from jaxprompt.training.population import length_warnings, start_of, start_warnings
 
@@ -170,7 +171,11 @@ def test_a_prompt_that_has_diverged_is_kept_nowhere(backbone, tmp_path):
 
 
 def test_a_task_of_which_no_prompt_is_left_is_told():
-    shown = [Shown("mine/", "accuracy"), Shown("other/", "f1"), Shown("other/", "f1")]
+    shown = [
+        MetricName("mine/", "accuracy"),
+        MetricName("other/", "f1"),
+        MetricName("other/", "f1"),
+    ]
     nan, inf = math.nan, math.inf
     check_members(7, [0, 1, 2], [1.0, nan, 2.0], shown)
     with pytest.raises(Diverged, match="loss of task 'other' is inf at step 7"):
@@ -210,7 +215,7 @@ def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
 
 
 def test_trees_of_one_length_stay_one_tree():
-    from jaxprompt.prompts.methods import count, trees_of
+    from jaxprompt.methods.base import count, trees_of
     from jaxprompt.training.population import keep_of, stacked
     from jaxprompt.training.step import TrainState
 
@@ -277,7 +282,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
         found = answer_each(model, task, examples, *args, **kwargs)
         if len(found) == 2:
             right = [examples_of[id(examples)][i] for i in range(len(examples))]
-            found[0] = Answers(right, None, lost=[1])
+            found[0] = Predictions(right, None, lost=[1])
         return found
 
     split_of, examples_of = loop.assign, {}
@@ -299,7 +304,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
 
 
 def test_a_backbone_that_answers_no_numbers_ends_the_run(backbone, tmp_path, monkeypatch):
-    lost = [Answers(["yes"] * 8, None, lost=[2, 5])]
+    lost = [Predictions(["yes"] * 8, None, lost=[2, 5])]
     monkeypatch.setattr(loop, "answer_each", lambda *args, **kwargs: lost)
     with pytest.raises(UserError, match="tiny gives scores that are not finite .* for 2 of 8 rows, "
                        "first for row 3"):  # fmt: skip

@@ -16,14 +16,18 @@ from helpers import Killer, metrics, write_rows
 from helpers_text import pretrain_config, word_tokenizer
 from PIL import Image
 
-from jaxprompt import cli, parallel
-from jaxprompt.config import UserError, parse, read_config
+from jaxprompt.cli.app import app
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import read_config
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.model import precision, t5
-from jaxprompt.model.load import fingerprint, load_backbone, save_hf
-from jaxprompt.pretrain_config import PretrainConfig
+from jaxprompt.models import precision
+from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel
 from jaxprompt.training import pretrain as module
-from jaxprompt.training.logbook import Silent, check_run, open_run
+from jaxprompt.training.logbook import NullReporter, check_run, open_run
 from jaxprompt.training.pretrain import pretrain
 
 WORDS = [f"w{i}" for i in range(130)]  # the texts have the first twenty
@@ -119,7 +123,7 @@ def test_a_run_leaves_everything_that_it_promises(uninterrupted, values):
         "tokens", "checkpoints",
     }  # fmt: skip
     kept = parse(PretrainConfig, read_config(folder / "config.yaml"))
-    assert kept == precision.settled(config(values, folder.parent))
+    assert kept == precision.resolve_config(config(values, folder.parent))
     with Image.open(folder / "losses.png") as image:
         assert image.size[0] > 500 and len(image.convert("RGB").getcolors(10**6)) > 10
 
@@ -200,7 +204,7 @@ def test_killed_twice_and_while_the_result_is_written(uninterrupted, values, tmp
         with pytest.raises(KeyboardInterrupt):
             pretrain(run)
     lines = []
-    reporter = Silent()
+    reporter = NullReporter()
     reporter.say = lines.append
     result = pretrain(run, reporter)
     assert "going on from step 12" in lines
@@ -356,7 +360,7 @@ def test_two_devices_give_what_one_gives(values, tmp_path, monkeypatch):
 
 def test_a_mesh_may_change_when_a_run_goes_on(uninterrupted, values):
     moved = config(values, uninterrupted[0], mesh={"data": 2, "tensor": 1})
-    check_run(precision.settled(moved))
+    check_run(precision.resolve_config(moved))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------
@@ -379,7 +383,7 @@ def test_a_trained_tokenizer_is_trained_once_and_again_for_other_settings(
         run = config({**values, "text": text, "tokenizer": sizes, **changes}, tmp_path)
         folder = tmp_path / "run"
         begin = lambda: folder.mkdir(exist_ok=True)
-        return load_tokenizer(module._tokenizer_place(run, folder, begin, Silent()))
+        return load_tokenizer(module._tokenizer_place(run, folder, begin, NullReporter()))
 
     first = place(150)
     assert first.size == 150 and place(150).fingerprint() == first.fingerprint()
@@ -419,7 +423,7 @@ def call(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxprompt", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 

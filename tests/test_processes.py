@@ -17,12 +17,12 @@ import pytest
 from helpers import RUN_SUMS, assert_same_sums, make_backbone, metrics, run_values, write_run
 from helpers_text import sentences
 
-from jaxprompt.config import dump_yaml
-from jaxprompt.data.pipeline import Example
-from jaxprompt.data.tasks import Reference
-from jaxprompt.model.load import load_backbone
-from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.training.assignment import Split
+from jaxprompt.config.overrides import dump_yaml
+from jaxprompt.data.batches import Example
+from jaxprompt.data.tasks.registry import Reference
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.training.datasets import Split
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,10 +5,10 @@ import pytest
 from helpers import make_backbone
 
 import jaxprompt as jp
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.writers import write_rows
-from jaxprompt.prompts.artefact import Prompt
+from jaxprompt.methods.artefact import Prompt
 
 TASK = {"name": "mine", "template": "question : {text}", "labels": ["yes", "no"]}
 

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import pytest
 from helpers import make_backbone, metrics, run_values
 
-from jaxprompt import yaml12
-from jaxprompt.config import RunConfig, UserError, load_config, parse
-from jaxprompt.model.precision import settled
+from jaxprompt.config import yaml12
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import load_config
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.models.precision import resolve_config
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import Logbook, check_run, complete, open_run
+from jaxprompt.training.logbook import MetricWriter, check_run, load_result, open_run
 from jaxprompt.training.loop import train
 from jaxprompt.training.step import TrainState
 
@@ -36,7 +39,7 @@ def again(whole, tmp_path, **settings: Any) -> RunConfig:
     values, folder = whole
     shutil.copytree(folder, tmp_path / "run")
     values = values | {"output": str(tmp_path / "run")}
-    return settled(parse(RunConfig, values | {"train": values["train"] | settings}))
+    return resolve_config(parse(RunConfig, values | {"train": values["train"] | settings}))
 
 
 def begun(config: RunConfig, step: int) -> RunConfig:
@@ -149,10 +152,10 @@ def test_fewer_steps_than_done_are_refused_and_change_nothing(whole, tmp_path):
 def test_a_result_without_checkpoints_is_that_of_its_settings(whole, tmp_path):
     run = again(whole, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert complete(run)["steps"] == 4
+    assert load_result(run)["steps"] == 4
     other = run.model_copy(update={"train": run.train.model_copy(update={"seed": 7})})
     with pytest.raises(UserError, match="train.seed was 0 and is 7"):
-        complete(other)
+        load_result(other)
 
 
 ODD = ["a\x85b", "a\u2028b", "a\u2029b", "\ufeffa", "\x85", " a\x85 b ", "a\nb\x85", "é\x85"]
@@ -212,7 +215,7 @@ def test_no_row_after_a_damaged_line_is_lost(tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_bytes(text)
     said = []
-    book = Logbook(tmp_path, 3, tensorboard=False, say=said.append)
+    book = MetricWriter(tmp_path, 3, tensorboard=False, say=said.append)
     book.write({"step": 4, "loss": 0.5})
     book.close()
     assert metrics(tmp_path) == [*rows[:3], {"step": 4, "loss": 0.5}]
@@ -240,5 +243,5 @@ def test_a_folder_among_the_checkpoints_that_no_step_names_is_left_alone(whole, 
     (tmp_path / "run" / "checkpoints" / name).mkdir()
     (tmp_path / "run" / "checkpoints" / name / "mine.txt").write_text("mine")
     assert Checkpoints(tmp_path / "run" / "checkpoints", 2).latest_step() == 4
-    assert complete(run) is None
+    assert load_result(run) is None
     assert (tmp_path / "run" / "checkpoints" / name / "mine.txt").read_text() == "mine"

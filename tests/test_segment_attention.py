@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import assert_same_sums
 
-from jaxprompt.model import layers
-from jaxprompt.model import segment_attention as own
+from jaxprompt.models.ops import layers
+from jaxprompt.models.ops.attention import per_example as own
 
 # lengths of the segments of each row, of 24 positions; what is left is padding
 ROWS = {

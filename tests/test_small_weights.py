@@ -10,11 +10,15 @@ from helpers import assert_same_sums, make_backbone
 from test_llama import GOLDENS
 from test_step import P, V, examples, make_batch, run
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import family, layers, llama, small_weights, t5
-from jaxprompt.model.load import load_backbone
-from jaxprompt.model.work import Work
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.decoder import decoder
+from jaxprompt.models.ops import layers, quantization
+from jaxprompt.models.t5 import t5
+from jaxprompt.models.work import Work
+from jaxprompt.runtime import parallel
 from jaxprompt.training import plan
 
 CONFIG = t5.T5Config(
@@ -39,9 +43,9 @@ def test_a_number_is_off_by_half_a_step_of_its_own_scale(name, kind, steps):
     axes = AXES[name]
     shape = [SHAPE[axis] for axis in axes]
     weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    stored = small_weights.quantise(jnp.asarray(weight), axes, kind)
-    found = np.asarray(small_weights.usable(stored, jnp.float32))
-    inputs = small_weights._inputs(axes)
+    stored = quantization.quantize(jnp.asarray(weight), axes, kind)
+    found = np.asarray(quantization.dequantize(stored, jnp.float32))
+    inputs = quantization._inputs(axes)
     if kind == "int8":
         largest = np.abs(weight).max(axis=tuple(inputs), keepdims=True)
     else:
@@ -51,22 +55,22 @@ def test_a_number_is_off_by_half_a_step_of_its_own_scale(name, kind, steps):
         largest = np.broadcast_to(parts, weight.reshape(groups).shape).reshape(shape)
     assert (np.abs(found - weight) <= largest / steps * 0.501).all()
     size = sum(x.size for x in jax.tree.leaves(stored)[1:]) * 4 + weight.size * (
-        small_weights.BITS[kind] / 8
+        quantization.BITS[kind] / 8
     )
-    assert size == small_weights.bytes_each(kind, axes, tuple(shape)) * weight.size
+    assert size == quantization.bytes_each(kind, axes, tuple(shape)) * weight.size
 
 
-@pytest.mark.parametrize("kind", small_weights.BITS)
+@pytest.mark.parametrize("kind", quantization.BITS)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     rng = np.random.default_rng(1)
     weight = jnp.asarray(rng.normal(size=(64, 3, 32)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32)
-    stored = small_weights.quantise(weight, ("embed", "heads", "kv"), kind)
-    plain = small_weights.usable(stored, jnp.float32)
+    stored = quantization.quantize(weight, ("embed", "heads", "kv"), kind)
+    plain = quantization.dequantize(stored, jnp.float32)
 
     def loss(x, weight):
-        return jnp.sum(jnp.sin(layers.project("bsd,dnh->bsnh", x, weight, mixed)))
+        return jnp.sum(jnp.sin(layers.dense("bsd,dnh->bsnh", x, weight, mixed)))
 
     for one, other in zip(
         jax.value_and_grad(loss)(x, stored), jax.value_and_grad(loss)(x, plain), strict=True
@@ -84,7 +88,7 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
     assert plain.fingerprint == small.fingerprint == placed.fingerprint
     layer = small.params["encoder"]["layers"]["attention"]
     assert not any(isinstance(leaf, jax.Array) for leaf in layer.values())
-    assert small_weights.count(small.params) == small_weights.count(plain.params)
+    assert quantization.count(small.params) == quantization.count(plain.params)
     rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs + 64 - V, e.inputs))
             for e in examples(8)]  # fmt: skip
     start = np.random.default_rng(2).normal(size=(1, P, 64)).astype(np.float32)
@@ -105,8 +109,8 @@ def test_decoder_only_models_are_stored_so_too():
     one, found = np.ones_like(ids), []
     for weights in (None, "int8"):
         b = load_backbone(str(GOLDENS / "llama"), weights=weights)
-        prompts = llama.prepare(b.params, None, b.config)
-        found.append(llama.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
+        prompts = decoder.prepare(b.params, None, b.config)
+        found.append(decoder.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
     assert 0 < error < 0.05
 
@@ -137,7 +141,7 @@ def test_without_qwix_a_sentence_says_what_to_install(folder, monkeypatch):
         load_backbone(str(folder), weights="int8")
 
 
-@pytest.mark.parametrize("kind", small_weights.BITS)
+@pytest.mark.parametrize("kind", quantization.BITS)
 def test_plan_counts_their_bytes(folder, kind):
     config = load_backbone(str(folder)).config
     parts, _ = plan.needs(config, Work(2, 1, 8, 4), plan.Layout(1, 1, 1, False), kind)
@@ -145,7 +149,7 @@ def test_plan_counts_their_bytes(folder, kind):
     leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
     plain = sum(x.nbytes for x in leaves if isinstance(x, jax.Array))
     small = [x for x in leaves if not isinstance(x, jax.Array)]
-    bits = small_weights.BITS[kind]
+    bits = quantization.BITS[kind]
     assert parts["weights"] == plain + sum(
         x.qvalue.size * bits // 8 + x.scale.nbytes for x in small
     )
@@ -159,7 +163,7 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
         weight = jax.device_put(weight, parallel.replicated(mesh))
     own = {"wi": weight, "scale": weight[0]}
     params = {"encoder": {"layers": own}, "head": weight}
-    found = small_weights.in_bits(params)
+    found = quantization.view_as_uint16(params)
     bits = found["encoder"]["layers"]["wi"]
     assert bits.dtype == jnp.uint16 and found["head"] is weight and bits.sharding == weight.sharding
     assert found["encoder"]["layers"]["scale"] is params["encoder"]["layers"]["scale"]
@@ -167,7 +171,7 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
     assert where(bits) == where(weight)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 6)), jnp.float32)
     for mixed in (False, True):
-        product = lambda x, w, mixed=mixed: layers.project("bsd,df->bsf", x, w[1], mixed)
+        product = lambda x, w, mixed=mixed: layers.dense("bsd,df->bsf", x, w[1], mixed)
         of = lambda w, product=product: jax.value_and_grad(lambda x: (product(x, w) ** 2).sum())(x)
         jax.tree.map(np.testing.assert_array_equal, of(weight), of(bits))
 
@@ -178,12 +182,12 @@ def test_a_model_in_bits_is_that_model(name, dtype):
     """Norms, biases and all: the same logits, to the bit."""
     folder = GOLDENS if name == "llama" else GOLDENS.parent / "goldens"
     b = load_backbone(str(folder / name), dtype=dtype)
-    bits = small_weights.in_bits(b.params)
+    bits = quantization.view_as_uint16(b.params)
     found = {str(x.dtype) for x in jax.tree.leaves(bits["encoder" if name == "umt5" else "layers"])}
     assert "uint16" in found and len(found) > 1
     ids = jnp.arange(1, 13).reshape(2, 6)
     ones, targets = jnp.ones_like(ids), ids[:, :3]
-    of = family.of(b.config)
+    of = registry.model_for(b.config)
 
     def logits(params):
         prompts = of.prepare(params, None, b.config)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 from jaxprompt.data import sources
 from jaxprompt.data.sources import read_rows
 

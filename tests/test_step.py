@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, TrainConfig, UserError
-from jaxprompt.data.pipeline import Example, Room, make_batch, micro_batches, pack_batch
-from jaxprompt.model import family, t5
-from jaxprompt.model.llama_config import LlamaConfig
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig, TrainConfig
+from jaxprompt.data.batches import Example, Room, make_batch, micro_batches, pack_batch
+from jaxprompt.methods.base import METHODS
+from jaxprompt.models import registry
+from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import (
     batch_losses,
@@ -34,7 +36,7 @@ def examples(count, prompt=0, seed=0):
             np.concatenate([virtual, rng.integers(3, V, rng.integers(2, 9)), [1]]).astype(np.int32),
             np.append(rng.integers(3, V, rng.integers(1, 3)), 1).astype(np.int32),
             prompt,
-            noise=100 * seed + number,
+            dropout_seed=100 * seed + number,
         )
         for number in range(count)
     ]
@@ -165,7 +167,7 @@ def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_bat
     ours, more = config, {"room": Room(targets=60)}
     if shared:
         ours = dataclasses.replace(config, rows_in_turn=True, packed=(5, 9, 16), shared=6)
-        more = {"widths": family.widths(ours)}
+        more = {"widths": registry.widths(ours)}
     parts = micro_batches(rows, rows=4, target_length=(4, 20), **more)
     depths = [(len(part.inputs), part.targets.shape[1]) for part in parts]
     assert sorted(depths) == ([(1, 4), (1, 20)] if shared else [(2, 20), (2, 20), (4, 4)])
@@ -190,7 +192,7 @@ def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devic
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
     config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16), shared=6)
     parts = micro_batches(
-        rows, rows=4, target_length=4, widths=family.widths(config), devices=devices
+        rows, rows=4, target_length=4, widths=registry.widths(config), devices=devices
     )
     assert [b.inputs.shape for b in parts] == [(devices, 64)] * 2 and len(parts[0].targets) >= 4
     mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
@@ -265,7 +267,7 @@ def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
 
 @pytest.mark.parametrize("kind", ["decoder-only", "tied, mixed and rematerialised"])
 def test_the_gradient_of_a_shared_model_is_that_of_one_device(tiny, kind):
-    config: family.Config = LlamaConfig(
+    config: registry.Config = LlamaConfig(
         vocab_size=60, d_model=D, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, num_layers=2,
         qkv_bias=True,
     )  # fmt: skip
@@ -273,7 +275,7 @@ def test_the_gradient_of_a_shared_model_is_that_of_one_device(tiny, kind):
         config = dataclasses.replace(
             tiny[0], vocab_size=60, num_heads=4, tied=True, dtype="mixed", remat=True
         )
-    params = family.of(config).init_params(config, jax.random.key(0))
+    params = registry.model_for(config).init_params(config, jax.random.key(0))
     rows = [e._replace(inputs=np.minimum(e.inputs[P:], 59), targets=np.minimum(e.targets, 59))
             for e in examples(4)]  # fmt: skip
     start, batch = np.zeros((1, 0, D), np.float32), make_batch(rows)
@@ -334,9 +336,9 @@ def test_dropout_is_a_function_of_the_batch(tiny):
     a = tuned(config, tiny[1])
     np.testing.assert_array_equal(a, tuned(config, tiny[1]))
     assert np.abs(a - tuned(*tiny)).max() > 1e-3
-    batches = [make_batch([e._replace(noise=e.noise + 1) for e in examples(4)])] * 3
+    batches = [make_batch([e._replace(dropout_seed=e.dropout_seed + 1) for e in examples(4)])] * 3
     assert np.abs(a - tuned(config, tiny[1])).max() > 1e-3
-    batches = [make_batch([e._replace(noise=None) for e in examples(4)])]
+    batches = [make_batch([e._replace(dropout_seed=None) for e in examples(4)])]
     with pytest.raises(ValueError, match="without noise"):
         tuned(config, tiny[1])
 

@@ -8,10 +8,11 @@ import pytest
 from helpers import make_backbone, make_rows, run_values, write_rows
 from typer.testing import CliRunner
 
-from jaxprompt import cli
-from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.evaluation.score import Answers
-from jaxprompt.markdown import plain
+from jaxprompt.cli.app import app
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.inference.score import Predictions
+from jaxprompt.runtime.markdown import plain
 from jaxprompt.studies import baselines, catalogue, cells
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
@@ -204,7 +205,7 @@ def test_calibration_divides_by_the_probability_without_content(monkeypatch):
         empty = [row["text"] in baselines.CONTENT_FREE for row in rows]
         assert all(empty) or not any(empty)
         scores = logs if empty[0] else np.log(np.array([[0.15, 0.85], [0.25, 0.75]], np.float32))
-        return Answers(["yes"] * len(rows), scores - 3.0)  # whatever both labels share
+        return Predictions(["yes"] * len(rows), scores - 3.0)  # whatever both labels share
 
     monkeypatch.setattr(baselines, "answer_rows", answers)
     rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
@@ -220,7 +221,7 @@ def test_calibration_of_labels_that_no_content_makes_all_but_impossible(monkeypa
     scores = np.array([[0.0, -210.0], [0.0, -190.0]], np.float32)
 
     def answers(session, task, rows):
-        return Answers([""] * len(rows), empty if len(rows) == 3 else scores)
+        return Predictions([""] * len(rows), empty if len(rows) == 3 else scores)
 
     monkeypatch.setattr(baselines, "answer_rows", answers)
     rows = [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}]
@@ -232,7 +233,7 @@ def test_inputs_without_content_have_every_column_of_the_template(monkeypatch):
 
     def answers(session, task, rows):
         asked.extend(rows)
-        return Answers([""] * len(rows), np.zeros((len(rows), 2)))
+        return Predictions([""] * len(rows), np.zeros((len(rows), 2)))
 
     monkeypatch.setattr(baselines, "answer_rows", answers)
     spaced = TASK.model_copy(update={"template": "{{x}} [prompt] {the text} {a} {a}"})
@@ -394,7 +395,7 @@ def test_domain_shift_judges_tuned_prompts_and_models_on_the_other_task(mine, tm
 
 def test_the_command_says_what_is_wrong_and_reports_without_running(tmp_path):
     def run(*arguments):
-        return CliRunner().invoke(cli.app, ["reproduce", *arguments, "--output", str(tmp_path)])
+        return CliRunner().invoke(app.app, ["reproduce", *arguments, "--output", str(tmp_path)])
 
     for arguments, message in (
         (["report"], "No study was begun"),

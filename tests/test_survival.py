@@ -15,12 +15,12 @@ import pytest
 from helpers import Killer, make_backbone, metrics
 from helpers import run_config as config
 
-from jaxprompt.config import UserError
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.config.errors import UserError
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.runtime.signals import Interrupted, Signals, locked
 from jaxprompt.training import checkpoint, logbook, loop
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.interrupt import Interrupted, Signals, locked
-from jaxprompt.training.logbook import Diverged, Silent
+from jaxprompt.training.logbook import Diverged, NullReporter
 from jaxprompt.training.loop import train
 
 
@@ -45,7 +45,7 @@ def same_run(one, other):
 # -- signals ---------------------------------------------------------------------------------------
 
 
-class Sender(Silent):
+class Sender(NullReporter):
     """Sends a signal when a step is reported, which is while the next one runs."""
 
     def __init__(self, at):
@@ -223,7 +223,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(whole, backbone, tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "10" / "state" / "manifest.ocdbt"
     newest.write_bytes(newest.read_bytes()[:-1])
 
-    class Listener(Silent):
+    class Listener(NullReporter):
         def say(self, text):
             said.append(text)
 
@@ -254,7 +254,7 @@ import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from jaxprompt.config import UserError
+from jaxprompt.config.schema import UserError
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.step import TrainState
 
@@ -303,7 +303,7 @@ def test_a_run_goes_back_with_a_lower_rate(whole, backbone, tmp_path, monkeypatc
     run, said = config(backbone, tmp_path, train={"on_divergence": "go_back"}), []
     diverge(monkeypatch, at=7, times=2)
 
-    class Listener(Silent):
+    class Listener(NullReporter):
         def say(self, text):
             said.append(text)
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from helpers import assert_same_sums
 
-from jaxprompt.model import blocks, dropout, layers, segment_attention, t5
-from jaxprompt.model.layers import shift_right
+from jaxprompt.models import blocks
+from jaxprompt.models.ops import dropout, layers
+from jaxprompt.models.ops.attention import per_example
+from jaxprompt.models.ops.layers import shift_right
+from jaxprompt.models.t5 import t5
 
 VARIANTS = {
     "1.1": {},
@@ -63,7 +66,7 @@ def test_cached_decoding_equals_teacher_forcing(tiny, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_how_layers_and_rows_take_turns_changes_nothing(tiny, name, monkeypatch):
     """Unrolled, rematerialised, and attention a row at a time."""
-    monkeypatch.setattr(segment_attention, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(per_example, "LOGITS_AT_ONCE", 1)
     config, params = make(tiny, name)
     plain = forward(params, bank(), config, *batch())
     other = dataclasses.replace(config, unroll=True, remat=True, rows_in_turn=True)

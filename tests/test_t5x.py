@@ -11,10 +11,10 @@ import msgpack
 import numpy as np
 import pytest
 
-from jaxprompt.config import UserError
-from jaxprompt.model import hf
-from jaxprompt.model.load import load_backbone
-from jaxprompt.model.safetensors_file import read_safetensors
+from jaxprompt.config.errors import UserError
+from jaxprompt.models.checkpoints import hf_t5
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.safetensors import read_safetensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 FIXTURES = os.environ.get("JAXPROMPT_FIXTURES") or Path(__file__).parents[2] / "shared" / "fixtures"
@@ -26,7 +26,9 @@ def golden_tensors(name):
     found = {}
     for key, tensor in read_safetensors(GOLDENS / name / "model.safetensors").items():
         found[key] = np.array(tensor.read(tuple(slice(0, n) for n in tensor.shape)))
-    config = hf.config_from_json(GOLDENS / name / "config.json", tied="lm_head.weight" not in found)
+    config = hf_t5.config_from_json(
+        GOLDENS / name / "config.json", tied="lm_head.weight" not in found
+    )
     return found, config
 
 

@@ -8,13 +8,15 @@ from helpers import Killer, make_backbone, run_config, write_rows
 from helpers_data import t5_tokenizer
 
 from jaxprompt import api
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import Example
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.batches import Example
 from jaxprompt.data.targets import as_written, label_of, label_warnings
-from jaxprompt.data.tasks import references, tokenize
+from jaxprompt.data.tasks.registry import references, tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.evaluation import score
-from jaxprompt.evaluation.score import Answers, answer, measure
+from jaxprompt.evaluation.metrics import measure
+from jaxprompt.inference import score
+from jaxprompt.inference.score import Predictions, predict
 from jaxprompt.training.loop import train
 
 
@@ -94,7 +96,7 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
     monkeypatch.setattr(score, "_in_order", lambda *_: written)
     monkeypatch.setattr(score, "_cut", lambda mesh, config, *_, **__: (config, 8))
     asked = [Example(np.zeros(1, np.int32), np.zeros(0, np.int32))] * 3
-    found = answer(Fixed(), task, asked, t5, batch_size=8)  # pyright: ignore[reportArgumentType]
+    found = predict(Fixed(), task, asked, t5, batch_size=8)  # pyright: ignore[reportArgumentType]
     assert found.predictions == ["yes ", "{no}", "it"]
     with pytest.raises(UserError, match="Label 'yes ' has . tokens, and task.max_target_length"):
         label_of(task.model_copy(update={"max_target_length": 1}), t5)
@@ -122,7 +124,7 @@ def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
     session = api.open_session(None, str(make_backbone(tmp_path / "tiny")))
     told, path = [], tmp_path / "rows.jsonl"
     write_rows(path, [{"text": "one", "label": word} for word in (" good ", "zzz", "bad")])
-    written = Answers(["good", "", "yes"], None)
+    written = Predictions(["good", "", "yes"], None)
     monkeypatch.setattr(api, "answer", lambda *_, **__: written)
     task = mine(train=None)
     found = api.evaluate(session, task=task, data=str(path), warn=told.append)
@@ -130,6 +132,6 @@ def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
     assert len(told) == 1 and "1 of 3 targets have characters" in told[0] and "'zzz'" in told[0]
     labelled = mine(labels=["good", "zzz yes"])
     write_rows(path, [{"text": "one", "label": "good"}])
-    monkeypatch.setattr(api, "answer", lambda *_, **__: Answers(["good"], None))
+    monkeypatch.setattr(api, "answer", lambda *_, **__: Predictions(["good"], None))
     api.evaluate(session, task=labelled, data=str(path), warn=told.append)
     assert "lacks characters of the labels 'zzz yes'" in told[1]

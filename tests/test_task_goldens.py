@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxprompt import yaml12
-from jaxprompt.config import UserError
-from jaxprompt.data.rules import apply_rule, pad_punctuation
-from jaxprompt.data.tasks import PREFIXES, TASKS, references, resolve_task
+from jaxprompt.config import yaml12
+from jaxprompt.config.errors import UserError
+from jaxprompt.data.tasks.registry import PREFIXES, TASKS, references, resolve_task
+from jaxprompt.data.tasks.rules import apply_rule, pad_punctuation
 from jaxprompt.data.templates import to_text
 from jaxprompt.evaluation.metrics import METRICS
 

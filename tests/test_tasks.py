@@ -5,10 +5,10 @@ import pytest
 from helpers import write_rows
 from helpers_data import make_tokenizer
 
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.rules import RULES, apply_rule
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks import (
+from jaxprompt.data.tasks.registry import (
     TASKS,
     class_words,
     load_rows,
@@ -17,6 +17,7 @@ from jaxprompt.data.tasks import (
     target_texts,
     tokenize,
 )
+from jaxprompt.data.tasks.rules import RULES, apply_rule
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluation.metrics import METRICS, accuracy, group_exact_match

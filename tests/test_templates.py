@@ -6,7 +6,8 @@ import decimal
 import numpy as np
 import pytest
 
-from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.templates import Piece, fill, place_prompt, split_template, to_text
 
 

@@ -10,9 +10,10 @@ import pytest
 from helpers import write_rows
 from helpers_text import pretrain_config, word_tokenizer
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.pretrain import TextSource
 from jaxprompt.data import text
-from jaxprompt.data.pipeline import Example, random_stream
+from jaxprompt.data.batches import Example, random_stream
 from jaxprompt.data.text import (
     Stream,
     open_streams,
@@ -22,7 +23,6 @@ from jaxprompt.data.text import (
     stream_shares,
 )
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.pretrain_config import TextSource
 
 DOCUMENTS, PAIRS, WORDS = 200, 60, 8  # a document has WORDS words of its own and no others
 VOCABULARY = 2200  # rows of the embedding table: virtual ids start there
@@ -121,7 +121,7 @@ def test_seeds_make_other_batches(world, streams):
 
 def test_far_steps_are_as_good_as_near_ones(world, streams):
     batch = batches(world.config, streams, 1, start=2**31 - 3)[0]
-    assert (batch.input_segments > 0).any()
+    assert (batch.segments > 0).any()
 
 
 # -- shape -----------------------------------------------------------------------------------------
@@ -131,14 +131,14 @@ def test_every_example_is_whole_and_in_one_stretch(world, streams):
     eos, used = world.tokenizer.eos_id, []
     for batch in batches(world.config, streams, 20):
         assert batch.inputs.shape == (4, 48) and batch.targets.shape == (4, 24)
-        used.append((batch.input_segments > 0).mean())
-        for marks in (batch.input_segments, batch.target_segments):
+        used.append((batch.segments > 0).mean())
+        for marks in (batch.segments, batch.target_segments):
             for row in marks:
                 filled = row[: np.count_nonzero(row)]
                 assert filled[0] == 1 and set(np.diff(filled)) <= {0, 1}  # then padding alone
-        assert (batch.input_segments.max(1) == batch.target_segments.max(1)).all()
-        assert (batch.inputs[batch.input_segments == 0] == 0).all()
-        assert ((batch.loss_weights > 0) == (batch.target_segments > 0)).all()
+        assert (batch.segments.max(1) == batch.target_segments.max(1)).all()
+        assert (batch.inputs[batch.segments == 0] == 0).all()
+        assert ((batch.weights > 0) == (batch.target_segments > 0)).all()
         assert set(batch.target_prompts.ravel()) == {0}
         for inputs, targets, _ in segments(batch):
             assert inputs[-1] == targets[-1] == eos
@@ -262,8 +262,8 @@ def test_a_target_of_n_tokens_counts_as_n_to_the_1_minus_balance(world, streams,
     config = pretrain_config(world.values, balance=balance)
     sizes = set()
     for batch in batches(config, streams, 4):
-        assert batch.loss_weights.dtype == np.float32
-        assert (batch.loss_weights[batch.target_segments == 0] == 0).all()
+        assert batch.weights.dtype == np.float32
+        assert (batch.weights[batch.target_segments == 0] == 0).all()
         for _, targets, weights in segments(batch):
             assert len(set(weights.tolist())) == 1
             assert weights.sum() == pytest.approx(len(targets) ** (1 - balance), rel=1e-5)

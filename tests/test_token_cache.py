@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers_text import word_tokenizer
 
-from jaxprompt.data import tasks, token_cache
-from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt.data import token_cache
+from jaxprompt.data.tasks.registry import registry, resolve_task, tokenize
 from jaxprompt.data.token_cache import tokenized
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -122,7 +122,7 @@ def test_large_tasks_use_the_cache_of_the_home(counting, tmp_path, monkeypatch):
     tokenize_rows = lambda: tokenize(task, rows, counting, 2, counting.size, need_targets=False)
     first = tokenize_rows()
     assert not list(tmp_path.rglob("*.npz"))
-    monkeypatch.setattr(tasks, "CACHED_FROM", 10)
+    monkeypatch.setattr(registry, "CACHED_FROM", 10)
     tokenize_rows()
     cut = len(counting.cut)
     for a, b in zip(first, tokenize_rows(), strict=True):

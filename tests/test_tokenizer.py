@@ -5,8 +5,9 @@ import json
 import pytest
 from helpers_data import make_tokenizer, sentencepiece_model
 
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.tasks import tokenize
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.pretrain import TokenizerConfig
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
-from jaxprompt.pretrain_config import TokenizerConfig
 
 SETTINGS = TokenizerConfig(vocabulary=300, sentinels=12)
 

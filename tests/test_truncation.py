@@ -6,13 +6,15 @@ from helpers import Killer, make_backbone, run_config, write_rows
 from helpers_data import make_tokenizer
 from typer.testing import CliRunner
 
-from jaxprompt import api, cli
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.tasks import resolve_task, tokenize
+from jaxprompt import api
+from jaxprompt.cli.app import app
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import resolve_task, tokenize
 from jaxprompt.data.templates import Piece, columns_of, places_of
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
-from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.training.loop import train
 
 V, P = 64, 2
@@ -182,14 +184,14 @@ def test_python_says_what_is_cut(folder):
 
 @pytest.mark.parametrize("command", ["eval", "predict", "score"])
 def test_commands_say_what_is_cut(folder, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("jaxprompt.devices.start", lambda *_: None)
+    monkeypatch.setattr("jaxprompt.runtime.devices.start", lambda *_: None)
     prompt, out = str(folder / "prompt"), ["--output", str(tmp_path / "out.jsonl")]
     arguments = {
         "eval": [prompt, "--data", str(folder / "rows.jsonl")],
         "predict": [prompt, "--input", str(folder / "rows.jsonl"), *out],
         "score": ["--prompt", prompt, "--input", str(folder / "pairs.jsonl"), *out],
     }[command]
-    done = CliRunner().invoke(cli.app, [command, *arguments])
+    done = CliRunner().invoke(app.app, [command, *arguments])
     assert done.exit_code == 0, done.exception
     inputs = "1 of 1 inputs are longer than max_input_length, 12 tokens"
     assert f"warning: {inputs if command == 'score' else TOLD}" in done.stderr

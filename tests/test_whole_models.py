@@ -15,13 +15,14 @@ from helpers_data import make_tokenizer
 from helpers_text import sentences
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprompt import parallel
-from jaxprompt.config import MeshConfig, UserError
-from jaxprompt.model import t5
-from jaxprompt.model.load import load_backbone
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import MeshConfig
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel, processes
 from jaxprompt.training import loop, pretrain
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import Silent
+from jaxprompt.training.logbook import NullReporter
 from jaxprompt.training.step import TrainState
 
 WEIGHTS = sum(math.prod(x.shape) for x in jax.tree.leaves(t5.abstract_params(CONFIG)))
@@ -46,7 +47,7 @@ def pretraining(folder, **changes):
 # -- memory ----------------------------------------------------------------------------------------
 
 
-class Scale(Silent):
+class Scale(NullReporter):
     """Weighs what is alive on the devices whenever it hears of something."""
 
     def __init__(self):
@@ -130,7 +131,7 @@ SHARED = {"mesh": {"fsdp": 2}, "train": {"steps": 6, "evaluate_every": 3, "check
 def test_a_run_on_shared_weights_goes_on_bit_identically_from_parts(
     shared, backbone, tmp_path, monkeypatch
 ):
-    fetched, fetch, restore, seen = [], parallel.fetch, Checkpoints.restore, []
+    fetched, fetch, restore, seen = [], processes.fetch, Checkpoints.restore, []
     monkeypatch.setattr(parallel, "fetch", lambda x: fetched.append(size_of(x)) or fetch(x))
     monkeypatch.setattr(
         Checkpoints, "restore", lambda self, like: seen.append(restore(self, like)) or seen[0]
@@ -173,7 +174,7 @@ def test_a_checkpoint_written_by_the_first_process_alone_is_read_in_parts(tmp_pa
     place = place._replace(tree={"w": NamedSharding(mesh, spec)})
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, in_parts=True)
     assert checkpoints.progress() == {"at": 3}
-    found = checkpoints.restore(parallel.placed(state, place))
+    found = checkpoints.restore(parallel.with_sharding(state, place))
     assert found.tree["w"].sharding.spec == spec
     assert found.tree["w"].addressable_shards[0].data.shape == (1, 2, 4)
     assert jax.tree.all(jax.tree.map(np.array_equal, found, state))

@@ -11,7 +11,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from jaxprompt.config import UserError
+from jaxprompt.config.errors import UserError
 
 # bytes of a scalar by its type number: integers, floats and bool
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

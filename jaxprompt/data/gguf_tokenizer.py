@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import UserError, shown
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.data.gguf_header import check_header
 
 # How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the

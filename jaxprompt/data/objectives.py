@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-from jaxprompt.data.pipeline import Example
+from jaxprompt.data.batches import Example
 
 Ids = Int[np.ndarray, " n"]
 

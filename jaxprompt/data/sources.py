@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprompt.config import UserError, expanded, listed, looked_in, shown
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.paths import expanded, looked_in
 
 Row = dict[str, Any]
 DEEPEST = 100  # levels of lists and mappings in a row

@@ -8,9 +8,10 @@ the vocabulary lacks comes back as an unknown one, so no answer equals a target 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxprompt.config import TaskConfig, UserError
-from jaxprompt.data.pipeline import Example
-from jaxprompt.data.tasks import Reference, references
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.batches import Example
+from jaxprompt.data.tasks.registry import Reference, references
 from jaxprompt.data.tokenizer import Tokenizer
 
 Rows = Sequence[dict[str, Any]]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprompt.config import TaskConfig, UserError, listed, shown
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.schema import TaskConfig
 
 _MARKER = re.compile(r"\[prompt(?::([0-9]{1,6}))?\]")
 _NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")

@@ -11,15 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprompt.bank import virtual_ids
-from jaxprompt.config import UserError, expanded, is_count, shown
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.paths import expanded, is_count
+from jaxprompt.config.pretrain import PairSource, PretrainConfig, TextSource
+from jaxprompt.data.batches import Batch, Example, dropout_seeds, pack_batch, random_stream
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
-from jaxprompt.data.pipeline import Batch, Example, noise, pack_batch, random_stream
 from jaxprompt.data.sources import check_file, read_rows
 from jaxprompt.data.templates import as_text
 from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.pretrain_config import PairSource, PretrainConfig, TextSource
+from jaxprompt.data.virtual_tokens import virtual_ids
 
 BLOCK = 50  # consecutive documents that are held out together: neighbours often continue each other
 MISSES = 8  # a batch is full when so many examples in a row found no room
@@ -281,14 +282,14 @@ def packed_batch(
         rows[fitting[0]].append(example)
         room[fitting[0]] -= need
     batch = pack_batch(rows, input_length=config.input_length, target_length=config.target_length)
-    batch = batch._replace(noise=noise(rng, len(rows)))
+    batch = batch._replace(dropout_seed=dropout_seeds(rng, len(rows)))
     if config.balance == 0:
         return batch
-    weights = np.zeros_like(batch.loss_weights)
+    weights = np.zeros_like(batch.weights)
     for at, row in enumerate(rows):
         sizes = np.array([len(example.targets) for example in row])
         weights[at, : sizes.sum()] = np.repeat(sizes**-config.balance, sizes)
-    return batch._replace(loss_weights=weights)
+    return batch._replace(weights=weights)
 
 
 def stream_shares(config: PretrainConfig, streams: Sequence[Stream]) -> list[float]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprompt.config import UserError, expanded
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.paths import expanded
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 from jaxprompt.data.long_text import LONG, Cuts, start_of
 from jaxprompt.data.plain_text import encode_slowly, make_encoder, make_marks

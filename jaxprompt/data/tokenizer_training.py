@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxprompt.config import UserError
-from jaxprompt.pretrain_config import TokenizerConfig
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.pretrain import TokenizerConfig
 
 PIECE_LENGTH = 16  # characters of the longest piece
 FEWEST = 128  # pieces: those of one character need most of them

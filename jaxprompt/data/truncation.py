@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprompt.config import TaskConfig, UserError, listed
+from jaxprompt.config.errors import UserError, listed
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.templates import Piece, as_text, columns_of, places_of
 
 Row = dict[str, Any]

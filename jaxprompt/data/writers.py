@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from jaxprompt.config import UserError, shown
-from jaxprompt.files import write_output
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.runtime.files import write_output
 
 Row = dict[str, Any]
 Dump = Callable[[IO[bytes], Sequence[Row]], None]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from jaxprompt.config import UserError
-from jaxprompt.data.tasks import Reference
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import Reference
 
 _ILLEGAL = "\0illegal"  # a class for predictions that are no label; no label is spelt like this
 
@@ -317,3 +318,29 @@ def _pairs(
             "and at least one."
         )
     return list(zip(predictions, references, strict=True))
+
+
+def measure(
+    task: TaskConfig, predictions: Sequence[str], references: Sequence[Reference]
+) -> dict[str, float]:
+    """The metrics that the task names."""
+    check_metrics(task)
+    return {
+        name: METRICS[name](list(predictions), list(references), task.labels)
+        for name in task.metrics
+    }
+
+
+def check_metrics(task: TaskConfig) -> None:
+    """Refuse a metric that is unknown, lacks its package or that the task has no labels for."""
+    unknown = [name for name in task.metrics if name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"Task {task.name!r} asks for metric {unknown[0]!r}; known are {', '.join(METRICS)}."
+        )
+    check_packages(task.metrics)
+    if "f1" in task.metrics and not task.labels:
+        raise UserError(
+            f"Task {task.name!r} asks for metric 'f1', which is that of the last of its labels; "
+            "give task.labels, or ask for 'macro_f1' or 'token_f1'."
+        )

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from jaxprompt.api import Session, answer_rows
-from jaxprompt.config import TaskConfig, UserError
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.targets import judged_by
-from jaxprompt.data.tasks import references, target_texts
+from jaxprompt.data.tasks.registry import references, target_texts
 from jaxprompt.data.templates import answered, columns_of, to_text
-from jaxprompt.evaluation.score import measure
+from jaxprompt.evaluation.metrics import measure
 
 Rows = Sequence[dict[str, Any]]
 Record = dict[str, Any]

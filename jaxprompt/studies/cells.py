@@ -25,18 +25,20 @@ from jaxprompt.api import (
     inspect,
     open_session,
 )
-from jaxprompt.config import RunConfig, TaskConfig, UserError, as_folder, parse
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.paths import as_folder
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.data.targets import judged_by
-from jaxprompt.data.tasks import load_rows
-from jaxprompt.evaluation.metrics import majority
-from jaxprompt.evaluation.score import measure
-from jaxprompt.files import write_atomically
-from jaxprompt.model import small_weights
-from jaxprompt.model.load import Backbone, load_backbone
-from jaxprompt.prompts.artefact import load_prompt
+from jaxprompt.data.tasks.registry import load_rows
+from jaxprompt.evaluation.metrics import majority, measure
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.ops import quantization
+from jaxprompt.runtime.files import write_atomically
+from jaxprompt.runtime.signals import locked
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
-from jaxprompt.training.interrupt import locked
-from jaxprompt.training.logbook import Silent, clear_run
+from jaxprompt.training.logbook import NullReporter, clear_run
 from jaxprompt.training.loop import train
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
@@ -180,7 +182,7 @@ def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     metric = task.metrics[0]
     record: Record = dict(zip(KEY, cell, strict=False))
     record |= {"recipe": bench.recipe, "metric": metric}
-    record |= {"parameters": small_weights.count(backbone.params)}
+    record |= {"parameters": quantization.count(backbone.params)}
 
     if cell.method == "ensemble":
         record |= _ensemble(cell, bench, task, backbone)
@@ -241,7 +243,7 @@ def _train(
     return scores, session
 
 
-class _Warnings(Silent):
+class _Warnings(NullReporter):
     """Of what a run says the warnings alone."""
 
     def __init__(self, say: Callable[[str], None]) -> None:

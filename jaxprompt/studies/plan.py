@@ -13,19 +13,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from jaxprompt.config import (
-    RunConfig,
-    TaskConfig,
-    UserError,
-    as_folder,
-    override_value,
-    parse,
-    read_config,
-    set_value,
-)
-from jaxprompt.data.tasks import load_rows, resolve_task
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.overrides import override_value, read_config, set_value
+from jaxprompt.config.paths import as_folder
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.tasks.registry import load_rows, resolve_task
 from jaxprompt.data.templates import to_text
-from jaxprompt.files import write_atomically
+from jaxprompt.runtime.files import write_atomically
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.cells import RECIPES, Cell, Key, of_method
 

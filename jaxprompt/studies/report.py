@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprompt.config import UserError, parse
-from jaxprompt.files import write_atomically
-from jaxprompt.markdown import plain
-from jaxprompt.model.hf import read_json
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.validation import parse
+from jaxprompt.models.checkpoints.hf_t5 import read_json
+from jaxprompt.runtime.files import write_atomically
+from jaxprompt.runtime.markdown import plain
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Key, read_records
 from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import TaskConfig, UserError, as_folder, shown
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.paths import as_folder
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
+from jaxprompt.runtime.signals import LOCK
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Bench, run_cells
 from jaxprompt.studies.plan import Plan, check_recipe, mixture, read_task, relabelled
 from jaxprompt.studies.report import save_plan, write_report
-from jaxprompt.training.interrupt import LOCK
 
 # what a backbone was before its LM adaptation, where we know
 SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}

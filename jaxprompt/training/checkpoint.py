@@ -24,9 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import options
 
-from jaxprompt import parallel
-from jaxprompt.config import UserError
-from jaxprompt.files import write_atomically
+from jaxprompt.config.errors import UserError
+from jaxprompt.runtime import parallel, processes
+from jaxprompt.runtime.files import write_atomically
 from jaxprompt.training.logbook import CHECKSUMS, checkpoint_folders
 
 UNFINISHED = f"it has no {CHECKSUMS}"
@@ -45,7 +45,7 @@ class Checkpoints:
         *, in_parts: bool = False,
     ):  # fmt: skip
         self.path, self._keep, self._in_parts = path.absolute(), keep, in_parts
-        self._latest = parallel.by_first(lambda: newest_good(self.path, say))
+        self._latest = processes.on_process_zero(lambda: newest_good(self.path, say))
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""
@@ -53,7 +53,7 @@ class Checkpoints:
             return
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(
-                state if self._in_parts else jax.tree.map(np.asarray, parallel.fetch(state))
+                state if self._in_parts else jax.tree.map(np.asarray, processes.fetch(state))
             ),
             progress=ocp.args.JsonSave(progress),
         )
@@ -61,8 +61,8 @@ class Checkpoints:
         if self._in_parts:
             write()
         else:
-            parallel.by_first(write)
-        parallel.by_first(partial(self._writing, step, partial(self._complete, step)))
+            processes.on_process_zero(write)
+        processes.on_process_zero(partial(self._writing, step, partial(self._complete, step)))
         self._latest = step
 
     def _write(self, step: int, what: ocp.args.Composite) -> None:
@@ -92,7 +92,7 @@ class Checkpoints:
 
     def progress(self) -> dict[str, Any]:
         """The newest progress alone: it may say what shape the state has."""
-        return parallel.by_first(lambda: self._load(False, progress=ocp.args.JsonRestore()))
+        return processes.on_process_zero(lambda: self._load(False, progress=ocp.args.JsonRestore()))
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the shapes, dtypes and shardings of ``like``.
@@ -105,7 +105,7 @@ class Checkpoints:
         else:
             abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
             what = ocp.args.StandardRestore(abstract)
-            state = parallel.from_first(lambda: self._load(False, state=what), abstract)
+            state = processes.broadcast_from_zero(lambda: self._load(False, state=what), abstract)
         if int(state.step) != self._latest:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
@@ -113,7 +113,9 @@ class Checkpoints:
             )
         if self._in_parts:
             return state
-        return jax.tree.map(lambda value, x: parallel.put(value, x.sharding), state, like)
+        return jax.tree.map(
+            lambda value, x: parallel.device_put_global(value, x.sharding), state, like
+        )
 
     def _load(self, by_all: bool, **what: Any) -> Any:
         """The one part that is asked for."""

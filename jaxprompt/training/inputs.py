@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import TaskConfig, UserError, shown
-from jaxprompt.data.tasks import references
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tasks.registry import references
 from jaxprompt.data.templates import to_text
-from jaxprompt.model import family
-from jaxprompt.training.assignment import read_splits
+from jaxprompt.models import registry
+from jaxprompt.training.datasets import read_splits
 
 Inputs = dict[str, Any]  # "rows/TASK/train", "backbone/fingerprint" and so on -> JSON
 
@@ -35,7 +36,7 @@ def digest_of(parts: Iterable[Any]) -> str:
     return f"{count} with SHA-256 {digest.hexdigest()[:32]}"
 
 
-def of_backbone(config: family.Config, fingerprint: str) -> Inputs:
+def of_backbone(config: registry.Config, fingerprint: str) -> Inputs:
     """The weights, and all of the shape and the constants that change what they compute."""
     shape = dataclasses.asdict(config)
     kept = {f"backbone/{name}": x for name, x in shape.items() if name not in _COMPUTED}

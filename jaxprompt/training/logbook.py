@@ -14,19 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprompt.config import (
-    Optimization,
-    RunConfig,
-    UserError,
-    dump_yaml,
-    parse,
-    read_yaml,
-    shown,
-)
-from jaxprompt.data.tasks import resolve_task
-from jaxprompt.files import PART, write_atomically
-from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.training.interrupt import LOCK, locked
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.overrides import dump_yaml, read_yaml
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.schema import Optimization, RunConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.runtime.files import PART, write_atomically
+from jaxprompt.runtime.signals import LOCK, locked
 
 # all that a run writes
 RUN_FILES = frozenset((
@@ -38,7 +33,7 @@ LOG_EVERY = 10  # steps between rows of metrics.jsonl
 CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 
 # settings that a run may change when it goes on
-FREE = {
+RESUMABLE_SETTINGS = {
     "output",
     "train.tensorboard",
     "train.keep",
@@ -119,7 +114,7 @@ def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
             f"{folder} holds a run, and its config.yaml is damaged ({str(error).rstrip('.')}), so "
             f"that its settings are not known; put a copy of that file back, {advice}"
         ) from None
-    old, new, free = _settings(before), _settings(config), set(FREE)
+    old, new, free = _settings(before), _settings(config), set(RESUMABLE_SETTINGS)
     done = _newest_step(folder)
     if _steps_are_free(before.train, config.train, done):
         free |= {"train.steps", "train.cooldown_steps"}
@@ -173,7 +168,7 @@ def clear_run(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def complete(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
+def load_result(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
     """What ``result.json`` holds, if the run is complete; else whether it may go on was checked.
 
     A damaged result counts as none: it follows from the last checkpoint.
@@ -243,7 +238,7 @@ def open_run(config: RunConfig | PretrainConfig) -> Iterator[Path]:
         yield folder
 
 
-class Logbook:
+class MetricWriter:
     """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go.
 
     Of several processes the first one alone writes. ``say`` hears of damaged lines.
@@ -329,7 +324,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if all(map(number, row.values())) else None
 
 
-class Clock:
+class Throughput:
     """Training time of a run over all its starts, and throughput of this one."""
 
     def __init__(self, earlier: float):
@@ -344,7 +339,7 @@ class Clock:
             return
         for batch in batches:
             self.examples += int((batch.target_segments[:, 0] > 0).sum())
-            self.tokens += int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+            self.tokens += int((batch.segments > 0).sum() + (batch.target_segments > 0).sum())
 
     def seconds(self) -> float:
         return self.earlier + time.monotonic() - self.start
@@ -372,8 +367,8 @@ def check_loss(loss: float, step: int, task: str = "") -> None:
         )
 
 
-class Silent:
-    """A reporter that shows nothing; ``progress.py`` has the one that draws a bar."""
+class NullReporter:
+    """A reporter that shows nothing; ``cli/progress.py`` has the one that draws a bar."""
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -382,14 +377,14 @@ class Silent:
         """``done`` steps are complete."""
 
 
-class Shown(NamedTuple):
+class MetricName(NamedTuple):
     """How a member is told in logs."""
 
     prefix: str  # of its task's keys: none where there is one task
     metric: str
 
 
-def check_members(step: int, alive: Sequence[int], losses: Any, shown: list[Shown]) -> None:
+def check_members(step: int, alive: Sequence[int], losses: Any, shown: list[MetricName]) -> None:
     """Raise Diverged where no member of a task has a loss that is a number.
 
     Of several prompts some may diverge, which is nothing to the others.
@@ -403,7 +398,12 @@ def check_members(step: int, alive: Sequence[int], losses: Any, shown: list[Show
 
 
 def log_step(
-    pending: Any, logbook: Logbook, reporter, clock: Clock, progress, shown: list[Shown]
+    pending: Any,
+    logbook: MetricWriter,
+    reporter,
+    clock: Throughput,
+    progress,
+    shown: list[MetricName],
 ) -> None:
     """A step's losses, which ``pending`` has with its number and the members that took it."""
     step, losses, alive = pending
@@ -430,11 +430,11 @@ def log_step(
 
 
 def log_scores(
-    logbook: Logbook,
+    logbook: MetricWriter,
     reporter,
     step: int,
     judged: Sequence[tuple[int, dict[str, float]]],
-    shown: list[Shown],
+    shown: list[MetricName],
 ) -> None:
     """The metrics of a task's best prompt as the task's, and of each where there are several.
 

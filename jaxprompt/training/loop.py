@@ -12,21 +12,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprompt import parallel
-from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.data.pipeline import Room, training_batches, with_prompt
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.data.batches import Room, training_batches, with_prompt
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.devices import crowding, describe
-from jaxprompt.evaluation.analyze import draw_curves
 from jaxprompt.evaluation.metrics import majority
-from jaxprompt.evaluation.score import Model, answer_each, refuse_lost
-from jaxprompt.evaluation.score import measure as measure_answers
-from jaxprompt.model import family, precision, small_weights
-from jaxprompt.model.load import load_backbone
-from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.prompts.methods import METHODS, applied, lent
+from jaxprompt.evaluation.metrics import measure as measure_answers
+from jaxprompt.evaluation.plots import draw_curves
+from jaxprompt.inference.score import Model, predict_per_prompt, refuse_lost
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.methods.base import METHODS, applied, lent
+from jaxprompt.models import precision, registry
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.ops import quantization
+from jaxprompt.runtime import parallel, processes
+from jaxprompt.runtime.devices import crowding, describe
+from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training import inputs
-from jaxprompt.training.assignment import (
+from jaxprompt.training.checkpoint import Checkpoints
+from jaxprompt.training.datasets import (
     Split,
     assign,
     read_splits,
@@ -35,17 +39,15 @@ from jaxprompt.training.assignment import (
     tasks_of,
     truncation_warnings,
 )
-from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.interrupt import Interrupted, Signals
 from jaxprompt.training.logbook import (
-    Clock,
     Diverged,
-    Logbook,
-    Shown,
-    Silent,
+    MetricName,
+    MetricWriter,
+    NullReporter,
+    Throughput,
     check_members,
     checkpoint_folders,
-    complete,
+    load_result,
     log_scores,
     log_step,
     open_run,
@@ -93,20 +95,20 @@ def train(
     """
     with contextlib.ExitStack() as open_files:  # closed also where the run is interrupted
         signals = signals or Signals(install=False)
-        return _train(config, reporter or Silent(), signals, open_files)
+        return _train(config, reporter or NullReporter(), signals, open_files)
 
 
 def _train(
     config: RunConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ) -> dict[str, Any]:
-    config = precision.settled(config)
+    config = precision.resolve_config(config)
     method, settings = METHODS[config.method], config.train
-    parallel.check_same("config", config.model_dump(exclude={"output"}))
+    processes.assert_equal_across_processes("config", config.model_dump(exclude={"output"}))
     members = config.members()
     task_of = tasks_of(members)
     tasks = {task.name: task for task in task_of}
     folder = Path(config.output)
-    result: Any = parallel.by_first(lambda: complete(config))
+    result: Any = processes.on_process_zero(lambda: load_result(config))
     if result:
         for task in tasks.values():
             inputs.check_inputs(
@@ -137,7 +139,7 @@ def _train(
         flash=config.model.flash,
     )
     tokenizer = load_tokenizer(
-        config.tokenizer or backbone.path, one_sequence=family.one_sequence(backbone.config)
+        config.tokenizer or backbone.path, one_sequence=registry.one_sequence(backbone.config)
     )
 
     vocabulary = backbone.config.vocab_size
@@ -151,7 +153,7 @@ def _train(
     }
     own = [assigned[task.name, length] for task, length in zip(task_of, length_of, strict=True)]
     digests = [part.digest() for given in assigned.values() for part in given.splits()]
-    parallel.check_same("backbone or data", [backbone.fingerprint, *digests])
+    processes.assert_equal_across_processes("backbone or data", [backbone.fingerprint, *digests])
     for name, splits in rows.items():
         told = {"training": "train", "validation": "validation", "test": "test"}
         counts = [f"{len(splits[s])} {word} rows" for word, s in told.items() if s in splits]
@@ -206,11 +208,11 @@ def _train(
 
     def training_of(alive: Sequence[int], done: int):
         """The step of these members and their batches from ``done`` on."""
-        devices, length = parallel.ways(mesh), max(length_of[k] for k in alive)
+        devices, length = parallel.num_batch_shards(mesh), max(length_of[k] for k in alive)
         examples = [own[k].training.examples for k in alive]
         inputs = [e.inputs for each in {id(x): x for x in examples}.values() for e in each]
-        model, micro = family.cut(
-            family.specialise(backbone.config, inputs, length),
+        model, micro = registry.plan_microbatches(
+            registry.with_shared_prefix(backbone.config, inputs, length),
             [len(ids) for ids in inputs],
             batch_size=settings.batch_size * len(alive),
             devices=devices,
@@ -228,9 +230,9 @@ def _train(
             start=done,
             window=settings.length_window,
             rows=micro,
-            widths=family.widths(model),
+            widths=registry.widths(model),
             devices=devices,
-            room=Room() if settings.micro_batch else family.room(model, devices, training=True),
+            room=Room() if settings.micro_batch else registry.room(model, devices, training=True),
             own=partial(with_prompt, vocabulary=vocabulary, length=length),
         )
         return step, batches
@@ -242,7 +244,9 @@ def _train(
         then NaN, which is nothing to the others.
         """
         model = Model(params, bank, backbone.config, mesh)
-        each = answer_each(model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size)
+        each = predict_per_prompt(
+            model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size
+        )
         for found in each if of else ():
             refuse_lost(found.lost, len(on.examples), of)
         return [
@@ -267,13 +271,13 @@ def _train(
     def open_folder() -> None:
         open_files.enter_context(open_run(config))
 
-    parallel.by_first(open_folder)
+    processes.on_process_zero(open_folder)
     open_files.enter_context(signals.held())
     checkpoints = Checkpoints(
         folder / "checkpoints", settings.keep, reporter.say, in_parts=not method.frozen
     )
     count = len(members)
-    shown = [Shown(called(given.task.name), given.metric) for given in own]
+    shown = [MetricName(called(given.task.name), given.metric) for given in own]
     progress: dict[str, Any] = {
         "alive": in_order(range(count)), "best": [-math.inf] * count, "best_step": [-1] * count,
         "trained": [0] * count, "stale": 0, "seconds": 0.0, "evaluated": 0, "rolled_back": 0,
@@ -313,9 +317,9 @@ def _train(
 
     alive, resumed = progress["alive"], checkpoints.latest_step() is not None
     done = checkpoints.latest_step() or 0
-    parallel.by_first(match_tuned)
+    processes.on_process_zero(match_tuned)
     train_step, batches = training_of(alive, done)
-    logbook = Logbook(
+    logbook = MetricWriter(
         folder,
         done if "untuned" in progress else -1,
         tensorboard=settings.tensorboard,
@@ -340,7 +344,7 @@ def _train(
         """The state of the newest checkpoint; no other is made for it."""
         like = jax.eval_shape(partial(beginning, alive), shapes)
         place = shardings(like, method, backbone.config, mesh)
-        return checkpoints.restore(parallel.placed(like, place))
+        return checkpoints.restore(parallel.with_sharding(like, place))
 
     if starts is None and not resumed:
         starts = starts_from(backbone.params)
@@ -357,7 +361,7 @@ def _train(
         checkpoints.save(0, state, progress)
     starts = None
 
-    clock = Clock(progress["seconds"])
+    clock = Throughput(progress["seconds"])
     pending = None  # the losses of the step before, fetched while the next one runs
 
     def flush() -> None:
@@ -470,7 +474,7 @@ def _train(
             state = None  # its memory is needed
             state = restored()
             done = int(state.step)
-            parallel.by_first(match_tuned)
+            processes.on_process_zero(match_tuned)
             train_step, batches = training_of(alive, done)
             logbook.back_to(done)
             reporter.say(
@@ -505,12 +509,14 @@ def _train(
             params, bank = backbone.params, None
             if method.uses_prompt:
                 like = np.zeros((given.length, backbone.config.d_model), np.float32)
-                best = parallel.from_first(lambda: load_prompt(place / "prompt").vectors, like)
+                best = processes.broadcast_from_zero(
+                    lambda: load_prompt(place / "prompt").vectors, like
+                )
                 # placed as in training, where what answers has been compiled
                 bank = jax.device_put(best[None], parallel.replicated(mesh))
             else:
                 # by the first process, which has then written it
-                model = parallel.by_first(lambda: str(place / "model"))
+                model = processes.on_process_zero(lambda: str(place / "model"))
                 params = load_backbone(model, dtype=config.model.dtype, mesh=mesh).params
             with signals.free():
                 found["test_rows"] = len(given.test.examples)
@@ -533,7 +539,7 @@ def _train(
         "examples_per_second": round(
             sum(progress["trained"]) * settings.batch_size / max(clock.seconds(), 1e-9), 3
         ),
-        "frozen_parameters": small_weights.count(backbone.params) if method.uses_prompt else 0,
+        "frozen_parameters": quantization.count(backbone.params) if method.uses_prompt else 0,
         "inputs": reads,
     }
     if count > 1:

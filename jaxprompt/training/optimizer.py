@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxprompt.config import Optimization
-from jaxprompt.prompts.methods import by_length, count, joined, parts_of, trees_of
+from jaxprompt.config.schema import Optimization
+from jaxprompt.methods.base import by_length, count, joined, parts_of, trees_of
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
 # moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.

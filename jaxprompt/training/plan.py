@@ -1,7 +1,7 @@
 """What a run will need, before there is one: memory and time of a step from shapes alone.
 
 Nothing is allocated or compiled. Bytes of weights are exact; those of activations are counted, see
-``model/t5_cost.py``.
+``models/t5/cost.py``.
 """
 
 import functools
@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprompt import parallel
-from jaxprompt.config import RunConfig, UserError
-from jaxprompt.data.pipeline import round_target_length
-from jaxprompt.data.tasks import resolve_task
-from jaxprompt.model import family, flash_attention, precision, small_weights
-from jaxprompt.model.load import open_config, rounded_at_load
-from jaxprompt.model.work import Work
-from jaxprompt.prompts.methods import METHODS
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.data.batches import round_target_length
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.methods.base import METHODS
+from jaxprompt.models import precision, registry
+from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
+from jaxprompt.models.ops import quantization
+from jaxprompt.models.ops.attention import flash_attention
+from jaxprompt.models.work import Work
+from jaxprompt.runtime import parallel
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state
 
@@ -92,9 +95,9 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
 
 
 @functools.lru_cache(maxsize=4)
-def _parameters(shape: family.Config) -> list[Any]:
+def _parameters(shape: registry.Config) -> list[Any]:
     """Paths and shapes of all parameters, and their logical axes: the same for all layouts."""
-    model = family.of(shape)
+    model = registry.model_for(shape)
     leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params(shape))
     names = jax.tree.leaves(model.logical_axes(shape), is_leaf=lambda x: isinstance(x, tuple))
     return list(zip(leaves, names, strict=True))
@@ -107,7 +110,7 @@ class Weights(NamedTuple):
     others: int  # embedding and head
 
     @classmethod
-    def of(cls, shape: family.Config, layout: Layout, small: str | None = None) -> "Weights":
+    def of(cls, shape: registry.Config, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small``: ``model.weights`` of the config."""
         found = {True: 0, False: 0}
         for (path, leaf), named in _parameters(replace(shape, remat=False, flash="")):
@@ -115,17 +118,17 @@ class Weights(NamedTuple):
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
             size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
             size = 2 if shape.activations == "bfloat16" else size
-            if small is not None and path[-1].key in small_weights.OPERANDS:
-                size = small_weights.bytes_each(small, named, leaf.shape)
+            if small is not None and path[-1].key in quantization.MATMUL_WEIGHTS:
+                size = quantization.bytes_each(small, named, leaf.shape)
             found[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
         return cls(found[True], found[False])
 
 
 def needs(
-    shape: family.Config, work: Work, layout: Layout, small: str | None = None
+    shape: registry.Config, work: Work, layout: Layout, small: str | None = None
 ) -> tuple[dict[str, int], int]:
     """Bytes that a device holds, by part, and that it receives in a step beside the prompts'."""
-    cost, held = family.cost(shape), Weights.of(shape, layout, small)
+    cost, held = registry.cost(shape), Weights.of(shape, layout, small)
     parts = {"weights": sum(held), **cost.activations(shape, work, layout.tensor)}
     gathered = 0
     if small is not None:  # a layer as it is used, and the head
@@ -170,13 +173,13 @@ def plan_of(
     )
     depth = max(4 if task.labels else task.max_target_length for task in tasks)
     targets = round_target_length(depth)
-    cost = family.cost(shape)
+    cost = registry.cost(shape)
     if cost is None or not METHODS[config.method].uses_prompt:
         raise UserError(
             f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
             "on T5; measure a run of a few steps instead."
         )
-    shape = replace(shape, dtype=precision.chosen(config.model.dtype, cpu))
+    shape = replace(shape, dtype=precision.resolve_dtype(config.model.dtype, cpu))
     backend = "cpu" if cpu else kind[:3] if kind.startswith("tpu") else "gpu"
     flash = flash_attention.kernel(config.model.flash, shape.dtype, None, backend)
     widths = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
@@ -237,10 +240,10 @@ def _memory_here() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
-def state_bytes(config: RunConfig, shape: family.Config) -> int:
+def state_bytes(config: RunConfig, shape: registry.Config) -> int:
     """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
     method, optimizer = METHODS[config.method], per_prompt(config.train)
-    params = family.of(shape).abstract_params(shape)
+    params = registry.model_for(shape).abstract_params(shape)
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     def alone(member: RunConfig) -> int:

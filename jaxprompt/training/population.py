@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprompt.config import RunConfig, TaskConfig, UserError
-from jaxprompt.data.pipeline import Example
-from jaxprompt.data.tasks import class_words
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.data.batches import Example
+from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.markdown import plain
-from jaxprompt.model.load import Backbone
-from jaxprompt.prompts.artefact import load_prompt
-from jaxprompt.prompts.init import initial_prompt
-from jaxprompt.prompts.methods import METHODS, count, joined, parts_of, trees_of
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.methods.base import METHODS, count, joined, parts_of, trees_of
+from jaxprompt.methods.init import initial_prompt
+from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.runtime.markdown import plain
 from jaxprompt.training.step import TrainState
 
 

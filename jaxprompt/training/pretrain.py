@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprompt import parallel
-from jaxprompt.config import PromptConfig, UserError
-from jaxprompt.data.pipeline import Batch, make_batch, random_stream
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.schema import PromptConfig
+from jaxprompt.data.batches import Batch, make_batch, random_stream
 from jaxprompt.data.text import (
     Stream,
     Streams,
@@ -29,23 +30,27 @@ from jaxprompt.data.text import (
 )
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
-from jaxprompt.devices import crowding, describe
-from jaxprompt.evaluation.analyze import draw_losses
-from jaxprompt.files import replace_directory
-from jaxprompt.model import flash_attention, generate, hub, precision, t5
-from jaxprompt.model.load import fingerprint, load_backbone, save_hf
-from jaxprompt.pretrain_config import PretrainConfig
-from jaxprompt.prompts.methods import PRETRAINING, lent
+from jaxprompt.evaluation.plots import draw_losses
+from jaxprompt.inference import generate
+from jaxprompt.methods.base import PRETRAINING, lent
+from jaxprompt.models import precision
+from jaxprompt.models.checkpoints import hub
+from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
+from jaxprompt.models.ops.attention import flash_attention
+from jaxprompt.models.t5 import t5
+from jaxprompt.runtime import parallel, processes
+from jaxprompt.runtime.devices import crowding, describe
+from jaxprompt.runtime.files import replace_directory
+from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.interrupt import Interrupted, Signals
 from jaxprompt.training.logbook import (
     LOG_EVERY,
-    Clock,
-    Logbook,
-    Silent,
+    MetricWriter,
+    NullReporter,
+    Throughput,
     check_loss,
-    complete,
+    load_result,
     open_run,
     write_atomically,
 )
@@ -77,16 +82,16 @@ def pretrain(
     """
     with contextlib.ExitStack() as open_files:
         signals = signals or Signals(install=False)
-        return _pretrain(config, reporter or Silent(), signals, open_files)
+        return _pretrain(config, reporter or NullReporter(), signals, open_files)
 
 
 def _pretrain(
     config: PretrainConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
 ):
-    config = precision.settled(config)
+    config = precision.resolve_config(config)
     settings, folder = config.train, Path(config.output)
-    parallel.check_same("config", config.model_dump(exclude={"output"}))
-    result = parallel.by_first(lambda: complete(config))
+    processes.assert_equal_across_processes("config", config.model_dump(exclude={"output"}))
+    result = processes.on_process_zero(lambda: load_result(config))
     if result:
         reporter.say(
             f"{folder} is complete after {result['steps']} steps; delete it to start again."
@@ -102,11 +107,11 @@ def _pretrain(
 
     @functools.cache  # once, at the first that writes
     def begin() -> None:
-        parallel.by_first(open_folder)
+        processes.on_process_zero(open_folder)
 
     place = _tokenizer_place(config, folder, begin, reporter)
     tokenizer = load_tokenizer(place)
-    parallel.check_same("tokenizer", tokenizer.identity())
+    processes.assert_equal_across_processes("tokenizer", tokenizer.identity())
     if shape is None:
         shape = _shape(config, tokenizer.ids, mesh)
     tokenizer = tokenizer.for_table(shape.vocab_size)
@@ -119,7 +124,7 @@ def _pretrain(
     streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
-    parallel.check_same("backbone or data", [loaded, streams.digests])
+    processes.assert_equal_across_processes("backbone or data", [loaded, streams.digests])
     reads = {**streams.digests, "tokenizer": tokenizer.fingerprint()}
     if loaded is not None:
         reads |= inputs.of_backbone(shape, loaded)
@@ -134,7 +139,7 @@ def _pretrain(
         progress |= checkpoints.progress()
         inputs.check_inputs(folder, progress.get("inputs"), reads)
         like = _state_shapes(config, shape, optimizer)
-        like = parallel.placed(like, shardings(like, PRETRAINING, shape, mesh))
+        like = parallel.with_sharding(like, shardings(like, PRETRAINING, shape, mesh))
         state: Any = checkpoints.restore(like)
         done = int(state.step)
         reporter.say(f"going on from step {done}")
@@ -145,7 +150,7 @@ def _pretrain(
         state = first_state(tree, PRETRAINING, optimizer, shape, mesh)
         del tree
     progress["inputs"] = reads
-    logbook = Logbook(
+    logbook = MetricWriter(
         folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
     )
     open_files.callback(logbook.close)
@@ -179,14 +184,14 @@ def _pretrain(
         progress["seconds"] = clock.seconds()
         if checkpoints.latest_step() != done:
             # of an earlier number of steps: it tells of the model that is replaced
-            parallel.by_first(lambda: (folder / "result.json").unlink(missing_ok=True))
+            processes.on_process_zero(lambda: (folder / "result.json").unlink(missing_ok=True))
             save_model(folder, shape, state, place)
         checkpoints.save(done, state, progress)
 
     if done == 0:
         log_scores(0, evaluate(state))
     batches = packed_batches(config, streams.train, done)
-    clock, pending, scores = Clock(progress["seconds"]), None, None
+    clock, pending, scores = Throughput(progress["seconds"]), None, None
     while True:
         try:
             last = done >= settings.steps
@@ -241,7 +246,7 @@ def _pretrain(
         draw_losses(logbook.rows, folder / "losses.png")
         write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
-    parallel.by_first(write)
+    processes.on_process_zero(write)
     return result
 
 
@@ -278,7 +283,7 @@ def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
         **_chosen(config, mesh),
     )
     check = lambda x, of: parallel.check_divides(mesh, of, x.shape, "the new backbone")
-    parallel.spread(check, t5.abstract_params(shape), t5.logical_axes(shape))
+    parallel.map_with_axes(check, t5.abstract_params(shape), t5.logical_axes(shape))
     return shape
 
 
@@ -321,10 +326,10 @@ def _tokenizer_place(
         replace_directory(place, write, lambda old: (old / note.name).is_file())
 
     # by the first process alone: another training may come to another vocabulary
-    if not parallel.by_first(is_there):
+    if not processes.on_process_zero(is_there):
         begin()
         reporter.say(f"training a tokenizer of {settings.vocabulary} rows")
-        parallel.by_first(train)
+        processes.on_process_zero(train)
     return str(place)
 
 
@@ -340,7 +345,7 @@ def _new(shape: t5.T5Config, seed: int, mesh: Mesh) -> t5.Params:
     if mesh.size == 1:
         return _init(shape, key)
     specs = parallel.specs_of(mesh, t5.abstract_params(shape), t5.logical_axes(shape))
-    place = parallel.on(mesh, specs)
+    place = parallel.named_shardings(mesh, specs)
     return jax.jit(t5.init_params, static_argnums=0, out_shardings=place)(shape, key)
 
 
@@ -365,7 +370,7 @@ def _virtual(
     special = {*tokenizer.special_ids, *tokenizer.sentinel_ids}
     words = [id for id in range(tokenizer.size) if id not in special]
     chosen = rng.choice(words, _virtual_count(config)).astype(np.int32)
-    rows = parallel.fetch(params["token_embedder"]["embedding"][chosen])
+    rows = processes.fetch(params["token_embedder"]["embedding"][chosen])
     return np.asarray(rows, np.float32)[None]
 
 
@@ -408,17 +413,17 @@ def _sums(config: t5.T5Config, mesh: Mesh | None) -> Callable[..., Float[Array, 
 
     def of_rows(params, bank, batch):
         weights = (batch.target_segments > 0).astype(jnp.float32)
-        flat = batch._replace(loss_weights=weights, noise=None)
+        flat = batch._replace(weights=weights, dropout_seed=None)
         _, losses = batch_losses(params, bank, config, flat, prompts=1)
-        count = jnp.sum(flat.loss_weights)
+        count = jnp.sum(flat.weights)
         return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
 
-    everywhere = parallel.over_rows(of_rows, mesh, t5.logical_axes(config), stacked=True)
-    return jax.jit(lambda *args: parallel.summed(everywhere(*args), mesh))
+    everywhere = parallel.shard_over_batch(of_rows, mesh, t5.logical_axes(config), stacked=True)
+    return jax.jit(lambda *args: parallel.psum_over_batch(everywhere(*args), mesh))
 
 
 def _size(batch: Batch) -> int:
-    return int((batch.input_segments > 0).sum() + (batch.target_segments > 0).sum())
+    return int((batch.segments > 0).sum() + (batch.target_segments > 0).sum())
 
 
 def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: str) -> None:
@@ -426,7 +431,7 @@ def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: s
 
     All processes call it, and the first one writes.
     """
-    weights = parallel.to_first(state.tree["model"])
+    weights = processes.fetch_to_zero(state.tree["model"])
     if jax.process_index() != 0:
         return
 
@@ -461,8 +466,8 @@ def fill_in(
         return []
     batch = make_batch([e for _, e in rows], input_length=config.input_length)
     inputs, segments = (
-        parallel.put(np.asarray(x), parallel.replicated(mesh))
-        for x in (batch.inputs, batch.input_segments)
+        parallel.device_put_global(np.asarray(x), parallel.replicated(mesh))
+        for x in (batch.inputs, batch.segments)
     )
     written = generate.greedy(params, None, shape, inputs, segments, config.target_length)
     return [
@@ -473,5 +478,7 @@ def fill_in(
             "written": tokenizer.show(ids),
         }
         # -1, where logits were no numbers, becomes padding
-        for (stream, example), ids in zip(rows, np.maximum(parallel.fetch(written), 0), strict=True)
+        for (stream, example), ids in zip(
+            rows, np.maximum(processes.fetch(written), 0), strict=True
+        )
     ]

@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jaxprompt
-from jaxprompt import parallel
-from jaxprompt.config import RunConfig
+from jaxprompt.config.schema import RunConfig
 from jaxprompt.data.tokenizer import copy_tokenizer
-from jaxprompt.files import replace_directory
-from jaxprompt.model.load import Backbone, save_hf
-from jaxprompt.prompts.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.models.checkpoints.load import Backbone, save_hf
+from jaxprompt.runtime import processes
+from jaxprompt.runtime.files import replace_directory
 
 
 def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
@@ -71,7 +71,7 @@ def save_tuned(
     All processes call it, and the first one writes. tree: what was trained, with axis K of size 1.
     known: the step of what is there, if a checkpoint names it as the best; it is kept aside.
     """
-    weights = parallel.to_first(tree) if bank is None else None
+    weights = processes.fetch_to_zero(tree) if bank is None else None
     if jax.process_index() != 0:
         return
     _put_aside(tuned_in(folder, bank is not None), known)

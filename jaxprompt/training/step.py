@@ -11,11 +11,12 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprompt import parallel
-from jaxprompt.config import PromptConfig
-from jaxprompt.data.pipeline import Batch
-from jaxprompt.model import family, small_weights
-from jaxprompt.prompts.methods import Method, applied, by_length, count, joined, trees_of
+from jaxprompt.config.schema import PromptConfig
+from jaxprompt.data.batches import Batch
+from jaxprompt.methods.base import Method, applied, by_length, count, joined, trees_of
+from jaxprompt.models import registry
+from jaxprompt.models.ops import quantization
+from jaxprompt.runtime import parallel, processes
 
 
 class TrainState(NamedTuple):
@@ -58,9 +59,9 @@ class Sums(NamedTuple):
 
 
 def batch_losses(
-    params: family.Params,
+    params: registry.Params,
     bank: Float[Array, "K P D"] | None,
-    config: family.Config,
+    config: registry.Config,
     batch: Batch,
     *,
     prompts: int,
@@ -81,7 +82,7 @@ def _summed(params, bank, config, batch, prompts, z_loss):
     inputs, segments, targets, target_segments, owners, weights, noise = jax.tree.map(
         jnp.asarray, batch
     )
-    model = family.of(config)
+    model = registry.model_for(config)
     prepared = model.prepare(params, bank, config)
     logits = model.logits(
         params, prepared, config, inputs, segments, targets, target_segments, noise
@@ -99,11 +100,11 @@ def _summed(params, bank, config, batch, prompts, z_loss):
     return loss + z_loss * total(jnp.square(log_z)), sums
 
 
-Step = Callable[[TrainState, family.Params, Sequence[Batch]], tuple[TrainState, Losses]]
+Step = Callable[[TrainState, registry.Params, Sequence[Batch]], tuple[TrainState, Losses]]
 
 
 def make_train_step(
-    config: family.Config,
+    config: registry.Config,
     method: Method,
     optimizer: optax.GradientTransformation,
     *,
@@ -123,29 +124,29 @@ def make_train_step(
     # the devices that share the weights that are trained, if they do
     shared_by = None if method.frozen or not parallel.divides_weights(mesh) else mesh
     frozen_or_shared = method.frozen or shared_by is not None
-    axes = family.of(config).logical_axes(config) if frozen_or_shared else None
+    axes = registry.model_for(config).logical_axes(config) if frozen_or_shared else None
 
     def sums_of_rows(params, tree, batch):
-        if config.dropout > 0 and batch.noise is None:
+        if config.dropout > 0 and batch.dropout_seed is None:
             raise ValueError("A batch without noise has no dropout; give its examples some.")
 
         def objective(tree):
             tuned, bank = applied(method, tree, params)
             if shared_by is not None:
-                tuned = parallel.put_together(tuned, axes)
+                tuned = parallel.gather_params(tuned, axes)
             each, sums = _summed(tuned, bank, config, batch, count(tree), z_loss)
             return jnp.sum(each), sums
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
         return sums._replace(gradient=gradient)
 
-    everywhere = parallel.over_rows(sums_of_rows, mesh, axes, stacked=True)
+    everywhere = parallel.shard_over_batch(sums_of_rows, mesh, axes, stacked=True)
     specs: Any = lambda tree: None
     if shared_by is not None:
         everywhere, specs = _over_parts(sums_of_rows, config, shared_by)
 
     def finish(state, sums):
-        sums = parallel.summed(sums, mesh, specs(state.tree))
+        sums = parallel.psum_over_batch(sums, mesh, specs(state.tree))
         updates, opt_state = optimizer.update(sums.mean_gradient(), state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
         state = TrainState(state.step + 1, tree, opt_state)
@@ -158,12 +159,12 @@ def make_train_step(
     def at_once(state, params, batch):
         return finish(state, everywhere(params, state.tree, batch))
 
-    @functools.partial(jax.jit, out_shardings=None if shared_by else parallel.by_device(mesh))
+    @functools.partial(jax.jit, out_shardings=None if shared_by else parallel.batch_sharding(mesh))
     def nothing(tree):
         if shared_by is not None:
             each = jnp.zeros(count(tree))
             return parallel.stacked_zeros(Sums(tree, each, each, each), shared_by, specs(tree))
-        ways = parallel.ways(mesh)
+        ways = parallel.num_batch_shards(mesh)
         gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
         each = jnp.zeros((ways, count(tree)))
         return Sums(gradient, each, each, each)
@@ -178,7 +179,7 @@ def make_train_step(
 
     def train_step(state, params, batches):
         if method.frozen and held[0] is not params:
-            held[:] = params, small_weights.in_bits(params)
+            held[:] = params, quantization.view_as_uint16(params)
         params = held[1] if method.frozen else params
         if len(batches) == 1:
             return at_once(state, params, batches[0])
@@ -190,20 +191,20 @@ def make_train_step(
     return train_step
 
 
-def _over_parts(sums_of_rows, config: family.Config, mesh: Mesh):
+def _over_parts(sums_of_rows, config: registry.Config, mesh: Mesh):
     """``sums_of_rows`` of a tree whose weights the devices share, and how its sums are spread."""
 
     def specs(tree):
         return _specs_of_sums(_specs(tree, config, mesh))
 
-    work = parallel.over_rows(
+    work = parallel.shard_over_batch(
         lambda tree, _, batch: sums_of_rows({}, tree, batch), mesh,
         lambda tree: specs(tree).gradient, stacked=True,
         results=_specs_of_sums,
     )  # fmt: skip
 
     def everywhere(params, tree, batch):
-        place = parallel.on(mesh, parallel.stacked_specs(specs(tree)))
+        place = parallel.named_shardings(mesh, parallel.stacked_specs(specs(tree)))
         return jax.lax.with_sharding_constraint(work(tree, {}, batch), place)
 
     return everywhere, specs
@@ -214,22 +215,22 @@ def _specs_of_sums(specs: Any) -> Any:
     return Sums(specs, everywhere, everywhere, everywhere)
 
 
-def _specs(tree: Any, config: family.Config, mesh: Mesh) -> Any:
-    model = family.of(config)
+def _specs(tree: Any, config: registry.Config, mesh: Mesh) -> Any:
+    model = registry.model_for(config)
     known = model.abstract_params(config), model.logical_axes(config)
     return parallel.specs_of(mesh, tree, parallel.trained_axes(tree, *known))
 
 
-def shardings(state: Any, method: Method, config: family.Config, mesh: Mesh) -> Any:
+def shardings(state: Any, method: Method, config: registry.Config, mesh: Mesh) -> Any:
     """Where each array of a state is: prompts on every device, a whole model as ``RULES`` say."""
     if method.frozen or not parallel.divides_weights(mesh):
         return jax.tree.map(lambda x: parallel.replicated(mesh), state)
-    return parallel.on(mesh, _specs(state, config, mesh))
+    return parallel.named_shardings(mesh, _specs(state, config, mesh))
 
 
 def first_state(
     tree: Any, method: Method, optimizer: optax.GradientTransformation,
-    config: family.Config, mesh: Mesh,
+    config: registry.Config, mesh: Mesh,
 ) -> TrainState:  # fmt: skip
     """The state before step 0 of a tree, on the devices of ``mesh``."""
     if method.frozen:
@@ -241,14 +242,14 @@ def first_state(
     # no device ever has more than its part
     moments = jax.jit(optimizer.init, out_shardings=place(moments))(tree)
     return TrainState(
-        parallel.put(np.zeros((), np.int32), parallel.replicated(mesh)), tree, moments
+        parallel.device_put_global(np.zeros((), np.int32), parallel.replicated(mesh)), tree, moments
     )
 
 
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
     """Whether all numbers of a prompt are finite."""
 
-    return np.concatenate(parallel.fetch(_sound(trees_of(tree))))
+    return np.concatenate(processes.fetch(_sound(trees_of(tree))))
 
 
 @jax.jit
@@ -260,7 +261,7 @@ def _sound(trees):
 def init_state(
     method: Method,
     optimizer: optax.GradientTransformation,
-    params: family.Params,
+    params: registry.Params,
     start: Float[Any, "K R D"],
     config: PromptConfig | None = None,
     *,

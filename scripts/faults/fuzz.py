@@ -57,7 +57,7 @@ def attempt(kind: str, seed: int, number: int, folder: Path) -> tuple[str, str]:
     """Make an input in ``folder`` and open it: the outcome, and what was said of it."""
     import kinds
 
-    from jaxprompt.config import UserError
+    from jaxprompt.config.errors import UserError
 
     rng = random.Random(f"{kind} {seed} {number}")
     what = ""

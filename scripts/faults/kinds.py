@@ -94,17 +94,12 @@ def configs(rng: random.Random, folder: Path) -> Made:
     overrides = rng.sample(_OVERRIDES, rng.choice([0, 0, 1, 2]))
 
     def open_it() -> None:
-        from jaxprompt.config import (
-            RunConfig,
-            dump_yaml,
-            load_config,
-            parse,
-            read_config,
-            read_yaml,
-        )
-        from jaxprompt.data.tasks import resolve_task
-        from jaxprompt.pretrain_config import PretrainConfig
-        from jaxprompt.training.assignment import tasks_of
+        from jaxprompt.config.overrides import dump_yaml, load_config, read_config, read_yaml
+        from jaxprompt.config.pretrain import PretrainConfig
+        from jaxprompt.config.schema import RunConfig
+        from jaxprompt.config.validation import parse
+        from jaxprompt.data.tasks.registry import resolve_task
+        from jaxprompt.training.datasets import tasks_of
 
         if source.parent.name == "pretrain":
             config, schema = parse(PretrainConfig, read_config(path, overrides)), PretrainConfig
@@ -150,7 +145,7 @@ def rows(rng: random.Random, folder: Path) -> Made:
 
     def open_it() -> None:
         from jaxprompt.data.sources import read_rows
-        from jaxprompt.data.tasks import resolve_task, tokenize
+        from jaxprompt.data.tasks.registry import resolve_task, tokenize
         from jaxprompt.data.tokenizer import load_tokenizer
 
         read = list(read_rows(None, str(path)))
@@ -194,7 +189,7 @@ def _write_parquet(path: Path, written: list[dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from jaxprompt.config import shown
+    from jaxprompt.config.errors import shown
 
     def column(values: list) -> Any:
         try:
@@ -286,7 +281,7 @@ def _trap(rng: random.Random, model: Path) -> Made:
         (model / "pytorch_model.bin").write_bytes(payload)
     elif kind == "npy":
         np.save(model / "p.npy", np.array([_Calls()], object), allow_pickle=True)
-        from jaxprompt.prompts.artefact import load_prompt
+        from jaxprompt.methods.artefact import load_prompt
 
         return "trap: npy", lambda: load_prompt(model / "p.npy")
     else:
@@ -308,7 +303,7 @@ def _trap(rng: random.Random, model: Path) -> Made:
 def _load(path: Path) -> None:
     import jax
 
-    from jaxprompt.model.load import load_backbone
+    from jaxprompt.models.checkpoints.load import load_backbone
 
     backbone = load_backbone(str(path))
     for leaf in jax.tree.leaves(backbone.params):
@@ -406,7 +401,8 @@ def _save_into(rng: random.Random, folder: Path) -> Made:
 
 def checkpoints(rng: random.Random, folder: Path) -> Made:
     """A run whose files are damaged, opened as ``train`` opens it; some go on to the end."""
-    from jaxprompt.config import parse, read_yaml
+    from jaxprompt.config.overrides import read_yaml
+    from jaxprompt.config.validation import parse
 
     run = folder / "run"
     shutil.copytree(prepared() / "data" / "run", run)
@@ -446,7 +442,7 @@ def checkpoints(rng: random.Random, folder: Path) -> Made:
     before = _good_rows(run)
 
     def open_it() -> None:
-        from jaxprompt.config import RunConfig
+        from jaxprompt.config.schema import RunConfig
         from jaxprompt.training.loop import train
 
         if whole:
@@ -465,15 +461,15 @@ def checkpoints(rng: random.Random, folder: Path) -> Made:
 
 def _open_parts(config: Any, run: Path) -> None:
     from jaxprompt.training.checkpoint import Checkpoints
-    from jaxprompt.training.logbook import Logbook, complete, open_run
+    from jaxprompt.training.logbook import MetricWriter, load_result, open_run
 
-    complete(config)
+    load_result(config)
     with open_run(config):
         saved = Checkpoints(run / "checkpoints", 2)
         step = saved.latest_step()
         if step is not None:
             saved.progress()
-            Logbook(run, 4, tensorboard=False).close()
+            MetricWriter(run, 4, tensorboard=False).close()
 
 
 def _good_rows(run: Path) -> list[str]:

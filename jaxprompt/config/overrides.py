@@ -1,0 +1,118 @@
+"""From a YAML file and key=value overrides to a checked config, and back to YAML."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+)
+
+from jaxprompt.config import yaml12
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.paths import expanded, looked_in
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML (1.2 scalars) without executing anything; ``where`` names the text in errors."""
+    try:
+        return yaml12.load(text)
+    except (yaml12.Error, ValueError, RecursionError) as error:
+        problem = " ".join(str(error)[:1000].split())[:300]
+        raise UserError(f"{where} is not valid YAML: {problem}.") from None
+
+
+def override_value(text: str, key: str) -> Any:
+    """What stands behind ``key=`` on a command line: a number, a list, else the text as typed.
+
+    Lists and mappings are written as in YAML, ``[yes, no]`` and ``{name: boolq}``; in quotes of
+    their own, numbers are text and escapes are understood. Nothing is ``null``. Everything else is
+    text to the last character: it holds no comments and no further keys.
+    """
+    kept = text.strip()
+    if kept[:1] in ("[", "{", "'", '"'):
+        try:
+            value = yaml12.load_flow(kept)
+            return text if value == kept else value
+        except (yaml12.Error, ValueError, RecursionError) as error:
+            # "[prompt:10] {text}" is a template, "[1, 2" is no list
+            if kept[0] in "[{" and any(kept.count(a) != kept.count(b) for a, b in ("[]", "{}")):
+                problem = " ".join(str(error)[:1000].split())[:300]
+                raise UserError(f"The value of {key!r} is not valid YAML: {problem}.") from None
+            return text
+    try:
+        return yaml12.scalar(text)
+    except yaml12.Error as error:
+        raise UserError(f"The value of {key!r} is not usable: {str(error).strip()}.") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a YAML file and apply ``key=value`` overrides such as ``train.steps=100``."""
+    return parse(RunConfig, read_config(path, overrides))
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a YAML file with ``key=value`` overrides applied, not yet validated."""
+    path = Path(expanded(path))
+    if not path.is_file():
+        raise UserError(
+            f"No config file at {shown(str(path))}{looked_in(path)}; give the path of a YAML file."
+        )
+    if path.stat().st_size > 4 * yaml12.LONGEST:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, more than any config; name a YAML file such "
+            "as those in configs/."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    values = read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of keys, such as 'task: supersense'.")
+    for override in overrides:
+        set_value(values, override)
+    return values
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply ``key=value``; a key is a path such as ``train.steps`` or ``text.0.train``."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"Override {shown(override)} must have the form key=value, e.g. train.steps=100."
+        )
+    *parents, last = key.split(".")
+    inside: Any = values
+    for depth, parent in enumerate(parents):
+        place = _place(inside, parent, key)
+        inner = inside[place] if isinstance(place, int) else inside.get(place)
+        if isinstance(inner, str) and depth == 0 and parent == "task":
+            inner = {"name": inner}  # `task: supersense` with `task.max_input_length=64`
+        inside[place] = inner = {} if inner is None else inner
+        if not isinstance(inner, dict | list):
+            raise UserError(
+                f"Override {shown(key)}: {parent!r} is {shown(inner)}, which has no keys inside."
+            )
+        inside = inner
+    inside[_place(inside, last, key)] = override_value(text, key)
+
+
+def _place(inside: dict[str, Any] | list[Any], part: str, key: str) -> str | int:
+    """A key of a mapping, or the number of a list's item."""
+    if isinstance(inside, dict):
+        return part
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(inside):
+        raise UserError(
+            f"Override {shown(key)}: {shown(part)} names no item of a list of {len(inside)}; items "
+            "are numbered from 0."
+        )
+    return int(part)
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The config as YAML text that ``load_config`` reads back to an equal object."""
+    return yaml12.dump(config.model_dump())

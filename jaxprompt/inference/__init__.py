@@ -1,0 +1,1 @@
+"""Answers of a tuned model: ranking, generation, scores."""

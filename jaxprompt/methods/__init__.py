@@ -1,0 +1,1 @@
+"""Tuning methods: how trainables start, what they inject, how they are stored."""

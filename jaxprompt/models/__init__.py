@@ -1,0 +1,1 @@
+"""Backbones: what they compute, and the files that they come from."""

@@ -1,0 +1,1 @@
+"""File formats of backbones, one a file: reading, writing, checking."""

@@ -1,0 +1,41 @@
+"""A backbone as a folder that others can load, whatever form it came in."""
+
+import json
+from pathlib import Path
+
+import jax
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.paths import expanded
+from jaxprompt.data.tokenizer import copy_tokenizer
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone, save_hf
+from jaxprompt.runtime.files import replace_directory
+
+NOTE = "exported.json"  # where a folder came from, and that it was made here
+
+
+def save_backbone(path: str | Path, backbone: str | Backbone) -> None:
+    """Write a backbone, with its tokenizer, as a directory that transformers and PEFT load.
+
+    Args:
+        path: A new directory, or one that was written here.
+        backbone: What ``load_backbone`` takes or returned; a name is loaded in float32.
+
+    Raises:
+        UserError: ``path`` holds other things, or the weights are stored in few bits.
+    """
+    loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    leaves = jax.tree.leaves(loaded.params, is_leaf=lambda x: not isinstance(x, dict))
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        raise UserError(
+            f"{loaded.source!r} was loaded with weights in few bits, which others do not read; "
+            "load it without weights=."
+        )
+
+    def write(folder: Path) -> None:
+        save_hf(folder, loaded.config, loaded.params)
+        copy_tokenizer(loaded.path, folder)
+        note = {"source": loaded.source, "fingerprint": loaded.fingerprint}
+        (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+
+    replace_directory(Path(expanded(path)), write, lambda old: (old / NOTE).is_file())

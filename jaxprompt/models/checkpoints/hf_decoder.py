@@ -1,0 +1,194 @@
+"""Hugging Face checkpoints of decoder-only models: config.json and tensor names."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.models.checkpoints.int8 import dequantised
+from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, same
+from jaxprompt.models.checkpoints.metadata import (
+    MOST_LAYERS,
+    read_choice,
+    read_epsilon,
+    read_id,
+    read_json,
+    read_number,
+    read_size,
+)
+from jaxprompt.models.decoder.config import LlamaConfig
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")  # SmolLM2 is a llama
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # that older versions saved
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+
+
+def config_from_json(path: Path, *, tied: bool) -> LlamaConfig:
+    """LlamaConfig from a config.json of transformers 4 or 5; ``tied``: the checkpoint has no head.
+
+    Raises UserError for what this model cannot express, such as a kind of rotary scaling.
+    """
+    raw = read_json(path)
+    kind = read_choice(path, raw, "model_type", MODEL_TYPES)
+    refused = {"mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1}
+    if kind == "llama":
+        refused["attention_bias"] = False
+    for key, allowed in refused.items():
+        if raw.get(key, allowed) not in (allowed, None):
+            raise UserError(f"{path}: {key} is {shown(raw[key])}; only {allowed!r} is supported")
+    activation = read_choice(path, raw, "hidden_act", _ACTIVATIONS, "silu")
+    heads, width = read_size(path, raw, "num_attention_heads"), read_size(path, raw, "hidden_size")
+    groups = read_size(path, raw, "num_key_value_heads", heads)
+    theta, scaling = _rope(path, raw)
+    window = raw.get("sliding_window") if kind == "mistral" else None
+    rows = read_size(path, raw, "vocab_size")
+    eos = read_id(path, raw, "eos_token_id", 2, rows=rows)
+    # -1 was the first Llamas' way to say that they have no token for padding
+    nothing = {"pad_token_id": None} if raw.get("pad_token_id") == -1 else {}
+    return LlamaConfig(
+        vocab_size=rows,
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=head_dim(path, raw, "head_dim", width, heads, groups),
+        d_ff=read_size(path, raw, "intermediate_size"),
+        num_layers=read_size(path, raw, "num_hidden_layers", most=MOST_LAYERS),
+        model_type=kind,
+        activation=_ACTIVATIONS[activation],
+        tied=tied,
+        qkv_bias=kind == "qwen2",
+        rope_theta=theta,
+        rope_scaling=scaling,
+        window=None if window is None else read_size(path, raw, "sliding_window"),
+        norm_eps=read_epsilon(path, raw, "rms_norm_eps", 1e-6),
+        pad_id=read_id(path, {**raw, **nothing}, "pad_token_id", eos, rows=rows),
+        eos_id=eos,
+    )
+
+
+def head_dim(
+    path: Path, raw: Mapping[str, Any], key: str, width: int, heads: int, groups: int
+) -> int:
+    """The numbers of one head, by default its share of ``width``; UserError if heads do not fit."""
+    if heads % groups:
+        raise UserError(
+            f"{path}: {heads} query heads cannot share {groups} heads of keys and values evenly"
+        )
+    if raw.get(key) is None and width % heads:
+        raise UserError(f"{path}: {heads} heads cannot share a width of {width} evenly")
+    size = read_size(path, raw, key, width // heads)
+    if size % 2:
+        raise UserError(f"{path}: a head has {size} numbers; rotary positions need an even number")
+    return size
+
+
+def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
+    """Base and scaling; version 5 of transformers keeps both under ``rope_parameters``."""
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise UserError(
+            f"{path}: rope_parameters or rope_scaling is {shown(found)}, expected one object for "
+            "all layers"
+        )
+    where = found if found.get("rope_theta") is not None else raw
+    theta = read_number(path, where, "rope_theta", 10_000.0, least=1.0)
+    share = read_number(path, {**raw, **found}, "partial_rotary_factor", 1.0)
+    if share != 1:
+        raise UserError(f"{path}: partial_rotary_factor is {share:g}; only 1 is supported")
+    kind = found.get("rope_type", found.get("type"))
+    kind = "default" if kind is None else kind
+    keys = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            *("factor", "low_freq_factor", "high_freq_factor"),
+            "original_max_position_embeddings",
+        ),
+    }
+    if not isinstance(kind, str) or kind not in keys:
+        raise UserError(
+            f"{path}: rotary positions of type {shown(kind)} are not supported, "
+            f"use {', '.join(keys)}"
+        )
+    lacking = [key for key in keys[kind] if found.get(key) is None]
+    if lacking:
+        raise UserError(f"{path}: rotary positions of type {kind!r} need {lacking[0]}")
+    scaling = tuple(read_number(path, found, key, least=1e-6) for key in keys[kind])
+    if kind == "llama3" and scaling[1] >= scaling[2]:
+        raise UserError(
+            f"{path}: low_freq_factor is {scaling[1]:g} and high_freq_factor {scaling[2]:g}; the "
+            "second must be larger"
+        )
+    return theta, scaling
+
+
+def config_to_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back."""
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
+    kinds = {0: "default", 1: "linear", 4: "llama3"}
+    rope: dict[str, Any] = {"rope_type": kinds[len(config.rope_scaling)]}
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rope |= dict(zip(keys, config.rope_scaling, strict=False))
+    if "original_max_position_embeddings" in rope:
+        rope[keys[-1]] = int(rope[keys[-1]])
+    activation = {"gelu": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        **({"rope_scaling": rope} if config.rope_scaling else {}),
+        **({"sliding_window": config.window} if config.model_type == "mistral" else {}),
+        "tie_word_embeddings": config.tied,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.eos_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def leaves(config: LlamaConfig) -> list[Leaf]:
+    """Every leaf of the parameter tree with the torch names that fill it."""
+    found = [
+        Leaf(("token_embedder", "embedding"), "VD", (Piece(_EMBEDDING, "V D"),)),
+        Leaf(("final_norm", "scale"), "D", (Piece("model.norm.weight", "D"),)),
+    ]
+
+    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
+        names = (f"model.layers.{i}.{name}" for i in range(config.num_layers))
+        pieces = tuple(Piece(name, file_axes) for name in names)
+        found.append(Leaf(("layers", *path.split("/")), "L" + axes, pieces))
+
+    layers("attention_norm/scale", "D", "input_layernorm.weight", "D")
+    for name, letter in (("query", "N"), ("key", "G"), ("value", "G")):
+        theirs = f"self_attn.{name[0]}_proj"
+        layers(f"attention/{name}", f"D{letter}H", f"{theirs}.weight", f"{letter}H D")
+        if config.qkv_bias:
+            layers(f"attention/{name}_bias", f"{letter}H", f"{theirs}.bias", f"{letter}H")
+    layers("attention/out", "NHD", "self_attn.o_proj.weight", "D NH")
+    layers("mlp_norm/scale", "D", "post_attention_layernorm.weight", "D")
+    for ours, theirs in (("wi_0", "gate"), ("wi_1", "up")):
+        layers(f"mlp/{ours}", "DF", f"mlp.{theirs}_proj.weight", "F D")
+    layers("mlp/wo", "FD", "mlp.down_proj.weight", "D F")
+    if not config.tied:
+        found.append(Leaf(("head",), "DV", (Piece(_HEAD, "V D"),)))
+    return found
+
+
+def tidy(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Drop buffers and copies that other programs write; and whether the head is tied."""
+    kept = {n: t for n, t in dequantised(tensors).items() if not _BUFFER.fullmatch(n)}
+    if _EMBEDDING in kept and _HEAD in kept and same(kept[_EMBEDDING], kept[_HEAD]):
+        del kept[_HEAD]
+    return kept, _HEAD not in kept

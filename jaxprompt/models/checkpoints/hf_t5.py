@@ -1,0 +1,291 @@
+"""Hugging Face checkpoints of the T5 family: config.json, tensor names, and where the files are.
+
+One table of names serves safetensors, torch and flax files; it is also the map for writing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.models.checkpoints.int8 import dequantised
+from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, same
+from jaxprompt.models.checkpoints.legacy.flax_msgpack import read_msgpack
+from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
+from jaxprompt.models.checkpoints.metadata import (
+    MOST_LAYERS,
+    read_epsilon,
+    read_flag,
+    read_id,
+    read_json,
+    read_size,
+)
+from jaxprompt.models.checkpoints.safetensors import read_safetensors
+from jaxprompt.models.t5.config import T5Config
+
+# Activation names that mean the same function as one of layers.ACTIVATIONS. A plain "gelu" outside
+# "gated-gelu" is the exact form in transformers and has no T5 that uses it, so it is not here.
+_ACTIVATIONS = {
+    "relu": "relu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_DEFAULT_PROJECTION = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu"}
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_HEAD = "lm_head.weight"
+_IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+
+
+def config_from_json(path: Path, *, tied: bool) -> T5Config:
+    """T5Config from a Hugging Face config.json.
+
+    ``tied`` says whether the checkpoint has no head of its own: the weights decide, because
+    transformers 5 writes ``tie_word_embeddings: true`` for every T5. The same version keeps the old
+    meaning of that flag, whether the decoder output is scaled, in ``scale_decoder_outputs``; an mT5
+    is never scaled.
+    """
+    raw = read_json(path)
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in _DEFAULT_PROJECTION:
+        raise UserError(
+            f"{path}: model_type {shown(family)} is not supported, only "
+            f"{', '.join(_DEFAULT_PROJECTION)} (T5 1.0, 1.1, LM-adapted, Flan and ByT5 are t5), "
+            "llama (SmolLM2 is one), mistral and qwen2"
+        )
+    gated, activation = _projection(
+        path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]
+    )
+    scaled = family != "mt5" and read_flag(path, raw, "tie_word_embeddings", True)
+    layers = read_size(path, raw, "num_layers", most=MOST_LAYERS)
+    rows = read_size(path, raw, "vocab_size")
+    buckets = read_size(path, raw, "relative_attention_num_buckets", 32)
+    farthest = read_size(path, raw, "relative_attention_max_distance", 128)
+    if buckets < 4 or farthest <= buckets // 2:
+        raise UserError(
+            f"{path}: relative_attention_num_buckets is {buckets} and "
+            f"relative_attention_max_distance is {farthest}; there must be at least 4 buckets, and "
+            "the distance must be more than half of them"
+        )
+    return T5Config(
+        vocab_size=rows,
+        d_model=read_size(path, raw, "d_model"),
+        num_heads=read_size(path, raw, "num_heads"),
+        head_dim=read_size(path, raw, "d_kv"),
+        d_ff=read_size(path, raw, "d_ff"),
+        num_encoder_layers=layers,
+        num_decoder_layers=read_size(path, raw, "num_decoder_layers", layers, most=MOST_LAYERS),
+        gated=gated,
+        activation=activation,
+        tied=tied,
+        scale_output=read_flag(path, raw, "scale_decoder_outputs", scaled),
+        per_layer_bias=family == "umt5",
+        buckets=buckets,
+        max_distance=farthest,
+        norm_eps=read_epsilon(path, raw, "layer_norm_epsilon", 1e-6),
+        decoder_start_id=read_id(path, raw, "decoder_start_token_id", 0, rows=rows),
+        pad_id=read_id(path, raw, "pad_token_id", 0, rows=rows),
+        eos_id=read_id(path, raw, "eos_token_id", 1, rows=rows),
+    )
+
+
+# what transformers assumes where config.json does not say whether the head is the embedding
+_TIED_BY_DEFAULT = {"t5": True, "umt5": True}
+
+
+def check_head(path: Path, *, tied: bool, head: str = _HEAD) -> None:
+    """Raise UserError if the config promises a head of its own and the checkpoint has none.
+
+    A head that is there counts whatever the config says, see ``config_from_json``.
+    head: what the format calls its tensor.
+    """
+    raw = read_json(path)
+    default = _TIED_BY_DEFAULT.get(str(raw.get("model_type")), False)
+    if tied and not read_flag(path, raw, "tie_word_embeddings", default):
+        said = "is false" if "tie_word_embeddings" in raw else "is absent, which means false"
+        raise UserError(
+            f"{path}: tie_word_embeddings {said}, and 1 tensor is missing ({head}): the "
+            "checkpoint has lost its head; download it again, or set tie_word_embeddings to true "
+            "if the embedding is the head too"
+        )
+
+
+def _projection(path: Path, name: Any) -> tuple[bool, str]:
+    """(gated, activation) of feed_forward_proj; "gated-gelu" has always meant the tanh form."""
+    gated = isinstance(name, str) and name.startswith("gated-")
+    function = "gelu_new" if name == "gated-gelu" else str(name)[:100].removeprefix("gated-")
+    if not isinstance(name, str) or function not in _ACTIVATIONS:
+        raise UserError(
+            f"{path}: feed_forward_proj {shown(name)} is not supported, use gated-gelu or one of "
+            f"{', '.join(_ACTIVATIONS)}, each with or without gated- in front"
+        )
+    return gated, _ACTIVATIONS[function]
+
+
+def config_to_json(config: T5Config, dtype: str) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back.
+
+    tie_word_embeddings is true where the head is the embedding, and where the output is scaled:
+    version 4 knows no other way to say so. A head of its own counts in any case.
+    """
+    projection = {"gelu": "gelu_new"}.get(config.activation, config.activation)
+    if config.gated:
+        projection = "gated-" + {"gelu_new": "gelu"}.get(projection, projection)
+    family = "umt5" if config.per_layer_bias else "t5"
+    return {
+        "architectures": [f"{'UMT5' if family == 'umt5' else 'T5'}ForConditionalGeneration"],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.head_dim,
+        "d_ff": config.d_ff,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "feed_forward_proj": projection,
+        "layer_norm_epsilon": config.norm_eps,
+        "dropout_rate": config.dropout,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        "tie_word_embeddings": config.tied or config.scale_output,
+        "scale_decoder_outputs": config.scale_output,
+        "decoder_start_token_id": config.decoder_start_id,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.eos_id,
+        "torch_dtype": dtype,
+    }
+
+
+def leaves(config: T5Config) -> list[Leaf]:
+    """Every leaf of the parameter tree with the torch names that fill it."""
+    found = [
+        Leaf(("token_embedder", "embedding"), "VD", (Piece("shared.weight", "V D"),)),
+        *_stack("encoder", config.num_encoder_layers, config),
+        *_stack("decoder", config.num_decoder_layers, config),
+    ]
+    if not config.tied:
+        found.append(Leaf(("head",), "DV", (Piece(_HEAD, "V D"),)))
+    return found
+
+
+def _stack(stack: str, depth: int, config: T5Config) -> list[Leaf]:
+    found: list[Leaf] = []
+
+    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
+        pieces = (Piece(f"{stack}.block.{i}.layer.{name}.weight", file_axes) for i in range(depth))
+        found.append(Leaf((stack, "layers", *path.split("/")), "L" + axes, tuple(pieces)))
+
+    def attention(name: str, number: int, module: str) -> None:
+        layers(f"{name}_norm/scale", "D", f"{number}.layer_norm", "D")
+        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
+            layers(f"{name}/{ours}", "DNH", f"{number}.{module}.{theirs}", "NH D")
+        layers(f"{name}/out", "NHD", f"{number}.{module}.o", "D NH")
+
+    mlp = 1 if stack == "encoder" else 2
+    attention("attention" if stack == "encoder" else "self_attention", 0, "SelfAttention")
+    if stack == "decoder":
+        attention("cross_attention", 1, "EncDecAttention")
+    layers("mlp_norm/scale", "D", f"{mlp}.layer_norm", "D")
+    for name in ("wi_0", "wi_1") if config.gated else ("wi",):
+        layers(f"mlp/{name}", "DF", f"{mlp}.DenseReluDense.{name}", "F D")
+    layers("mlp/wo", "FD", f"{mlp}.DenseReluDense.wo", "D F")
+    bias = "0.SelfAttention.relative_attention_bias"
+    if config.per_layer_bias:
+        layers("relative_bias", "RN", bias, "R N")
+    else:
+        piece = Piece(f"{stack}.block.0.layer.{bias}.weight", "R N")
+        found.append(Leaf((stack, "relative_bias"), "RN", (piece,)))
+    norm = Piece(f"{stack}.final_layer_norm.weight", "D")
+    found.append(Leaf((stack, "final_norm", "scale"), "D", (norm,)))
+    return found
+
+
+def flax_leaf(leaf: Leaf) -> Leaf:
+    """The same leaf in the names and axes of transformers' former Flax models."""
+    return leaf._replace(pieces=tuple(_flax_piece(piece) for piece in leaf.pieces))
+
+
+def _flax_piece(piece: Piece) -> Piece:
+    *module, _ = piece.name.split(".")
+    if module[-1] in ("shared", "relative_attention_bias"):
+        return Piece("/".join([*module, "embedding"]), piece.axes)
+    if module[-1].endswith("layer_norm"):
+        return Piece("/".join([*module, "weight"]), piece.axes)
+    return Piece("/".join([*module, "kernel"]), " ".join(reversed(piece.axes.split())))
+
+
+def open_checkpoint(directory: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a directory, and whether they carry flax names; safetensors are preferred."""
+    for stem, suffix, read in (
+        ("model", "safetensors", read_safetensors),
+        ("pytorch_model", "bin", read_torch),
+    ):
+        whole, index = directory / f"{stem}.{suffix}", directory / f"{stem}.{suffix}.index.json"
+        if whole.is_file():
+            return read(whole), False
+        if index.is_file():
+            return _sharded(index, read), False
+    flax = directory / "flax_model.msgpack"
+    if flax.is_file():
+        return read_msgpack(flax), True
+    raise UserError(
+        f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin (either of "
+        "them single or with its .index.json) or flax_model.msgpack"
+    )
+
+
+def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards: each from the one that the index names, and those it forgets."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f"{index} has no weight_map from tensor names to files")
+    shards: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(set(names.values())):
+        path = index.parent / file
+        if Path(file).name != file or "\0" in file or not path.is_file():
+            raise UserError(
+                f"{index} names {shown(file)}, which is not beside it; download all shards"
+            )
+        shards[file] = read(path)
+    lost = [name for name, file in names.items() if name not in shards[file]]
+    if lost:
+        raise UserError(
+            f"{index} promises {len(lost)} tensors that no shard holds, e.g. {listed(lost, 1)}"
+        )
+    return {
+        name: shards[names.get(name, file)][name]
+        for file, shard in shards.items()
+        for name in shard
+    }
+
+
+def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], bool]:
+    """Drop the copies that other programs write; returns what is left and whether the head is tied.
+
+    The embedding may stand under the stacks' names, and a tied model may carry it as lm_head too.
+    Embeddings under several names must be the same one.
+    """
+    tensors = {n: t for n, t in dequantised(tensors).items() if n not in _IGNORED}
+    embeddings, head = _EMBEDDINGS, _HEAD
+    if flax:
+        embeddings = tuple(
+            n.replace(".", "/").replace("/weight", "/embedding") for n in _EMBEDDINGS
+        )
+        head = "lm_head/kernel"
+    copies = [tensors.pop(name) for name in embeddings if name in tensors]
+    for copy in copies[1:]:
+        if not same(copies[0], copy):
+            raise UserError(
+                f"{copy.file}: {copies[0].name} and {copy.name} are two embeddings, and encoder "
+                "and decoder of a T5 share one; the checkpoint is damaged or of another model"
+            )
+    if copies:
+        tensors[embeddings[0]] = copies[0]
+    if not flax and copies and head in tensors and same(copies[0], tensors[head]):
+        del tensors[head]
+    return tensors, head not in tensors

@@ -1,0 +1,1 @@
+"""Formats of earlier years, read and never executed."""

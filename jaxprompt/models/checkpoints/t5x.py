@@ -1,0 +1,350 @@
+"""T5X version-3 checkpoints: a msgpack index ``checkpoint`` beside one zarr array a large tensor.
+
+Local folders and gs:// are read through tensorstore alike. Small tensors stand in the index itself.
+Names, shapes and the scanned variants (layers stacked on axis 1) follow t5x, flaxformer and the
+scalable T5 of umT5; a checkpoint carries no config, so its shapes are read as one.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.models.checkpoints.leaf import (
+    DTYPES,
+    MOST_AXES,
+    Index,
+    Leaf,
+    Piece,
+    Tensor,
+    check_depth,
+)
+from jaxprompt.models.checkpoints.metadata import parse_json
+from jaxprompt.models.t5.config import T5Config
+
+_STACKS = ("encoder", "decoder")
+HEAD = "decoder/logits_dense/kernel"
+_SCANNED = "encoder/encoder/mlp/wo/kernel"
+
+
+class _Array(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    values: bytes
+
+
+def is_t5x(location: str) -> bool:
+    """Whether a path or URL looks like a T5X checkpoint rather than a Hugging Face directory."""
+    if location.startswith("gs://"):
+        return True
+    path = Path(location)
+    return (path / "checkpoint").is_file() and not (path / "model.safetensors").exists()
+
+
+def read_t5x(location: str) -> dict[str, Tensor]:
+    """All tensors of the model (not of its optimizer), by the path below ``target``.
+
+    location: a folder or gs://bucket/path that holds the file ``checkpoint``.
+    """
+    import tensorstore as ts  # slow to import, and only these checkpoints need it
+
+    store = _kvstore(location)
+    try:
+        raw = ts.KvStore.open(store).result().read("checkpoint").result()
+    except Exception as error:  # tensorstore raises ValueError, RuntimeError and others by cause
+        raise UserError(f"{location} cannot be read: {str(error).splitlines()[0][:300]}") from error
+    if raw.state != "value":
+        raise UserError(f"{location} holds no file named checkpoint, so it is no T5X checkpoint")
+    index = _unpack_index(location, raw.value)
+    return {name: _tensor(location, store, name, leaf) for name, leaf in _flatten(index)}
+
+
+def _kvstore(location: str) -> dict[str, str]:
+    if not location.startswith("gs://"):
+        return {"driver": "file", "path": str(Path(location).absolute()) + "/"}
+    bucket, _, path = location.removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": path.rstrip("/") + "/"}
+
+
+def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
+    def extension(code: int, data: bytes) -> _Array | None:
+        if code != 1:
+            return None  # scalars and complex numbers, which only optimizer states hold
+        shape, dtype, values = msgpack.unpackb(data)
+        if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > MOST_AXES:
+            raise ValueError(shape)
+        return _Array(tuple(shape), dtype, values)
+
+    try:
+        index = msgpack.unpackb(raw, ext_hook=extension, strict_map_key=False)
+    except (
+        Exception
+    ) as error:  # msgpack has its own family of errors, and damaged input raises others
+        raise UserError(f"{location}/checkpoint is truncated or not a T5X index") from error
+    if not isinstance(index, dict) or index.get("version") != 3:
+        version = index.get("version") if isinstance(index, dict) else None
+        raise UserError(
+            f"{location}/checkpoint has T5X version {shown(version)}, only 3 can be read"
+        )
+    try:
+        target = index["optimizer"]["target"]
+    except (KeyError, TypeError):
+        target = None
+    if not isinstance(target, dict):
+        raise UserError(f"{location}/checkpoint has no optimizer/target, where the weights stand")
+    return target
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict) and "driver" not in value:
+            yield from _flatten(value, name)
+        else:
+            yield name, value
+
+
+def _tensor(location: str, store: Mapping[str, str], name: str, leaf: Any) -> Tensor:
+    if isinstance(leaf, _Array):
+        return _inline(location, name, leaf)
+    kvstore = leaf.get("kvstore") if isinstance(leaf, dict) else None
+    if not isinstance(kvstore, dict) or leaf.get("driver") != "zarr":
+        raise UserError(f"{location}/checkpoint: {name} is neither an array nor a zarr reference")
+    # writers before tensorstore 0.1.14 put the path beside the kvstore; bucket and driver are those
+    # of the machine that wrote, the path is relative to the checkpoint
+    folder = kvstore.get("path") or leaf.get("path") or ""
+    inside = isinstance(folder, str) and re.fullmatch(r"[\w.\-]+/?", folder)
+    if not inside or folder.strip("./") == "":
+        raise UserError(
+            f"{location}/checkpoint: {name} lies at {shown(folder)}, outside the checkpoint"
+        )
+    tensor = _zarr(location, store, name, folder.rstrip("/"))
+    said = leaf.get("metadata")
+    said = said.get("shape") if isinstance(said, dict) else None
+    if isinstance(said, list | tuple) and tuple(said) != tensor.shape:
+        raise UserError(
+            f"{location}/checkpoint: {name} has shape {shown(tuple(said))}, and {tensor.file} has "
+            f"{tensor.shape}; the checkpoint is damaged, download it again"
+        )
+    return tensor
+
+
+def _inline(location: str, name: str, leaf: _Array) -> Tensor:
+    try:
+        values = np.frombuffer(leaf.values, DTYPES[leaf.dtype]).reshape(leaf.shape)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{location}/checkpoint: {name} of dtype {shown(leaf.dtype)}, shape {leaf.shape} is "
+            f"damaged or not one of {', '.join(DTYPES)}"
+        ) from error
+    return Tensor(name, f"{location}/checkpoint", values.shape, values.dtype, values.__getitem__)
+
+
+def _zarr(location: str, store: Mapping[str, str], name: str, folder: str) -> Tensor:
+    import tensorstore as ts
+
+    kvstore = {**store, "path": f"{store['path']}{folder}/"}
+    # a chunk whose file is missing is an error, not the zeros that zarr makes of it
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    file = f"{location}/{folder}"
+
+    def failed(error: Exception) -> UserError:
+        return UserError(f"{file} cannot be read: {str(error).splitlines()[0][:300]}")
+
+    try:
+        described = ts.KvStore.open(kvstore).result().read(".zarray").result()
+        if described.state == "value":  # else opening says what is missing
+            _check_chunks(file, described.value)
+        array = ts.open(spec, open=True, read=True).result()
+    except UserError:
+        raise
+    except Exception as error:
+        raise failed(error) from error
+
+    def read(index: Index) -> np.ndarray:
+        try:
+            return array[index].read().result()
+        except Exception as error:
+            raise failed(error) from error
+
+    return Tensor(name, file, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read)
+
+
+_SMALL_CHUNK = 64 << 20  # bytes
+
+
+def _check_chunks(file: str, described: bytes) -> None:
+    """Raise UserError for a .zarray with which tensorstore could exhaust the memory.
+
+    It makes room for a whole chunk of the declared size before it looks at what is stored, and ends
+    the process if there is none. So a chunk may not be larger than the array, unless it is small.
+    """
+    raw = parse_json(described, f"{file}/.zarray")
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}/.zarray holds no JSON object")
+    shape, chunks = (_sizes(file, raw, key) for key in ("shape", "chunks"))
+    a_chunk, whole = (math.prod(sizes) * 8 for sizes in (chunks, shape))
+    if len(chunks) != len(shape) or a_chunk > max(whole, _SMALL_CHUNK):
+        raise UserError(
+            f"{file}/.zarray: chunks of {shown(tuple(chunks))} do not suit an array of shape "
+            f"{shown(tuple(shape))}; the checkpoint is damaged, download it again"
+        )
+    if Path(file).is_dir():
+        _check_stored(Path(file), shape, chunks, str(raw.get("dimension_separator") or "."))
+
+
+def _sizes(file: str, raw: Mapping[str, Any], key: str) -> list[int]:
+    sizes = raw.get(key)
+    if (
+        not isinstance(sizes, list)
+        or not 1 <= len(sizes) <= MOST_AXES
+        or not all(type(n) is int and 1 <= n < 2**62 for n in sizes)
+    ):
+        raise UserError(f"{file}/.zarray: {key} is {shown(sizes)}, expected whole numbers above 0")
+    return sizes
+
+
+def _check_stored(folder: Path, shape: list[int], chunks: list[int], separator: str) -> None:
+    """Raise UserError where files of a local array cannot hold the values that it declares."""
+    counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
+    last = folder / separator.join(str(n - 1) for n in counts)
+    present = [p for p in (folder / separator.join("0" for _ in counts), last) if p.is_file()]
+    if len(present) < 2:
+        raise UserError(f"{last} is missing; the checkpoint is incomplete, download it again")
+    # values in full precision hardly shrink; a thousandth of their size is a bomb
+    if math.prod(chunks) > max(1000 * max(p.stat().st_size for p in present), _SMALL_CHUNK):
+        raise UserError(
+            f"{last} has {last.stat().st_size} bytes for a chunk of {shown(tuple(chunks))} values; "
+            "the checkpoint is damaged, download it again"
+        )
+
+
+def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
+    """The config that a checkpoint's shapes imply; the number of heads is the relative bias's.
+
+    What shapes cannot tell is taken from the family: gated means tanh GELU, else ReLU; a head tied
+    to the embedding means a scaled output; distances reach 128.
+    """
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f"{location} has no tensor {name}, so it is no T5 that can be read")
+        if len(tensors[name].shape) != rank:
+            raise UserError(f"{location}: {name} has shape {tensors[name].shape}, not {rank} axes")
+        return tensors[name].shape
+
+    rows, d_model = shape("token_embedder/embedding", 2)
+    if _SCANNED in tensors:
+        d_ff, encoder_layers, _ = shape(_SCANNED, 3)
+        decoder_layers = shape("decoder/decoder/mlp/wo/kernel", 3)[1]
+        heads, _, buckets = shape("encoder/encoder/relpos_bias/rel_embedding", 3)
+        first = "encoder/encoder"
+    else:
+        encoder_layers, decoder_layers = (_depth(tensors, stack) for stack in _STACKS)
+        heads, buckets = shape("encoder/relpos_bias/rel_embedding", 2)
+        first = "encoder/layers_0"
+        d_ff = shape(f"{first}/mlp/wo/kernel", 2)[0]
+    if min(rows, d_model, d_ff, heads, encoder_layers, decoder_layers) < 1 or buckets < 4:
+        raise UserError(
+            f"{location} has the shapes of no T5: {rows} words, width {d_model} and {d_ff}, "
+            f"{heads} heads, {buckets} buckets, {encoder_layers} and {decoder_layers} layers"
+        )
+    gated = f"{first}/mlp/wi_0/kernel" in tensors
+    return T5Config(
+        vocab_size=rows,
+        d_model=d_model,
+        num_heads=heads,
+        head_dim=_head_dim(location, tensors, f"{first}/attention/query/kernel", heads),
+        d_ff=d_ff,
+        num_encoder_layers=encoder_layers,
+        num_decoder_layers=decoder_layers,
+        gated=gated,
+        activation="gelu" if gated else "relu",
+        tied=is_tied(tensors),
+        scale_output=is_tied(tensors),
+        per_layer_bias=_SCANNED in tensors,
+        buckets=buckets,
+    )
+
+
+def _head_dim(location: str, tensors: Mapping[str, Tensor], name: str, heads: int) -> int:
+    """The numbers of one head, from the query's kernel: [D, N, H], or N and H merged."""
+    if name not in tensors:
+        raise UserError(f"{location} has no tensor {name}, so it is no T5 that can be read")
+    shape, merged = tensors[name].shape, 3 if _SCANNED in tensors else 2
+    if len(shape) == merged + 1 and shape[-1]:
+        return shape[-1]
+    if len(shape) != merged or not shape[-1] or shape[-1] % heads:
+        raise UserError(f"{location}: {name} of shape {shape} does not suit {heads} heads")
+    return shape[-1] // heads
+
+
+def is_tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the checkpoint has no head of its own."""
+    return HEAD not in tensors
+
+
+def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
+    found = (re.match(rf"{stack}/layers_(\d{{1,9}})/", name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def leaves(config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
+    """Every leaf of the parameter tree with the T5X names that fill it."""
+    embedding = Piece("token_embedder/embedding", "V D")
+    found = [Leaf(("token_embedder", "embedding"), "VD", (embedding,))]
+    for stack, depth in zip(
+        _STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True
+    ):
+        found += _stack(stack, depth, config, tensors)
+    if not config.tied:
+        found.append(Leaf(("head",), "DV", (Piece(HEAD, "D V"),)))
+    return found
+
+
+def _stack(stack: str, depth: int, config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
+    scanned = f"{stack}/{stack}/mlp/wo/kernel" in tensors
+    if not scanned:
+        check_depth(next((t.file for t in tensors.values()), stack), depth, tensors)
+    found: list[Leaf] = []
+
+    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
+        """``file_axes``: of one layer, all apart; "N H" is merged where the file merges it."""
+        names = [f"{stack}/{stack}/{name}"] if scanned else []
+        names = names or [f"{stack}/layers_{i}/{name}" for i in range(depth)]
+        if scanned:  # layers are axis 1
+            file_axes = file_axes[0] + " L" + file_axes[1:]
+        rank = len(tensors[names[0]].shape) if names[0] in tensors else None
+        if rank != len(file_axes.split()):
+            # N H merged, or in a scanned out kernel (N L H D) N and H merged before L
+            file_axes = file_axes.replace("N L H", "NH L").replace("N H", "NH")
+        pieces = tuple(Piece(each, file_axes) for each in names)
+        found.append(Leaf((stack, "layers", *path.split("/")), "L" + axes, pieces))
+
+    def attention(ours: str, theirs: str, norm: str) -> None:
+        layers(f"{ours}_norm/scale", "D", f"{norm}_layer_norm/scale", "D")
+        for name in ("query", "key", "value"):
+            layers(f"{ours}/{name}", "DNH", f"{theirs}/{name}/kernel", "D N H")
+        layers(f"{ours}/out", "NHD", f"{theirs}/out/kernel", "N H D")
+
+    if stack == "encoder":
+        attention("attention", "attention", "pre_attention")
+    else:
+        attention("self_attention", "self_attention", "pre_self_attention")
+        attention("cross_attention", "encoder_decoder_attention", "pre_cross_attention")
+    layers("mlp_norm/scale", "D", "pre_mlp_layer_norm/scale", "D")
+    for name in ("wi_0", "wi_1") if config.gated else ("wi",):
+        layers(f"mlp/{name}", "DF", f"mlp/{name}/kernel", "D F")
+    layers("mlp/wo", "FD", "mlp/wo/kernel", "F D")
+    if config.per_layer_bias:
+        layers("relative_bias", "RN", "relpos_bias/rel_embedding", "N R")
+    else:
+        piece = Piece(f"{stack}/relpos_bias/rel_embedding", "N R")
+        found.append(Leaf((stack, "relative_bias"), "RN", (piece,)))
+    norm = Piece(f"{stack}/{stack}_norm/scale", "D")
+    return [*found, Leaf((stack, "final_norm", "scale"), "D", (norm,))]

@@ -1,0 +1,119 @@
+"""Frozen weights in 8 or 4 bits, dequantised where a product uses them (qwix does the arithmetic).
+
+A weight is a ``qwix.QArray``: integers and the scales that they are multiplied with. int8 has one
+scale an output of the product, int4 and nf4 (Dettmers et al. 2023, arXiv 2305.14314) one for each
+32 inputs of an output.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.models.precision import from_bits
+
+# parameters that are operands of products and nothing else
+MATMUL_WEIGHTS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
+GROUP = 32
+BITS = {"int8": 8, "int4": 4, "nf4": 4}
+
+
+def check_installed() -> None:
+    """Raise UserError where qwix is missing."""
+    try:
+        importlib.import_module("qwix")
+    except ImportError as error:
+        raise UserError(
+            "model.weights needs the package qwix; install it with pip install 'jaxprompt[small]'"
+        ) from error
+
+
+def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1) -> Any:
+    """A weight of a product, of these logical axes, as a QArray of ``kind``.
+
+    parts: into which the model's dimension will be cut, between two groups. Raises UserError where
+    that cannot be.
+    """
+    import qwix
+
+    inputs = _inputs(axes)
+    groups = {}
+    if kind != "int8":
+        last = inputs[-1]
+        size = math.gcd(weight.shape[last], GROUP)
+        if axes[last] == "embed" and parts > 1:
+            own = weight.shape[last] // parts
+            if own % size or own == size:
+                raise UserError(
+                    f"model.weights is {kind!r}, whose groups of {size} mesh.fsdp, {parts}, would "
+                    "cut; use a smaller mesh.fsdp, or int8."
+                )
+        groups, inputs = {last: size}, inputs[-1:]
+    outputs = [i for i in range(len(axes)) if i not in inputs]
+    return qwix.quantize(
+        weight, kind, channelwise_axes=outputs, tiled_axes=groups, scale_dtype=jnp.float32
+    )
+
+
+def bytes_each(kind: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> float:
+    """Bytes of a number of a weight, and of its share of a float32 scale."""
+    inputs = [shape[i] for i in _inputs(axes)]
+    shared = math.prod(inputs) if kind == "int8" else math.gcd(inputs[-1], GROUP)
+    return BITS[kind] / 8 + 4 / shared
+
+
+def view_as_uint16(params: Any) -> Any:
+    """bfloat16 operands of layers on CPUs as uint16 of the same memory; all else as it is.
+
+    Layers are sliced from them in a loop, see ``precision.to_bits``. Not for weights that are to
+    have gradients.
+    """
+
+    def view(path, leaf):
+        names = [getattr(part, "key", "") for part in path]
+        if "layers" not in names or names[-1] not in MATMUL_WEIGHTS or isinstance(leaf, Tracer):
+            return leaf
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.dtype != jnp.bfloat16 or next(iter(leaf.devices())).platform != "cpu":
+            return leaf
+        parts = [
+            jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
+            for shard in leaf.addressable_shards
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+    return jax.tree_util.tree_map_with_path(view, params)
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight has another form than that in which it is used; then it is frozen."""
+    return not isinstance(weight, jax.Array) or weight.dtype == jnp.uint16
+
+
+def dequantize(stored: Any, dtype: Any) -> jax.Array:
+    """The weight that a QArray or bits stand for."""
+    if isinstance(stored, jax.Array):
+        return from_bits(stored)
+    import qwix
+
+    return qwix.dequantize(stored).astype(dtype)
+
+
+def count(params: Any) -> int:
+    """Numbers of a tree of weights, scales not among them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def _inputs(axes: tuple[str, ...]) -> list[int]:
+    """Axes that a product sums over; they come first, after that of the layers."""
+    first = 1 if axes[0] == "layers" else 0
+    if axes[first] == "embed":
+        return [first]
+    return list(range(first, len(axes) - 1))

@@ -1,0 +1,57 @@
+"""What the dtype of a config means, for every family, and bfloat16 that is kept for later."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt16
+
+from jaxprompt.config.pretrain import PretrainConfig
+from jaxprompt.config.schema import RunConfig
+
+AnyConfig = TypeVar("AnyConfig", RunConfig, PretrainConfig)
+
+
+def resolve_dtype(dtype: str | None, cpu: bool | None = None) -> str:
+    """The dtype of a run; one that names none is mixed on accelerators and float32 on CPUs."""
+    cpu = jax.default_backend() == "cpu" if cpu is None else cpu
+    return dtype or ("float32" if cpu else "mixed")
+
+
+def resolve_config(config: AnyConfig) -> AnyConfig:
+    """The run with the dtype that it has on this backend: what is kept of it names one."""
+    model = config.model.model_copy(update={"dtype": resolve_dtype(config.model.dtype)})
+    return config.model_copy(update={"model": model})
+
+
+class Precision:
+    """float32; bfloat16 (activations and products; parameters are cast at use); or mixed: float32,
+    but the operands of matrix products are rounded to bfloat16, with float32 sums and results (in
+    decoder-only models not those of attention).
+    """
+
+    dtype: str
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products with weights have bfloat16 operands and float32 results."""
+        return self.dtype == "mixed"
+
+    @property
+    def activations(self) -> str:
+        """dtype of what flows between the products."""
+        return "float32" if self.mixed else self.dtype
+
+
+def to_bits(x: Float[Array, "..."]) -> UInt16[Array, "..."]:
+    """Rounded to bfloat16, as its bits.
+
+    XLA's CPU runtime (jax 0.10, 0.11) has no slice of bfloat16 in a loop, nor can it write one: it
+    would turn all of the array to float32, and back, each time.
+    """
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+
+def from_bits(bits: UInt16[Array, "..."]) -> Float[Array, "..."]:
+    """The bfloat16 numbers of these bits."""
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)

@@ -1,0 +1,1 @@
+"""T5, mT5, umT5, ByT5, Flan-T5."""

@@ -1,0 +1,157 @@
+"""Signals that end a run where it can go on, and the lock that keeps a second run away."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import jax
+
+from jaxprompt.config.errors import UserError
+
+LOCK = "lock"
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its message says how to go on. Nothing that counts is lost."""
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into ``Interrupted``, at a moment that suits; a context manager.
+
+    A signal raises at once, but within ``held`` it waits until ``check``: an update and its
+    checkpoint are never torn apart. The second signal of a held run is not waited for: it is a
+    KeyboardInterrupt, which saves nothing. Where a callback swallows what is raised (those of the
+    garbage collector do), it is raised anew.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    AGAIN = 1.0  # seconds after which it is raised anew
+
+    def __init__(self, install: bool = True):
+        self._install, self._held, self._came = install, False, ""
+        self._before: dict[int, Any] = {}
+        self._over, self._again, self._sending = threading.Event(), False, threading.Lock()
+
+    def __enter__(self) -> "Signals":
+        if self._install:
+            self._before = {n: signal.signal(n, self._handle) for n in self.NUMBERS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held, self._before, before = True, {}, self._before
+        with self._sending:  # no reminder may meet the handlers of before, which end the process
+            self._over.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        name, again, self._again = signal.Signals(number).name, self._again, False
+        if self._held and self._came and not again:
+            raise KeyboardInterrupt(name)  # in the middle of a step: there is nothing to save
+        if not self._came:
+            threading.Thread(target=self._remind, args=(number,), daemon=True).start()
+            self._came = name
+        if not self._held:
+            raise Interrupted(f"stopped by {self._came}")
+
+    def _remind(self, number: int) -> None:
+        while not self._over.wait(self.AGAIN):
+            with self._sending:
+                if not self._held and not self._over.is_set():
+                    self._again = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def check(self, step: int | None = None) -> None:
+        """Raise what came while it was held; with a ``step``, at the same one in all processes."""
+        if self._came:
+            raise Interrupted(f"stopped by {self._came}")
+        if step is not None and jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            # JAX's runtime hears SIGTERM in any process and agrees upon a step
+            if multihost_utils.reached_preemption_sync_point(step):
+                raise Interrupted("stopped by SIGTERM")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, the first signal waits for ``check``."""
+        with self._set(True):
+            yield
+
+    @contextlib.contextmanager
+    def free(self) -> Iterator[None]:
+        """A long part of what is held, after which nothing is torn: a signal raises at once."""
+        self.check()
+        with self._set(False):
+            yield
+
+    @contextlib.contextmanager
+    def _set(self, held: bool) -> Iterator[None]:
+        before, self._held = self._held, held
+        try:
+            yield
+        finally:
+            self._held = before
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """A regular file of its own; what a link names is never written to."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+    else:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return file
+        file.close()
+    raise UserError(
+        f"{str(path)!r} is no file of its own but a link or the like; remove it, or choose another "
+        "output."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in ``folder``; a second is refused with a UserError.
+
+    The kernel drops the lock with the process, however that ends.
+    """
+    path = folder / LOCK
+    with _open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise FileNotFoundError  # its owner has just taken it away
+        except (BlockingIOError, FileNotFoundError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UserError(
+                f"{owner} is at work in {str(folder)!r}; wait for its end, or choose another "
+                "output."
+            ) from None
+        except OSError:  # a file system without locks: nothing can be promised
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
