@@ -1,4 +1,4 @@
-"""Make tests/goldens: seven tiny random T5s and what PyTorch computes with them.
+"""Make tests/parity/goldens: seven tiny random T5s and what PyTorch computes with them.
 
 Needs torch and transformers (never dependencies of the package itself):
 
@@ -28,7 +28,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-OUT = Path(__file__).parent.parent / "tests" / "goldens"
+OUT = Path(__file__).parent.parent / "tests" / "parity" / "goldens"
 PROMPT, BATCH, INPUT, TARGET, NEW = 5, 3, 40, 7, 20
 
 COMMON = {

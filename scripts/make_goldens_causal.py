@@ -1,4 +1,4 @@
-"""Make tests/goldens_causal: tiny random decoder-only models and what PyTorch computes with them.
+"""Make tests/parity/goldens_causal: tiny decoder-only models and what PyTorch computes with them.
 
 Needs torch and transformers (never dependencies of the package itself):
 
@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-OUT = Path(__file__).parent.parent / "tests" / "goldens_causal"
+OUT = Path(__file__).parent.parent / "tests" / "parity" / "goldens_causal"
 PROMPT, NEW = 5, 12
 INPUTS, TARGETS = (40, 23, 1), (7, 4, 2)
 

@@ -31,6 +31,19 @@ TINY = t5.T5Config(
 )  # fmt: skip
 
 
+GROUPS = ("unit", "parity", "runs", "processes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test has the marker of the folder of tests/ that it lies in."""
+    here = Path(__file__).parent
+    for item in items:
+        group = item.path.relative_to(here).parts[0]
+        if group not in GROUPS:
+            raise pytest.UsageError(f"{item.path}: move it to one of tests/{{{','.join(GROUPS)}}}")
+        item.add_marker(group)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A random T5 1.1 with logits of order 1: (config, parameters)."""

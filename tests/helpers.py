@@ -13,7 +13,13 @@ from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.models.checkpoints.load import save_hf
 from jaxprompt.models.t5 import t5
+from jaxprompt.training import logbook, loop
 from jaxprompt.training.logbook import NullReporter
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+GOLDENS = ROOT / "tests" / "parity" / "goldens"
+GOLDENS_CAUSAL = ROOT / "tests" / "parity" / "goldens_causal"
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,
@@ -116,3 +122,17 @@ def metrics(folder):
     """Rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows]
+
+
+def diverge(monkeypatch, at, times):
+    """Let the loss of a step be no number, so many times."""
+    check, met = logbook.check_loss, []
+
+    def log(pending, *rest):
+        if pending[0] == at and len(met) < times:
+            met.append(at)
+            check(float("nan"), at)
+        return write(pending, *rest)
+
+    write = loop.log_step
+    monkeypatch.setattr(loop, "log_step", log)

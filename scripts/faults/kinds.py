@@ -245,7 +245,7 @@ def weights(rng: random.Random, folder: Path) -> Made:
         else:
             path.write_bytes(damage_bytes(rng, path.read_bytes()))
         return f"t5x, {path.relative_to(model)}", functools.partial(_load, model)
-    source = ROOT / "tests" / rng.choice(_GOLDENS)
+    source = ROOT / "tests" / "parity" / rng.choice(_GOLDENS)
     shutil.copytree(source, model)
     if what == "trap":
         return _trap(rng, model)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import GOLDENS
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 
-GOLDEN = Path(__file__).parent / "goldens" / "t5_lm_adapt"
+GOLDEN = GOLDENS / "t5_lm_adapt"
 DICT, END = b"\x80\x02}", b"."
 
 

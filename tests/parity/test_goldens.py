@@ -1,18 +1,17 @@
-"""The model against PyTorch: what tests/goldens holds was computed by scripts/make_goldens.py."""
+"""The model against PyTorch: what goldens/ holds was computed by scripts/make_goldens.py."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import GOLDENS
 
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.t5.t5 import decode, encode
 
-GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
 

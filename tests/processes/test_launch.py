@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers import SCRIPTS
 
-LAUNCH = Path(__file__).parent.parent / "scripts" / "launch"
+LAUNCH = SCRIPTS / "launch"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
+    diverge,
     RUN_SUMS,
     Killer,
     assert_same_sums,
@@ -19,7 +20,6 @@ from helpers import (
     run_values,
     write_rows,
 )
-from test_survival import diverge
 
 from jaxprompt import api
 from jaxprompt.cli.progress import show_result

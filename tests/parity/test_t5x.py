@@ -10,14 +10,14 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from helpers import GOLDENS, ROOT
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.models.checkpoints import hf_t5
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.checkpoints.safetensors import read_safetensors
 
-GOLDENS = Path(__file__).parent / "goldens"
-FIXTURES = os.environ.get("JAXPROMPT_FIXTURES") or Path(__file__).parents[2] / "shared" / "fixtures"
+FIXTURES = os.environ.get("JAXPROMPT_FIXTURES") or ROOT.parent / "shared" / "fixtures"
 GENUINE = Path(FIXTURES) / "t5x_tiny" / "checkpoint_3"
 
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_sums, make_backbone
-from test_llama import GOLDENS
-from test_step import P, V, examples, make_batch, run
+from helpers import GOLDENS, GOLDENS_CAUSAL, assert_same_sums, make_backbone
+from helpers_step import P, V, examples, run
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
+from jaxprompt.data.batches import make_batch
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.decoder import decoder
@@ -108,7 +108,7 @@ def test_decoder_only_models_are_stored_so_too():
     ids = np.arange(5, 13, dtype=np.int32)[None]
     one, found = np.ones_like(ids), []
     for weights in (None, "int8"):
-        b = load_backbone(str(GOLDENS / "llama"), weights=weights)
+        b = load_backbone(str(GOLDENS_CAUSAL / "llama"), weights=weights)
         prompts = decoder.prepare(b.params, None, b.config)
         found.append(decoder.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
@@ -180,7 +180,7 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 def test_a_model_in_bits_is_that_model(name, dtype):
     """Norms, biases and all: the same logits, to the bit."""
-    folder = GOLDENS if name == "llama" else GOLDENS.parent / "goldens"
+    folder = GOLDENS_CAUSAL if name == "llama" else GOLDENS
     b = load_backbone(str(folder / name), dtype=dtype)
     bits = quantization.view_as_uint16(b.params)
     found = {str(x.dtype) for x in jax.tree.leaves(bits["encoder" if name == "umt5" else "layers"])}

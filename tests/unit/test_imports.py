@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprompt"
 # from the lowest level to the highest
 ORDER = ["moved", "config", "runtime", "data", "models", "methods", "inference", "evaluation",

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Killer, make_backbone, make_rows, run_config, write_rows
+from helpers import Killer, diverge, make_backbone, make_rows, run_config, write_rows
 from safetensors.numpy import load_file, save_file
-from test_survival import diverge
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt

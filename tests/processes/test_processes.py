@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import RUN_SUMS, assert_same_sums, make_backbone, metrics, run_values, write_run
+from helpers import ROOT, RUN_SUMS, assert_same_sums, make_backbone, metrics, run_values, write_run
 from helpers_text import sentences
 
 from jaxprompt.config.overrides import dump_yaml
@@ -23,8 +22,6 @@ from jaxprompt.data.tasks.registry import Reference
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training.datasets import Split
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Killer, make_backbone, metrics
+from helpers import Killer, diverge, make_backbone, metrics
 from helpers import run_config as config
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.runtime.signals import Interrupted, Signals, locked
-from jaxprompt.training import checkpoint, logbook, loop
+from jaxprompt.training import checkpoint, loop
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.logbook import Diverged, NullReporter
 from jaxprompt.training.loop import train
@@ -283,20 +283,6 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, room):
 
 
 # -- divergence ------------------------------------------------------------------------------------
-
-
-def diverge(monkeypatch, at, times):
-    """Let the loss of a step be no number, so many times."""
-    check, met = logbook.check_loss, []
-
-    def log(pending, *rest):
-        if pending[0] == at and len(met) < times:
-            met.append(at)
-            check(float("nan"), at)
-        return write(pending, *rest)
-
-    write = loop.log_step
-    monkeypatch.setattr(loop, "log_step", log)
 
 
 def test_a_run_goes_back_with_a_lower_rate(whole, backbone, tmp_path, monkeypatch):

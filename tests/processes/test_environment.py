@@ -3,11 +3,10 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from helpers import SCRIPTS
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 # says its version, makes a "virtual environment" with itself, and writes down what pip is told
 PYTHON = """#!/usr/bin/env bash
 case "$*" in

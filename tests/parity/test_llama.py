@@ -2,12 +2,12 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import GOLDENS_CAUSAL
 
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Example, make_batch, pack_batch
@@ -20,20 +20,19 @@ from jaxprompt.models.label_tree import label_trees
 from jaxprompt.runtime import parallel
 from jaxprompt.training.step import batch_losses
 
-GOLDENS = Path(__file__).parent / "goldens_causal"
-NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+NAMES = sorted(path.name for path in GOLDENS_CAUSAL.iterdir() if path.is_dir())
 LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
 
 
 @functools.cache
 def golden(name):
-    with np.load(GOLDENS / name / "golden.npz") as file:
+    with np.load(GOLDENS_CAUSAL / name / "golden.npz") as file:
         return dict(file)
 
 
 @functools.cache
 def backbone(name, unroll=True, attention="causal"):
-    return load_backbone(str(GOLDENS / name), unroll=unroll, attention=attention)
+    return load_backbone(str(GOLDENS_CAUSAL / name), unroll=unroll, attention=attention)
 
 
 def examples_of(g, virtual=()):
@@ -264,7 +263,7 @@ def test_saved_weights_are_read_back_bit_by_bit(name, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 def test_lower_precision_stays_near(dtype):
     g = golden("llama")
-    b = load_backbone(str(GOLDENS / "llama"), dtype=dtype, unroll=True)
+    b = load_backbone(str(GOLDENS_CAUSAL / "llama"), dtype=dtype, unroll=True)
     batch, bank, config = with_prompt(b, g)
     found = logits_of(b.params, bank, config, batch)
     assert found.dtype == jnp.float32
@@ -300,7 +299,7 @@ def test_sharded_over_devices_it_is_the_same_function(shape):
     """Rows over data and fsdp, heads (not those of keys) and MLP over tensor."""
     mesh = parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     b, g = backbone("llama"), golden("llama")
-    placed = load_backbone(str(GOLDENS / "llama"), unroll=True, mesh=mesh)
+    placed = load_backbone(str(GOLDENS_CAUSAL / "llama"), unroll=True, mesh=mesh)
     assert placed.fingerprint == b.fingerprint
     batch, bank, config = with_prompt(b, g)
     batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)  # four rows

@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SCRIPTS
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprompt.config.errors import UserError
@@ -106,7 +106,7 @@ def test_bytes_of_a_mixed_step_on_a_cpu(remat):
 
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)])
 def test_bytes_of_each_device_and_what_it_receives(layout, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     collectives = importlib.import_module("cost_step").collectives
     shape, work, layout = SHAPES["small"], Work(4, 1, 256, 4), Layout(*layout, False)
     parts, sent = plan.needs(shape, work, layout)

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import GOLDENS
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +23,6 @@ from jaxprompt.models.checkpoints.metadata import told
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 
-GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 CONFIG = json.loads((GOLDENS / "t5_1_1" / "config.json").read_text())
 

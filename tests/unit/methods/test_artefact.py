@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT
 from safetensors.numpy import load_file, save_file
 
 import jaxprompt as jp
@@ -19,7 +20,7 @@ from jaxprompt.methods import artefact
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_peft, save_prompt
 from jaxprompt.runtime.files import replace_directory
 
-RELEASED = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "released_prompts"
+RELEASED = ROOT.parent / "shared" / "fixtures" / "released_prompts"
 FACTS = {
     "backbone": {"source": "some/t5", "fingerprint": "0123", "num_layers": 2, "num_heads": 3},
     "task": {"name": "mine", "template": "é: {text}", "labels": ["yes", "no"]},

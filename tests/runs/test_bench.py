@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_backbone, run_values
+from helpers import SCRIPTS, make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.config.schema import MeshConfig
@@ -22,7 +22,6 @@ from jaxprompt.data.batches import length_sorted_microbatches
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture

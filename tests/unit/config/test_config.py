@@ -1,10 +1,10 @@
 """The schema of a run: YAML 1.2 words and numbers, overrides, and one sentence for each mistake."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from helpers import ROOT
 
 from jaxprompt.config import yaml12
 from jaxprompt.config.errors import UserError, listed, shown
@@ -441,7 +441,7 @@ def test_an_initialisation_needs_what_it_reads(init):
     parse(RunConfig, {"task": "spam", "output": "a", "prompt": {"init": init, init: "x"}})
 
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 RECIPES = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
 
 

@@ -5,11 +5,11 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import SCRIPTS
 
-FAULTS = Path(__file__).parents[1] / "scripts" / "faults"
+FAULTS = SCRIPTS / "faults"
 sys.path.insert(0, str(FAULTS))
 
 import fuzz  # noqa: E402

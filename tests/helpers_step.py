@@ -1,0 +1,55 @@
+"""Examples, prompts and compiled steps of the tiny model, shared by the tests of training steps."""
+
+import functools
+
+import jax
+import numpy as np
+
+from jaxprompt.config.schema import TrainConfig
+from jaxprompt.data.batches import Example
+from jaxprompt.methods.base import METHODS
+from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.step import init_state, make_train_step
+
+V, P, D = 61, 4, 16
+
+
+def examples(count, prompt=0, seed=0):
+    rng = np.random.default_rng([seed, prompt])
+    virtual = np.arange(P) + V + prompt * P
+    return [
+        Example(
+            np.concatenate([virtual, rng.integers(3, V, rng.integers(2, 9)), [1]]).astype(np.int32),
+            np.append(rng.integers(3, V, rng.integers(1, 3)), 1).astype(np.int32),
+            prompt,
+            dropout_seed=100 * seed + number,
+        )
+        for number in range(count)
+    ]
+
+
+def prompts(count):
+    return np.random.default_rng(5).normal(size=(count, P, D)).astype(np.float32)
+
+
+@functools.cache
+def trainer(config, method="prompt-tuning", name="adafactor-t5x", rate=0.3, mesh=None):
+    """An optimizer and its compiled step, shared by the tests."""
+    optimizer = per_prompt(TrainConfig(optimizer=name, learning_rate=rate))
+    return optimizer, make_train_step(config, METHODS[method], optimizer, mesh=mesh, z_loss=1e-4)
+
+
+def concatenated(*batches):
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+def run(model, batches, start, *, method="prompt-tuning", put=lambda b: b, **settings):
+    """The state after a step on each batch, and the last losses."""
+    config, params = model
+    optimizer, step = trainer(config, method, **settings)
+    state = init_state(METHODS[method], optimizer, params, start)
+    for batch in batches:
+        parts = batch if isinstance(batch, list) else [batch]
+        state, losses = step(state, params, put(parts))
+        jax.block_until_ready(losses)
+    return state, losses
