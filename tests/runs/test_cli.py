@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxprompt
 from jaxprompt import api
-from jaxprompt.cli.app import app
+from jaxprompt.cli import app
+from jaxprompt.cli.options import at_home
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import dump_yaml, load_config
 from jaxprompt.config.schema import RunConfig
@@ -702,10 +703,10 @@ def test_every_path_of_a_command_is_expanded(monkeypatch, tmp_path, call):
     for command in app.app.registered_commands:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             if "Path" in str(get_args(hint)[:1]):
-                assert get_args(hint)[1].callback is app.at_home, (command.callback, name)
+                assert get_args(hint)[1].callback is at_home, (command.callback, name)
                 paths += 1
     assert paths >= 10
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert app.at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
+    assert at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
     code, _, err = call("reproduce", "report", "--output=~/none")
     assert code == 2 and str(tmp_path / "none") in err

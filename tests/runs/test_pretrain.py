@@ -16,7 +16,7 @@ from helpers import Killer, metrics, write_rows
 from helpers_text import pretrain_config, word_tokenizer
 from PIL import Image
 
-from jaxprompt.cli.app import app
+from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import read_config
 from jaxprompt.config.pretrain import PretrainConfig

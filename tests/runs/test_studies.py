@@ -8,7 +8,7 @@ import pytest
 from helpers import make_backbone, make_rows, run_values, write_rows
 from typer.testing import CliRunner
 
-from jaxprompt.cli.app import app
+from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.inference.score import Predictions

@@ -7,7 +7,7 @@ from helpers_data import make_tokenizer
 from typer.testing import CliRunner
 
 from jaxprompt import api
-from jaxprompt.cli.app import app
+from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.tasks.registry import resolve_task, tokenize

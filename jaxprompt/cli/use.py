@@ -1,0 +1,196 @@
+"""Commands that use prompts: judge, answer, score, look inside."""
+
+import json
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from jaxprompt.cli.options import (
+    BatchOption,
+    Loading,
+    PromptArgument,
+    RowsOutput,
+    TaskOption,
+    at_home,
+)
+from jaxprompt.cli.output import check_rows_output, files_of, print_json, say_devices
+from jaxprompt.config.errors import UserError
+
+
+class Questions(NamedTuple):
+    """What prompts are judged on."""
+
+    task: TaskOption = None
+    data: Annotated[str | None, typer.Option(help="a file with the task's columns")] = None
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "validation"
+    batch_size: BatchOption = 64
+
+
+def evaluate(
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            callback=at_home,
+            help="prompt; none: the bare backbone; several: alone and as an ensemble",
+        ),
+    ] = None,
+    questions: Questions = Questions(),
+    loading: Loading = Loading(),
+) -> None:
+    """Metrics of a prompt, or of several and of their joint answers, as one JSON object.
+
+    \b
+    jaxprompt eval runs/my/prompt --split test
+    jaxprompt eval runs/a/prompt runs/b/prompt
+    jaxprompt eval --backbone builtin --task supersense
+    """
+    if questions.split not in ("train", "validation", "test"):
+        raise UserError(f"--split is {questions.split!r}; allowed are train, validation and test.")
+    from jaxprompt.runtime import devices
+
+    devices.start()
+    from jaxprompt import api
+    from jaxprompt.cli.progress import Bar
+    from jaxprompt.runtime.processes import on_process_zero
+
+    first, *others = prompts or [None]
+    more = loading._asdict()
+    session = api.open_session(first, **more)
+    more["backbone"] = session.backbone
+    sessions = [session, *(api.open_session(prompt, **more) for prompt in others)]
+    options = questions._asdict()
+    say_devices()
+    with Bar("evaluating", None) as bar:
+        options |= {"progress": bar.advance, "warn": bar.warn}
+        if others:
+            report = api.evaluate_ensemble(sessions, **options)
+        else:
+            report = api.evaluate(session, **options)
+    on_process_zero(lambda: print(json.dumps(report)))
+
+
+def predict(
+    prompt: PromptArgument,
+    input: Annotated[
+        Path, typer.Option(callback=at_home, help="rows with the task's columns (.jsonl .csv ...)")
+    ],
+    output: RowsOutput,
+    task: TaskOption = None,
+    batch_size: BatchOption = 64,
+    loading: Loading = Loading(),
+) -> None:
+    """Answer every row of a file. The columns of the input are kept; none may have the name of an
+    answer's. Where the output cannot be written, the answers are kept elsewhere, and it says where.
+
+    \b
+    jaxprompt predict runs/my/prompt --input rows.csv --output answers.csv
+    """
+    from jaxprompt.runtime import devices
+
+    devices.start()
+    from jaxprompt import api
+    from jaxprompt.cli.progress import Bar
+    from jaxprompt.data.sources import read_rows
+    from jaxprompt.data.tasks.rules import apply_rule
+    from jaxprompt.data.writers import Answered, check_rows, write_rows
+    from jaxprompt.runtime.processes import on_process_zero
+
+    held = on_process_zero(lambda: check_rows_output(output, [input, *files_of(prompt)]))
+    rows = read_rows(None, str(input), empty=True)
+    session = api.open_session(prompt, **loading._asdict())
+    chosen = api.prompt_task(session.prompt, task)
+    rows = apply_rule(chosen, rows, training=False, origin=str(input))
+    check_rows(output, rows, api.answer_form(chosen))
+    say_devices()
+    with Bar("predicting", len(rows)) as bar:
+        answers = api.answer_rows(
+            session,
+            chosen,
+            rows,
+            batch_size=batch_size,
+            progress=bar.advance,
+            origin=str(input),
+            warn=bar.warn,
+        )
+    answered = Answered(rows, api.rows_of(chosen, answers))
+    on_process_zero(lambda: write_rows(output, answered, held))
+
+
+def score(
+    input: Annotated[
+        Path, typer.Option(callback=at_home, help='rows {"input": ..., "target": ...}')
+    ],
+    output: RowsOutput,
+    prompt: Annotated[
+        Path | None, typer.Option(callback=at_home, help="artefact, PEFT adapter or .npy")
+    ] = None,
+    max_input_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="text tokens with EOS; default: the prompt's task's, or 512"),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="decoder-only: no separator, no space before targets")
+    ] = False,
+    batch_size: BatchOption = 64,
+    loading: Loading = Loading(),
+) -> None:
+    """Log-likelihood of targets given inputs, which are filled templates.
+
+    With a decoder-only backbone, and a prompt that records its task, the task's separator stands
+    between input and target, and a space before the target, as in eval and predict. Text is taken
+    as it is with --raw, without a prompt, and with a prompt that records no task.
+
+    \b
+    jaxprompt score --prompt runs/my/prompt --input pairs.jsonl --output scores.jsonl
+    """
+    from jaxprompt.runtime import devices
+
+    devices.start()
+    from jaxprompt import api
+    from jaxprompt.cli.progress import Bar
+    from jaxprompt.data.sources import read_rows
+    from jaxprompt.data.writers import write_rows
+    from jaxprompt.runtime.processes import on_process_zero
+
+    held = on_process_zero(lambda: check_rows_output(output, [input, *files_of(prompt)]))
+    pairs = read_rows(None, str(input), empty=True)
+    api.check_pairs(pairs, str(input))
+    session = api.open_session(prompt, **loading._asdict())
+    say_devices()
+    with Bar("scoring", len(pairs)) as bar:
+        rows = api.score(
+            session,
+            pairs,
+            raw=raw,
+            max_input_length=max_input_length,
+            batch_size=batch_size,
+            progress=bar.advance,
+            warn=bar.warn,
+        )
+    on_process_zero(lambda: write_rows(output, rows, held))
+
+
+def inspect(
+    prompt: PromptArgument,
+    nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
+    figure: Annotated[
+        Path | None, typer.Option(callback=at_home, help="also draw a .png, .svg or .pdf")
+    ] = None,
+    loading: Loading = Loading(),
+) -> None:
+    """Nearest words, norms and similarities of a prompt's vectors, as one JSON object.
+
+    \b
+    jaxprompt inspect runs/my/prompt --figure prompt.png
+    """
+    from jaxprompt import api
+
+    if figure is not None:
+        from jaxprompt.evaluation.analysis import figure_format
+        from jaxprompt.runtime.files import check_output
+
+        figure_format(figure)
+        check_output(figure, files_of(prompt))
+    session = api.open_session(prompt, **loading._asdict())
+    print_json(api.inspect(session, nearest=nearest, figure=figure))
