@@ -15,20 +15,16 @@ from jaxprompt.config.paths import expanded
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.batches import Example
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.references import Reference, references
 from jaxprompt.data.targets import as_written, label_warnings
-from jaxprompt.data.tasks.registry import (
-    Reference,
-    class_words,
-    read_split,
-    references,
-    resolve_task,
-    tokenize,
-)
+from jaxprompt.data.tasks.registry import class_words, resolve_task
 from jaxprompt.data.tasks.rules import apply_rule
+from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.data.templates import place_prompt
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
-from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
 from jaxprompt.evaluation.analysis import draw_prompt, figure_format, summarize
 from jaxprompt.evaluation.metrics import check_metrics, diagnose, likeliest, majority, measure, vote
 from jaxprompt.inference.score import (
@@ -189,7 +185,8 @@ def answer_rows(
     """
     check_rows(rows, origin)
     examples = tokenize(
-        task, rows, session.tokenizer, session.length, session.backbone.config.vocab_size,
+        task, rows, session.tokenizer,
+        VirtualTokens(session.backbone.config.vocab_size, session.length),
         need_targets=False, origin=origin, note=_cut(task, warn),
     )  # fmt: skip
     answers = answer(
@@ -347,7 +344,7 @@ def evaluate_ensemble(
         warn(text)
     chosen, rows, vocabulary = asked.task, asked.rows, first.backbone.config.vocab_size
     plain = tokenize(
-        chosen, rows, first.tokenizer, first.length, vocabulary,
+        chosen, rows, first.tokenizer, VirtualTokens(vocabulary, first.length),
         need_targets=False, origin=asked.origin, note=_cut(chosen, warn),
     )  # fmt: skip
     model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))

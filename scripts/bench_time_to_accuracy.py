@@ -36,8 +36,11 @@ from peft_tools import check_packages, comparing, peft_parser
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
-from jaxprompt.data.tasks.registry import load_rows, resolve_task, tokenize
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.runtime import devices
@@ -110,7 +113,7 @@ def write_problem(options: argparse.Namespace) -> None:
 
     def rows(split: str, limit: int | None) -> list[dict[str, list[int]]]:
         found = load_rows(task, split, limit)
-        examples = tokenize(task, found, tokenizer, 0, backbone.config.vocab_size)
+        examples = tokenize(task, found, tokenizer, VirtualTokens(backbone.config.vocab_size, 0))
         return [{"inputs": e.inputs.tolist(), "targets": e.targets.tolist()} for e in examples]
 
     problem = {

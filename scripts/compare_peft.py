@@ -25,8 +25,11 @@ from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import PromptConfig, TaskConfig, TrainConfig
 from jaxprompt.data.batches import batch_indices, make_batch, round_target_length
-from jaxprompt.data.tasks.registry import load_rows, references, tokenize
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.references import references
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.methods.artefact import Prompt, load_prompt
 from jaxprompt.methods.base import METHODS
@@ -75,7 +78,9 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
     tokenizer = load_tokenizer(backbone.path, one_sequence=True)
     rows = backbone.config.vocab_size
     training = load_rows(task, "train")
-    plain, virtual = (tokenize(task, training, tokenizer, n, rows) for n in (0, length))
+    plain, virtual = (
+        tokenize(task, training, tokenizer, VirtualTokens(rows, n)) for n in (0, length)
+    )
     lengths = np.array([len(e.inputs) for e in virtual])
     indices = [
         batch_indices(lengths, batch_size=settings.batch_size, seed=seed, step=step, window=0)

@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.paths import expanded, looked_in
+from jaxprompt.data.rows import Row
 
-Row = dict[str, Any]
 DEEPEST = 100  # levels of lists and mappings in a row
 LAZY_FROM = 100_000  # rows of a parquet file that are not all made at once
 BLOCK = 1024  # of them that are

@@ -6,15 +6,14 @@ the vocabulary lacks comes back as an unknown one, so no answer equals a target 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
-from jaxprompt.data.tasks.registry import Reference, references
+from jaxprompt.data.references import Reference, references
+from jaxprompt.data.rows import Rows
 from jaxprompt.data.tokenizer import Tokenizer
-
-Rows = Sequence[dict[str, Any]]
 
 
 class Judged(NamedTuple):

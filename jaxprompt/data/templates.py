@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.rows import Row
 
 _MARKER = re.compile(r"\[prompt(?::([0-9]{1,6}))?\]")
 _NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
@@ -100,7 +101,7 @@ def places_of(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
 
 def fill(
     template: str,
-    row: dict[str, Any],
+    row: Row,
     where: str = "the row",
     escape: Callable[[str], str] = lambda value: value,
     own: Callable[[str], str] = lambda text: text,
@@ -135,7 +136,7 @@ def literal(text: str) -> str:
     return f"{_BREAK}{_BREAK.join(doubled)}{_BREAK}"
 
 
-def answered(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tuple[str, str]:
+def answered(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, str]:
     """Templates that say the row's input and target; special tokens of the task's own template
     count in them, and markers of virtual tokens are left out.
     """
@@ -197,7 +198,7 @@ def _check_braces(template: str) -> None:
         )
 
 
-def to_text(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tuple[str, str]:
+def to_text(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, str]:
     """Input and target text of a row; markers of virtual tokens are left out of the input."""
     pieces = place_prompt(task.template, 0)
     return "".join(fill(piece.text, row, where) for piece in pieces), to_target(task, row, where)
@@ -206,7 +207,7 @@ def to_text(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> tu
 _NUMBER = re.compile(r"[-+]?[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
-def to_target(task: TaskConfig, row: dict[str, Any], where: str = "the row") -> str:
+def to_target(task: TaskConfig, row: Row, where: str = "the row") -> str:
     """Target text of a row, mapped to label words and checked against the labels."""
     target = fill(task.target, row, where)
     if task.label_map is not None:

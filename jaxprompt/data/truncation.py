@@ -6,17 +6,17 @@ this is silent: ``Truncation`` counts it, and callers tell it to whoever watches
 
 import collections
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.templates import Piece, as_text, columns_of, places_of
 
-Row = dict[str, Any]
 Parts = list[np.ndarray]  # ids of each text between a row's virtual tokens
-Encode = Callable[[Sequence[Row], Sequence[Piece]], list[Parts]]
+Encode = Callable[[Rows, Sequence[Piece]], list[Parts]]
 _MOST_ROUNDS = 64  # of a search; each of two halves what is left
 
 
@@ -64,7 +64,7 @@ def columns_to_cut(task: TaskConfig) -> list[str]:
 
 def fit(
     task: TaskConfig,
-    rows: Sequence[Row],
+    rows: Rows,
     sizes: Sequence[int] | np.ndarray,
     pieces: Sequence[Piece],
     room: int,
@@ -106,7 +106,7 @@ def _shorten(
     above: list[int],
     column: str,
     room: int,
-    encode: Callable[[Sequence[Row]], list[Parts]],
+    encode: Callable[[Rows], list[Parts]],
 ) -> list[tuple[Row, Parts]]:
     """Each row with as much of the column's beginning as there is room for, and its ids.
 

@@ -9,9 +9,19 @@ heads, H head dim, F mlp dim, V vocabulary rows (of the embedding table, not of 
 layers, K prompts, P prompt length.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+
+class VirtualTokens(NamedTuple):
+    """Which virtual tokens stand in a row: those of one prompt in a bank [K, P, D]."""
+
+    vocab_rows: int  # V, rows of the embedding table
+    length: int  # P
+    prompt: int = 0  # k
 
 
 def virtual_ids(vocab_rows: int, length: int, prompt: int = 0) -> Int[np.ndarray, " P"]:

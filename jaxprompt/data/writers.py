@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.data.rows import Row
 from jaxprompt.runtime.files import write_output
 
-Row = dict[str, Any]
 Dump = Callable[[IO[bytes], Sequence[Row]], None]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import Reference
+from jaxprompt.data.references import Reference
 
 _ILLEGAL = "\0illegal"  # a class for predictions that are no label; no label is spelt like this
 

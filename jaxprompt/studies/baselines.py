@@ -15,8 +15,8 @@ import numpy as np
 from jaxprompt.api import Session, answer_rows
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.references import references, target_texts
 from jaxprompt.data.targets import judged_by
-from jaxprompt.data.tasks.registry import references, target_texts
 from jaxprompt.data.templates import answered, columns_of, to_text
 from jaxprompt.evaluation.metrics import measure
 

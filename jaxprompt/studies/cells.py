@@ -30,7 +30,7 @@ from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.targets import judged_by
-from jaxprompt.data.tasks.registry import load_rows
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.evaluation.metrics import majority, measure
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone

@@ -18,7 +18,8 @@ from jaxprompt.config.overrides import override_value, read_config, set_value
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
-from jaxprompt.data.tasks.registry import load_rows, resolve_task
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.templates import to_text
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.studies.baselines import Record

@@ -10,10 +10,14 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import Example
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.references import Reference, references
 from jaxprompt.data.targets import as_written, label_warnings, unknown_targets
-from jaxprompt.data.tasks.registry import Reference, load_rows, references, resolve_task, tokenize
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import check_metrics
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]  # of each split
@@ -96,7 +100,12 @@ def split_of(
     origin = getattr(task, name)
     heard: list[Truncation] = []
     examples = tokenize(
-        task, rows[name], tokenizer, length, vocabulary, origin=origin, note=heard.append
+        task,
+        rows[name],
+        tokenizer,
+        VirtualTokens(vocabulary, length),
+        origin=origin,
+        note=heard.append,
     )
     told = references(task, rows[name], origin)
     what = f"{'training' if name == 'train' else name} targets of task {task.name!r}"

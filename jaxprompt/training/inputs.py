@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import references
+from jaxprompt.data.references import references
 from jaxprompt.data.templates import to_text
 from jaxprompt.models import registry
 from jaxprompt.training.datasets import read_splits

@@ -144,16 +144,20 @@ def rows(rng: random.Random, folder: Path) -> Made:
         path.write_bytes(damage_bytes(rng, path.read_bytes()))
 
     def open_it() -> None:
+        from jaxprompt.data.examples import tokenize
         from jaxprompt.data.sources import read_rows
-        from jaxprompt.data.tasks.registry import resolve_task, tokenize
+        from jaxprompt.data.tasks.registry import resolve_task
         from jaxprompt.data.tokenizer import load_tokenizer
+        from jaxprompt.data.virtual_tokens import VirtualTokens
 
         read = list(read_rows(None, str(path)))
         if not damaged:
             _same_rows(written, read)
         task = resolve_task({"name": "t", "template": "{text}", "max_input_length": 32})
         tokenizer = load_tokenizer(prepared() / "backbone")
-        examples = tokenize(task, read, tokenizer, 2, 32, need_targets=rng.random() < 0.5)
+        examples = tokenize(
+            task, read, tokenizer, VirtualTokens(32, 2), need_targets=rng.random() < 0.5
+        )
         if len(examples) != len(read):
             raise Lost(f"{len(read)} rows are {len(examples)} examples")
         if any(2 + 32 < len(e.inputs) or (e.inputs[2:] >= 32).any() for e in examples):

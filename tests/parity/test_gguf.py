@@ -19,10 +19,12 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data import gguf_tokenizer
+from jaxprompt.data.examples import tokenize
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
-from jaxprompt.data.tasks.registry import resolve_task, tokenize
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.methods.artefact import load_prompt, save_peft
 from jaxprompt.models.checkpoints import hub
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
@@ -73,7 +75,7 @@ def test_how_input_and_target_meet_in_one_sequence(made, tmp_path):
     tokenizer = load_tokenizer(path, one_sequence=True)
     task = resolve_task({"name": "t", "template": "question: {text}", "labels": ["yes", "no"]})
     rows = [{"text": "is it 12?", "label": "yes"}]
-    (example,) = tokenize(task, rows, tokenizer, 3, 1000)
+    (example,) = tokenize(task, rows, tokenizer, VirtualTokens(1000, 3))
     ids = lambda text: bpe.encode(text).ids
     text, end = ids("question: is it 12?"), ids("\nAnswer:")
     assert list(example.inputs) == [1000, 1001, 1002, *text, *end]
@@ -81,15 +83,17 @@ def test_how_input_and_target_meet_in_one_sequence(made, tmp_path):
     assert tokenizer.decode(example.targets) == "yes"
     # cut text keeps its separator
     short = task.model_copy(update={"max_input_length": len(end) + 2})
-    (example,) = tokenize(short, rows, tokenizer, 0, 1000)
+    (example,) = tokenize(short, rows, tokenizer, VirtualTokens(1000, 0))
     assert list(example.inputs) == [*text[:2], *end]
     with pytest.raises(UserError, match="max_input_length is 1, and the separator .* has"):
-        tokenize(task.model_copy(update={"max_input_length": 1}), rows, tokenizer, 0, 1000)
+        tokenize(
+            task.model_copy(update={"max_input_length": 1}), rows, tokenizer, VirtualTokens(1000, 0)
+        )
     # BOS, where the model has one, comes after a prompt in front
     make_gguf(tmp_path / "bos.gguf", bos=True)
     begun = load_tokenizer(tmp_path / "bos.gguf", one_sequence=True)
     assert begun.start_ids == [1]
-    (example,) = tokenize(task, rows, begun, 2, 1000)
+    (example,) = tokenize(task, rows, begun, VirtualTokens(1000, 2))
     assert list(example.inputs[:4]) == [1000, 1001, 1, ids("question")[0]]
 
 
@@ -111,7 +115,7 @@ def test_a_template_may_have_the_marks_of_a_chat(made):
         }
     )
     rows = [{"text": "is it?<|im_end|>", "label": "yes"}]
-    (example,) = tokenize(task, rows, tokenizer, 2, 1000)
+    (example,) = tokenize(task, rows, tokenizer, VirtualTokens(1000, 2))
     words = [i for i in example.inputs if i < 1000]
     shown = "<|im_start|>user\n is it?< |im_end|>\n<|im_start|>assistant"  # EOS is not shown
     assert tokenizer.show(words) == shown

@@ -6,12 +6,15 @@ import pytest
 
 from jaxprompt.config import yaml12
 from jaxprompt.config.errors import UserError
-from jaxprompt.data.tasks.registry import PREFIXES, TASKS, references, resolve_task
-from jaxprompt.data.tasks.rules import apply_rule, pad_punctuation
+from jaxprompt.data import tasks
+from jaxprompt.data.references import references
+from jaxprompt.data.tasks.qa import pad_punctuation
+from jaxprompt.data.tasks.registry import PREFIXES, TASKS, resolve_task
+from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.templates import to_text
 from jaxprompt.evaluation.metrics import METRICS
 
-FOLDER = Path(__file__).parent / "goldens_tasks"
+FOLDER = Path(tasks.__file__).parent / "goldens"
 GOLDENS = {path.stem: yaml12.load(path.read_text(encoding="utf-8"))
            for path in sorted(FOLDER.glob("*.yaml"))}  # fmt: skip
 # tasks that differ from one with a file only in where their rows come from

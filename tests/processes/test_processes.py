@@ -18,7 +18,7 @@ from helpers_text import sentences
 
 from jaxprompt.config.overrides import dump_yaml
 from jaxprompt.data.batches import Example
-from jaxprompt.data.tasks.registry import Reference
+from jaxprompt.data.references import Reference
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training.datasets import Split

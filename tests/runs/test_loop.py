@@ -23,7 +23,8 @@ from helpers_data import make_tokenizer
 from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import dump_yaml, load_config
-from jaxprompt.data.tasks.registry import read_split, references
+from jaxprompt.data.references import references
+from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.evaluation.metrics import vote
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone

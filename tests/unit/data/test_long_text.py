@@ -7,9 +7,10 @@ from helpers_data import llama_tokenizer, make_tokenizer, t5_tokenizer
 from helpers_gguf import make_gguf
 
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.examples import tokenize
 from jaxprompt.data.long_text import LONG
-from jaxprompt.data.tasks.registry import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 
 SIZE = 5 * LONG
 
@@ -81,6 +82,8 @@ def test_a_row_of_ten_megabytes_is_cut_as_any_other(tokenizers, monkeypatch):
     counted = lambda texts, **more: read.extend(texts) or encode_all(texts, **more)
     monkeypatch.setattr(tokenizer, "encode_all", counted)
     heard = []
-    found = tokenize(task, rows, tokenizer, 2, 500, need_targets=False, note=heard.append)
+    found = tokenize(
+        task, rows, tokenizer, VirtualTokens(500, 2), need_targets=False, note=heard.append
+    )
     assert found[0].inputs.tolist() == found[1].inputs.tolist()
     assert heard[0].cut == 2 and max(map(len, read)) < 2 * LONG

@@ -11,8 +11,9 @@ from helpers_gguf import make_gguf
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import tokenize
+from jaxprompt.data.examples import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.studies.baselines import with_shots
 
 V, P = 1000, 3
@@ -47,7 +48,9 @@ def mine(template, **changes):
 
 
 def inputs(template, row, tokenizer, length=0, **changes):
-    [example] = tokenize(mine(template, **changes), [row], tokenizer, length, V, need_targets=False)
+    [example] = tokenize(
+        mine(template, **changes), [row], tokenizer, VirtualTokens(V, length), need_targets=False
+    )
     return example.inputs.tolist()
 
 
@@ -146,7 +149,7 @@ def test_ids_of_text_are_never_those_of_virtual_tokens(folder):
     special = load_tokenizer(folder.parent / "special")
     assert special.for_table(rows).encode("[SEP]") == special.encode("[SEP]")
     with pytest.raises(UserError, match=r"The text '\[SEP\].* has the id .* belongs to it"):
-        tokenize(mine("[SEP] {a}"), [{"a": "it", "label": "x"}], special, 1, rows)
+        tokenize(mine("[SEP] {a}"), [{"a": "it", "label": "x"}], special, VirtualTokens(rows, 1))
     inner.add_tokens(["acmewidget"])
     inner.save_pretrained(folder.parent / "added")
     added = load_tokenizer(folder.parent / "added")
@@ -155,7 +158,7 @@ def test_ids_of_text_are_never_those_of_virtual_tokens(folder):
     assert max(added.for_table(rows + 2).encode("an acmewidget")) == rows + 1
     for row in ({"a": "acmewidget", "label": "x"}, {"a": "x", "label": "acmewidget"}):
         with pytest.raises(UserError, match="acmewidget' has the id .* use the tokenizer that"):
-            tokenize(mine("{a}"), [row], added, 1, rows)
+            tokenize(mine("{a}"), [row], added, VirtualTokens(rows, 1))
     with pytest.raises(UserError, match="pieces and the backbone 50 rows"):
         load_tokenizer(folder).for_table(50)  # the tokenizer of another model
 
@@ -183,7 +186,9 @@ def test_a_start_of_the_tokenizers_own_is_kept(tmp_path):
     inner.backend_tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("one", 16))
     inner.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    [example] = tokenize(mine("{a}"), [{"a": "it was", "label": "good"}], tokenizer, 2, V)
+    [example] = tokenize(
+        mine("{a}"), [{"a": "it was", "label": "good"}], tokenizer, VirtualTokens(V, 2)
+    )
     assert example.inputs.tolist() == [V, V + 1, *inner("it was")["input_ids"]]
     assert example.targets.tolist() == inner("good")["input_ids"]
     assert len(inner("it was")["input_ids"]) == 4  # start, two words, EOS
@@ -197,7 +202,7 @@ def test_parts_of_one_sequence_are_cut_as_the_whole(tmp_path_factory, separator)
     text, space = "question: is it good?", "" if separator.endswith("\n") else " "
     [example] = tokenize(
         mine("question: {a}", separator=separator), [{"a": "is it good?", "label": "yes no"}],
-        tokenizer, 0, V,
+        tokenizer, VirtualTokens(V, 0),
     )  # fmt: skip
     found = [*example.inputs, *example.targets]
     assert found == [*whole(f"{text}{separator}{space}yes no")["input_ids"], tokenizer.eos_id]

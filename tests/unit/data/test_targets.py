@@ -11,9 +11,11 @@ from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.references import references
 from jaxprompt.data.targets import as_written, label_of, label_warnings
-from jaxprompt.data.tasks.registry import references, tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.inference import score
 from jaxprompt.inference.score import Predictions, predict
@@ -102,7 +104,7 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
         label_of(task.model_copy(update={"max_target_length": 1}), t5)
     same = mine(labels=["yes", "yes\u200b"], decoding="greedy")
     with pytest.raises(UserError, match="the same (text|tokens) to this backbone"):
-        tokenize(same, [{"text": "it", "label": "yes"}], t5, 1, 500)
+        tokenize(same, [{"text": "it", "label": "yes"}], t5, VirtualTokens(500, 1))
 
 
 @pytest.mark.parametrize("split", ["training", "validation", "test"])

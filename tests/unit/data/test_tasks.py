@@ -7,19 +7,15 @@ from helpers_data import make_tokenizer
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.references import references, target_texts
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks.registry import (
-    TASKS,
-    class_words,
-    load_rows,
-    references,
-    resolve_task,
-    target_texts,
-    tokenize,
-)
+from jaxprompt.data.tasks.registry import TASKS, class_words, resolve_task
 from jaxprompt.data.tasks.rules import RULES, apply_rule
+from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.templates import to_text
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import METRICS, accuracy, group_exact_match
 
 V, P = 64, 5  # rows of the embedding table; more than the tokenizer has
@@ -110,7 +106,7 @@ def test_mapping_of_ones_own_needs_no_code():
 def test_eos_and_all_virtual_tokens_survive_any_trimming(tokenizer, template, words, limit):
     short = task(template=template, max_input_length=limit)
     text = " ".join(["one"] * words)
-    [example] = tokenize(short, [row(text)], tokenizer, P, V)
+    [example] = tokenize(short, [row(text)], tokenizer, VirtualTokens(V, P))
     virtual = example.inputs >= V
     np.testing.assert_array_equal(example.inputs[virtual], V + np.arange(P))
     real = example.inputs[~virtual]
@@ -123,7 +119,7 @@ def test_eos_and_all_virtual_tokens_survive_any_trimming(tokenizer, template, wo
 
 def test_virtual_tokens_stand_where_the_template_says(tokenizer):
     hybrid = task(template="[prompt:2] {text} it was [prompt]")
-    [example] = tokenize(hybrid, [row("one two")], tokenizer, P, V, prompt=3)
+    [example] = tokenize(hybrid, [row("one two")], tokenizer, VirtualTokens(V, P, 3))
     first = V + 3 * P
     words = tokenizer.encode("one two it was")
     assert example.inputs.tolist() == [
@@ -132,32 +128,36 @@ def test_virtual_tokens_stand_where_the_template_says(tokenizer):
 
 
 def test_without_prompt_there_are_only_words(tokenizer):
-    [example] = tokenize(task(template="[prompt:2] {text}"), [row("one")], tokenizer, 0, V)
+    [example] = tokenize(
+        task(template="[prompt:2] {text}"), [row("one")], tokenizer, VirtualTokens(V, 0)
+    )
     assert example.inputs.tolist() == [*tokenizer.encode("one"), tokenizer.eos_id]
 
 
 def test_prediction_needs_no_targets(tokenizer):
     labelled = task(labels=["yes", "no"])
-    [example] = tokenize(labelled, [{"text": "one"}], tokenizer, P, V, need_targets=False)
+    [example] = tokenize(
+        labelled, [{"text": "one"}], tokenizer, VirtualTokens(V, P), need_targets=False
+    )
     assert len(example.targets) == 0
 
 
 def test_long_targets_are_an_error_and_never_cut(tokenizer):
     rows = [row("a"), row("a", "one two three")]
-    exact = tokenize(task(max_target_length=4), rows, tokenizer, P, V)
+    exact = tokenize(task(max_target_length=4), rows, tokenizer, VirtualTokens(V, P))
     assert len(exact[1].targets) == 4
     with pytest.raises(UserError, match="row 2 of v.csv has 4 tokens .*max_target_length is 3"):
-        tokenize(task(max_target_length=3), rows, tokenizer, P, V, origin="v.csv")
+        tokenize(task(max_target_length=3), rows, tokenizer, VirtualTokens(V, P), origin="v.csv")
 
 
 def test_errors_name_the_row_and_where_it_is_from(tokenizer):
     limited, rows = task(labels=["yes", "no"]), [row("a"), row("b", "oui")]
     with pytest.raises(UserError, match="row 2 of v.csv has the label 'oui'; allowed are 'yes', "):
-        tokenize(limited, rows, tokenizer, P, V, origin="v.csv")
+        tokenize(limited, rows, tokenizer, VirtualTokens(V, P), origin="v.csv")
     with pytest.raises(UserError, match="row 2 of task 't' has the label"):
         target_texts(limited, rows)
     with pytest.raises(UserError, match="column 'text', which row 1 of v.csv lacks"):
-        tokenize(limited, [{"label": "no"}], tokenizer, P, V, origin="v.csv")
+        tokenize(limited, [{"label": "no"}], tokenizer, VirtualTokens(V, P), origin="v.csv")
     assert target_texts(limited, rows[:1]) == ["yes"]
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from helpers_text import word_tokenizer
 
-from jaxprompt.data import token_cache
-from jaxprompt.data.tasks.registry import registry, resolve_task, tokenize
+from jaxprompt.data import examples, token_cache
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.token_cache import tokenized
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 
 TEXTS = [" ".join(f"d{n}w{k}" for k in range(n % 4 + 1)) for n in range(20)]
 
@@ -119,10 +121,12 @@ def test_large_tasks_use_the_cache_of_the_home(counting, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPROMPT_CACHE", str(tmp_path))
     task = resolve_task("spam")
     rows = [{"subject": "d1w0", "text": text, "label": "spam"} for text in TEXTS]
-    tokenize_rows = lambda: tokenize(task, rows, counting, 2, counting.size, need_targets=False)
+    tokenize_rows = lambda: tokenize(
+        task, rows, counting, VirtualTokens(counting.size, 2), need_targets=False
+    )
     first = tokenize_rows()
     assert not list(tmp_path.rglob("*.npz"))
-    monkeypatch.setattr(registry, "CACHED_FROM", 10)
+    monkeypatch.setattr(examples, "CACHED_FROM", 10)
     tokenize_rows()
     cut = len(counting.cut)
     for a, b in zip(first, tokenize_rows(), strict=True):

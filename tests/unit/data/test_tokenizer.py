@@ -7,8 +7,9 @@ from helpers_data import make_tokenizer, sentencepiece_model
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import tokenize
+from jaxprompt.data.examples import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.data.virtual_tokens import VirtualTokens
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_text_that_is_no_unicode_is_refused(tokenizer):
 def test_labels_that_a_backbone_cannot_say_are_refused(tokenizer, labels, message):
     task = TaskConfig(name="t", template="{text}", labels=labels)
     with pytest.raises(UserError, match=message):
-        tokenize(task, [{"text": "it", "label": "yes"}], tokenizer, 2, 64)
+        tokenize(task, [{"text": "it", "label": "yes"}], tokenizer, VirtualTokens(64, 2))
 
 
 def test_a_folder_without_a_config_says_what_is_missing(tmp_path):

@@ -10,10 +10,12 @@ from jaxprompt import api
 from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import resolve_task, tokenize
+from jaxprompt.data.examples import tokenize
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.templates import Piece, columns_of, places_of
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.training.loop import train
 
@@ -33,7 +35,9 @@ def task(**changes):
 def cut(task, rows, tokenizer):
     """The texts of the rows as ids without EOS and virtual tokens, and what was cut."""
     heard = []
-    examples = tokenize(task, rows, tokenizer, P, V, need_targets=False, note=heard.append)
+    examples = tokenize(
+        task, rows, tokenizer, VirtualTokens(V, P), need_targets=False, note=heard.append
+    )
     found = [example.inputs[example.inputs < V] for example in examples]
     assert all(ids[-1] == tokenizer.eos_id and len(ids) <= task.max_input_length for ids in found)
     assert all((example.inputs >= V).sum() == P for example in examples)
@@ -191,7 +195,7 @@ def test_commands_say_what_is_cut(folder, tmp_path, command, monkeypatch):
         "predict": [prompt, "--input", str(folder / "rows.jsonl"), *out],
         "score": ["--prompt", prompt, "--input", str(folder / "pairs.jsonl"), *out],
     }[command]
-    done = CliRunner().invoke(app.app, [command, *arguments])
+    done = CliRunner().invoke(app, [command, *arguments])
     assert done.exit_code == 0, done.exception
     inputs = "1 of 1 inputs are longer than max_input_length, 12 tokens"
     assert f"warning: {inputs if command == 'score' else TOLD}" in done.stderr

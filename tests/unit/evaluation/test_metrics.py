@@ -7,7 +7,7 @@ import pytest
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.tasks.registry import Reference
+from jaxprompt.data.references import Reference
 from jaxprompt.evaluation.metrics import (
     METRICS,
     SUPERGLUE,
