@@ -29,7 +29,8 @@ from jaxprompt.evaluation.metrics import vote
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone
 from jaxprompt.training.logbook import check_run
-from jaxprompt.training.loop import Silent, train
+from jaxprompt.training.logbook import NullReporter
+from jaxprompt.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_nothing_is_compiled_after_the_first_evaluation(backbone, tmp_path):
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
 
-    class Watcher(Silent):
+    class Watcher(NullReporter):
         def step(self, done, rates):
             seen[done] = len(compiled)
 
