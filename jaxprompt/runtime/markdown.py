@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 
 # an underscore inside a word is no emphasis
 _MARKS = re.compile(r"[\\`*~\[\]|]|(?<!\w)_|_(?!\w)")
@@ -19,3 +20,9 @@ def plain(text: str) -> str:
     """
     line = html.escape(" ".join(str(text).split()), quote=False)
     return _BLOCK.sub(r"\1\\\2", _MARKS.sub(lambda mark: f"\\{mark[0]}", line))
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table. The first row is its head; the cells are taken as they are."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -4,6 +4,7 @@ Findings and numbers are the paper's (tables 1 to 4, figures 1 and 3, sections 3
 figure shows a value, the direction alone is given.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -152,6 +153,26 @@ def _scale(plan: Plan) -> list[Arm]:
                 Arm(f"{name}: {method}", task, cells, series=method, read=read, x="parameters")
                 for method, (cells, read) in methods.items()
             ]
+    return arms
+
+
+COMPARED_LENGTHS = (1, 20, 100)
+
+
+def _backbones(plan: Plan) -> list[Arm]:
+    """For each task and backbone: hard prompts, soft prompts of three lengths, fine-tuning."""
+    arms = []
+    for task, name in itertools.product(plan.tasks, plan.backbones):
+        here: dict[str, Any] = {"backbone": name}
+        methods = {"best hand-written prompt": [plan.cell("hard", task, **here)]}
+        for length in sorted({*COMPARED_LENGTHS, plan.length}):
+            methods[f"P = {length}"] = plan.prompts(task, length=length, **here)
+        methods[FULL] = plan.full(task, **here)
+        arms += [Arm(label, f"{task}, {name}", cells) for label, cells in methods.items()]
+        arms += [
+            Arm(label, f"{task}, {name}: share of illegal outputs", cells, read=illegal)
+            for label, cells in methods.items()
+        ]
     return arms
 
 
@@ -342,6 +363,12 @@ STUDIES = {
             ),
         ),
     ),  # fmt: skip
+    "backbones": Study(
+        "Backbones and prompt lengths side by side",
+        "Not in the paper: its studies vary one thing at a time. Here every backbone has"
+        " hand-written prompts, soft prompts of three lengths and fine-tuning on every task.",
+        _backbones,
+    ),
     "transfer": Study(
         "Transfer between tasks without training on the second (table 2)",
         "From QQP to MRPC prompts lose less than fine-tuned models do (76.3 against 73.1 accuracy);"

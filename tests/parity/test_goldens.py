@@ -1,4 +1,4 @@
-"""The model against PyTorch: what goldens/ holds was computed by scripts/make_goldens.py."""
+"""The model against PyTorch: goldens/ was made by scripts/goldens/make_goldens.py."""
 
 import functools
 

@@ -106,7 +106,7 @@ def test_bytes_of_a_mixed_step_on_a_cpu(remat):
 
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)])
 def test_bytes_of_each_device_and_what_it_receives(layout, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     collectives = importlib.import_module("cost_step").collectives
     shape, work, layout = SHAPES["small"], Work(4, 1, 256, 4), Layout(*layout, False)
     parts, sent = plan.needs(shape, work, layout)

@@ -68,17 +68,17 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(whole, backbone, tm
 
 
 def test_a_signal_in_an_evaluation_is_heard_at_once(whole, backbone, tmp_path, monkeypatch):
-    run, answer = config(backbone, tmp_path), loop.answer_each
+    run, answer = config(backbone, tmp_path), loop.predict_per_prompt
     calls = []
 
-    def answer_each(*args, **kwargs):
+    def predict_per_prompt(*args, **kwargs):
         calls.append(0)
         if len(calls) == 3:  # untuned, step 4, step 8
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
         return answer(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "answer_each", answer_each)
+    monkeypatch.setattr(loop, "predict_per_prompt", predict_per_prompt)
     with Signals() as signals, pytest.raises(Interrupted, match="after step 8, which is saved"):
         train(run, None, signals)
     train(run)

@@ -18,7 +18,7 @@ from helpers import SCRIPTS, make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.data.batches import length_sorted_microbatches
+from jaxprompt.data.batches import Widths, length_sorted_microbatches
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
 
@@ -26,7 +26,8 @@ from jaxprompt.training import step
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for folder in ("bench", "bench/peft"):
+        monkeypatch.syspath_prepend(str(SCRIPTS / folder))
     return importlib.import_module
 
 
@@ -112,7 +113,7 @@ def test_a_worker_answers_line_by_line_whatever_libraries_print(tools, tmp_path)
         "        return {'value': 2 * value}\n"
         "bench_tools.serve(Echo)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS / "bench" / "peft")}
     lines = "".join(json.dumps({"do": "double", "value": n}) + "\n" for n in (3, 4))
     done = subprocess.run(
         [sys.executable, str(tmp_path / "worker.py")],
@@ -190,10 +191,10 @@ def test_our_step_gets_micro_batches(script):
     step = lambda state, params, given: (given, params)
     mesh = ours.parallel.make_mesh(MeshConfig(data=2), ours.jax.devices()[:2])
     take = lambda widths: ours.take_step(step, None, None, examples, 2, widths, mesh)
-    given, _, shapes = take(ours.family.Widths())
+    given, _, shapes = take(Widths())
     assert [batch.inputs.shape for batch in given] == shapes == [(2, 64), (2, 32)]
     assert (given[1].inputs > 0).sum(axis=1).tolist() == [5, 3]
-    assert take(ours.family.Widths(shared=2, packed=64))[2] == [(2, 64), (2, 64)]
+    assert take(Widths(shared=2, packed=64))[2] == [(2, 64), (2, 64)]
 
 
 # ---- time to accuracy
@@ -232,7 +233,7 @@ def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
 
 def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path):
     bench = script("bench_time_to_accuracy")
-    monkeypatch.setattr(bench.loop, "answer_each", bench.loop.answer_each)  # put back afterwards
+    monkeypatch.setattr(bench.loop, "predict_per_prompt", bench.loop.predict_per_prompt)  # put back afterwards
     values = run_values(make_backbone(tmp_path / "backbone"), tmp_path)
     values["train"] |= {"steps": 5}
     found = bench.ours(values)

@@ -83,7 +83,7 @@ def scale(monkeypatch):
 
         monkeypatch.setattr(owner, name, around)
 
-    for owner, name in ((Checkpoints, "save"), (Checkpoints, "restore"), (loop, "answer_each"),
+    for owner, name in ((Checkpoints, "save"), (Checkpoints, "restore"), (loop, "predict_per_prompt"),
                         (loop, "save_tuned"), (pretrain, "held_out_scores"),
                         (pretrain, "fill_in"), (pretrain, "save_model")):  # fmt: skip
         weighed(owner, name)

@@ -1,6 +1,6 @@
 """What a step of prompt tuning costs: time against work, share of the machine's peak, memory.
 
-    python scripts/bench_step.py --out runs/step [--dtype float32 mixed] [--rounds 5]
+    python scripts/bench/bench_step.py --out runs/step [--dtype float32 mixed] [--rounds 5]
 
 Random T5 1.1; one thing is varied at a time from the point of 4 rows of 128 text tokens with 100
 vectors in front and 4 target tokens: tokens, rows, vectors, prompts trained at once (4 rows each),
@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_dtype import random_batch
-from bench_tools import machine
-from compare_report import markdown
 from matplotlib.figure import Figure
 
 from jaxprompt.config.errors import UserError
@@ -40,9 +38,13 @@ from jaxprompt.models.ops import quantization
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.t5.config import released
 from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.markdown import markdown_table
 from jaxprompt.runtime.memory import start_again_with_huge_pages
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
+
+sys.path.append(str(Path(__file__).parent / "peft"))
+from bench_tools import machine  # noqa: E402
 
 METHOD, SETTINGS, TARGETS = METHODS["prompt-tuning"], TrainConfig(), 4
 
@@ -211,7 +213,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"{facts['temporary'] / 2**20:,.0f}",
                 f"{facts['temporary'] / 2**10 / facts['positions']:.0f}",
             ])  # fmt: skip
-        parts.append(markdown(lines))
+        parts.append(markdown_table(lines))
     return "\n\n".join(parts)
 
 

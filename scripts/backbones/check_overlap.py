@@ -1,6 +1,6 @@
 """Count evaluation rows whose words occur in the pre-training text, by shingles of 8 words.
 
-    python scripts/check_overlap.py --corpus runs/corpus runs/mixture \
+    python scripts/backbones/check_overlap.py --corpus runs/corpus runs/mixture \
         --rows jaxprompt/builtin/data/spam/test.parquet data/boolq/validation.jsonl
 
 Text is every line of the .txt and .jsonl files in the folders. For each file of rows it

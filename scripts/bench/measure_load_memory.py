@@ -1,8 +1,8 @@
 """How much host memory loading a backbone takes, beside its parameters (Linux).
 
-    python scripts/measure_load_memory.py PATH_OR_HUB_ID [float32|bfloat16]
-    python scripts/measure_load_memory.py google/t5-xl-lm-adapt bfloat16 --random /tmp/xl
-    python scripts/measure_load_memory.py /tmp/xl bfloat16 --processes 2 --axis tensor
+    python scripts/bench/measure_load_memory.py PATH_OR_HUB_ID [float32|bfloat16]
+    python scripts/bench/measure_load_memory.py google/t5-xl-lm-adapt bfloat16 --random /tmp/xl
+    python scripts/bench/measure_load_memory.py /tmp/xl bfloat16 --processes 2 --axis tensor
 
 Prints one JSON object a process. ``ratio`` is the rise of its peak resident memory during the load
 over the bytes of the parameters that it holds; on a CPU those are part of it, so 1.0 is the least

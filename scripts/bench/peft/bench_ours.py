@@ -1,6 +1,6 @@
 """jaxprompt's half of bench_peft.py: answers its requests on standard input.
 
-python scripts/bench_ours.py PROBLEM.json
+python scripts/bench/peft/bench_ours.py PROBLEM.json
 """
 
 import json

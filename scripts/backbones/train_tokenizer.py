@@ -1,9 +1,9 @@
-"""Train the built-in backbone's unigram tokenizer on the output of scripts/corpus.py.
+"""Train the built-in backbone's unigram tokenizer on the output of scripts/backbones/corpus.py.
 
 8,192 rows, 100 of them sentinels. `jaxprompt pretrain` can train one as well (`tokenizer:` of its
 config), from its own text sources; this adds the dictionaries, and start weights need it first.
 
-    python scripts/train_tokenizer.py --corpus runs/corpus --out runs/tokenizer
+    python scripts/backbones/train_tokenizer.py --corpus runs/corpus --out runs/tokenizer
 """
 
 import argparse

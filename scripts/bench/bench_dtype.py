@@ -1,6 +1,6 @@
 """Time of a step in each dtype, interleaved in one run: pre-training, and prompt tuning (P = 20).
 
-    python scripts/bench_dtype.py [--backbone builtin] [--rounds 5]
+    python scripts/bench/bench_dtype.py [--backbone builtin] [--rounds 5]
 
 A batch has 32 rows, of 128 input and 32 target tokens for pre-training, of 64 and 4 for a prompt.
 Prints the median time of a step, and the median over rounds of float32's time divided by it.

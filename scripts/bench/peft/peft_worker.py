@@ -1,6 +1,6 @@
 """PEFT's half of bench_peft.py: answers its requests on standard input.
 
-    PYTHON_WITH_PEFT scripts/peft_worker.py PROBLEM.json
+    PYTHON_WITH_PEFT scripts/bench/peft/peft_worker.py PROBLEM.json
 
 As PEFT's users have it: PromptTuningConfig on AutoModelForSeq2SeqLM, rows padded to the longest of
 the batch, torch.optim.AdamW on what requires a gradient, gradients clipped to norm 1, answers by

@@ -1,8 +1,9 @@
 """What a training step of a recipe costs on a mesh, from shapes alone: no weights are allocated.
 
-    python scripts/cost_step.py configs/paper/xxl.yaml --devices 16
-    python scripts/cost_step.py configs/paper/xl.yaml mesh.tensor=4 --devices 8 --inputs 256
-    python scripts/cost_step.py configs/paper/small.yaml --devices 1 2 4 8 16 32 64 128 256 --rows 2
+    python scripts/bench/cost_step.py configs/paper/xxl.yaml --devices 16
+    python scripts/bench/cost_step.py configs/paper/xl.yaml mesh.tensor=4 --devices 8 --inputs 256
+    python scripts/bench/cost_step.py configs/paper/small.yaml --rows 2 \
+        --devices 1 2 4 8 16 32 64 128 256
 
 With several numbers of devices, a table: weak scaling, of so many rows a device.
 

@@ -1,6 +1,6 @@
 """Held-out loss of pre-training runs against tokens read and against time: what a size buys.
 
-    python scripts/scaling_curve.py runs/backbones/small-span runs/backbones/base-span \
+    python scripts/backbones/scaling_curve.py runs/backbones/small-span runs/backbones/base-span \
         --out scaling.png
 
 Sets that all runs share are averaged. Runs must have stood on the same kind of machine for the

@@ -1,6 +1,6 @@
 """Prompt tuning here and in PEFT: same weights, rows, batches, start, optimizer and steps.
 
-    python scripts/compare_peft.py --out runs/peft --python ../peft-env/bin/python \\
+    python scripts/bench/peft/compare_peft.py --out runs/peft --python ../peft-env/bin/python \\
         --task supersense --lengths 20 100 --steps 60 --seeds 0
 
 PYTHON is an interpreter with torch, transformers and peft (the extra `parity`). Both sides run one

@@ -10,7 +10,7 @@ WordNet is read only to keep it OUT: its glosses are an evaluation set, so dicti
 tagged as WordNet's are dropped, and so is everything that shares too many word 5-grams with any
 gloss.
 
-    python scripts/corpus.py --out corpus [--from-folder FOLDER]
+    python scripts/backbones/corpus.py --out corpus [--from-folder FOLDER]
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Needs torch and transformers (never dependencies of the package itself):
 
     pip install torch transformers safetensors
-    python scripts/make_goldens_causal.py
+    python scripts/goldens/make_goldens_causal.py
 
 Each folder holds config.json, model.safetensors and golden.npz. Rows are computed one by one and
 without padding, input and target as one sequence:
@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-OUT = Path(__file__).parent.parent / "tests" / "parity" / "goldens_causal"
+OUT = Path(__file__).parents[2] / "tests" / "parity" / "goldens_causal"
 PROMPT, NEW = 5, 12
 INPUTS, TARGETS = (40, 23, 1), (7, 4, 2)
 

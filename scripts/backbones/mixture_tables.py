@@ -1,4 +1,4 @@
-"""Tables of scripts/mixture.py: label names, shares, wordings of the instructions."""
+"""Tables of scripts/backbones/mixture.py: label names, shares, wordings of the instructions."""
 
 # Field marks of the dictionary -> label. Marks that are missing here are not used.
 FIELDS = {

@@ -1,6 +1,6 @@
 """Prompts of one run against as many runs of one prompt each: seconds of both, and their prompts.
 
-    python scripts/bench_population.py --out runs/population --rounds 3
+    python scripts/bench/bench_population.py --out runs/population --rounds 3
 
 Both sides are `jaxprompt train` in fresh processes, from the command to its end: loading, data,
 compilation, evaluations and files. Each side of a round begins with an empty cache of compiled
@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from bench_tools import Gate, Moment, machine
-from compare_report import markdown
 
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.runtime.files import write_atomically
+from jaxprompt.runtime.markdown import markdown_table
+
+sys.path.append(str(Path(__file__).parent / "peft"))
+from bench_tools import Gate, Moment, machine  # noqa: E402
 
 
 def run_values(options: argparse.Namespace, name: str, seeds: list[int]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def table(options: argparse.Namespace, rounds: list[dict[str, Any]]) -> str:
         "runs of their own, s": show(alone, ".1f"), "times faster": show(ratios, ".2f"),
         "others, cores": f"{others:.2f}",
     }  # fmt: skip
-    return markdown([list(cells), list(cells.values())])
+    return markdown_table([list(cells), list(cells.values())])
 
 
 def main() -> None:

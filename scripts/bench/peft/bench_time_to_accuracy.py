@@ -1,6 +1,7 @@
 """How long until our run is as accurate as the best of PEFT's runs at several learning rates.
 
-    python scripts/bench_time_to_accuracy.py --out runs/accuracy --python ../peft-env/bin/python
+    python scripts/bench/peft/bench_time_to_accuracy.py --out runs/accuracy \
+        --python ../peft-env/bin/python
 
 PYTHON is an interpreter with torch, transformers and peft (the extra `parity`). The backbone is
 exported for both. PEFT tunes with AdamW at each rate as its users do (see peft_accuracy.py), in
@@ -30,7 +31,6 @@ from typing import Any
 
 from bench_peft import HERE
 from bench_tools import Gate, Worker, machine
-from compare_report import markdown
 from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config.errors import UserError
@@ -45,6 +45,7 @@ from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.runtime import devices
 from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.markdown import markdown_table
 from jaxprompt.runtime.memory import start_again_with_huge_pages
 from jaxprompt.training import loop
 
@@ -75,7 +76,7 @@ def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
     devices.start([config.train.batch_size], config.mesh)  # as the command does
-    began, judge = time.perf_counter(), loop.answer_each
+    began, judge = time.perf_counter(), loop.predict_per_prompt
 
     def timed(*args, **kwargs):
         paused = time.perf_counter()
@@ -83,7 +84,7 @@ def ours(values: dict[str, Any]) -> Events:
         calls.append((time.perf_counter() - began, time.perf_counter() - paused))
         return answers
 
-    loop.answer_each = timed  # the loop has no hook for the clock
+    loop.predict_per_prompt = timed  # the loop has no hook for the clock
     loop.train(config)
     log = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "validation/accuracy" in row]
@@ -206,7 +207,7 @@ def table(records: list[dict[str, Any]]) -> str:
             line += [str(theirs["step"]), str(here["step"])]
         best_of_ours, others = r["best_of_ours"][dtype], max(r["others"].values())
         lines.append([*line, f"{best_of_ours:.3f}", f"{others:.2f}"])
-    text = markdown(lines)
+    text = markdown_table(lines)
     for dtype, found in pairs.items():
         for name, values in zip(("with", "without"), zip(*found, strict=True), strict=True):
             text += (

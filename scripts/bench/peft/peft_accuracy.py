@@ -1,6 +1,6 @@
 """PEFT's half of bench_time_to_accuracy.py: answers its requests on standard input.
 
-    PYTHON_WITH_PEFT scripts/peft_accuracy.py PROBLEM.json
+    PYTHON_WITH_PEFT scripts/bench/peft/peft_accuracy.py PROBLEM.json
 
 A prompt is tuned as PEFT's users do it: it starts as the words of a text, AdamW with a linear
 decay, gradients clipped to norm 1, random batches padded to their longest row, and ``generate`` for

@@ -1,6 +1,6 @@
 """Speed and memory of prompt tuning a T5 1.1, here and in PEFT: the same weights, rows and batches.
 
-    python scripts/bench_peft.py --out runs/bench --python ../peft-env/bin/python
+    python scripts/bench/peft/bench_peft.py --out runs/bench --python ../peft-env/bin/python
 
 PYTHON is an interpreter with torch, transformers and peft (the extra `parity`). Weights are random,
 in the shape of a released T5 1.1; rows are random words in the lengths of BoolQ, cut to 512 with

@@ -1,7 +1,7 @@
 """Kills runs at random moments, starts them again until they are done, and compares their prompts.
 
-    python scripts/survive.py --kills 50
-    python scripts/survive.py --kills 10 --processes 2
+    python scripts/faults/survive.py --kills 50
+    python scripts/faults/survive.py --kills 10 --processes 2
 
 Each run is `jaxprompt train` on the quickstart's task with a small random backbone, written for it.
 One of its processes gets SIGKILL at a moment drawn evenly over the time that the run takes

@@ -3,7 +3,7 @@
 Needs torch and transformers (never dependencies of the package itself):
 
     pip install torch transformers safetensors
-    python scripts/make_goldens.py
+    python scripts/goldens/make_goldens.py
 
 Each folder holds a checkpoint as a hub repository has it (config.json in the hub's spelling,
 model.safetensors, for one model also the torch and the Flax form) and golden.npz:
@@ -28,7 +28,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-OUT = Path(__file__).parent.parent / "tests" / "parity" / "goldens"
+OUT = Path(__file__).parents[2] / "tests" / "parity" / "goldens"
 PROMPT, BATCH, INPUT, TARGET, NEW = 5, 3, 40, 7, 20
 
 COMMON = {

@@ -14,7 +14,8 @@ Writes into OUT: `pairs.jsonl` (rows `{"input", "target", "prompt" or none}`, th
 corruption) and `mixture.json` (rows of each objective, number of prompts, seed). All is a pure
 function of the corpus and the seed.
 
-    python scripts/mixture.py --corpus corpus --out mix [--rows 600000] [--seed 0] [--show 3]
+    python scripts/backbones/mixture.py --corpus corpus --out mix \
+        [--rows 600000] [--seed 0] [--show 3]
 """
 
 import argparse

