@@ -27,14 +27,10 @@ from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
 from jaxprompt.evaluation.analysis import draw_prompt, figure_format, summarize
 from jaxprompt.evaluation.metrics import check_metrics, diagnose, likeliest, majority, measure, vote
-from jaxprompt.inference.score import (
-    Model,
-    Predictions,
-    log_likelihoods,
-    predict_per_prompt,
-    refuse_lost,
-)
-from jaxprompt.inference.score import predict as answer
+from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.predict import Predictions, predict_per_prompt, refuse_lost
+from jaxprompt.inference.predict import predict as predict_examples
+from jaxprompt.inference.score import log_likelihoods
 from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
@@ -65,7 +61,7 @@ class Session(NamedTuple):
     backbone: Backbone
     tokenizer: Tokenizer
     prompt: Prompt | None
-    model: Model
+    engine: Engine
 
     @property
     def length(self) -> int:
@@ -113,10 +109,10 @@ def open_session(
         )
         check_pair(prompt, backbone, any_backbone)
         bank = jnp.asarray(prompt.vectors)[None]
-    model = Model(backbone.params, bank, backbone.config, backbone.mesh)
+    engine = Engine(backbone.params, bank, backbone.config, backbone.mesh)
     words = tokenizer or recorded.get("tokenizer") or backbone.path
     words = load_tokenizer(words, one_sequence=registry.one_sequence(backbone.config))
-    return Session(backbone, words.for_table(backbone.config.vocab_size), prompt, model)
+    return Session(backbone, words.for_table(backbone.config.vocab_size), prompt, engine)
 
 
 def _attention(prompt: Prompt) -> str:
@@ -189,8 +185,8 @@ def answer_rows(
         VirtualTokens(session.backbone.config.vocab_size, session.length),
         need_targets=False, origin=origin, note=_cut(task, warn),
     )  # fmt: skip
-    answers = answer(
-        session.model, task, examples, session.tokenizer, batch_size=batch_size, share=share,
+    answers = predict_examples(
+        session.engine, task, examples, session.tokenizer, batch_size=batch_size, pack=share,
         progress=progress,
     )  # fmt: skip
     refuse_lost(answers.lost, len(examples), session.backbone.source)
@@ -347,9 +343,9 @@ def evaluate_ensemble(
         chosen, rows, first.tokenizer, VirtualTokens(vocabulary, first.length),
         need_targets=False, origin=asked.origin, note=_cut(chosen, warn),
     )  # fmt: skip
-    model = first.model._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
+    engine = first.engine._replace(bank=jnp.stack([jnp.asarray(v) for v in vectors]))
     found = predict_per_prompt(
-        model, chosen, plain, first.tokenizer, batch_size=batch_size, progress=progress
+        engine, chosen, plain, first.tokenizer, batch_size=batch_size, progress=progress
     )
     for number, answers in enumerate(found, 1):
         refuse_lost(answers.lost, len(rows), f"Prompt {number} on {first.backbone.source}")
@@ -487,7 +483,7 @@ def score(
         warn(f"{told}; raise it")
     both = zip(texts, pairs, strict=True)
     examples = [Example(input_ids(words), target_ids(pair)) for words, pair in both]
-    values = log_likelihoods(session.model, examples, batch_size=batch_size, progress=progress)
+    values = log_likelihoods(session.engine, examples, batch_size=batch_size, progress=progress)
     lost = np.flatnonzero(~np.isfinite(values)).tolist()
     refuse_lost(lost, len(examples), session.backbone.source)
     return [

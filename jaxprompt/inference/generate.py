@@ -1,6 +1,6 @@
-"""Decoding and scoring: everything sees ids only, and each is one compiled function.
+"""Generation: greedy and with beams, each one compiled loop over ids.
 
-``prompts`` is what the family's ``prepare`` has made of a bank.
+``prompts`` is what the family's ``prepare`` makes of a bank.
 """
 
 import functools
@@ -10,8 +10,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
-from jaxprompt.models.label_tree import LabelTrees
+
+
+class BeamSearch(NamedTuple):
+    """How beams are searched: ids at most, hypotheses a row, and the power of the length."""
+
+    length: int
+    beams: int = 4
+    alpha: float = 0.6
+
+    def worth(self, scores: jax.Array, count: jax.Array | int) -> jax.Array:
+        """log p / ((5 + n) / 6)^alpha of hypotheses of n ids (Wu et al. 2016, equation 14)."""
+        return scores / ((5.0 + count) / 6.0) ** self.alpha
+
+
+def generation_program(task: TaskConfig) -> Program:
+    """Generated ids for each row: [task.max_target_length]; -1 throughout for a lost row."""
+    if task.decoding == "beam":
+        search = BeamSearch(task.max_target_length, task.beams, task.length_penalty)
+        return Program(beam, settings=(("search", search),), logits=task.beams)
+    return Program(greedy, settings=(("length", task.max_target_length),))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "length"))
@@ -83,141 +104,122 @@ class _Beams(NamedTuple):
     cache: registry.Cache
 
 
+class _Candidates(NamedTuple):
+    """The best 2K continuations of a row's live hypotheses, best first."""
+
+    scores: Float[Array, "B C"]  # log p
+    texts: Int[Array, "B C T"]
+    origin: Int[Array, "B C"]  # the live hypothesis that each continues
+    ids: Int[Array, "B C"]  # the id that is new
+
+
 _NEVER = -1e30
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length", "beams", "alpha"))
+@functools.partial(jax.jit, static_argnames=("config", "search"))
 def beam(
     params: registry.Params,
     prompts: registry.Prompts,
     config: registry.Config,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
-    length: int,
-    beams: int = 4,
-    alpha: float = 0.6,
+    search: BeamSearch,
 ) -> Int[Array, "B T"]:
-    """The best of ``beams`` hypotheses of at most ``length`` ids a row; after EOS is padding.
+    """The best of ``search.beams`` hypotheses of at most ``search.length`` ids a row.
 
-    A row of which a logit is no finite number is -1 throughout.
-    A hypothesis of n ids, EOS included, is worth log p / ((5 + n) / 6)^alpha (Wu et al. 2016,
-    arXiv 1609.08144, equation 14; T5 used 4 beams and alpha 0.6 for long targets). One that has not
-    ended counts only where none has. Inputs are read once, and the loop stops as soon as no
-    hypothesis of any row can still become its best.
-    """
-    model, batch = registry.model_for(config), inputs.shape[0]
-    first, cache = model.start(
-        params, config, model.read(params, prompts, config, inputs, segments), length
-    )
-    cache = model.repeat(cache, beams)
-    empty = ~jnp.any(segments > 0, axis=1)  # such rows have nothing to say
-    worth = lambda scores, count: scores / ((5.0 + count) / 6.0) ** alpha
-
-    def unfinished(state: _Beams):
-        # log p only falls, and the longest hypotheses are divided by most
-        hope = worth(jnp.max(state.live_scores, axis=1), length)
-        return (state.index < length) & jnp.any((hope > state.ended_score) & ~state.lost)
-
-    def step(state: _Beams):
-        logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
-        vocabulary = logits.shape[-1]
-        lost = state.lost | (~jnp.all(_finite(logits).reshape(batch, beams), axis=1) & ~empty)
-        logp = jax.nn.log_softmax(logits).reshape(batch, beams, vocabulary)
-        scores = (state.live_scores[:, :, None] + logp).reshape(batch, -1)
-        # at most K of the best 2K can end here, so that K are left to go on
-        scores, chosen = jax.lax.top_k(scores, 2 * beams)
-        origin, ids = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
-        candidates = jnp.take_along_axis(state.live, origin[:, :, None], axis=1)
-        candidates = jax.lax.dynamic_update_index_in_dim(candidates, ids, state.index, axis=2)
-        ends = ids == config.eos_id
-
-        # one that ends must be among the best K, or it would not have been gone on with either
-        ending = ends & (jnp.arange(2 * beams) < beams) & (scores > _NEVER / 2)
-        values = jnp.where(ending, worth(scores, state.index + 1), _NEVER)
-        best = jnp.argmax(values, axis=1)[:, None]
-        score = jnp.take_along_axis(values, best, axis=1)[:, 0]
-        found = jnp.take_along_axis(candidates, best[:, :, None], axis=1)[:, 0]
-        better = score > state.ended_score
-        ended = jnp.where(better[:, None], found, state.ended)
-        ended_score = jnp.where(better, score, state.ended_score)
-
-        live_scores, best = jax.lax.top_k(jnp.where(ends, _NEVER, scores), beams)
-        live = jnp.take_along_axis(candidates, best[:, :, None], axis=1)
-        rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(origin, best, axis=1)
-        ids = jnp.take_along_axis(ids, best, axis=1)
-        cache = model.reorder(cache, rows.reshape(-1))
-        ids = ids.reshape(-1)
-        return _Beams(state.index + 1, live, live_scores, ended, ended_score, ids, lost, cache)
-
-    nothing = jnp.full((batch, beams, length), config.pad_id, jnp.int32)
-    # all beams of a row begin alike: only the first may be followed
-    start = jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)
-    state = jax.lax.while_loop(
-        unfinished,
-        step,
-        _Beams(
-            jnp.int32(0),
-            nothing,
-            jnp.where(empty[:, None], _NEVER, start),
-            nothing[:, 0],
-            jnp.where(empty, 0.0, _NEVER),
-            jnp.repeat(first, beams),
-            jnp.zeros(batch, bool),
-            cache,
-        ),
-    )
-    found = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
-    found = jnp.where(state.lost[:, None], -1, found)
-    return jnp.where(empty[:, None], config.pad_id, found)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def log_likelihood(
-    params: registry.Params,
-    prompts: registry.Prompts,
-    config: registry.Config,
-    inputs: Int[Array, "B S"],
-    segments: Int[Array, "B S"],
-    targets: Int[Array, "R T"],
-    target_segments: Int[Array, "R T"],
-) -> Float[Array, " R"]:
-    """log p(target | input) of each row: the sum over its target ids, EOS included."""
-    model = registry.model_for(config)
-    logits = model.logits(params, prompts, config, inputs, segments, targets, target_segments)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    each = picked - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum(each * (target_segments > 0), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def label_log_likelihoods(
-    params: registry.Params,
-    prompts: registry.Prompts,
-    config: registry.Config,
-    inputs: Int[Array, "B S"],
-    segments: Int[Array, "B S"],
-    labels: LabelTrees,
-) -> Float[Array, "R C"]:
-    """log p(label | input) of C candidate targets, each ending in EOS, for each row.
-
-    The input is read once, and what labels begin with is read once for all that do. Where examples
-    share rows, there are ``widths(config).shared`` times B results.
+    What follows EOS is padding. A row with a logit that is not finite is -1 throughout.
+    T5 used 4 beams and alpha 0.6 for long targets (arXiv 1609.08144 has the length penalty). A
+    hypothesis that has not ended counts only where none has. Inputs are read once, and the loop
+    stops as soon as no hypothesis of any row can still become its best.
     """
     model = registry.model_for(config)
     reading = model.read(params, prompts, config, inputs, segments)
-    (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
-    size = -(-count // groups)
+    first, cache = model.start(params, config, reading, search.length)
+    empty = ~jnp.any(segments > 0, axis=1)  # such rows generate nothing
 
-    def in_groups(x):
-        x = jnp.pad(x, ((0, groups * size - count), (0, 0)), constant_values=-1)
-        return x.reshape(groups, size, -1)
+    def unfinished(state: _Beams):
+        # log p only falls, and the longest hypotheses are divided by most
+        hope = search.worth(jnp.max(state.live_scores, axis=1), search.length)
+        going = (hope > state.ended_score) & ~state.lost
+        return (state.index < search.length) & jnp.any(going)
 
-    def score(given):
-        tree, nodes, tokens = given
-        logits = model.answer_logits(params, prompts, config, reading, tree)
-        found = logits[:, nodes, jnp.maximum(tokens, 0)]
-        found -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
-        return jnp.sum(found * (tokens >= 0), axis=-1)
+    def step(state: _Beams):
+        logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
+        finite = jnp.all(_finite(logits).reshape(-1, search.beams), axis=1)
+        candidates = _continue(state, logits, search.beams)
+        ends = candidates.ids == config.eos_id
+        ended, ended_score = _best_ended(state, candidates, ends, search)
+        live, live_scores, ids, rows = _keep_live(candidates, ends, search.beams)
+        lost = state.lost | (~finite & ~empty)
+        cache = model.reorder(cache, rows)
+        return _Beams(state.index + 1, live, live_scores, ended, ended_score, ids, lost, cache)
 
-    found = jax.lax.map(score, (labels.trees, in_groups(labels.nodes), in_groups(labels.tokens)))
-    return found.swapaxes(0, 1).reshape(-1, groups * size)[:, :count]
+    cache = model.repeat(cache, search.beams)
+    state = jax.lax.while_loop(unfinished, step, _start(first, cache, empty, search, config.pad_id))
+    ids = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
+    ids = jnp.where(state.lost[:, None], -1, ids)
+    return jnp.where(empty[:, None], config.pad_id, ids)
+
+
+def _start(
+    first: Int[Array, " B"],
+    cache: registry.Cache,
+    empty: Bool[Array, " B"],
+    search: BeamSearch,
+    pad_id: int,
+) -> _Beams:
+    """K equal hypotheses without ids, of which only the first may be continued."""
+    batch = len(first)
+    nothing = jnp.full((batch, search.beams, search.length), pad_id, jnp.int32)
+    scores = jnp.where(jnp.arange(search.beams) == 0, 0.0, _NEVER)
+    return _Beams(
+        jnp.int32(0),
+        nothing,
+        jnp.where(empty[:, None], _NEVER, scores),
+        nothing[:, 0],
+        jnp.where(empty, 0.0, _NEVER),
+        jnp.repeat(first, search.beams),
+        jnp.zeros(batch, bool),
+        cache,
+    )
+
+
+def _continue(state: _Beams, logits: Float[Array, "rows V"], beams: int) -> _Candidates:
+    """The best 2K continuations: at most K of them can end, so that K are left to go on."""
+    batch, vocabulary = len(state.live), logits.shape[-1]
+    logp = jax.nn.log_softmax(logits).reshape(batch, beams, vocabulary)
+    scores = (state.live_scores[:, :, None] + logp).reshape(batch, -1)
+    scores, chosen = jax.lax.top_k(scores, 2 * beams)
+    origin, ids = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
+    texts = jnp.take_along_axis(state.live, origin[:, :, None], axis=1)
+    texts = jax.lax.dynamic_update_index_in_dim(texts, ids, state.index, axis=2)
+    return _Candidates(scores, texts, origin, ids)
+
+
+def _best_ended(
+    state: _Beams, candidates: _Candidates, ends: Bool[Array, "B C"], search: BeamSearch
+) -> tuple[Int[Array, "B T"], Float[Array, " B"]]:
+    """The best hypothesis of each row that has ended by now, and its worth."""
+    # a hypothesis that ends must be among the best K, or it would not have been continued either
+    ending = ends & (jnp.arange(2 * search.beams) < search.beams)
+    ending &= candidates.scores > _NEVER / 2
+    values = jnp.where(ending, search.worth(candidates.scores, state.index + 1), _NEVER)
+    best = jnp.argmax(values, axis=1)[:, None]
+    score = jnp.take_along_axis(values, best, axis=1)[:, 0]
+    text = jnp.take_along_axis(candidates.texts, best[:, :, None], axis=1)[:, 0]
+    better = score > state.ended_score
+    return jnp.where(better[:, None], text, state.ended), jnp.where(
+        better, score, state.ended_score
+    )
+
+
+def _keep_live(
+    candidates: _Candidates, ends: Bool[Array, "B C"], beams: int
+) -> tuple[Int[Array, "B K T"], Float[Array, "B K"], Int[Array, " rows"], Int[Array, " rows"]]:
+    """The K best that go on, their scores, their newest ids, and the cache rows they continue."""
+    scores, best = jax.lax.top_k(jnp.where(ends, _NEVER, candidates.scores), beams)
+    live = jnp.take_along_axis(candidates.texts, best[:, :, None], axis=1)
+    origin = jnp.take_along_axis(candidates.origin, best, axis=1)
+    rows = jnp.arange(len(scores))[:, None] * beams + origin
+    ids = jnp.take_along_axis(candidates.ids, best, axis=1)
+    return live, scores, ids.reshape(-1), rows.reshape(-1)

@@ -19,7 +19,8 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.metrics import measure as measure_answers
 from jaxprompt.evaluation.plots import draw_curves
-from jaxprompt.inference.score import Model, predict_per_prompt, refuse_lost
+from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.predict import predict_per_prompt, refuse_lost
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import METHODS, applied, lent
 from jaxprompt.models import precision, registry
@@ -243,9 +244,9 @@ def _train(
         of: what is measured, where scores that are no numbers end the run. A member's metrics are
         then NaN, which is nothing to the others.
         """
-        model = Model(params, bank, backbone.config, mesh)
+        engine = Engine(params, bank, backbone.config, mesh)
         each = predict_per_prompt(
-            model, task, on.examples, tokenizer, batch_size=settings.eval_batch_size
+            engine, task, on.examples, tokenizer, batch_size=settings.eval_batch_size
         )
         for found in each if of else ():
             refuse_lost(found.lost, len(on.examples), of)

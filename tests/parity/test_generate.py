@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,12 @@ import pytest
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig, TaskConfig
 from jaxprompt.data.batches import Example
-from jaxprompt.inference import generate
-from jaxprompt.inference import score as scoring
+from jaxprompt.inference import engine as engines
+from jaxprompt.inference import generate, rank, score
+from jaxprompt.inference import predict as predicting
+from jaxprompt.inference.engine import Engine, num_compilations
+from jaxprompt.inference.generate import BeamSearch
+from jaxprompt.inference.predict import predict, refuse_lost
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.ops.layers import shift_right
 from jaxprompt.models.t5 import t5
@@ -80,9 +85,10 @@ def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
     segments[2] = 0
 
     def generated(params, bank=None):
-        given = params, bank, config, ids * segments, segments, 4
-        found = generate.beam(*given, beams=beams) if beams else generate.greedy(*given)
-        return np.asarray(found)
+        given = params, bank, config, ids * segments, segments
+        if beams:
+            return np.asarray(generate.beam(*given, BeamSearch(4, beams)))
+        return np.asarray(generate.greedy(*given, 4))
 
     assert (generated(params) >= 0).all()
     found = generated(lost_head(params))
@@ -93,21 +99,22 @@ def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
     assert (found[0] >= 0).all() and (found[1] == -1).all()
 
 
+WORDS: Any = SimpleNamespace(
+    encode_targets=lambda labels, separator: [[7, 1], [9, 11, 1]], eos_id=1, size=61,
+    one_sequence=False, decode=lambda ids: " ".join(map(str, ids)),
+)  # fmt: skip
+
+
 def asked(params, config, task, count=5, mesh=None):
-    words = [[7, 1], [9, 11, 1]]
-    tokenizer = SimpleNamespace(
-        encode_targets=lambda labels, separator: words, eos_id=1, size=61, one_sequence=False,
-        decode=lambda ids: " ".join(map(str, ids)),
-    )  # fmt: skip
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
-    model = scoring.Model(params, None, config, mesh)
-    return scoring.predict(model, task, rows, tokenizer, batch_size=4)
+    engine = Engine(params, None, config, mesh)
+    return predict(engine, task, rows, WORDS, batch_size=4)
 
 
 @pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
 def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, monkeypatch):
-    monkeypatch.setattr(scoring, "label_of", lambda task, tokenizer: {})
+    monkeypatch.setattr(predicting, "label_of", lambda task, tokenizer: {})
     config, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
                       max_target_length=4)  # fmt: skip
@@ -115,22 +122,52 @@ def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, mon
     found = asked(lost_head(params), config, task)
     assert list(found.lost) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
     with pytest.raises(UserError, match="m gives scores that are not finite numbers for 5 of 5"):
-        scoring.refuse_lost(found.lost, 5, "m")
+        refuse_lost(found.lost, 5, "m")
     none = asked(params, config, task, count=0)
     assert none.predictions == [] and not none.lost
     assert none.scores is None or none.scores.shape == (0, 2)
 
 
-def test_one_row_is_computed_as_one_row(tiny, monkeypatch):
-    """Not as a full batch; of several devices each has one."""
-    shapes, batches = [], scoring.evaluation_batches
+def counting(batches, shapes):
+    """The function of batches, noting the shape of each one's inputs."""
 
     def counted(*args, **kwargs):
         for batch, numbers in batches(*args, **kwargs):
             shapes.append(batch.inputs.shape)
             yield batch, numbers
 
-    monkeypatch.setattr(scoring, "evaluation_batches", counted)
+    return counted
+
+
+@pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
+def test_other_rows_of_the_same_sizes_compile_nothing(tiny, decoding, monkeypatch):
+    monkeypatch.setattr(predicting, "label_of", lambda task, tokenizer: {})
+    config, params = tiny
+    task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
+                      max_target_length=3)  # fmt: skip
+    rng = np.random.default_rng(0)
+
+    def rows(*lengths):
+        none = np.zeros(0, np.int32)
+        return [Example(rng.integers(3, 61, n).astype(np.int32), none) for n in lengths]
+
+    engine = Engine(params, None, config)
+    run = lambda rows: predict(engine, task, rows, WORDS, batch_size=8)
+    run(rows(9, 20, 40))
+    compiled = num_compilations()
+    run(rows(33, 5, 64, 1))
+    assert num_compilations() == compiled
+    other = engine._replace(params=jax.tree.map(lambda x: x + 0.01, params))
+    predict(other, task, rows(60, 2, 3), WORDS, batch_size=8)  # nor do other weights
+    assert num_compilations() == compiled
+    run(rows(70, 2, 3))
+    assert num_compilations() == compiled + 1
+
+
+def test_one_row_is_computed_as_one_row(tiny, monkeypatch):
+    """Not as a full batch; of several devices each has one."""
+    shapes = []
+    monkeypatch.setattr(engines, "inference_batches", counting(engines.inference_batches, shapes))
     config, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"])
     alone = asked(params, config, task, count=1)
@@ -148,13 +185,13 @@ def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
     rng = np.random.default_rng(0)
     ids = lambda count: rng.integers(3, 61, count).astype(np.int32)
     rows = [Example(ids(n), ids(t)) for n, t in [(9, 3), (30, 40), (5, 2), (70, 4)]]
-    model = scoring.Model(params, None, config)
-    together = scoring.log_likelihoods(model, rows, batch_size=64)
-    alone = [scoring.log_likelihoods(model, [row], batch_size=1)[0] for row in rows]
+    engine = Engine(params, None, config)
+    together = score.log_likelihoods(engine, rows, batch_size=64)
+    alone = [score.log_likelihoods(engine, [row], batch_size=1)[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    assert scoring.log_likelihoods(model, [], batch_size=4).shape == (0,)
+    assert score.log_likelihoods(engine, [], batch_size=4).shape == (0,)
     with pytest.raises(UserError, match="batch size is 0; give a whole number"):
-        scoring.log_likelihoods(model, rows, batch_size=0)
+        score.log_likelihoods(engine, rows, batch_size=0)
 
 
 @pytest.mark.parametrize("count", [6, 19])
@@ -164,12 +201,12 @@ def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny, count
     some = [[7, 1, -1], [9, 11, 1], [30, 1, -1], [1, -1, -1], [9, 1, -1], [9, 11, 1]]
     labels = np.array(some if count == 6 else some * 3 + some[:1], np.int32)
     trees = label_trees(labels)
-    scores = np.asarray(generate.label_log_likelihoods(params, None, config, ids, segments, trees))
+    scores = np.asarray(rank.label_log_likelihoods(params, None, config, ids, segments, trees))
     assert scores.shape == (3, count)
     for number, label in enumerate(labels[:6]):
         marks = np.tile((label >= 0).astype(np.int32), (3, 1))
         targets = np.tile(np.maximum(label, 0), (3, 1))
-        alone = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
+        alone = score.log_likelihood(params, None, config, ids, segments, targets, marks)
         for again in range(number, count, 6):
             np.testing.assert_allclose(scores[:, again], alone, rtol=1e-5)
 
@@ -179,7 +216,7 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
     ids, segments = inputs()
     targets = np.array([[7, 8, 1], [9, 1, 0], [5, 6, 1]], np.int32)
     marks = (targets > 0).astype(np.int32)
-    got = generate.log_likelihood(params, None, config, ids, segments, targets, marks)
+    got = score.log_likelihood(params, None, config, ids, segments, targets, marks)
     logits = np.asarray(teacher_forced(params, config, ids, segments, targets), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate((3, 2, 3)):
@@ -193,7 +230,7 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     rng, words = np.random.default_rng(0), [[7, 1], [9, 11, 1], [30, 1]]
     examples = [
         Example(rng.integers(3, 61, length).astype(np.int32), np.array(words[length % 3], np.int32))
-        for length in rng.integers(20, 250, scoring._FEWEST_SHARING + 3)
+        for length in rng.integers(20, 250, engines.FEWEST_PACKED + 3)
     ]
     mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     params = jax.device_put(params, parallel.replicated(mesh))
@@ -204,20 +241,14 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     shapes = []
 
     def answers(config, **settings):
-        model = scoring.Model(params, None, config, mesh)
-        return scoring.predict(model, task, examples, tokenizer, batch_size=16, **settings)
+        engine = Engine(params, None, config, mesh)
+        return predict(engine, task, examples, tokenizer, batch_size=16, **settings)
 
-    batches = scoring.evaluation_batches
-
-    def counted(*args, **kwargs):
-        for batch, numbers in batches(*args, **kwargs):
-            shapes.append(batch.inputs.shape)
-            yield batch, numbers
-
-    monkeypatch.setattr(scoring, "evaluation_batches", counted)
-    shared = answers(config, share=True)
+    for name in ("inference_batches", "packed_rows"):
+        monkeypatch.setattr(engines, name, counting(getattr(engines, name), shapes))
+    shared = answers(config, pack=True)
     assert len(set(shapes)) == 1 and shapes[0][0] == devices
-    for alone in (answers(config), answers(tiny[0], share=True)):
+    for alone in (answers(config), answers(tiny[0], pack=True)):
         np.testing.assert_allclose(shared.scores, alone.scores, rtol=1e-5)
         assert shared.predictions == alone.predictions
     assert len(set(shapes)) > 5
@@ -225,20 +256,20 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
 
 def searched(params, config, ids, segments, length, beams, alpha):
     """Beam search of one row as it is defined, without a cache."""
-    worth = lambda score, count: score / ((5 + count) / 6) ** alpha
+    worth = lambda value, count: value / ((5 + count) / 6) ** alpha
     live, ended = [(0.0, [])], []
     for step in range(length):
         candidates = []
-        for score, words in live:
+        for value, words in live:
             targets = np.full((1, length), 3, np.int32)
             targets[0, : len(words)] = words
             row = teacher_forced(params, config, ids, segments, targets)[0, step]
             logp = np.asarray(jax.nn.log_softmax(row))
-            candidates += [(score + float(logp[v]), [*words, v]) for v in range(len(logp))]
+            candidates += [(value + float(logp[v]), [*words, v]) for v in range(len(logp))]
         candidates.sort(key=lambda found: -found[0])
-        for score, words in candidates[:beams]:
+        for value, words in candidates[:beams]:
             if words[-1] == config.eos_id:
-                ended.append((worth(score, step + 1), words))
+                ended.append((worth(value, step + 1), words))
         live = [found for found in candidates if found[1][-1] != config.eos_id][:beams]
     return max(ended or live)[1]
 
@@ -249,7 +280,7 @@ def test_beams_are_searched_as_defined(tiny, alpha):
     ids, segments = inputs(seed=3)
     greedy = np.asarray(generate.greedy(params, None, config, ids, segments, 5))
     config = dataclasses.replace(config, eos_id=int(greedy[0, 1]))  # so that answers end
-    found = generate.beam(params, None, config, ids, segments, 5, beams=3, alpha=alpha)
+    found = generate.beam(params, None, config, ids, segments, BeamSearch(5, 3, alpha))
     for row in range(3):
         one = slice(row, row + 1)
         best = searched(params, config, ids[one], segments[one], 5, 3, alpha)
@@ -262,7 +293,7 @@ def test_one_beam_without_a_penalty_is_greedy(tiny):
     segments[4] = 0
     first = int(generate.greedy(params, None, config, ids, segments, 8)[0, 1])
     config = dataclasses.replace(config, eos_id=first)  # so that a row ends early
-    given = params, None, config, ids * segments, segments, 8
-    expected = np.asarray(generate.greedy(*given))
-    np.testing.assert_array_equal(generate.beam(*given, beams=1, alpha=0.0), expected)
+    given = params, None, config, ids * segments, segments
+    expected = np.asarray(generate.greedy(*given, 8))
+    np.testing.assert_array_equal(generate.beam(*given, BeamSearch(8, 1, 0.0)), expected)
     assert (expected[0] == config.pad_id).any() and not expected[4].any()

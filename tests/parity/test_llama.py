@@ -12,7 +12,8 @@ from helpers import GOLDENS_CAUSAL
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Example, make_batch, pack_batch
 from jaxprompt.data.virtual_tokens import virtual_ids
-from jaxprompt.inference import generate
+from jaxprompt.inference import generate, rank, score
+from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.models.decoder import decoder
@@ -125,7 +126,7 @@ def test_beams_of_a_batch_are_those_of_its_rows(name):
     def search(rows, beams):
         ids, segments = batch.inputs[rows], batch.segments[rows]
         arguments = b.params, decoder.Prompts(None), b.config, ids, segments
-        return np.asarray(generate.beam(*arguments, 6, beams=beams, alpha=0.0))
+        return np.asarray(generate.beam(*arguments, BeamSearch(6, beams, 0.0)))
 
     together, count = search(slice(None), 3), len(batch.inputs)
     alone = [search(slice(row, row + 1), 3)[0] for row in range(count)]
@@ -242,11 +243,11 @@ def test_labels_are_scored_as_if_each_were_the_target():
     labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
     prompts = decoder.prepare(b.params, bank, config)
     where = b.params, prompts, config, batch.inputs, batch.segments
-    found = np.asarray(generate.label_log_likelihoods(*where, label_trees(labels)))
+    found = np.asarray(rank.label_log_likelihoods(*where, label_trees(labels)))
     for column, label in enumerate(labels):
         targets = np.tile(np.maximum(label, 0), (len(found), 1))
         segments = np.tile((label >= 0).astype(np.int32), (len(found), 1))
-        alone = generate.log_likelihood(*where, targets, segments)
+        alone = score.log_likelihood(*where, targets, segments)
         assert np.allclose(found[:, column], alone, rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 import jaxprompt as jp
 from jaxprompt.moved import MOVED
 
-MODULES = ["jaxprompt.training.loop", "jaxprompt.inference.score", "jaxprompt.api"]
+MODULES = ["jaxprompt.training.loop", "jaxprompt.inference.predict", "jaxprompt.api"]
 FUNCTIONS = [name for name in jp.__all__ if name[0].islower()]
 
 

@@ -584,9 +584,9 @@ def test_scores_that_are_no_numbers_are_told(prompt):
     """Weights that became NaN after they were loaded; a file with NaN is refused already."""
     session = api.open_session(prompt)
     assert jaxprompt.predict(session, []) == [] and api.score(session, []) == []
-    head = session.model.params["head"]
-    params = session.model.params | {"head": head.at[0, 0].set(np.nan)}
-    session = session._replace(model=session.model._replace(params=params))
+    head = session.engine.params["head"]
+    params = session.engine.params | {"head": head.at[0, 0].set(np.nan)}
+    session = session._replace(engine=session.engine._replace(params=params))
     greedy = session.prompt.facts["task"] | {"decoding": "greedy"}
     asked = [
         lambda: jaxprompt.predict(session, make_rows(3)),

@@ -28,7 +28,7 @@ from jaxprompt.config.overrides import load_config
 from jaxprompt.data.batches import Example
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.inference.score import Predictions
+from jaxprompt.inference.predict import Predictions
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training import loop

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.inference.score import Predictions
+from jaxprompt.inference.predict import Predictions
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.studies import baselines, catalogue, cells
 from jaxprompt.studies.baselines import calibrated_quality, with_sentinel

@@ -17,7 +17,8 @@ from bench_tools import LABELS, Row, Start, resident, serve
 from jaxprompt.config.schema import TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example, micro_batches, with_noise
 from jaxprompt.data.virtual_tokens import virtual_ids
-from jaxprompt.inference.score import Model, predict
+from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.predict import predict
 from jaxprompt.methods.base import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
@@ -141,10 +142,10 @@ class Ours:
         )
         examples = self.examples(backbone, self.start().questions)
         bank = jnp.asarray(self.vectors(backbone))
-        model = Model(backbone.params, bank, backbone.config, self.mesh)
+        engine = Engine(backbone.params, bank, backbone.config, self.mesh)
         began = time.perf_counter()
         answers = predict(
-            model, task, examples, Words(), batch_size=job["batch_size"], share=True  # type: ignore[arg-type]
+            engine, task, examples, Words(), batch_size=job["batch_size"], pack=True  # type: ignore[arg-type]
         )  # fmt: skip
         seconds = time.perf_counter() - began
         return {"seconds": [seconds], "answers": answers.predictions}

@@ -17,7 +17,6 @@ from jaxprompt.data.batches import (
     batch_indices,
     dropout_seeds,
     epoch_order,
-    evaluation_batches,
     first_fit,
     make_batch,
     micro_batches,
@@ -236,59 +235,6 @@ def test_the_rows_of_a_micro_batch_divide_the_batch_and_fit_the_positions():
     assert rows(batch_size=32, positions=100, multiple=4) == 4  # devices share the rows
 
 
-@pytest.mark.parametrize("count, rows", [(1, 1), (3, 4), (8, 8), (21, 8)])
-def test_evaluation_visits_every_row_once_and_pads_the_last_batch(count, rows):
-    examples = random_examples(count)
-    visited = []
-    for batch, numbers in evaluation_batches(examples, batch_size=8):
-        assert batch.inputs.shape[0] == batch.targets.shape[0] == len(numbers) == rows
-        for row, number in enumerate(numbers):
-            if number == -1:
-                assert not batch.segments[row].any() and not batch.weights[row].any()
-                continue
-            visited.append(number)
-            length = len(examples[number].inputs)
-            np.testing.assert_array_equal(batch.inputs[row, :length], examples[number].inputs)
-            assert batch.segments[row].sum() == length
-    assert sorted(visited) == list(range(count))
-
-
-def test_evaluation_of_nothing_and_of_rows_without_targets():
-    assert list(evaluation_batches([], batch_size=4)) == []
-    [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=2)
-    assert numbers.tolist() == [0] and not batch.weights.any()
-    [(batch, numbers)] = evaluation_batches([example([5, 1], [])], batch_size=6, devices=3)
-    assert numbers.tolist() == [0, -1, -1] and batch.inputs.shape == (3, 32)
-
-
-def test_the_shapes_of_evaluation_follow_from_the_longest_example_and_the_number_of_them():
-    """One long example changes nothing for the others, and no mean length is looked at."""
-
-    def shapes(lengths, **more):
-        rows = [example(range(n), []) for n in lengths]
-        found = evaluation_batches(rows, batch_size=16, room=Room(positions=1024), **more)
-        return [batch.inputs.shape for batch, _ in found]
-
-    assert shapes([20] * 40) == [(16, 32)] * 3
-    assert shapes([100] * 10) == [(8, 128)] * 2
-    assert shapes([500] + [20] * 39) == [(2, 512)] + [(16, 32)] * 3
-    assert shapes([500]) == [(1, 512)] and shapes([20] * 5) == [(8, 32)]
-    assert shapes([2000]) == [(1, 2048)]  # one row is answered, however long
-    assert shapes([500, 20], devices=2) == [(2, 512)]
-
-
-def test_one_long_target_makes_one_batch_deep():
-    rows = [example([5, 1], range(4)) for _ in range(499)] + [example([6, 1], range(600))]
-    room = Room(positions=2048, targets=4096)
-    found = list(evaluation_batches(rows, batch_size=64, room=room))
-    assert [batch.targets.shape for batch, _ in found] == [(1, 1024)] + [(64, 4)] * 8
-    numbers = np.concatenate([own for _, own in found])
-    assert sorted(numbers[numbers >= 0]) == list(range(500)) and found[0][1].tolist() == [499]
-    # many long ones are asked a few at a time
-    found = list(evaluation_batches(rows[-1:] * 64, batch_size=64, room=room))
-    assert {batch.targets.shape for batch, _ in found} == {(2, 1024)}
-
-
 def test_targets_of_labels_are_in_one_bucket():
     assert target_lengths([2, 5, 16]) == (16,) and target_lengths([3]) == (3,)
     assert target_lengths([17, 4, 64, 65, 9]) == (9, 64, 65) and target_lengths([]) == ()
@@ -371,8 +317,6 @@ def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
     batch = make_batch(rows, widths=widths)
     assert batch.inputs.shape == (2, 132)
     assert (batch.segments.sum(axis=1) == [103, 132]).all()
-    (found, _), *rest = evaluation_batches(rows, batch_size=2, widths=widths)
-    assert found.inputs.shape == (2, 132) and not rest
 
 
 def test_fine_widths_are_multiples_of_sixteen():

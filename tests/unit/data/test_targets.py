@@ -17,8 +17,8 @@ from jaxprompt.data.targets import as_written, label_of, label_warnings
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
-from jaxprompt.inference import score
-from jaxprompt.inference.score import Predictions, predict
+from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.predict import Predictions, predict
 from jaxprompt.training.loop import train
 
 
@@ -30,14 +30,6 @@ def t5(tmp_path_factory):
 @dataclasses.dataclass
 class Settings:
     eos_id: int = 1
-
-
-class Fixed:
-    """In place of a model: what it writes is patched in."""
-
-    mesh = None
-    prepared = staticmethod(lambda examples: (None, Settings()))
-    ask = staticmethod(lambda *_, **__: None)
 
 
 def mine(**changes):
@@ -95,10 +87,10 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
     rows = t5.encode_targets(task.labels)
     rows += t5.encode_targets(["it"])
     written = np.array([row + [0] * (8 - len(row)) for row in rows])
-    monkeypatch.setattr(score, "_in_order", lambda *_: written)
-    monkeypatch.setattr(score, "_cut", lambda mesh, config, *_, **__: (config, 8))
+    monkeypatch.setattr(Engine, "run", lambda *_, **__: written)
     asked = [Example(np.zeros(1, np.int32), np.zeros(0, np.int32))] * 3
-    found = predict(Fixed(), task, asked, t5, batch_size=8)  # pyright: ignore[reportArgumentType]
+    engine = Engine({}, None, Settings())  # pyright: ignore[reportArgumentType]
+    found = predict(engine, task, asked, t5, batch_size=8)
     assert found.predictions == ["yes ", "{no}", "it"]
     with pytest.raises(UserError, match="Label 'yes ' has . tokens, and task.max_target_length"):
         label_of(task.model_copy(update={"max_target_length": 1}), t5)

@@ -1,0 +1,202 @@
+"""The compiled engine: one backbone, a bank of prompts, and programs over batches of examples.
+
+A ``Program`` says what is computed for each row. The engine compiles it once for each shape of
+``buckets.py``, so that their number is bounded and a request of other rows compiles nothing new.
+Rows of one batch may use different prompts of the bank: the ids say which (``virtual_tokens``).
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.data.batches import (
+    Batch,
+    Example,
+    packed_rows,
+    round_input_length,
+    round_target_length,
+)
+from jaxprompt.inference.buckets import BatchLimits, inference_batches
+from jaxprompt.models import registry
+from jaxprompt.models.ops import quantization
+from jaxprompt.runtime import parallel, processes
+
+# Fewer examples, or of fewer lengths, share no rows: padded batches have fewer shapes to compile,
+# and ones that other examples have too
+FEWEST_PACKED, FEWEST_LENGTHS = 128, 5
+
+Progress = Callable[[int], None]
+
+
+def ignore_progress(rows: int) -> None:
+    """The progress callback of callers that show none."""
+
+
+class Program(NamedTuple):
+    """What is computed for each row of a batch.
+
+    ``function(params, prompts, config, inputs, segments, *operands, **settings)`` returns one
+    result a row; with ``teacher_forced`` it takes targets and their segments before ``operands``.
+    """
+
+    function: Callable[..., jax.Array]
+    operands: tuple = ()  # pytrees of arrays that all rows share
+    settings: tuple[tuple[str, Hashable], ...] = ()  # static
+    teacher_forced: bool = False
+    logits: int = 1  # positions per row whose logits are held at once
+
+
+class Engine(NamedTuple):
+    """A frozen backbone with a bank of K prompts, and the devices that rows go to."""
+
+    params: registry.Params
+    bank: Float[Array, "K P D"] | None
+    config: registry.Config
+    mesh: Mesh | None = None  # rows go over its data axes; None: to the default device
+
+    @property
+    def prompt_length(self) -> int:
+        """P, the virtual tokens of each prompt; 0 without a bank."""
+        return 0 if self.bank is None else self.bank.shape[1]
+
+    @property
+    def num_prompts(self) -> int:
+        """K, or 1 for the backbone without a prompt."""
+        return 1 if self.bank is None else self.bank.shape[0]
+
+    def run(
+        self,
+        program: Program,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        pack: bool = False,
+        progress: Progress = ignore_progress,
+    ) -> np.ndarray:
+        """The program's result for each example, in the order of the examples.
+
+        The next batch is dispatched before the result of the last one is fetched.
+
+        Args:
+            program: what is computed.
+            examples: at least one.
+            batch_size: rows at a time, at most.
+            pack: examples may share rows where the device computes that faster. Batches then have
+                a shape that fits these examples and hardly any others: it suits a large evaluation,
+                not one small request after another.
+            progress: hears how many examples each batch had.
+
+        Raises:
+            UserError: the batch size is no positive whole number.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"The batch size is {batch_size!r}; give a whole number from 1 on.")
+        results: list[np.ndarray] = [np.empty(0)] * len(examples)
+
+        def collect(numbers, output):
+            for number, row in zip(numbers, np.asarray(processes.fetch(output)), strict=True):
+                if number >= 0:
+                    results[number] = row
+            progress(int((numbers >= 0).sum()))
+
+        waiting = None
+        for numbers, output in self._outputs(program, examples, batch_size, pack):
+            if waiting is not None:
+                collect(*waiting)
+            waiting = numbers, output
+        if waiting is not None:
+            collect(*waiting)
+        return np.stack(results)
+
+    def compile(
+        self, program: Program, prompts: registry.Prompts, config: registry.Config
+    ) -> Callable[[Batch], jax.Array]:
+        """The program as a function of a batch; compiled when a shape is first seen."""
+        compiled = _compiled(
+            self.mesh, program.function, program.teacher_forced, config, program.settings
+        )
+        params = quantization.view_as_uint16(self.params)
+        shared = (prompts, *program.operands)
+
+        def run(batch: Batch) -> jax.Array:
+            placed = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
+            return compiled(params, shared, placed)
+
+        return run
+
+    def _outputs(
+        self, program: Program, examples: Sequence[Example], batch_size: int, pack: bool
+    ) -> Iterator[tuple[np.ndarray, jax.Array]]:
+        """The numbers of the examples of each batch, and its results on the devices."""
+        config = registry.with_shared_prefix(
+            self.config, [example.inputs for example in examples], self.prompt_length
+        )
+        prompts = _prepare(self.params, self.bank, config)
+        config, batches = self._batches(config, program.logits, examples, batch_size, pack)
+        compiled = self.compile(program, prompts, config)
+        for batch, numbers in batches:
+            yield numbers, compiled(batch)
+
+    def _batches(
+        self, config: registry.Config, logits: int, examples: Sequence[Example], most: int,
+        pack: bool,
+    ) -> tuple[registry.Config, Iterator[tuple[Batch, np.ndarray]]]:  # fmt: skip
+        devices = parallel.num_batch_shards(self.mesh)
+        rows = -(-most // devices) * devices  # filled with empty rows
+        if pack:
+            lengths = [len(example.inputs) for example in examples]
+            if len(examples) >= FEWEST_PACKED and _count_widths(lengths) >= FEWEST_LENGTHS:
+                packed, per_batch = registry.plan_microbatches(
+                    config, lengths, batch_size=rows, devices=devices, depth=logits,
+                    most_widths=6,  # without a gradient they compile in half the time
+                )  # fmt: skip
+                if packed is not config:
+                    depth = round_target_length(max(len(e.targets) for e in examples))
+                    return packed, packed_rows(
+                        examples, parts=-(-len(examples) // per_batch), devices=devices,
+                        widths=registry.widths(packed), target_length=depth,
+                    )  # fmt: skip
+        room = registry.room(config, devices, training=False)
+        limits = BatchLimits(rows, devices, room, logits)
+        return config, inference_batches(examples, limits, registry.widths(config))
+
+
+def _count_widths(lengths: Sequence[int]) -> int:
+    return len(set(map(round_input_length, lengths)))
+
+
+_compilations = 0
+
+
+def num_compilations() -> int:
+    """How many programs this process has compiled for engines.
+
+    It stays the same while requests only ask for shapes that were there before.
+    """
+    return _compilations
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(mesh, function, teacher_forced, config, settings):
+    def of_rows(params, shared, batch):
+        global _compilations
+        _compilations += 1  # runs while jax traces, which is once for each program
+        prompts, *operands = shared
+        rows = batch.inputs, batch.segments
+        if teacher_forced:
+            rows += batch.targets, batch.target_segments
+        return function(params, prompts, config, *rows, *operands, **dict(settings))
+
+    axes = registry.model_for(config).logical_axes(config)
+    return jax.jit(parallel.shard_over_batch(of_rows, mesh, axes))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _prepare(params, bank, config):
+    return registry.model_for(config).prepare(params, bank, config)

@@ -1,0 +1,64 @@
+"""Rank classification: the input is read once, and every label is scored as a whole sequence."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.inference.engine import Program
+from jaxprompt.models import registry
+from jaxprompt.models.label_tree import LabelTrees, label_trees
+
+
+def rank_program(labels: Sequence[str], tokenizer: Tokenizer, separator: str = "") -> Program:
+    """The log-likelihoods of C labels, EOS included, for each row: [C]."""
+    trees = label_trees(label_ids(labels, tokenizer, separator))
+    nodes = trees.trees.ids.shape[-1]
+    return Program(label_log_likelihoods, operands=(trees,), logits=nodes)
+
+
+def label_ids(
+    labels: Sequence[str], tokenizer: Tokenizer, separator: str = ""
+) -> Int[np.ndarray, "C T"]:
+    """Ids of each label with EOS, padded with -1 to the longest."""
+    rows = tokenizer.encode_targets(labels, separator)
+    width = max(map(len, rows))
+    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def label_log_likelihoods(
+    params: registry.Params,
+    prompts: registry.Prompts,
+    config: registry.Config,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    labels: LabelTrees,
+) -> Float[Array, "R C"]:
+    """log p(label | input) of C candidate targets, each ending in EOS, for each row.
+
+    The input is read once, and what several labels begin with is read once for all of them. Where
+    examples share rows, there are ``widths(config).shared`` times B results.
+    """
+    model = registry.model_for(config)
+    reading = model.read(params, prompts, config, inputs, segments)
+    (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
+    size = -(-count // groups)
+
+    def in_groups(x):
+        x = jnp.pad(x, ((0, groups * size - count), (0, 0)), constant_values=-1)
+        return x.reshape(groups, size, -1)
+
+    def score(group):
+        tree, nodes, tokens = group
+        logits = model.answer_logits(params, prompts, config, reading, tree)
+        scores = logits[:, nodes, jnp.maximum(tokens, 0)]
+        scores -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
+        return jnp.sum(scores * (tokens >= 0), axis=-1)
+
+    scores = jax.lax.map(score, (labels.trees, in_groups(labels.nodes), in_groups(labels.tokens)))
+    return scores.swapaxes(0, 1).reshape(-1, groups * size)[:, :count]
