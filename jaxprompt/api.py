@@ -101,7 +101,7 @@ def open_session(
         )
     if isinstance(backbone, str):
         mesh = parallel.make_mesh()
-        backbone = load_backbone(backbone, dtype=dtype, weights=weights, mesh=mesh)
+        backbone = load_backbone(backbone, dtype=dtype, quantization=weights, mesh=mesh)
     bank = None
     if prompt is not None:
         backbone = backbone._replace(

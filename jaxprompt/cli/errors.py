@@ -41,8 +41,8 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text:
         return (
-            f"The memory ran out ({text[:160] or 'of this machine'}); lower train.micro_batch of a "
-            "run or --batch-size of a command, or see what a run needs with `jaxprompt plan`."
+            f"The memory ran out ({text[:160] or 'of this machine'}); lower train.micro_batch_size "
+            "of a run or --batch-size of a command, or see what a run needs with `jaxprompt plan`."
         )
     if isinstance(error, OSError):  # a full disk, a file without permission
         return f"{error.strerror or text}: {error.filename or ''}"

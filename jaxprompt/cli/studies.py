@@ -40,7 +40,7 @@ class StudyOptions(NamedTuple):
 def reproduce(
     study: Annotated[str, typer.Argument(help="a study of Lester et al. (2021), all, or report")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="settings of all runs, e.g. train.eval_rows=600")
+        list[str] | None, typer.Argument(help="settings of all runs, e.g. train.steps=100")
     ] = None,
     options: StudyOptions = StudyOptions(),
     output: Annotated[Path, typer.Option(callback=at_home, help="runs, results and report")] = Path(

@@ -22,7 +22,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     run = load_config(config, overrides or [])
     from jaxprompt.runtime import devices
 
-    devices.start([run.train.batch_size, run.train.micro_batch or 0], run.mesh)
+    devices.start([run.train.batch_size, run.train.micro_batch_size or 0], run.mesh)
     from jaxprompt.cli.progress import Bar, show_result
     from jaxprompt.training.loop import train as run_training
 

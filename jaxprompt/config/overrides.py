@@ -11,6 +11,7 @@ from pydantic import (
 
 from jaxprompt.config import yaml12
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.names import current_key, current_names
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
@@ -73,6 +74,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys, such as 'task: supersense'.")
+    try:  # before the overrides, which may use the other spelling
+        values = current_names(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
     for override in overrides:
         set_value(values, override)
     return values
@@ -85,6 +90,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         raise UserError(
             f"Override {shown(override)} must have the form key=value, e.g. train.steps=100."
         )
+    key = current_key(key)
     *parents, last = key.split(".")
     inside: Any = values
     for depth, parent in enumerate(parents):

@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-)
+from pydantic import AfterValidator, WithJsonSchema
 
 from jaxprompt.config.errors import UserError, shown
 
@@ -62,7 +60,9 @@ def expanded(path: str | Path) -> str:
 
 
 # a file, a directory, or a name that cannot begin with ~
-PathText = Annotated[str, AfterValidator(expanded)]
+PathText = Annotated[
+    str, AfterValidator(expanded), WithJsonSchema({"type": "string", "format": "path"})
+]
 
 
 def looked_in(path: Path) -> str:

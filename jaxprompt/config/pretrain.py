@@ -1,6 +1,6 @@
 """The schema of a pre-training run: text, pairs, shape, tokenizer, objectives."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,106 +21,183 @@ from jaxprompt.config.schema import (
 class TextSource(Schema):
     """Running text: a .txt file with a document a line, or a text column of any task source."""
 
-    name: str
-    source: str | None = None  # hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: a file
-    train: PathText  # a file, or the name of a split where there is a source
-    column: str = "text"  # where the rows have columns
-    weight: Weight = 1.0  # examples are drawn from the sources in proportion to it
+    name: str = Field(description="Name of the source, for logs.")
+    source: str | None = Field(
+        default=None,
+        description="hf:DATASET[/CONFIG] or tfds:NAME[/CONFIG]. null: `train` is a file.",
+    )
+    train: PathText = Field(
+        description=(
+            "A file (.txt: a document a line; .jsonl, .csv, .tsv, .parquet: a column), or the name "
+            "of a split where `source` is set."
+        )
+    )
+    column: str = Field(default="text", description="Column of the text, where rows have columns.")
+    weight: Weight = Field(
+        default=1.0, description="Examples are drawn from the sources in proportion to it."
+    )
 
 
 class PairSource(Schema):
     """Supervised text: rows with `input`, `target` and, if they have virtual tokens, `prompt`."""
 
-    name: str
-    source: str | None = None
-    train: PathText
-    weight: Weight = 1.0
+    name: str = Field(description="Name of the source, for logs.")
+    source: str | None = Field(
+        default=None,
+        description="hf:DATASET[/CONFIG] or tfds:NAME[/CONFIG]. null: `train` is a file.",
+    )
+    train: PathText = Field(
+        description="A file of rows, or the name of a split where `source` is set."
+    )
+    weight: Weight = Field(
+        default=1.0, description="Examples are drawn from the sources in proportion to it."
+    )
 
 
 class ShapeConfig(Schema):
     """Size of a new T5 1.1."""
 
-    d_model: Size = 512
-    num_heads: Size = 6
-    head_dim: Size = 64
-    d_ff: Size = 1024
-    num_encoder_layers: Size = 8
-    num_decoder_layers: Size = 8
+    d_model: Size = Field(default=512, description="Width of the residual stream.")
+    num_heads: Size = Field(default=6, description="Attention heads.")
+    head_dim: Size = Field(default=64, description="Width of a head.")
+    d_ff: Size = Field(default=1024, description="Width of the MLP.")
+    num_encoder_layers: Size = Field(default=8, description="Layers of the encoder.")
+    num_decoder_layers: Size = Field(default=8, description="Layers of the decoder.")
 
 
 class TokenizerConfig(Schema):
     """A unigram tokenizer to be trained on the run's own text, laid out as T5's."""
 
-    vocabulary: Size = 32_000  # rows with pad, eos, unk and the sentinels
-    sentinels: Size = 100
-    characters: Positive = 50_000_000  # of text to learn from, in equal shares of the sources
+    vocabulary: Size = Field(
+        default=32_000, description="Size of the vocabulary, with pad, EOS, unk and the sentinels."
+    )
+    sentinels: Size = Field(default=100, description="Sentinels for span corruption.")
+    characters: Positive = Field(
+        default=50_000_000,
+        description="Characters of text to learn from, in equal shares of the sources.",
+    )
 
 
 class VirtualConfig(Schema):
     """Virtual tokens that are trained along with the backbone and thrown away with the run."""
 
-    count: Size  # prompts, numbered from 0 in the column `prompt` of the pairs
-    lengths: list[Size] = Field(default=[20], min_length=1)  # one is drawn for each use
+    count: Size = Field(description="Prompts, numbered from 0 in the column `prompt` of the pairs.")
+    lengths: list[Size] = Field(
+        default=[20],
+        min_length=1,
+        description="Lengths in virtual tokens; one is drawn for each use.",
+    )
 
 
 class PretrainOptimization(Optimization):
     """T5's: Adafactor, relative to the parameters' scale, inverse square root decay."""
 
-    steps: Positive = 100_000
-    batch_size: Size = 128  # packed rows
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
-    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "rsqrt"
-    warmup_steps: Count = 1000
-    weight_decay: Rate = 0.0
-    parameter_scale: bool = True
-    evaluate_batches: Positive = 4  # of each held-out set
+    steps: Positive = Field(default=100_000, description="Optimizer steps.")
+    batch_size: Size = Field(default=128, description="Packed rows of a step, over all devices.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=0.01, description="Peak learning rate."
+    )
+    optimizer: Literal["adafactor", "adamw"] = Field(
+        default="adafactor", description="The optimizer."
+    )
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = Field(
+        default="rsqrt",
+        description=(
+            "Learning rate after the warm-up. linear and cosine: down to 0 at `train.steps`. "
+            "rsqrt: inverse square root of the step."
+        ),
+    )
+    warmup_steps: Count = Field(default=1000, description="Steps of the warm-up.")
+    weight_decay: Rate = Field(default=0.0, description="Weight decay of what is trained.")
+    parameter_scale: bool = Field(
+        default=True, description="Adafactor: multiplies the rate by the RMS of the parameters."
+    )
+    evaluate_batches: Positive = Field(
+        default=4, description="Batches of each held-out set in an evaluation."
+    )
 
 
 class PretrainConfig(Schema):
     """Everything about a pre-training or adaptation run."""
 
-    start: PathText | None = None  # a backbone to go on from; None: random weights of `shape`
-    shape: ShapeConfig = ShapeConfig()
-    # hub id or directory, or how to train one; None: the one beside the weights of `start`
-    tokenizer: PathText | TokenizerConfig | None = None
-    text: list[TextSource] = []
-    pairs: list[PairSource] = []
-    # share of the examples of each; spans as in Raffel et al. 2020, section 3.1.4, prefix-LM as in
-    # Lester et al. 2021, section 3.1
-    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs"], Weight] = Field(
-        default={"span_corruption": 1.0}, min_length=1
+    start: PathText | None = Field(
+        default=None, description="A backbone to go on from. null: random weights of `shape`."
     )
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
-    input_length: Size = 512  # of a packed row
-    target_length: Size = 128
-    # tokens of running text in an example, drawn evenly between the two; None: a full row
-    text_length: tuple[Size, Size] | None = None
-    # a target of n tokens counts as n^(1 - balance) tokens: 0 weighs tokens alike, 1 examples
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.0
-    validation: Annotated[float, Field(gt=0, lt=0.25)] = 0.01  # held-out share of each source
-    virtual: VirtualConfig | None = None
-    model: ModelConfig = ModelConfig()
-    train: PretrainOptimization = PretrainOptimization()
-    mesh: MeshConfig = MeshConfig()
-    output: PathText = Field(min_length=1)
+    shape: ShapeConfig = Field(default=ShapeConfig(), description="Size of a new T5 1.1.")
+    tokenizer: PathText | TokenizerConfig | None = Field(
+        default=None,
+        description=(
+            "Hub id or directory, or a mapping that says how to train one. null: the one beside "
+            "the weights of `start`."
+        ),
+    )
+    text: list[TextSource] = Field(default=[], description="Sources of running text.")
+    pairs: list[PairSource] = Field(default=[], description="Sources of supervised text.")
+    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs"], Weight] = Field(
+        default={"span_corruption": 1.0},
+        min_length=1,
+        description=(
+            "Share of the examples of each objective. Spans are those of Raffel et al. (2020), "
+            "section 3.1.4, the prefix LM that of Lester et al. (2021), section 3.1."
+        ),
+    )
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15, description="Span corruption: share of the tokens that is replaced."
+    )
+    mean_span: Annotated[float, Field(ge=1)] = Field(
+        default=3.0, description="Span corruption: mean length of a span in tokens."
+    )
+    input_length: Size = Field(default=512, description="Tokens of the input of a packed row.")
+    target_length: Size = Field(default=128, description="Tokens of the target of a packed row.")
+    text_length: tuple[Size, Size] | None = Field(
+        default=None,
+        description=(
+            "[shortest, longest] tokens of running text in an example, drawn uniformly, from 4 on. "
+            "null: a full row."
+        ),
+    )
+    balance: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description=(
+            "A target of n tokens counts as n^(1 - balance) tokens. 0: all tokens weigh the same, "
+            "1: all examples do."
+        ),
+    )
+    validation: Annotated[float, Field(gt=0, lt=0.25)] = Field(
+        default=0.01, description="Share of each source that is held out."
+    )
+    virtual: VirtualConfig | None = Field(
+        default=None,
+        description="Virtual tokens that are trained with the backbone and then thrown away.",
+    )
+    model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")
+    train: PretrainOptimization = Field(
+        default=PretrainOptimization(), description="Optimizer, evaluations, checkpoints."
+    )
+    mesh: MeshConfig = Field(default=MeshConfig(), description="Devices along each axis.")
+    output: PathText = Field(
+        min_length=1, description="Directory of the run; a run in it is resumed."
+    )
 
     @model_validator(mode="after")
-    def _has_what_it_reads(self):
+    def _has_what_it_reads(self) -> Self:
         for objective in self.objectives:
             kind = "pairs" if objective == "pairs" else "text"
             if not getattr(self, kind):
                 raise ValueError(f"objective {objective!r} reads {kind}, and none is given; add it")
-        if self.model.weights is not None:
-            raise ValueError(
-                f"model.weights is {self.model.weights!r}, and pre-training trains the weights; "
-                "leave it out"
-            )
         names = [s.name for s in (*self.text, *self.pairs)]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two sources are named {twice[0]!r}; give each its own name")
+        if self.model.quantization is not None:
+            raise ValueError(
+                f"model.quantization is {self.model.quantization!r}, and pre-training trains the "
+                "weights; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_tokenizer(self) -> Self:
         if self.start is None and self.tokenizer is None:
             raise ValueError(
                 "a new backbone needs a tokenizer; name one, or give tokenizer.vocabulary to train "
@@ -130,6 +207,10 @@ class PretrainConfig(Schema):
             raise ValueError("the weights of start have a tokenizer; leave tokenizer out")
         if isinstance(self.tokenizer, TokenizerConfig) and not self.text:
             raise ValueError("a tokenizer is trained on text, and none is given; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
         longest = max(self.virtual.lengths) if self.virtual else 0
         if longest > self.input_length - 2:
             raise ValueError(

@@ -1,9 +1,14 @@
-"""The schema of a run."""
+"""The schema of a tuning run: every setting with its type, its default and what it does.
+
+The descriptions are the one source of ``jaxprompt settings``, of the JSON schema for editors and of
+``configs/README.md`` (see ``config/reference.py``).
+"""
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -14,6 +19,7 @@ from pydantic import (
 )
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.names import current_section
 from jaxprompt.config.paths import PathText, expanded
 from jaxprompt.config.validation import parse
 
@@ -33,40 +39,116 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    # where the settings stand in a config; old names are known by it
+    section: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names_are_read(cls, values: object) -> object:
+        """Settings under their present names (``config/names.py``)."""
+        return current_section(values, cls.section) if isinstance(values, Mapping) else values
+
 
 class TaskConfig(Schema):
     """What a task is: where rows come from, how a row becomes text, how answers are judged."""
 
-    name: str
-    source: str | None = None  # builtin:NAME, hf:DATASET[/CONFIG], tfds:NAME[/CONFIG]; None: files
-    train: PathText | None = None  # a file, or the name of a split where there is a source
-    validation: PathText | None = None
-    test: PathText | None = None
-    # "question: {text}"; [prompt] or [prompt:n] places virtual tokens, default in front
-    template: str
-    target: str = "{label}"
-    labels: list[str] | None = None  # allowed targets: rank classification; None: free generation
-    label_map: dict[str, str] | None = None  # value in the data -> label word
-    # words that prompt.init=class_labels starts from where the task has no labels, or other ones
-    class_labels: list[str] | None = None
-    # greedy and beam write freely although there are labels; without any, rank means greedy
-    decoding: Literal["rank", "greedy", "beam"] = "rank"
-    beams: Size = 4
-    # of a beam's hypotheses, alpha of Wu et al. (2016): log p / ((5 + length) / 6)^alpha
-    length_penalty: Annotated[float, Field(ge=0)] = 0.6
-    rule: str | None = None  # how rows of the source become rows, by name: see data/tasks/rules.py
-    answers: str | None = None  # column of all accepted answers (a list), for metrics of texts
-    group: str | None = None  # column that says which rows are judged together
-    metrics: list[str] = Field(default=["accuracy"], min_length=1)  # the first selects checkpoints
-    # between input and target where both are one sequence; an encoder's input ends with EOS
-    separator: str = "\nAnswer:"
-    max_input_length: Size = 512  # text tokens with what ends them; the prompt comes on top
-    # column, or columns in order, that rows which are longer lose first; null: rows lose their end
-    truncate: str | list[str] | None = None
-    max_target_length: Size = 64
+    name: str = Field(description="Name of the task, for logs and folders.")
+    source: str | None = Field(
+        default=None,
+        description=(
+            "Where rows come from: builtin:NAME, hf:DATASET[/CONFIG], tfds:NAME[/CONFIG] or "
+            "folder:PATH. null: `train`, `validation` and `test` are files."
+        ),
+    )
+    train: PathText | None = Field(
+        default=None,
+        description=(
+            "Training rows: a .jsonl, .csv, .tsv or .parquet file, or the name of a split where "
+            "`source` is set."
+        ),
+    )
+    validation: PathText | None = Field(
+        default=None, description="Validation rows, which choose the best checkpoint; as `train`."
+    )
+    test: PathText | None = Field(
+        default=None, description="Test rows, which are used once, at the end; as `train`."
+    )
+    template: str = Field(
+        description=(
+            'Input text with columns in braces, such as "question: {text}". [prompt] or [prompt:n] '
+            "places virtual tokens; without it they stand in front."
+        )
+    )
+    target: str = Field(default="{label}", description="Target text, with columns in braces.")
+    labels: list[str] | None = Field(
+        default=None,
+        description=(
+            "Allowed targets; the answer is the most likely of them. null: the answer is "
+            "generated freely."
+        ),
+    )
+    label_map: dict[str, str] | None = Field(
+        default=None,
+        description='Value in the data -> label word, such as {"0": bad, "1": good}.',
+    )
+    class_labels: list[str] | None = Field(
+        default=None,
+        description=("Words that `prompt.init: class_labels` starts from, instead of `labels`."),
+    )
+    decoding: Literal["rank", "greedy", "beam"] = Field(
+        default="rank",
+        description=(
+            "rank: choose the most likely label (greedy where there are no labels). greedy and "
+            "beam: generate text, also where there are labels."
+        ),
+    )
+    beams: Size = Field(default=4, description="Hypotheses of a beam search.")
+    length_penalty: Annotated[float, Field(ge=0)] = Field(
+        default=0.6,
+        description=(
+            "Beam search: alpha of Wu et al. (2016), score = log p / ((5 + length) / 6)^alpha."
+        ),
+    )
+    rule: str | None = Field(
+        default=None,
+        description=(
+            "Name of a function that turns rows of the source into rows "
+            "(jaxprompt/data/tasks/rules.py)."
+        ),
+    )
+    answers: str | None = Field(
+        default=None, description="Column with the list of all accepted answers, for text metrics."
+    )
+    group: str | None = Field(
+        default=None, description="Column that says which rows are judged together."
+    )
+    metrics: list[str] = Field(
+        default=["accuracy"],
+        min_length=1,
+        description="Metrics; the first one selects the checkpoint.",
+    )
+    separator: str = Field(
+        default="\nAnswer:",
+        description=(
+            "Text between input and target of decoder-only models. An encoder's input ends with "
+            "EOS instead."
+        ),
+    )
+    max_input_length: Size = Field(
+        default=512,
+        description="Tokens of an input, with EOS or separator. The prompt is not counted.",
+    )
+    truncate: str | list[str] | None = Field(
+        default=None,
+        description=(
+            "Column, or columns in order, that lose tokens first where an input is too long. "
+            "null: the input loses its end."
+        ),
+    )
+    max_target_length: Size = Field(default=64, description="Tokens of a target, with EOS.")
 
     @model_validator(mode="after")
-    def _can_be_answered(self):
+    def _can_be_answered(self) -> Self:
         labels = self.labels
         if labels is not None and (not labels or len(set(labels)) < len(labels)):
             raise ValueError(
@@ -91,58 +173,123 @@ class TaskConfig(Schema):
 
 
 class ModelConfig(Schema):
-    """Numerics of the frozen backbone."""
+    """Numerics of the backbone."""
 
-    # mixed: float32, but matrix products have bfloat16 operands with float32 results, which
-    # processors with matrix units do several times faster
-    # null: mixed on accelerators, float32 on CPUs (models/precision.py)
-    dtype: Literal["float32", "bfloat16", "mixed"] | None = None
-    # frozen weights of products in 8 or 4 bits (models/ops/quantization.py); null: as dtype says
-    weights: Literal["int8", "int4", "nf4"] | None = None
-    # The authors' code trains with dropout 0.1 in the frozen net, the paper does not mention any;
-    # off is the default because it is faster and reported to be better (arXiv 2406.05279).
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    # decoder-only: causal; prompt: the prompt's vectors see each other in both directions; prefix:
-    # all of the input does (prefix LM)
-    attention: Literal["causal", "prompt", "prefix"] = "causal"
-    remat: bool = False
-    # attention of an encoder by cuDNN's flash kernel on GPUs, by Pallas's on TPUs
-    flash: bool = False
-    # layers one by one instead of in a loop, which takes longer to compile
-    unroll: bool | None = None
+    section = "model"
+
+    dtype: Literal["float32", "bfloat16", "mixed"] | None = Field(
+        default=None,
+        description=(
+            "Precision. mixed: float32, but matrix products multiply bfloat16 and add up float32, "
+            "which is several times faster on processors with matrix units. null: mixed on "
+            "accelerators, float32 on CPUs."
+        ),
+    )
+    quantization: Literal["int8", "int4", "nf4"] | None = Field(
+        default=None,
+        description=(
+            "Keeps the frozen weights of matrix products in 8 or 4 bits. null: as `model.dtype` "
+            "says. Needs pip install 'jaxprompt[small]'."
+        ),
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description=(
+            "Dropout rate of the frozen T5 while a prompt is tuned. The authors' code has 0.1, the "
+            "paper does not mention any; 0 is faster and reported to be better (arXiv 2406.05279)."
+        ),
+    )
+    attention: Literal["causal", "prompt", "prefix"] = Field(
+        default="causal",
+        description=(
+            "Decoder-only models. prompt: the vectors of the prompt see each other in both "
+            "directions. prefix: all of the input does (prefix LM)."
+        ),
+    )
+    remat: bool = Field(
+        default=False,
+        description="Recomputes activations in the backward pass: less memory, more time.",
+    )
+    flash: bool = Field(
+        default=False,
+        description="T5's encoder attends by cuDNN's flash kernel on GPUs, by Pallas's on TPUs.",
+    )
+    unroll: bool | None = Field(
+        default=None,
+        description="Compiles layers one by one instead of as a loop, which takes longer.",
+    )
+
+
+PopulationKey = Literal["seed", "learning_rate", "length", "task", "init", "text", "file"]
 
 
 class PromptConfig(Schema):
     """Length and start of the soft prompt (Lester et al. 2021, section 3.2)."""
 
-    length: Size = 100
-    init: Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file"] = "class_labels"
-    # uniform: "paper" draws from [-0.5, 0.5], "code" (the authors' gin file) from [0, 0.5)
-    uniform: Literal["paper", "code"] = "paper"
-    # sampled_vocabulary: the first n ids of the vocabulary; None: all that the tokenizer has and,
-    # with special_ids "code", all rows of the table, as the authors' code draws them
-    vocabulary: Positive | None = 5000
-    # "code": pad, eos and unk may be drawn, as in the authors' code; "exclude": they may not
-    special_ids: Literal["exclude", "code"] = "exclude"
-    text: str | None = None
-    file: PathText | None = None
-    resize: bool = False  # cut or repeat the rows of `file` where its length differs
-    # a prompt for each combination, all trained in one step, each as if alone: lists of seeds,
-    # learning rates, lengths, tasks and ways to start, as {seed: [0, 1], learning_rate: [0.1, 0.3]}
-    population: dict[
-        Literal["seed", "learning_rate", "length", "task", "init", "text", "file"], list[Any]
-    ] = {}
-    bottleneck: Size = 128  # of the network of residual-prompt-tuning
-    basis: Size = 128  # embeddings that superposition-prompt-tuning mixes, at least `length`
+    section = "prompt"
+
+    length: Size = Field(default=100, description="Virtual tokens, that is, vectors of the prompt.")
+    init: Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file"] = Field(
+        default="class_labels",
+        description=(
+            "What the vectors start from. class_labels: embeddings of the label words, then of "
+            "sampled ids. text and file: `prompt.text` and `prompt.file`."
+        ),
+    )
+    uniform: Literal["paper", "code"] = Field(
+        default="paper",
+        description=(
+            "Range of `init: uniform`. paper: [-0.5, 0.5]. code: [0, 0.5), as in the authors' gin "
+            "file."
+        ),
+    )
+    vocabulary: Positive | None = Field(
+        default=5000,
+        description=(
+            "Sampled ids are drawn from the first n of the vocabulary. null: from all that the "
+            "tokenizer has; with `special_ids: code` from all rows of the embedding table."
+        ),
+    )
+    special_ids: Literal["exclude", "code"] = Field(
+        default="exclude",
+        description="code: pad, EOS and unk may be drawn, as in the authors' code.",
+    )
+    text: str | None = Field(default=None, description="Text that `init: text` starts from.")
+    file: PathText | None = Field(
+        default=None,
+        description="Prompt that `init: file` starts from: an artefact, a PEFT adapter or .npy.",
+    )
+    resize: bool = Field(
+        default=False,
+        description="Cuts or repeats the vectors of `prompt.file` where its length differs.",
+    )
+    population: dict[PopulationKey, list[Any]] = Field(
+        default={},
+        description=(
+            "Lists of values; a prompt for each combination is trained in one step, each as if it "
+            "were alone. Example: {seed: [0, 1], learning_rate: [0.1, 0.3]}."
+        ),
+    )
+    bottleneck: Size = Field(
+        default=128, description="Width of the network of residual-prompt-tuning."
+    )
+    basis: Size = Field(
+        default=128,
+        description=(
+            "Embeddings that superposition-prompt-tuning mixes; at least `prompt.length`."
+        ),
+    )
 
     @field_validator("population")
     @classmethod
-    def _paths_are_expanded(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _paths_are_expanded(
+        cls, grid: dict[PopulationKey, list[Any]]
+    ) -> dict[PopulationKey, list[Any]]:
         files = [expanded(x) if isinstance(x, str) else x for x in grid.get("file", [])]
-        return grid | ({"file": files} if "file" in grid else {})
+        return {**grid, "file": files} if "file" in grid else grid
 
     @model_validator(mode="after")
-    def _start_is_named(self):
+    def _start_is_named(self) -> Self:
         if self.init in ("text", "file") and not getattr(self, self.init):
             raise ValueError(f"init={self.init} needs prompt.{self.init}; give it")
         return self
@@ -151,50 +298,105 @@ class PromptConfig(Schema):
 class Optimization(Schema):
     """How any run descends, and what it keeps. Defaults are those of prompt tuning in the paper."""
 
-    steps: Positive = 30_000
-    batch_size: Size = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 0.3
-    # adafactor-t5x: the original's, whose second-moment decay counts from step 1,100,000, the last
-    # step of the LM-adapted checkpoint; adafactor: from step 0; adamw
-    optimizer: Literal["adafactor-t5x", "adafactor", "adamw"] = "adafactor-t5x"
-    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"
-    warmup_steps: Count = 0
-    cooldown_steps: Count = 0  # at the end of any schedule: linearly down to 0
-    weight_decay: Rate = 1e-5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Adafactor: of the update, 0: none
-    parameter_scale: bool = False  # Adafactor: multiply the rate by the RMS of the parameters
-    clip: Rate = 1.0  # Adafactor: RMS of an update; AdamW: global norm of a gradient; 0: off
-    z_loss: Rate = 1e-4  # times log(Z)^2, as in the original
-    seed: Seed = 0
-    evaluate_every: Positive = 1000
-    checkpoint_every: Positive = 1000
-    keep: Positive = 2  # checkpoints
-    tensorboard: bool = True
+    section = "train"
+
+    steps: Positive = Field(default=30_000, description="Optimizer steps.")
+    batch_size: Size = Field(default=32, description="Rows of a step, over all devices.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=0.3, description="Peak learning rate."
+    )
+    optimizer: Literal["adafactor-t5x", "adafactor", "adamw"] = Field(
+        default="adafactor-t5x",
+        description=(
+            "adafactor-t5x: the original's, whose second-moment decay counts from step 1,100,000, "
+            "the last step of the LM-adapted checkpoint. adafactor: the same from step 0."
+        ),
+    )
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = Field(
+        default="constant",
+        description=(
+            "Learning rate after the warm-up. linear and cosine: down to 0 at `train.steps`. "
+            "rsqrt: inverse square root of the step."
+        ),
+    )
+    warmup_steps: Count = Field(
+        default=0, description="Steps in which the learning rate rises linearly to its peak."
+    )
+    cooldown_steps: Count = Field(
+        default=0, description="Last steps, in which the rate of any schedule falls linearly to 0."
+    )
+    weight_decay: Rate = Field(default=1e-5, description="Weight decay of what is trained.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Adafactor: momentum of the update. 0: none."
+    )
+    parameter_scale: bool = Field(
+        default=False, description="Adafactor: multiplies the rate by the RMS of the parameters."
+    )
+    clip: Rate = Field(
+        default=1.0,
+        description="Adafactor: RMS of an update. AdamW: global norm of a gradient. 0: off.",
+    )
+    z_loss: Rate = Field(
+        default=1e-4, description="Factor of log(Z)^2 in the loss, as in the original."
+    )
+    seed: Seed = Field(default=0, description="Seed of the start, of batches and of dropout.")
+    evaluate_every: Positive = Field(default=1000, description="Steps between evaluations.")
+    checkpoint_every: Positive = Field(default=1000, description="Steps between checkpoints.")
+    keep: Positive = Field(default=2, description="Checkpoints that are kept.")
+    tensorboard: bool = Field(default=True, description="Writes curves for TensorBoard.")
 
 
 class TrainConfig(Optimization):
-    """Tuning. Defaults are the paper's, except where a comment says otherwise."""
+    """Tuning. Defaults are the paper's, except where a description says otherwise."""
 
-    eval_batch_size: Size = 64
-    # at most so many validation rows in each evaluation, whole groups where there is task.group; a
-    # test split is used in full
-    eval_rows: Positive | None = None
-    # stop after so many evaluations without a better metric, of any task where there are several
-    patience: Positive | None = None
-    # of a population, the worse half stops after so many steps, and again after as many
-    halve_every: Positive | None = None
-    # of a loss that is no number: stop, or go back to the last checkpoint with half the rate
-    on_divergence: Literal["stop", "go_back"] = "stop"
-    # rows of a part of a batch, see data/batches.py; null: as suits the data and the device
-    micro_batch: Size | None = None
-    # rows of similar length share a batch, within windows of so many batches; 0: plain random ones
-    length_window: Count = 0
+    eval_batch_size: Size = Field(default=64, description="Rows of an evaluation batch.")
+    max_eval_examples: Positive | None = Field(
+        default=None,
+        description=(
+            "Validation rows of an evaluation, at most; whole groups where there is `task.group`. "
+            "A test split is used in full. null: all."
+        ),
+    )
+    patience: Positive | None = Field(
+        default=None,
+        description=(
+            "Stops after so many evaluations without a better metric of any task. null: never."
+        ),
+    )
+    successive_halving_every: Positive | None = Field(
+        default=None,
+        description=(
+            "The worse half of a population (of each task) stops after so many steps, and again "
+            "after as many; a multiple of `train.evaluate_every`. null: all go on."
+        ),
+    )
+    on_divergence: Literal["stop", "go_back"] = Field(
+        default="stop",
+        description=(
+            "Where the loss is not a number. stop: ends the run. go_back: goes back to the last "
+            "checkpoint and halves the rate."
+        ),
+    )
+    micro_batch_size: Size | None = Field(
+        default=None,
+        description=(
+            "Rows that are computed at once; gradients of the micro-batches of a step are added "
+            "up. A divisor of `train.batch_size`. null: as suits the data and the device."
+        ),
+    )
+    length_bucketing_window: Count = Field(
+        default=0,
+        description=(
+            "Rows of similar length share a batch, within windows of so many batches, which is "
+            "faster and another distribution of batches. 0: random batches, as in the paper."
+        ),
+    )
 
     @model_validator(mode="after")
-    def _parts_are_full(self):
-        if self.micro_batch and self.batch_size % self.micro_batch:
+    def _micro_batches_are_full(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"train.micro_batch is {self.micro_batch}, which does not divide "
+                f"train.micro_batch_size is {self.micro_batch_size}, which does not divide "
                 f"train.batch_size, {self.batch_size}; use a divisor of it"
             )
         return self
@@ -203,66 +405,95 @@ class TrainConfig(Optimization):
 class MeshConfig(Schema):
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1  # take rows of their own
-    fsdp: int = 1  # take rows of their own, and hold a part of each weight, frozen or trained
-    tensor: int = 1  # share heads, MLP and vocabulary
+    section = "mesh"
+
+    data: int = Field(
+        default=-1, description="Devices that take rows of their own. -1: what is left."
+    )
+    fsdp: int = Field(
+        default=1,
+        description=(
+            "Devices that take rows of their own and hold a part of each weight, frozen or trained."
+        ),
+    )
+    tensor: int = Field(default=1, description="Devices that share heads, MLP and vocabulary.")
 
 
 class RunConfig(Schema):
     """Everything about a run; written to its directory as ``config.yaml``."""
 
-    backbone: PathText = "builtin"
-    tokenizer: PathText | None = None  # hub id or directory; None: the one beside the weights
-    task: str | dict[str, Any]
+    backbone: PathText = Field(
+        default="builtin",
+        description=(
+            "Frozen model: builtin, builtin-small, smollm2, a hub id, a directory, a T5X "
+            "checkpoint (also gs://) or a GGUF file."
+        ),
+    )
+    tokenizer: PathText | None = Field(
+        default=None, description="Hub id or directory. null: the one beside the weights."
+    )
+    task: str | dict[str, Any] = Field(
+        description=(
+            "Name of a task (`jaxprompt tasks`), or a mapping: a registered `name` with keys to "
+            "change, or a task of your own with `name` and `template`."
+        )
+    )
     method: Literal[
         "prompt-tuning", "residual-prompt-tuning", "superposition-prompt-tuning", "model-tuning"
-    ] = "prompt-tuning"
-    model: ModelConfig = ModelConfig()
-    prompt: PromptConfig = PromptConfig()
-    train: TrainConfig = TrainConfig()
-    mesh: MeshConfig = MeshConfig()
-    output: PathText = Field(min_length=1)
+    ] = Field(
+        default="prompt-tuning",
+        description=("What is trained. model-tuning: all weights, the paper's baseline."),
+    )
+    model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")
+    prompt: PromptConfig = Field(
+        default=PromptConfig(), description="Length and start of the prompt."
+    )
+    train: TrainConfig = Field(
+        default=TrainConfig(), description="Optimizer, evaluations, checkpoints."
+    )
+    mesh: MeshConfig = Field(default=MeshConfig(), description="Devices along each axis.")
+    output: PathText = Field(
+        min_length=1, description="Directory of the run; a run in it is resumed."
+    )
 
     @model_validator(mode="after")
-    def _start_has_enough_rows(self):
+    def _start_has_enough_rows(self) -> Self:
         inits = [self.prompt.init, *self.prompt.population.get("init", [])]
         if self.method == "superposition-prompt-tuning" and "file" in inits:
             raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 
     @model_validator(mode="after")
-    def _population_can_be(self):
-        every = self.train.halve_every
-        if every and every % self.train.evaluate_every:
+    def _halving_can_be(self) -> Self:
+        every = self.train.successive_halving_every
+        if not every:
+            return self
+        if every % self.train.evaluate_every:
             raise ValueError(
-                f"train.halve_every is {every}, and who stops is seen at evaluations; make it a "
-                f"multiple of train.evaluate_every, {self.train.evaluate_every}"
+                f"train.successive_halving_every is {every}, and evaluations decide who stops; "
+                f"make it a multiple of train.evaluate_every, {self.train.evaluate_every}"
             )
+        if not self.prompt.population:
+            raise ValueError(
+                "train.successive_halving_every is for prompt.population, and there is none; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _population_can_be(self) -> Self:
         grid = self.prompt.population
-        if every and not grid:
-            raise ValueError(
-                "train.halve_every is for prompt.population, and there is none; leave it out"
-            )
-        if grid and self.method == "model-tuning":
+        if not grid:
+            return self
+        if self.method == "model-tuning":
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
         if "task" in grid and isinstance(self.task, dict):
             raise ValueError(
                 f"task has keys of its own ({listed(self.task)}), and prompt.population.task "
                 "says what is learnt; move them there, into a mapping with the task's name"
             )
-        for key, choices in grid.items():
-            if not choices or len({repr(x) for x in choices}) < len(choices):
-                raise ValueError(
-                    f"prompt.population.{key} is {shown(choices)}; give one or more different "
-                    "values"
-                )
-        count = math.prod(map(len, grid.values()))
-        if count > MOST_PROMPTS:
-            raise ValueError(
-                f"prompt.population has {count:,} combinations, and at most {MOST_PROMPTS:,} are "
-                "trained together; give fewer values"
-            )
-        for member in self.members() if grid else ():
+        _check_grid(grid)
+        for member in self.members():
             try:
                 parse(type(self), member.model_dump(warnings=False))
             except UserError as error:
@@ -278,13 +509,29 @@ class RunConfig(Schema):
         """The run of each prompt of a population, as if it were alone; of a lone prompt this."""
         return [self._member(choice) for choice in self.choices()]
 
-    def _member(self, choice: dict[str, Any]) -> "RunConfig":
+    def _member(self, choice: Mapping[str, Any]) -> "RunConfig":
         optimization = {k: v for k, v in choice.items() if k in ("seed", "learning_rate")}
         start = {k: v for k, v in choice.items() if k not in ("task", *optimization)}
+        alone = {"successive_halving_every": None}
         return self.model_copy(
             update={
                 "task": choice.get("task", self.task),
                 "prompt": self.prompt.model_copy(update={**start, "population": {}}),
-                "train": self.train.model_copy(update={**optimization, "halve_every": None}),
+                "train": self.train.model_copy(update={**optimization, **alone}),
             }
+        )
+
+
+def _check_grid(grid: Mapping[PopulationKey, Sequence[object]]) -> None:
+    """Refuse a population with a repeated value, with no value, or with too many combinations."""
+    for key, choices in grid.items():
+        if not choices or len({repr(x) for x in choices}) < len(choices):
+            raise ValueError(
+                f"prompt.population.{key} is {shown(choices)}; give one or more different values"
+            )
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_PROMPTS:
+        raise ValueError(
+            f"prompt.population has {count:,} combinations, and at most {MOST_PROMPTS:,} are "
+            "trained together; give fewer values"
         )

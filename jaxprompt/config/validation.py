@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.names import FOREIGN
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -70,10 +71,7 @@ _UNION = (*_TEXTS, "dict[str,any]", "TokenizerConfig", "[key]")
 def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     value, kind = problem["input"], problem["type"]
     if kind == "extra_forbidden":
-        allowed = _fields(schema, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1])[:80], allowed, n=1)
-        hint = f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
-        return f"Unknown config key {key!r}; {hint}"
+        return f"Unknown config key {key!r}; {_hint(schema, problem['loc'])}"
     if kind == "missing":
         return f"The config lacks {key!r}; add it"
     if kind == "value_error":
@@ -93,6 +91,24 @@ def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     elif kind == "list_type":
         message += ", as in [yes, no]"
     return f"Config key {key!r} is {shown(value)}: {message}"
+
+
+def _hint(schema: type[BaseModel], loc: Sequence[Any]) -> str:
+    """What a person who wrote an unknown key may have meant."""
+    name, allowed = str(loc[-1])[:80], _fields(schema, loc[:-1])
+    close = difflib.get_close_matches(name, allowed, n=1)
+    if close and difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.8:
+        return f"did you mean {close[0]!r}"
+    if name in FOREIGN:  # PEFT's and others' users
+        return f"it is called {FOREIGN[name]!r} here"
+    elsewhere = [
+        f"{section}.{name}"
+        for section, field in schema.model_fields.items()
+        if name in getattr(field.annotation, "model_fields", ())
+    ]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}"
+    return f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
 
 
 def _fields(schema: Any, path: Sequence[Any]) -> list[str]:

@@ -15,8 +15,8 @@ def plain(text: str) -> str:
 
     >>> plain("a|b *c* <i>")
     'a\\\\|b \\\\*c\\\\* &lt;i&gt;'
-    >>> plain("train.eval_rows=600 (+0.02)")
-    'train.eval_rows=600 (+0.02)'
+    >>> plain("train.max_eval_examples=600 (+0.02)")
+    'train.max_eval_examples=600 (+0.02)'
     """
     line = html.escape(" ".join(str(text).split()), quote=False)
     return _BLOCK.sub(r"\1\\\2", _MARKS.sub(lambda mark: f"\\{mark[0]}", line))

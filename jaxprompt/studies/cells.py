@@ -26,6 +26,7 @@ from jaxprompt.api import (
     open_session,
 )
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.names import RENAMED
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
@@ -58,10 +59,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # for the built-in backbones: a linear fall to 0 within hundreds of steps
     "miniature": {
         "prompt": {
-            "train.steps": 400, "train.schedule": "linear", "train.length_window": 16,
+            "train.steps": 400, "train.schedule": "linear", "train.length_bucketing_window": 16,
         },
         "full": {
-            "train.steps": 400, "train.schedule": "linear", "train.length_window": 16,
+            "train.steps": 400, "train.schedule": "linear", "train.length_bucketing_window": 16,
             "train.optimizer": "adamw", "train.learning_rate": 1e-3, "train.weight_decay": 0.0,
         },
     },
@@ -82,7 +83,7 @@ class Cell(NamedTuple):
     @property
     def numerics(self) -> dict[str, Any]:
         """How its backbone is loaded for all that is measured: as for its run."""
-        return {key: self.settings.get(f"model.{key}") for key in ("dtype", "weights")}
+        return {key: self.settings.get(f"model.{key}") for key in ("dtype", "quantization")}
 
     @property
     def key(self) -> Key:
@@ -125,7 +126,10 @@ def read_records(out: Path) -> dict[Key, Record]:
     for line in path.read_text().split("\n") if path.is_file() else ():
         try:
             record = json.loads(line)
-            found[tuple(record.get(key) for key in KEY)] = record | {"metric": record["metric"]}
+            settings = {RENAMED.get(k, k): x for k, x in record.get("settings", {}).items()}
+            found[tuple(record.get(key) for key in KEY)] = record | {
+                "metric": record["metric"], "settings": settings
+            }  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
@@ -176,7 +180,7 @@ def _measure(cell: Cell, bench: Bench, held: Record) -> Record:
     """The record of one cell, whose run is started or taken up again."""
     start = time.monotonic()
     task, backbone = bench.tasks[cell.task], _load(cell, bench, held)
-    limit = cell.settings.get("train.eval_rows")
+    limit = cell.settings.get("train.max_eval_examples")
     splits = [split for split in ("validation", "test") if getattr(task, split)]
     rows = {split: load_rows(task, split, limit if split != "test" else None) for split in splits}
     metric = task.metrics[0]
@@ -302,7 +306,7 @@ def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     trained = "prompt" if method == "ensemble" else method
     own = {key: value for whose, key, value in split if whose in ("", trained)}
     if method in ("hard", "few", "ensemble"):
-        kept = ("train.eval_rows", "model.dtype", "model.weights")
+        kept = ("train.max_eval_examples", "model.dtype", "model.quantization")
         return {key: value for key, value in own.items() if key in kept}
     return own
 

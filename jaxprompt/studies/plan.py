@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.names import RENAMED
 from jaxprompt.config.overrides import override_value, read_config, set_value
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
@@ -175,12 +176,12 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {"prompt": {}, "full": {}}
     for override in overrides:
         key, _, text = override.partition("=")
-        method = key.rpartition(":")[0]
+        method, _, setting = key.rpartition(":")
         if method not in ("", *runs):
             raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
         for name in (method,) if method else runs:
             set_value(runs[name], override.removeprefix(f"{method}:"))
-        found[key] = override_value(text, key)
+        found[key.removesuffix(setting) + RENAMED.get(setting, setting)] = override_value(text, key)
     for values in runs.values():
         parse(RunConfig, {"task": "any", "output": "any", **values})
     return found

@@ -130,7 +130,7 @@ def reproduce(plan: Plan, out: Path, say: Callable[[str], None]) -> tuple[Path, 
     kept = {c.key for c in cells if c.method == "prompt"} if inspected or ensembled else set()
     bench = Bench(
         out, plan.backbones, plan.tasks, plan.recipe, also=also, keep=frozenset(kept), say=say,
-        illegal_rows=min(300, plan.settings.get("train.eval_rows") or 300),
+        illegal_rows=min(300, plan.settings.get("train.max_eval_examples") or 300),
     )  # fmt: skip
     save_plan(out, plan)
     failed = run_cells(cells, bench)

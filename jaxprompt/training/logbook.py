@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.names import recorded_names
 from jaxprompt.config.overrides import dump_yaml, read_yaml
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import Optimization, RunConfig
@@ -78,7 +79,7 @@ def _read_settings(file: Path) -> dict[str, Any] | None:
         return None
     # a run writes all settings: a file that a person wrote has hardly ever all of these
     whole = isinstance(values, dict) and {"model", "train", "output"} <= values.keys()
-    return values if whole and isinstance(values["train"], dict) else None
+    return recorded_names(values) if whole and isinstance(values["train"], dict) else None
 
 
 def _newest_step(folder: Path) -> int | None:

@@ -113,7 +113,7 @@ def _train(
     if result:
         for task in tasks.values():
             inputs.check_inputs(
-                folder, result.get("inputs"), inputs.of_files(task, settings.eval_rows)
+                folder, result.get("inputs"), inputs.of_files(task, settings.max_eval_examples)
             )
         reporter.say(
             f"{folder} is complete after {result['steps']} steps; delete it to start again."
@@ -122,15 +122,15 @@ def _train(
 
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
-    if settings.micro_batch:
-        parallel.check_batch_size(settings.micro_batch, mesh, "train.micro_batch")
+    if settings.micro_batch_size:
+        parallel.check_batch_size(settings.micro_batch_size, mesh, "train.micro_batch_size")
     # before the backbone, which may take minutes: most mistakes are in the data
-    rows = {name: read_splits(task, settings.eval_rows) for name, task in tasks.items()}
+    rows = {name: read_splits(task, settings.max_eval_examples) for name, task in tasks.items()}
     reporter.say(f"loading {config.backbone}, {config.model.dtype}, on {describe()}")
     backbone = load_backbone(
         config.backbone,
         dtype=config.model.dtype,
-        weights=config.model.weights,
+        quantization=config.model.quantization,
         mesh=mesh,
         dropout=config.model.dropout,
         unroll=config.model.unroll,
@@ -217,9 +217,10 @@ def _train(
             [len(ids) for ids in inputs],
             batch_size=settings.batch_size * len(alive),
             devices=devices,
-            rows=settings.micro_batch,
+            rows=settings.micro_batch_size,
             depth=max(len(e.targets) for each in examples for e in each),
-            share=settings.length_window == 0,  # else hardly a position is padding, totals differ
+            share=settings.length_bucketing_window
+            == 0,  # else hardly a position is padding, totals differ
         )
         step = make_train_step(
             model, method, optimizer_of(alive), mesh=mesh, z_loss=settings.z_loss
@@ -229,11 +230,13 @@ def _train(
             batch_size=settings.batch_size,
             seeds=[members[k].train.seed for k in alive],
             start=done,
-            window=settings.length_window,
+            window=settings.length_bucketing_window,
             rows=micro,
             widths=registry.widths(model),
             devices=devices,
-            room=Room() if settings.micro_batch else registry.room(model, devices, training=True),
+            room=Room()
+            if settings.micro_batch_size
+            else registry.room(model, devices, training=True),
             own=partial(with_prompt, vocabulary=vocabulary, length=length),
         )
         return step, batches
@@ -408,7 +411,9 @@ def _train(
         progress["evaluated"] = done
         judged = [(k, found) for k, found, ok in zip(alive, scores, fine, strict=True) if ok]
         log_scores(logbook, reporter, done, judged, shown)
-        halving = settings.halve_every and done % settings.halve_every == 0
+        halving = (
+            settings.successive_halving_every and done % settings.successive_halving_every == 0
+        )
         halves = (better_half(progress["best"], learning(n, alive)) for n in tasks)
         kept = in_order(itertools.chain(*halves))
         if halving and len(kept) < len(alive):  # also at the last step: a run may get more of them

@@ -86,9 +86,11 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
     """Rows of the longest length that a device holds at a time, as the loop cuts batches."""
     rows = config.train.batch_size * len(config.members()) // layout.ways
     some = rows
-    if config.train.micro_batch is not None:
-        some = max(config.train.micro_batch // layout.ways, 1)
-    elif rows * inputs > (most := parallel.positions(cpu, shared=config.train.length_window == 0)):
+    if config.train.micro_batch_size is not None:
+        some = max(config.train.micro_batch_size // layout.ways, 1)
+    elif rows * inputs > (
+        most := parallel.positions(cpu, shared=config.train.length_bucketing_window == 0)
+    ):
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
         some = max(fitting, default=1)
     return Work(some, rows // some, inputs, targets)
@@ -111,7 +113,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, shape: registry.Config, layout: Layout, small: str | None = None) -> "Weights":
-        """Those of a model on a layout's devices; ``small``: ``model.weights`` of the config."""
+        """Those of a model on a layout's devices; ``small`` is ``model.quantization``."""
         found = {True: 0, False: 0}
         for (path, leaf), named in _parameters(replace(shape, remat=False, flash="")):
             axes = {parallel.RULES.get(str(name)) for name in named}
@@ -192,7 +194,7 @@ def plan_of(
             continue  # a run would refuse it
         own = replace(shape, remat=layout.remat, rows_in_turn=cpu and whole, flash=flash)
         work = work_of(config, layout, inputs, targets, cpu)
-        held, sent = needs(own, work, layout, config.model.weights)
+        held, sent = needs(own, work, layout, config.model.quantization)
         parts = {"weights": held.pop("weights"), "state": state, **held}
         total = sum(parts.values())
         times = {}

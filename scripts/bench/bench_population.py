@@ -42,7 +42,7 @@ def run_values(options: argparse.Namespace, name: str, seeds: list[int]) -> dict
         "train": {
             "steps": options.steps, "batch_size": options.batch_size, "seed": seeds[0],
             "evaluate_every": options.steps, "checkpoint_every": options.steps,
-            "eval_rows": options.eval_rows, "tensorboard": False,
+            "max_eval_examples": options.eval_rows, "tensorboard": False,
         },
         "output": str(options.out / name),
     }  # fmt: skip

@@ -42,7 +42,13 @@ parser.add_argument("--starts", type=int, default=2, help="starts of a run that 
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--seed", type=int, default=0)
 
-TRAIN = {"batch_size": 8, "eval_rows": 64, "evaluate_every": 6, "checkpoint_every": 4, "keep": 2}
+TRAIN = {
+    "batch_size": 8,
+    "max_eval_examples": 64,
+    "evaluate_every": 6,
+    "checkpoint_every": 4,
+    "keep": 2,
+}
 
 
 def write_inputs(folder: Path, steps: int) -> None:

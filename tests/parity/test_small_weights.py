@@ -83,8 +83,8 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     [("int8", (2, 2, 1)), ("int8", (1, 2, 2)), ("int4", (2, 1, 2)), ("nf4", (2, 1, 1))],
 )
 def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, kind, mesh):
-    plain, small = load_backbone(str(folder)), load_backbone(str(folder), weights=kind)
-    placed = load_backbone(str(folder), weights=kind, mesh=mesh_of(*mesh))
+    plain, small = load_backbone(str(folder)), load_backbone(str(folder), quantization=kind)
+    placed = load_backbone(str(folder), quantization=kind, mesh=mesh_of(*mesh))
     assert plain.fingerprint == small.fingerprint == placed.fingerprint
     layer = small.params["encoder"]["layers"]["attention"]
     assert not any(isinstance(leaf, jax.Array) for leaf in layer.values())
@@ -108,7 +108,7 @@ def test_decoder_only_models_are_stored_so_too():
     ids = np.arange(5, 13, dtype=np.int32)[None]
     one, found = np.ones_like(ids), []
     for weights in (None, "int8"):
-        b = load_backbone(str(GOLDENS_CAUSAL / "llama"), weights=weights)
+        b = load_backbone(str(GOLDENS_CAUSAL / "llama"), quantization=weights)
         prompts = decoder.prepare(b.params, None, b.config)
         found.append(decoder.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
@@ -123,9 +123,12 @@ def mesh_of(data, fsdp, tensor):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"weights": "int3"}, "weights 'int3' is not supported, use one of int8, int4, nf4"),
-        ({"weights": "int8", "trainable": True}, "the weights are to be trained"),
-        ({"weights": "int4", "mesh": (1, 2, 1)}, "groups of 32 mesh.fsdp, 2, would cut"),
+        (
+            {"quantization": "int3"},
+            "quantization 'int3' is not supported, use one of int8, int4, nf4",
+        ),
+        ({"quantization": "int8", "trainable": True}, "the weights are to be trained"),
+        ({"quantization": "int4", "mesh": (1, 2, 1)}, "groups of 32 mesh.fsdp, 2, would cut"),
     ],
 )
 def test_what_cannot_be_stored_so_is_told(folder, settings, words):
@@ -138,14 +141,14 @@ def test_what_cannot_be_stored_so_is_told(folder, settings, words):
 def test_without_qwix_a_sentence_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(UserError, match=r"pip install 'jaxprompt\[small\]'"):
-        load_backbone(str(folder), weights="int8")
+        load_backbone(str(folder), quantization="int8")
 
 
 @pytest.mark.parametrize("kind", quantization.BITS)
 def test_plan_counts_their_bytes(folder, kind):
     config = load_backbone(str(folder)).config
     parts, _ = plan.needs(config, Work(2, 1, 8, 4), plan.Layout(1, 1, 1, False), kind)
-    params = load_backbone(str(folder), weights=kind).params
+    params = load_backbone(str(folder), quantization=kind).params
     leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
     plain = sum(x.nbytes for x in leaves if isinstance(x, jax.Array))
     small = [x for x in leaves if not isinstance(x, jax.Array)]

@@ -124,7 +124,11 @@ def test_the_layout_changes_nothing_but_the_order_of_sums(
 
 
 def test_a_population_of_two_lengths_is_the_same_over_processes(backbone, tmp_path):
-    told = ["prompt.population={length: [5, 3]}", "train.steps=6", "train.halve_every=4"]
+    told = [
+        "prompt.population={length: [5, 3]}",
+        "train.steps=6",
+        "train.successive_halving_every=4",
+    ]
     one = Run(backbone, tmp_path / "one", 1, 1, [told]).complete()
     two = Run(backbone, tmp_path / "two", 2, 1, [told] * 2).complete()
     for k, length in enumerate((5, 3)):

@@ -188,7 +188,10 @@ def test_as_a_process_of_its_own(arguments, words, tmp_path):
         (["train", "a.yaml", "--train.steps=10"], "without dashes: train.steps=10."),
         (["train", "a.yaml", "--train.steps", "10"], "without dashes: train.steps=VALUE."),
         (["plan", "a.yaml", "--backbone=x"], "without dashes: backbone=x."),
-        (["reproduce", "length", "--train.eval_rows=5"], "without dashes: train.eval_rows=5."),
+        (
+            ["reproduce", "length", "--train.max_eval_examples=5"],
+            "without dashes: train.max_eval_examples=5.",
+        ),
     ],
 )
 def test_settings_that_are_typed_as_options(refused, arguments, words):
@@ -207,7 +210,7 @@ class SafetensorError(Exception):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "The memory ran out (of this machine); lower train.micro_batch"),
+        (MemoryError(), "The memory ran out (of this machine); lower train.micro_batch_size"),
         (XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
          "The memory ran out (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); lower"),
         (SafetensorError("I/O error: No space left"), "cannot be read or written: I/O error"),

@@ -126,7 +126,7 @@ def test_a_run_that_recorded_no_inputs_goes_on(backbone, tmp_path, monkeypatch):
 
 
 def test_eval_rows_cut_the_validation_rows_alone(backbone, tmp_path):
-    run = run_config(backbone, tmp_path, train={"steps": 1, "eval_rows": 2})
+    run = run_config(backbone, tmp_path, train={"steps": 1, "max_eval_examples": 2})
     test = write_rows(tmp_path / "test.jsonl", make_rows(6))
     run = run.model_copy(update={"task": {**as_dict(run.task), "test": str(test)}})
     listener = Listener()
@@ -229,7 +229,10 @@ def test_a_run_that_gets_more_steps_is_that_of_as_many(backbone, tmp_path, steps
     prompt = {"population": {"seed": [0, 1, 2, 3]}}
     runs = [
         run_config(
-            backbone, tmp_path / name, prompt=prompt, train={"halve_every": 4, "patience": 3}
+            backbone,
+            tmp_path / name,
+            prompt=prompt,
+            train={"successive_halving_every": 4, "patience": 3},
         )
         for name in ("whole", "parts")
     ]

@@ -162,7 +162,7 @@ def test_the_best_prompt_of_a_population_is_the_runs(population):
 def test_the_worse_half_of_a_population_stops_and_a_kill_changes_nothing(backbone, tmp_path):
     settings = {
         "prompt": {"population": {"seed": [0, 1, 2, 3, 4]}},
-        "train": {"halve_every": 4, "checkpoint_every": 3},
+        "train": {"successive_halving_every": 4, "checkpoint_every": 3},
     }
     whole = train(config(backbone, tmp_path / "whole", **settings))
     rows = whole["population"]
@@ -189,9 +189,9 @@ def test_the_worse_half_of_a_population_stops_and_a_kill_changes_nothing(backbon
         ({"prompt": {"population": {"init": ["class_labels", "best"]}}}, "'prompt.init' is 'best'"),
         ({"prompt": {"population": {"init": ["text"]}}}, "needs prompt.text"),
         ({"method": "model-tuning", "prompt": {"population": {"seed": [1, 2]}}}, "has none"),
-        ({"train": {"halve_every": 3}}, "multiple of train.evaluate_every, 4"),
-        ({"train": {"micro_batch": 3}}, "use a divisor of it"),
-        ({"train": {"halve_every": 4}}, "for prompt.population, and there is none"),
+        ({"train": {"successive_halving_every": 3}}, "multiple of train.evaluate_every, 4"),
+        ({"train": {"micro_batch_size": 3}}, "use a divisor of it"),
+        ({"train": {"successive_halving_every": 4}}, "for prompt.population, and there is none"),
     ],
 )
 def test_populations_and_parts_that_cannot_be(backbone, tmp_path, settings, words):

@@ -118,7 +118,7 @@ def test_every_task_has_its_best_prompt(population, capsys):
 
 
 def test_the_worse_half_of_every_task_stops_and_a_kill_changes_nothing(backbone, tmp_path):
-    halving = {"halve_every": 4, "checkpoint_every": 3}
+    halving = {"successive_halving_every": 4, "checkpoint_every": 3}
     whole = train(two_tasks(backbone, tmp_path / "whole", train=halving))
     for name in TASKS:
         steps = [row["steps"] for row in whole["population"] if row["task"] == name]
@@ -136,7 +136,7 @@ def test_the_worse_half_of_every_task_stops_and_a_kill_changes_nothing(backbone,
 
 def test_it_goes_back_to_prompts_that_had_been_stopped(backbone, tmp_path, monkeypatch):
     """The checkpoint before has prompts of both lengths, what diverges maybe of one."""
-    settings = {"halve_every": 4, "evaluate_every": 4, "checkpoint_every": 100}
+    settings = {"successive_halving_every": 4, "evaluate_every": 4, "checkpoint_every": 100}
     run = two_tasks(backbone, tmp_path, train=settings | {"on_divergence": "go_back"})
     diverge(monkeypatch, at=7, times=1)
     result = train(run)

@@ -97,7 +97,7 @@ def test_a_run_of_an_amended_task_goes_on_and_is_complete(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "backbone: builtin-small\ntask: supersense\nprompt: {length: 2}\n"
-        "train: {batch_size: 4, eval_rows: 4, evaluate_every: 1, checkpoint_every: 1, "
+        "train: {batch_size: 4, max_eval_examples: 4, evaluate_every: 1, checkpoint_every: 1, "
         f"tensorboard: false}}\noutput: {tmp_path / 'run'}\n"
     )
     run = lambda steps: train(

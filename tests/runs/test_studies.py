@@ -119,10 +119,12 @@ def test_a_study_without_what_it_needs_is_refused():
     assert named(["m=x/a", "y/b/"]) == {"m": "x/a", "b": "y/b/"}
     assert read_overrides(["train.steps=3"]) == {"train.steps": 3}
     rates = read_overrides(["prompt:train.learning_rate=0.1", "full:train.learning_rate=3e-5"])
-    assert of_method(rates | {"train.eval_rows": 9}, "full") == {
-        "train.learning_rate": 3e-5, "train.eval_rows": 9
+    assert of_method(rates | {"train.max_eval_examples": 9}, "full") == {
+        "train.learning_rate": 3e-5, "train.max_eval_examples": 9
     }  # fmt: skip
-    assert of_method(rates | {"train.eval_rows": 9}, "few") == {"train.eval_rows": 9}
+    assert of_method(rates | {"train.max_eval_examples": 9}, "few") == {
+        "train.max_eval_examples": 9
+    }
     with pytest.raises(UserError, match="neither prompt nor full"):
         read_overrides(["hard:train.steps=3"])
     with pytest.raises(UserError, match=r"train\.stps"):
@@ -150,13 +152,15 @@ def test_names_never_leave_the_output(name, tmp_path):
 
 
 def test_what_is_measured_beside_a_run_is_measured_as_the_run_is():
-    settings = read_overrides(["model.dtype=mixed", "prompt:model.weights=int8", "train.steps=3"])
+    settings = read_overrides(
+        ["model.dtype=mixed", "prompt:model.quantization=int8", "train.steps=3"]
+    )
     kept = {"model.dtype": "mixed"}
     assert of_method(settings, "hard") == of_method(settings, "few") == kept
-    assert of_method(settings, "ensemble") == kept | {"model.weights": "int8"}
+    assert of_method(settings, "ensemble") == kept | {"model.quantization": "int8"}
     cell = Cell("a", "b", "prompt", 3, 0, None, of_method(settings, "prompt"))
-    assert cell.numerics == {"dtype": "mixed", "weights": "int8"}
-    assert cell._replace(settings={}).numerics == {"dtype": None, "weights": None}
+    assert cell.numerics == {"dtype": "mixed", "quantization": "int8"}
+    assert cell._replace(settings={}).numerics == {"dtype": None, "quantization": None}
 
 
 # ---- tasks in other forms
@@ -420,7 +424,7 @@ def test_the_shipped_results_are_read_by_the_report(tmp_path):
     assert len(found) == len(text.splitlines())
     names = {"small": "builtin-small", "base": "builtin"}
     plan = make_plan(
-        "length", backbones=names, settings={"train.eval_rows": 600, "model.dtype": "mixed"}
+        "length", backbones=names, settings={"train.max_eval_examples": 600, "model.dtype": "mixed"}
     )
     lines = dict((line[0], line[1:]) for line in section(plan, found, tmp_path).tables[0][1])
     assert lines["P = 20"][:2] == ["3", "0.605 ± 0.002"]
@@ -442,7 +446,10 @@ def test_names_of_users_are_no_marks_of_the_report():
     ]  # fmt: skip
     found = as_markdown([{"task": name, "value": 0.5}], "accuracy").splitlines()
     assert found[2] == f"| {shown} | 0.5000 |"
-    assert plain("train.eval_rows=600, builtin (~/a_b)") == "train.eval_rows=600, builtin (\\~/a_b)"
+    assert (
+        plain("train.max_eval_examples=600, builtin (~/a_b)")
+        == "train.max_eval_examples=600, builtin (\\~/a_b)"
+    )
     assert plain("1. x") == "1\\. x" and plain("_x_ 1.5") == "\\_x\\_ 1.5"
 
 

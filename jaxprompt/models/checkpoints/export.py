@@ -29,7 +29,7 @@ def save_backbone(path: str | Path, backbone: str | Backbone) -> None:
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         raise UserError(
             f"{loaded.source!r} was loaded with weights in few bits, which others do not read; "
-            "load it without weights=."
+            "load it without quantization=."
         )
 
     def write(folder: Path) -> None:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -40,8 +41,8 @@ from jaxprompt.models.checkpoints.leaf import (
 from jaxprompt.models.checkpoints.metadata import told
 from jaxprompt.models.checkpoints.safetensors import Output, write_sharded
 from jaxprompt.models.decoder.config import LlamaConfig
-from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
+from jaxprompt.models.ops.quantization import BITS, MATMUL_WEIGHTS, check_installed, quantize
 from jaxprompt.models.t5.config import T5Config, released
 from jaxprompt.runtime import parallel
 
@@ -73,8 +74,9 @@ def load_backbone(
     attention: str = "causal",
     config: str | Path | None = None,
     trainable: bool = False,
-    weights: str | None = None,
+    quantization: str | None = None,
     flash: bool = False,
+    weights: str | None = None,
 ) -> Backbone:
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
@@ -87,10 +89,15 @@ def load_backbone(
     are read as one).
     trainable: whether the weights will be trained, and are needed in full with "mixed" too; else
     those that are only ever operands are rounded here, once, and take half the memory.
-    weights: "int8", "int4" or "nf4": those operands in 8 or 4 bits, see small_weights.py.
+    quantization: "int8", "int4" or "nf4": those operands in 8 or 4 bits, see ops/quantization.py.
     flash: a T5's encoder attends by an accelerator's kernel, see flash_attention.py.
+    weights: the old name of ``quantization``.
     Raises UserError for an unknown name, a damaged file or tensors that do not fit the config.
     """
+    if weights is not None:
+        note = "load_backbone(weights=...) is now load_backbone(quantization=...); rename it"
+        warnings.warn(note, DeprecationWarning, stacklevel=2)
+        quantization = weights
     name, dtype = str(name_or_path), precision.resolve_dtype(dtype)
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
@@ -108,8 +115,8 @@ def load_backbone(
         )
     settings = _with_choices(settings, name, dropout, attention)
     sizes = _sizes(settings)
-    if weights is not None:
-        _check_small(weights, trainable)
+    if quantization is not None:
+        _check_quantization(quantization, trainable)
     place = None if mesh is None else parallel.parameter_sharding(mesh)
     axes = registry.model_for(settings).logical_axes(settings)
     if mesh is not None:
@@ -124,13 +131,13 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        small = weights is not None and last in quantization.MATMUL_WEIGHTS
+        small = quantization is not None and last in MATMUL_WEIGHTS
         rounded = rounded_at_load(last, settings, trainable) and not small
         dtype = "bfloat16" if rounded else settings.activations
         array = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
         if small:
             samples[leaf.path] = array.shape, _sample([array])[0]
-            array = _small(array, _at(axes, leaf.path), str(weights), mesh)
+            array = _small(array, _at(axes, leaf.path), str(quantization), mesh)
         node[last] = array
     path = name if location.startswith("gs://") else Path(location)
     own, half = _fingerprints(params, samples)
@@ -150,23 +157,22 @@ def same_model(backbone: Backbone, recorded: Mapping[str, Any]) -> bool:
 
 def rounded_at_load(name: str, config: registry.Config, trainable: bool) -> bool:
     """Whether a parameter of that name is kept in bfloat16 although activations are float32."""
-    return config.mixed and not trainable and name in quantization.MATMUL_WEIGHTS
+    return config.mixed and not trainable and name in MATMUL_WEIGHTS
 
 
-def _check_small(weights: str, trainable: bool) -> None:
-    if weights not in quantization.BITS:
-        known = ", ".join(quantization.BITS)
-        raise UserError(f"weights {weights!r} is not supported, use one of {known}")
+def _check_quantization(kind: str, trainable: bool) -> None:
+    if kind not in BITS:
+        raise UserError(f"quantization {kind!r} is not supported, use one of {', '.join(BITS)}")
     if trainable:
         raise UserError(
-            f"model.weights is {weights!r}, and the weights are to be trained; leave the key out"
+            f"model.quantization is {kind!r}, and the weights are to be trained; leave the key out"
         )
-    quantization.check_installed()
+    check_installed()
 
 
 def _small(array: jax.Array, axes: tuple[str, ...], kind: str, mesh: Mesh | None) -> Any:
     parts = 1 if mesh is None else mesh.shape["fsdp"]
-    quantise = functools.partial(quantization.quantize, axes=axes, kind=kind, parts=parts)
+    quantise = functools.partial(quantize, axes=axes, kind=kind, parts=parts)
     if mesh is None:
         return jax.jit(quantise)(array)
     place = lambda x: parallel.part_sharding(mesh, x.shape, axes)

@@ -29,7 +29,8 @@ def check_installed() -> None:
         importlib.import_module("qwix")
     except ImportError as error:
         raise UserError(
-            "model.weights needs the package qwix; install it with pip install 'jaxprompt[small]'"
+            "model.quantization needs the package qwix; install it with "
+            "pip install 'jaxprompt[small]'"
         ) from error
 
 
@@ -50,8 +51,8 @@ def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1
             own = weight.shape[last] // parts
             if own % size or own == size:
                 raise UserError(
-                    f"model.weights is {kind!r}, whose groups of {size} mesh.fsdp, {parts}, would "
-                    "cut; use a smaller mesh.fsdp, or int8."
+                    f"model.quantization is {kind!r}, whose groups of {size} mesh.fsdp, {parts}, "
+                    "would cut; use a smaller mesh.fsdp, or int8."
                 )
         groups, inputs = {last: size}, inputs[-1:]
     outputs = [i for i in range(len(axes)) if i not in inputs]
