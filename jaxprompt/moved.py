@@ -11,6 +11,7 @@ from collections.abc import Sequence
 # old package or module -> new one; what is inside moves with it, but for what is named itself
 MOVED = {
     "jaxprompt.train": "jaxprompt.training",
+    "jaxprompt.train.assignment": "jaxprompt.training.datasets",
     "jaxprompt.evaluate": "jaxprompt.evaluation",
     "jaxprompt.model": "jaxprompt.models",
     "jaxprompt.model.load": "jaxprompt.models.checkpoints.load",

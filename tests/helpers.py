@@ -13,8 +13,8 @@ from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.models.checkpoints.load import save_hf
 from jaxprompt.models.t5 import t5
-from jaxprompt.training import logbook, loop
-from jaxprompt.training.logbook import NullReporter
+from jaxprompt.training import divergence, metric_log
+from jaxprompt.training.metric_log import NullReporter
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -126,13 +126,12 @@ def metrics(folder):
 
 def diverge(monkeypatch, at, times):
     """Let the loss of a step be no number, so many times."""
-    check, met = logbook.check_loss, []
+    check, write, met = divergence.check_loss, metric_log.log_step, []
 
-    def log(pending, *rest):
-        if pending[0] == at and len(met) < times:
+    def log_step(log, progress, losses):
+        if progress.step == at and len(met) < times:
             met.append(at)
             check(float("nan"), at)
-        return write(pending, *rest)
+        return write(log, progress, losses)
 
-    write = loop.log_step
-    monkeypatch.setattr(loop, "log_step", log)
+    monkeypatch.setattr(metric_log, "log_step", log_step)

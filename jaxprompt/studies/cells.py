@@ -39,8 +39,9 @@ from jaxprompt.models.ops import quantization
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.runtime.signals import locked
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
-from jaxprompt.training.logbook import NullReporter, clear_run
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import NullReporter
+from jaxprompt.training.run_dir import clear_run
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
 Key = tuple[Any, ...]

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,9 +28,15 @@ from orbax.checkpoint import options
 from jaxprompt.config.errors import UserError
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.files import write_atomically
-from jaxprompt.training.logbook import CHECKSUMS, checkpoint_folders
 
+CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 UNFINISHED = f"it has no {CHECKSUMS}"
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The folders in ``path`` that a step names, newest first; what else is there is not ours."""
+    named = [f for f in path.glob("*") if re.fullmatch("0|[1-9][0-9]{0,9}", f.name) and f.is_dir()]
+    return sorted(named, key=lambda folder: int(folder.name), reverse=True)
 
 
 class Checkpoints:

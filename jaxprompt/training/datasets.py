@@ -41,7 +41,7 @@ class Split(NamedTuple):
         return told.hexdigest()
 
 
-class Assignment(NamedTuple):
+class TaskDataset(NamedTuple):
     """A task's splits for prompts of one length, which have number 0 in all examples."""
 
     task: TaskConfig
@@ -93,7 +93,7 @@ def read_splits(task: TaskConfig, eval_rows: int | None) -> Rows:
     return rows
 
 
-def split_of(
+def build_split(
     task: TaskConfig, name: str, rows: Rows, tokenizer: Tokenizer, length: int, vocabulary: int
 ) -> Split:
     """A split with ``length`` virtual tokens in each row, above a table of ``vocabulary`` rows."""
@@ -116,7 +116,7 @@ def split_of(
     return Split(examples, judged.references, heard[-1], judged.warnings)
 
 
-def truncation_warnings(given: Assignment) -> list[str]:
+def truncation_warnings(given: TaskDataset) -> list[str]:
     """A sentence for each split of which rows have been cut."""
     splits = {"training": given.training, "validation": given.validation, "test": given.test}
     told = (
@@ -127,17 +127,17 @@ def truncation_warnings(given: Assignment) -> list[str]:
     return [text for text in told if text is not None]
 
 
-def target_warnings(given: Assignment, tokenizer: Tokenizer) -> list[str]:
+def target_warnings(given: TaskDataset, tokenizer: Tokenizer) -> list[str]:
     """A sentence for each kind of target, or label, that answers cannot equal."""
     found = [text for split in given.splits() for text in split.warnings]
     return [*label_warnings(given.task, tokenizer), *found]
 
 
-def assign(
+def build_dataset(
     task: TaskConfig, rows: Rows, tokenizer: Tokenizer, length: int, vocabulary: int
-) -> Assignment:
+) -> TaskDataset:
     """All splits, so tokenized."""
     train, validation, *test = (
-        split_of(task, name, rows, tokenizer, length, vocabulary) for name in rows
+        build_split(task, name, rows, tokenizer, length, vocabulary) for name in rows
     )
-    return Assignment(task, length, train, validation, *(test or [None]))
+    return TaskDataset(task, length, train, validation, *(test or [None]))

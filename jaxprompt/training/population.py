@@ -23,10 +23,14 @@ from jaxprompt.methods.base import METHODS, count, joined, parts_of, trees_of
 from jaxprompt.methods.init import initial_prompt
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.markdown import plain
+from jaxprompt.training.progress import Progress
 from jaxprompt.training.step import TrainState
+from jaxprompt.training.trial import Trial, by_task, slot_order
 
 
-def start_of(member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer) -> Any:
+def init_trainables(
+    member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer
+) -> Any:
     """The tree [1, ...] that a prompt, or a whole model, starts from."""
     method, table = METHODS[member.method], backbone.params["token_embedder"]["embedding"]
     start = np.zeros((0, backbone.config.d_model), np.float32)
@@ -90,7 +94,7 @@ def length_warnings(length: int, examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def stacked(trees: Sequence[Any]) -> Any:
+def stack_trainables(trees: Sequence[Any]) -> Any:
     """The trees of prompts, [1, ...] each, as one tree [K, ...] for those of a length that follow
     each other.
     """
@@ -101,7 +105,7 @@ def stacked(trees: Sequence[Any]) -> Any:
     return joined([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
 
 
-def keep_of(state: TrainState, places: Sequence[int]) -> TrainState:
+def keep_members(state: TrainState, places: Sequence[int]) -> TrainState:
     """The state with the prompts at these places only."""
     trees, kept, first = trees_of(state.tree), [], 0
     for both in zip(trees, parts_of(state.optimizer, state.tree), strict=True):
@@ -115,42 +119,43 @@ def keep_of(state: TrainState, places: Sequence[int]) -> TrainState:
     return state._replace(tree=tree, optimizer=optimizer)
 
 
-def better_half(best: Sequence[float], alive: Sequence[int]) -> list[int]:
-    """Of the prompts that are still trained the better half, rounded up, in their order.
+def better_half(trials: Sequence[Trial], progress: Progress) -> list[Trial]:
+    """The better half of trials, rounded up, in their order.
 
-    Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), by each one's best metric;
-    of equals the earlier ones.
+    Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), by the best metric of each;
+    of equals the earlier ones go on.
     """
-    ranked = sorted(alive, key=lambda k: (-best[k], k))
-    return sorted(ranked[: max(1, math.ceil(len(alive) / 2))])
+    ranked = sorted(trials, key=lambda t: (-progress.best[t.number], t.number))
+    kept = {trial.number for trial in ranked[: max(1, math.ceil(len(trials) / 2))]}
+    return [trial for trial in trials if trial.number in kept]
 
 
-def winner(best: Sequence[float], best_step: Sequence[int], among: Sequence[int]) -> int:
-    """The prompt with the best metric; of equals the first to be there, then in ``among``."""
-    return min(among, key=lambda k: (-best[k], best_step[k]))
+def survivors(trials: Sequence[Trial], progress: Progress) -> tuple[int, ...]:
+    """The numbers of the trials that go on when each task loses its worse half, by slot."""
+    active = [trials[number] for number in progress.active]
+    halves = (better_half(members, progress) for members in by_task(active).values())
+    return tuple(trial.number for trial in slot_order(itertools.chain(*halves)))
 
 
-def table(
-    choices: Sequence[dict[str, Any]], tasks: Sequence[TaskConfig], progress: dict[str, Any]
+def population_table(
+    choices: Sequence[dict[str, Any]], trials: Sequence[Trial], progress: Progress
 ) -> list[dict[str, Any]]:
-    """A row for each prompt: what it differs in, its best metric, and when it stopped.
+    """A row for each trial: what it differs in, its best metric, and the step when it stopped.
 
-    The metric is None where a prompt has diverged before it was ever judged.
+    The metric is None where a trial never had a finite one.
     """
-    named = [
-        {key: task.name if key == "task" else value for key, value in choice.items()}
-        for choice, task in zip(choices, tasks, strict=True)
-    ]
-    each = zip(named, progress["best"], progress["best_step"], progress["trained"], strict=True)
-    return [
-        {
+    rows = []
+    for choice, trial in zip(choices, trials, strict=True):
+        names = {"task": trial.task.name} if "task" in choice else {}
+        best = progress.best[trial.number]
+        rows.append({
             **choice,
-            "value": value if math.isfinite(value) else None,
-            "best_step": step,
-            "steps": steps,
-        }
-        for choice, value, step, steps in each
-    ]
+            **names,
+            "value": best if math.isfinite(best) else None,
+            "best_step": progress.best_step[trial.number],
+            "steps": progress.trained[trial.number],
+        })  # fmt: skip
+    return rows
 
 
 def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:

@@ -1,6 +1,5 @@
-"""Pre-training and adaptation of a backbone: the loop around the same train step."""
+"""Pre-training and adaptation of a backbone: what ``fit`` needs for it."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -40,21 +40,14 @@ from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.devices import crowding, describe
-from jaxprompt.runtime.files import replace_directory
-from jaxprompt.runtime.signals import Interrupted, Signals
+from jaxprompt.runtime.files import replace_directory, write_atomically
+from jaxprompt.runtime.signals import Signals
 from jaxprompt.training import inputs
-from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import (
-    LOG_EVERY,
-    MetricWriter,
-    NullReporter,
-    Throughput,
-    check_loss,
-    load_result,
-    open_run,
-    write_atomically,
-)
+from jaxprompt.training.loop import Kind, fit
+from jaxprompt.training.metric_log import MetricName, Metrics, NullReporter, Reporter, StepLog
 from jaxprompt.training.optimizer import per_prompt, schedule_warnings
+from jaxprompt.training.progress import Progress
+from jaxprompt.training.run_dir import RunDir
 from jaxprompt.training.step import (
     TrainState,
     batch_losses,
@@ -62,8 +55,8 @@ from jaxprompt.training.step import (
     init_state,
     make_train_step,
     shardings,
-    sound,
 )
+from jaxprompt.training.steps import Steps
 
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
@@ -72,7 +65,7 @@ _init = jax.jit(t5.init_params, static_argnums=0)
 
 
 def pretrain(
-    config: PretrainConfig, reporter: Any = None, signals: Signals | None = None
+    config: PretrainConfig, reporter: Reporter | None = None, signals: Signals | None = None
 ) -> dict[str, Any]:
     """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
 
@@ -80,174 +73,226 @@ def pretrain(
     ``metrics.jsonl``, ``losses.png``, ``samples.jsonl`` and ``checkpoints``. Killed at any moment
     and called again, it ends with bit-identical weights. ``signals``: as in ``loop.train``.
     """
-    with contextlib.ExitStack() as open_files:
-        signals = signals or Signals(install=False)
-        return _pretrain(config, reporter or NullReporter(), signals, open_files)
+    kind, config = Kind(prepare, lambda config: {}), precision.resolve_config(config)
+    return fit(config, kind, reporter or NullReporter(), signals or Signals(install=False))
 
 
-def _pretrain(
-    config: PretrainConfig, reporter: Any, signals: Signals, open_files: contextlib.ExitStack
-):
-    config = precision.resolve_config(config)
-    settings, folder = config.train, Path(config.output)
-    processes.assert_equal_across_processes("config", config.model_dump(exclude={"output"}))
-    result = processes.on_process_zero(lambda: load_result(config))
-    if result:
-        reporter.say(
-            f"{folder} is complete after {result['steps']} steps; delete it to start again."
-        )
-        return result
+def prepare(
+    config: PretrainConfig, run: RunDir, reporter: Reporter, signals: Signals
+) -> "Pretraining":
+    """Load or design the backbone, and tokenize the texts.
+
+    What takes long is kept in the run directory: a tokenizer that is trained, and tokens.
+
+    Raises:
+        UserError: texts, a start or devices that a run cannot have.
+    """
     check_files(config)
-    mesh = parallel.make_mesh(config.mesh)
+    mesh, settings = parallel.make_mesh(config.mesh), config.train
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     shape, params, loaded = _start(config, mesh, reporter)
-
-    def open_folder() -> None:
-        open_files.enter_context(open_run(config))
-
-    @functools.cache  # once, at the first that writes
-    def begin() -> None:
-        processes.on_process_zero(open_folder)
-
-    place = _tokenizer_place(config, folder, begin, reporter)
-    tokenizer = load_tokenizer(place)
+    tokenizer_path = _tokenizer_place(config, run.path, run.open, reporter)
+    tokenizer = load_tokenizer(tokenizer_path)
     processes.assert_equal_across_processes("tokenizer", tokenizer.identity())
     if shape is None:
         shape = _shape(config, tokenizer.ids, mesh)
     tokenizer = tokenizer.for_table(shape.vocab_size)
-    begin()
+    run.open()  # tokens are written there
     for warning in schedule_warnings(settings):
         reporter.say(f"warning: {warning}")
     reporter.say(f"tokenizing; computing on {describe()}")
-    if told := crowding(mesh.devices.flatten().tolist()):
-        reporter.say(f"warning: {told}")
-    streams = open_streams(config, tokenizer, shape.vocab_size, folder / "tokens", reporter.say)
+    if warning := crowding(mesh.devices.flatten().tolist()):
+        reporter.say(f"warning: {warning}")
+    streams = open_streams(config, tokenizer, shape.vocab_size, run.path / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
     processes.assert_equal_across_processes("backbone or data", [loaded, streams.digests])
     reads = {**streams.digests, "tokenizer": tokenizer.fingerprint()}
     if loaded is not None:
         reads |= inputs.of_backbone(shape, loaded)
-
-    optimizer = per_prompt(settings)
-    train_step = make_train_step(shape, PRETRAINING, optimizer, mesh=mesh, z_loss=settings.z_loss)
-    open_files.enter_context(signals.held())
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, reporter.say, in_parts=True)
-    done, progress = 0, {"seconds": 0.0, "tokens": 0, "evaluated": 0}
-    if checkpoints.latest_step() is not None:
-        params = None  # what is restored needs their memory
-        progress |= checkpoints.progress()
-        inputs.check_inputs(folder, progress.get("inputs"), reads)
-        like = _state_shapes(config, shape, optimizer)
-        like = parallel.with_sharding(like, shardings(like, PRETRAINING, shape, mesh))
-        state: Any = checkpoints.restore(like)
-        done = int(state.step)
-        reporter.say(f"going on from step {done}")
-    else:
-        params = params or _new(shape, settings.seed, mesh)
-        bank = _virtual(config, params, tokenizer, shape.d_model)
-        tree, params = PRETRAINING.init(params, bank, PromptConfig(), settings.seed), None
-        state = first_state(tree, PRETRAINING, optimizer, shape, mesh)
-        del tree
-    progress["inputs"] = reads
-    logbook = MetricWriter(
-        folder, done if done else -1, tensorboard=settings.tensorboard, say=reporter.say
+    return Pretraining(
+        config=config,
+        run=run,
+        reporter=reporter,
+        signals=signals,
+        mesh=mesh,
+        shape=shape,
+        params=params,
+        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
+        streams=streams,
+        checks=held_out_batches(config, streams),
+        optimizer=per_prompt(settings),
+        inputs=reads,
     )
-    open_files.callback(logbook.close)
-    checks = held_out_batches(config, streams)
 
-    def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
-        with lent(state.tree["model"]) as params, signals.free():
-            return held_out_scores(params, state.tree.get("prompt"), checks, shape, mesh)
 
-    def log_scores(step: int, scores) -> None:
-        row = {f"held_out/{name}/loss": s["loss"] for name, s in scores.items()}
-        logbook.write({"step": step, "tokens": progress["tokens"], **row})
-        mean = np.mean([s["loss"] for s in scores.values()])
-        reporter.say(f"step {step}: held-out loss {mean:.4f} (mean of {len(scores)} sets)")
+@dataclasses.dataclass
+class Pretraining:
+    """A run that trains a backbone; see ``loop.Job``.
 
-    def flush(pending) -> None:
-        if pending is None:
-            return
-        step, losses = pending
-        loss, accuracy = (float(np.mean(jax.device_get(x))) for x in losses)
-        check_loss(loss, step)
-        rates = clock.rates()
-        if step % LOG_EVERY == 0:
-            row = {"loss": loss, "token_accuracy": accuracy, "tokens": progress["tokens"], **rates}
-            logbook.write({"step": step, **row})
-        reporter.step(step, {"loss": loss, **rates})
+    params: the weights that it starts from, until the first state is made of them.
+    scored: the step of the newest held-out scores, and these.
+    saved: the step of what is in ``model``, where this process has written it.
+    """
 
-    def save() -> None:
-        if not sound(state.tree).all():
-            check_loss(math.nan, done)
-        progress["seconds"] = clock.seconds()
-        if checkpoints.latest_step() != done:
-            # of an earlier number of steps: it tells of the model that is replaced
-            processes.on_process_zero(lambda: (folder / "result.json").unlink(missing_ok=True))
-            save_model(folder, shape, state, place)
-        checkpoints.save(done, state, progress)
+    config: PretrainConfig
+    run: RunDir
+    reporter: Reporter
+    signals: Signals
+    mesh: Mesh
+    shape: t5.T5Config
+    params: t5.Params | None
+    tokenizer: Tokenizer
+    tokenizer_path: str
+    streams: Streams
+    checks: dict[str, list[Batch]]
+    optimizer: optax.GradientTransformation
+    inputs: inputs.Inputs
+    scored: tuple[int, dict[str, Metrics]] | None = None
+    saved: int | None = None
 
-    if done == 0:
-        log_scores(0, evaluate(state))
-    batches = packed_batches(config, streams.train, done)
-    clock, pending, scores = Throughput(progress["seconds"]), None, None
-    while True:
-        try:
-            last = done >= settings.steps
-            if progress["evaluated"] < done and (last or done % settings.evaluate_every == 0):
-                pending = flush(pending)
-                scores = evaluate(state)
-                log_scores(done, scores)
-                progress["evaluated"] = done
-            if last or (done and done % settings.checkpoint_every == 0):
-                pending = flush(pending)
-                save()
-            if last:
-                break
-            signals.check(done)
-            batch = next(batches)
-            state, losses = train_step(state, {}, [parallel.put_batch(batch, mesh)])
-            done += 1
-            clock.count([batch])
-            progress["tokens"] += _size(batch)
-            flush(pending)
-            pending = done, losses
-        except Interrupted as why:
-            flush(pending)
-            save()
-            raise Interrupted(f"{why} after step {done}, which is saved") from None
+    @property
+    def names(self) -> list[MetricName]:
+        return [MetricName("", "loss")]
 
-    scores = scores or evaluate(state)
-    trained, state = state.tree["model"], None  # what is left of the state is not needed
-    with lent(trained) as params:
-        samples = fill_in(config, shape, params, streams, tokenizer, mesh)
-        found = {
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
-            "fingerprint": fingerprint(params),
+    @property
+    def in_parts(self) -> bool:
+        return True
+
+    # -- states
+
+    def start(self) -> tuple[TrainState, Progress]:
+        """The state before step 0, and its held-out loss."""
+        self.run.open_metrics(-1)
+        state = first_state(
+            self._first_trainables(), PRETRAINING, self.optimizer, self.shape, self.mesh
+        )
+        progress = Progress.of_trials([0], tokens=0, inputs=self.inputs)
+        self._log_scores(state, progress)
+        return state, progress
+
+    def _first_trainables(self) -> Any:
+        seed, params = self.config.train.seed, self.params
+        self.params = None  # the trainables are a copy, and need the memory
+        params = params or _new(self.shape, seed, self.mesh)
+        bank = _virtual(self.config, params, self.tokenizer, self.shape.d_model)
+        return PRETRAINING.init(params, bank, PromptConfig(), seed)
+
+    def check(self, progress: Progress) -> None:
+        """Raise UserError where a checkpoint says that the run read something else."""
+        inputs.check_inputs(self.run.path, progress.inputs, self.inputs)
+
+    def restore_files(self, progress: Progress) -> None:
+        """Nothing: ``model`` is written again before the result is."""
+
+    def abstract_state(self, progress: Progress) -> TrainState:
+        """Shapes, dtypes and shardings of a state, of which nothing is allocated."""
+        self.params = None  # what is restored needs their memory
+        like = _state_shapes(self.config, self.shape, self.optimizer)
+        return parallel.with_sharding(like, shardings(like, PRETRAINING, self.shape, self.mesh))
+
+    # -- steps
+
+    def steps(self, progress: Progress) -> Steps:
+        """The compiled step and the batches from this step on."""
+        step = make_train_step(
+            self.shape,
+            PRETRAINING,
+            self.optimizer,
+            mesh=self.mesh,
+            z_loss=self.config.train.z_loss,
+        )
+        batches = packed_batches(self.config, self.streams.train, progress.step)
+        return Steps(step, {}, ([batch] for batch in batches), self.mesh)
+
+    # -- evaluation
+
+    def evaluate(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+        """Measure and log the held-out loss. The newest weights are the ones that are kept."""
+        self._log_scores(state, progress)
+        return state, dataclasses.replace(progress, evaluated=progress.step)
+
+    def _log_scores(self, state: TrainState, progress: Progress) -> None:
+        scores = self._scores(state, progress.step)
+        row = {f"held_out/{name}/loss": score["loss"] for name, score in scores.items()}
+        self.run.metrics.write({"step": progress.step, "tokens": progress.tokens, **row})
+        self.reporter.say(
+            f"step {progress.step}: held-out loss {_mean_loss(scores):.4f} "
+            f"(mean of {len(scores)} sets)"
+        )
+
+    def _scores(self, state: TrainState, step: int) -> dict[str, Metrics]:
+        """The held-out scores of a step, which are computed once."""
+        if self.scored is None or self.scored[0] != step:
+            with lent(state.tree["model"]) as params, self.signals.free():
+                bank = state.tree.get("prompt")
+                scores = held_out_scores(params, bank, self.checks, self.shape, self.mesh)
+            self.scored = step, scores
+        return self.scored[1]
+
+    # -- checkpoints
+
+    def before_checkpoint(self, state: TrainState, progress: Progress) -> None:
+        """Write the backbone. A result of fewer steps tells of the one that is replaced."""
+        self.run.remove_result()
+        save_model(self.run.path, self.shape, state, self.tokenizer_path)
+        self.saved = progress.step
+
+    def after_checkpoint(self, progress: Progress) -> None:
+        """Nothing: no file depends on earlier checkpoints."""
+
+    # -- result
+
+    def release(self, state: TrainState) -> TrainState:
+        """The weights alone, once they are scored and in ``model``.
+
+        A run that was killed between ``model`` and the checkpoint has left later weights there.
+        """
+        step = int(state.step)
+        if self.saved != step:
+            self.run.remove_result()
+            save_model(self.run.path, self.shape, state, self.tokenizer_path)
+        self._scores(state, step)
+        return state._replace(tree={"model": state.tree["model"]}, optimizer=None)
+
+    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> dict[str, Any]:
+        """Let the model fill in blanks, draw the losses and write the result."""
+        assert state is not None and self.scored is not None
+        scores = self.scored[1]
+        with lent(state.tree["model"]) as params:
+            samples = fill_in(
+                self.config, self.shape, params, self.streams, self.tokenizer, self.mesh
+            )
+            size = sum(x.size for x in jax.tree.leaves(params))
+            digest = fingerprint(params)
+        result = {
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "seconds": round(log.clock.seconds(), 3),
+            "tokens_per_second": log.clock.rates()["tokens_per_second"],
+            "parameters": size,
+            "fingerprint": digest,
+            "start": self.config.start,
+            "loss": _mean_loss(scores),
+            "held_out": scores,
+            "source_tokens": self.streams.tokens,
+            "inputs": self.inputs,
+            "model": str(self.run.path / "model"),
         }
-    result = {
-        "steps": done,
-        "tokens": progress["tokens"],
-        "seconds": round(clock.seconds(), 3),
-        "tokens_per_second": clock.rates()["tokens_per_second"],
-        **found,
-        "start": config.start,
-        "loss": float(np.mean([s["loss"] for s in scores.values()])),
-        "held_out": scores,
-        "source_tokens": streams.tokens,
-        "inputs": reads,
-        "model": str(folder / "model"),
-    }
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
 
-    def write() -> None:
-        write_atomically(folder / "samples.jsonl", lines)
-        draw_losses(logbook.rows, folder / "losses.png")
-        write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        def write() -> None:
+            write_atomically(self.run.path / "samples.jsonl", lines)
+            draw_losses(self.run.metrics.rows, self.run.path / "losses.png")
+            self.run.write_result(result)
 
-    processes.on_process_zero(write)
-    return result
+        processes.on_process_zero(write)
+        return result
+
+
+def _mean_loss(scores: dict[str, Metrics]) -> float:
+    return float(np.mean([score["loss"] for score in scores.values()]))
 
 
 def _start(
@@ -420,10 +465,6 @@ def _sums(config: t5.T5Config, mesh: Mesh | None) -> Callable[..., Float[Array, 
 
     everywhere = parallel.shard_over_batch(of_rows, mesh, t5.logical_axes(config), stacked=True)
     return jax.jit(lambda *args: parallel.psum_over_batch(everywhere(*args), mesh))
-
-
-def _size(batch: Batch) -> int:
-    return int((batch.segments > 0).sum() + (batch.target_segments > 0).sum())
 
 
 def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: str) -> None:

@@ -1,9 +1,15 @@
-"""What a run leaves: the tuned prompt or model, and the facts about it."""
+"""What a run leaves: its best prompts or models, their metadata, and what checkpoints name of them.
+
+A run that was killed may have saved a better prompt after its newest checkpoint. When that part is
+run again, on other devices, it may not be the best again. So a prompt that a checkpoint names as
+the best is kept aside, as ``.prompt@STEP``, until no checkpoint names it any more.
+"""
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +19,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jaxprompt
-from jaxprompt.config.schema import RunConfig
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.models.checkpoints.load import Backbone, save_hf
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import replace_directory
+from jaxprompt.training.metric_log import Metrics
+from jaxprompt.training.progress import Progress, best_trial
+from jaxprompt.training.trial import Trial, by_task, slot_order
 
 
-def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, rows: int) -> dict:
-    """What an artefact says about itself."""
-    shape = backbone.config
+def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Progress) -> dict:
+    """What the artefact of a trial says about itself, with its scores at this step."""
+    config, shape, name = trial.config, backbone.config, trial.task.name
     return {
         "backbone": {
             "source": config.backbone,
@@ -36,17 +44,21 @@ def facts_of(config: RunConfig, task, backbone: Backbone, scores, step: int, row
             "num_layers": shape.num_layers,
             "num_heads": shape.num_heads,
         },
-        "task": task.model_dump(),
+        "task": trial.task.model_dump(),
         "method": config.method,
         "metrics": scores,
-        "rows": rows,
-        "step": step,
+        "rows": len(trial.dataset.validation.examples),
+        "step": progress.step,
         "seed": config.train.seed,
         "config": config.model_dump(),
         "versions": {
             "jaxprompt": jaxprompt.__version__,
             "jax": jax.__version__,
             "flax": flax.__version__,
+        },
+        "baselines": {
+            "majority": (progress.majority or {})[name],
+            "untuned": (progress.untuned or {})[name],
         },
     }
 
@@ -68,8 +80,12 @@ def save_tuned(
 ) -> None:
     """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory.
 
-    All processes call it, and the first one writes. tree: what was trained, with axis K of size 1.
-    known: the step of what is there, if a checkpoint names it as the best; it is kept aside.
+    All processes call it, and the first one writes.
+
+    Args:
+        tree: what was trained; of a whole model, with axis K of size 1.
+        bank: the prompt; None for a whole model.
+        known: the step of what is there, if a checkpoint names it as the best: it is kept aside.
     """
     weights = processes.fetch_to_zero(tree) if bank is None else None
     if jax.process_index() != 0:
@@ -117,12 +133,10 @@ def _put_aside(path: Path, step: int) -> None:
 
 
 def bring_back(path: Path, step: int, result: Path) -> None:
-    """Let what is at ``path`` be that of ``step``, as a checkpoint says.
+    """Put back at ``path`` what was saved at ``step``, which a checkpoint names as the best.
 
-    ``result`` is the file that tells of what is there: it goes with that.
-
-    A run that was killed may have saved a better one after its last checkpoint. When that part is
-    run again, on other devices, it may not be the best again.
+    Args:
+        result: the file that describes what is at ``path``; it is removed with that.
     """
     aside = _aside(path)
     for later in (place for at, place in aside.items() if at > step):
@@ -138,9 +152,36 @@ def bring_back(path: Path, step: int, result: Path) -> None:
 
 
 def tidy(path: Path, step: int, oldest: int) -> None:
-    """Drop what no checkpoint from ``oldest`` on names; ``path`` is of ``step``."""
+    """Remove what no checkpoint from ``oldest`` on names; ``path`` itself was saved at ``step``."""
     aside = _aside(path)
     steps = [*sorted(aside), step]
     for at, after in zip(steps, steps[1:], strict=False):
         if after <= oldest:
             shutil.rmtree(aside[at], ignore_errors=True)
+
+
+def kept_steps(trials: Sequence[Trial], progress: Progress) -> dict[Path, int]:
+    """The directories that hold a best prompt or model, and the step of each; -1: none yet."""
+    steps = {
+        trial.own_dir: progress.best_step[trial.number]
+        for trial in trials
+        if trial.own_dir is not None
+    }
+    for members in by_task(trials).values():
+        best = best_trial(progress, slot_order(members))
+        steps[best.task_dir] = progress.best_step[best.number]
+    return steps
+
+
+def restore_best(
+    trials: Sequence[Trial], progress: Progress, result: Path, *, prompt: bool
+) -> None:
+    """Let every directory hold the best that a checkpoint names."""
+    for folder, step in kept_steps(trials, progress).items():
+        bring_back(tuned_in(folder, prompt), step, result)
+
+
+def tidy_best(trials: Sequence[Trial], progress: Progress, oldest: int, *, prompt: bool) -> None:
+    """Remove what was kept aside for checkpoints before ``oldest``."""
+    for folder, step in kept_steps(trials, progress).items():
+        tidy(tuned_in(folder, prompt), step, oldest)

@@ -465,7 +465,8 @@ def checkpoints(rng: random.Random, folder: Path) -> Made:
 
 def _open_parts(config: Any, run: Path) -> None:
     from jaxprompt.training.checkpoint import Checkpoints
-    from jaxprompt.training.logbook import MetricWriter, load_result, open_run
+    from jaxprompt.training.metric_log import MetricWriter
+    from jaxprompt.training.run_dir import load_result, open_run
 
     load_result(config)
     with open_run(config):

@@ -18,10 +18,11 @@ from helpers import run_config as config
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.runtime.signals import Interrupted, Signals, locked
-from jaxprompt.training import checkpoint, loop
+from jaxprompt.training import checkpoint, evaluator
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import Diverged, NullReporter
+from jaxprompt.training.divergence import Diverged
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import NullReporter
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(whole, backbone, tm
 
 
 def test_a_signal_in_an_evaluation_is_heard_at_once(whole, backbone, tmp_path, monkeypatch):
-    run, answer = config(backbone, tmp_path), loop.predict_per_prompt
+    run, answer = config(backbone, tmp_path), evaluator.predict_per_prompt
     calls = []
 
     def predict_per_prompt(*args, **kwargs):
@@ -78,7 +79,7 @@ def test_a_signal_in_an_evaluation_is_heard_at_once(whole, backbone, tmp_path, m
             raise AssertionError("went on")
         return answer(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "predict_per_prompt", predict_per_prompt)
+    monkeypatch.setattr(evaluator, "predict_per_prompt", predict_per_prompt)
     with Signals() as signals, pytest.raises(Interrupted, match="after step 8, which is saved"):
         train(run, None, signals)
     train(run)

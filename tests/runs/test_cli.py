@@ -32,7 +32,7 @@ from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.training.logbook import check_run, clear_run, open_run
+from jaxprompt.training.run_dir import check_run, clear_run, open_run
 
 COMMAND = Path(sys.executable).parent / "jaxprompt"
 

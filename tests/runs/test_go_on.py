@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.runtime.signals import Interrupted, Signals
-from jaxprompt.training import loop
+from jaxprompt.training import evaluator, metric_log
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import NullReporter
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import NullReporter
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +140,18 @@ def test_eval_rows_cut_the_validation_rows_alone(backbone, tmp_path):
 
 def scores(monkeypatch, by_step):
     """Let the validation metric be what is said for each step."""
-    measure, write, steps = loop.measure_answers, loop.log_step, [0]
+    measure, write, steps = evaluator.measure_answers, metric_log.log_step, [0]
 
-    def log_step(pending, *rest):
-        steps[0] = pending[0]
-        return write(pending, *rest)
+    def log_step(log, progress, losses):
+        steps[0] = progress.step
+        return write(log, progress, losses)
 
     def fake(task, predictions, references):
         found = measure(task, predictions, references)
         return {name: by_step.get(steps[0], 0.0) for name in found}
 
-    monkeypatch.setattr(loop, "log_step", log_step)
-    monkeypatch.setattr(loop, "measure_answers", fake)
+    monkeypatch.setattr(metric_log, "log_step", log_step)
+    monkeypatch.setattr(evaluator, "measure_answers", fake)
 
 
 def agrees(folder: Path, result: dict[str, Any], name: str = "prompt") -> None:
@@ -265,14 +265,14 @@ def test_more_steps_go_on_with_the_prompt_of_the_checkpoint(backbone, tmp_path, 
 
 def test_a_run_whose_scores_were_never_numbers_has_no_result(backbone, tmp_path, monkeypatch):
     """Its losses may be finite all the time: other rows are trained on than judged."""
-    predict_per_prompt, asked = loop.predict_per_prompt, []
+    predict, asked = evaluator.predict_per_prompt, []
 
     def lost(*args, **settings):
         asked.append(len(asked))
-        found = predict_per_prompt(*args, **settings)
+        found = predict(*args, **settings)
         return [each._replace(lost=[0]) for each in found] if asked[-1] else found
 
-    monkeypatch.setattr(loop, "predict_per_prompt", lost)
+    monkeypatch.setattr(evaluator, "predict_per_prompt", lost)
     with pytest.raises(UserError, match="No scores of task 'mine' .* finite numbers"):
         train(run_config(backbone, tmp_path, train={"steps": 4}))
     assert len(asked) == 2  # the bare model and the prompt at step 4

@@ -28,9 +28,9 @@ from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.evaluation.metrics import vote
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone
-from jaxprompt.training.logbook import check_run
-from jaxprompt.training.logbook import NullReporter
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import NullReporter
+from jaxprompt.training.run_dir import check_run
 
 
 @pytest.fixture(scope="module")

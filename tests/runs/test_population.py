@@ -31,10 +31,11 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.inference.predict import Predictions
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.training import loop
-from jaxprompt.training.logbook import Diverged, MetricName, check_members
+from jaxprompt.training import evaluator, tune
+from jaxprompt.training.divergence import Diverged, check_members
 from jaxprompt.training.loop import train
-from jaxprompt.training.population import length_warnings, start_of, start_warnings
+from jaxprompt.training.metric_log import MetricName
+from jaxprompt.training.population import init_trainables, length_warnings, start_warnings
 
 TASKS = ["mine", "other"]
 
@@ -216,20 +217,20 @@ def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
 
 def test_trees_of_one_length_stay_one_tree():
     from jaxprompt.methods.base import count, trees_of
-    from jaxprompt.training.population import keep_of, stacked
+    from jaxprompt.training.population import keep_members, stack_trainables
     from jaxprompt.training.step import TrainState
 
     tree = lambda length, value: {"prompt": np.full((1, length, 2), value, np.float32)}
     trees = [tree(3, 0), tree(3, 1), tree(5, 2), tree(5, 3)]
-    assert stacked(trees[:2])["prompt"].shape == (2, 3, 2)
-    both = stacked(trees)
+    assert stack_trainables(trees[:2])["prompt"].shape == (2, 3, 2)
+    both = stack_trainables(trees)
     assert [t["prompt"].shape for t in trees_of(both)] == [(2, 3, 2), (2, 5, 2)]
     assert count(both) == 4
     state = TrainState(jax.numpy.int32(0), both, tuple(t["prompt"] + 10 for t in both))
-    kept = keep_of(state, [2, 3])
+    kept = keep_members(state, [2, 3])
     np.testing.assert_array_equal(kept.tree["prompt"][:, 0, 0], [2, 3])
     np.testing.assert_array_equal(kept.optimizer[:, 0, 0], [12, 13])
-    kept = keep_of(state, [1, 2])
+    kept = keep_members(state, [1, 2])
     assert [t["prompt"][0, 0, 0] for t in kept.tree] == [1, 2]
 
 
@@ -259,12 +260,12 @@ def test_class_labels_of_a_task_without_labels_start_its_prompt(backbone, tmp_pa
     loaded, task = load_backbone(str(backbone)), resolve_task(run.task)
     tokenizer = load_tokenizer(backbone)
     table = np.asarray(loaded.params["token_embedder"]["embedding"])
-    found = np.asarray(start_of(run, task, loaded, tokenizer)["prompt"])[0]
+    found = np.asarray(init_trainables(run, task, loaded, tokenizer)["prompt"])[0]
     wanted = [table[tokenizer.encode(word)].mean(axis=0) for word in words["class_labels"]]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     strange = task.model_copy(update={"class_labels": ["good", "zebra"]})
     with pytest.raises(UserError, match="class label 'zebra' of task 'mine' has no token"):
-        start_of(run, strange, loaded, tokenizer)
+        init_trainables(run, strange, loaded, tokenizer)
 
 
 def test_a_prompt_that_is_most_of_what_a_row_holds_is_warned_of():
@@ -276,16 +277,16 @@ def test_a_prompt_that_is_most_of_what_a_row_holds_is_warned_of():
 
 def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, monkeypatch):
     """The vectors are finite here and the answers right: only the scores are not."""
-    answer_each = loop.answer_each
+    predict = evaluator.predict_per_prompt
 
     def lost(model, task, examples, *args, **kwargs):
-        found = answer_each(model, task, examples, *args, **kwargs)
+        found = predict(model, task, examples, *args, **kwargs)
         if len(found) == 2:
             right = [examples_of[id(examples)][i] for i in range(len(examples))]
             found[0] = Predictions(right, None, lost=[1])
         return found
 
-    split_of, examples_of = loop.assign, {}
+    split_of, examples_of = tune.build_dataset, {}
 
     def assigned(*args):
         given = split_of(*args)
@@ -293,8 +294,8 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
         examples_of[id(given.validation.examples)] = texts
         return given
 
-    monkeypatch.setattr(loop, "answer_each", lost)
-    monkeypatch.setattr(loop, "assign", assigned)
+    monkeypatch.setattr(evaluator, "predict_per_prompt", lost)
+    monkeypatch.setattr(tune, "build_dataset", assigned)
     run = run_config(backbone, tmp_path / "a", prompt={"population": {"seed": [0, 1]}})
     result = train(run)
     first, second = result["population"]
@@ -305,7 +306,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
 
 def test_a_backbone_that_answers_no_numbers_ends_the_run(backbone, tmp_path, monkeypatch):
     lost = [Predictions(["yes"] * 8, None, lost=[2, 5])]
-    monkeypatch.setattr(loop, "answer_each", lambda *args, **kwargs: lost)
+    monkeypatch.setattr(evaluator, "predict_per_prompt", lambda *args, **kwargs: lost)
     with pytest.raises(UserError, match="tiny gives scores that are not finite .* for 2 of 8 rows, "
                        "first for row 3"):  # fmt: skip
         train(run_config(backbone, tmp_path / "a"))

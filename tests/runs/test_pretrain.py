@@ -27,8 +27,9 @@ from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_h
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 from jaxprompt.training import pretrain as module
-from jaxprompt.training.logbook import NullReporter, check_run, open_run
+from jaxprompt.training.metric_log import NullReporter
 from jaxprompt.training.pretrain import pretrain
+from jaxprompt.training.run_dir import check_run, open_run
 
 WORDS = [f"w{i}" for i in range(130)]  # the texts have the first twenty
 SHAPE = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32,

@@ -15,8 +15,9 @@ from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.models.precision import resolve_config
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import MetricWriter, check_run, load_result, open_run
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import MetricWriter
+from jaxprompt.training.run_dir import check_run, load_result, open_run
 from jaxprompt.training.step import TrainState
 
 

@@ -20,9 +20,9 @@ from jaxprompt.config.schema import MeshConfig
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel, processes
-from jaxprompt.training import loop, pretrain
+from jaxprompt.training import evaluator, loop, pretrain, tune
 from jaxprompt.training.checkpoint import Checkpoints
-from jaxprompt.training.logbook import NullReporter
+from jaxprompt.training.metric_log import NullReporter
 from jaxprompt.training.step import TrainState
 
 WEIGHTS = sum(math.prod(x.shape) for x in jax.tree.leaves(t5.abstract_params(CONFIG)))
@@ -83,8 +83,8 @@ def scale(monkeypatch):
 
         monkeypatch.setattr(owner, name, around)
 
-    for owner, name in ((Checkpoints, "save"), (Checkpoints, "restore"), (loop, "predict_per_prompt"),
-                        (loop, "save_tuned"), (pretrain, "held_out_scores"),
+    for owner, name in ((Checkpoints, "save"), (Checkpoints, "restore"), (evaluator, "predict_per_prompt"),
+                        (tune, "save_tuned"), (pretrain, "held_out_scores"),
                         (pretrain, "fill_in"), (pretrain, "save_model")):  # fmt: skip
         weighed(owner, name)
     return scale

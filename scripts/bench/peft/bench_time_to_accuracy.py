@@ -47,7 +47,7 @@ from jaxprompt.runtime import devices
 from jaxprompt.runtime.files import replace_directory, write_atomically
 from jaxprompt.runtime.markdown import markdown_table
 from jaxprompt.runtime.memory import start_again_with_huge_pages
-from jaxprompt.training import loop
+from jaxprompt.training import evaluator, loop
 
 Events = list[dict[str, Any]]
 
@@ -76,7 +76,7 @@ def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
     devices.start([config.train.batch_size], config.mesh)  # as the command does
-    began, judge = time.perf_counter(), loop.predict_per_prompt
+    began, judge = time.perf_counter(), evaluator.predict_per_prompt
 
     def timed(*args, **kwargs):
         paused = time.perf_counter()
@@ -84,7 +84,7 @@ def ours(values: dict[str, Any]) -> Events:
         calls.append((time.perf_counter() - began, time.perf_counter() - paused))
         return answers
 
-    loop.predict_per_prompt = timed  # the loop has no hook for the clock
+    evaluator.predict_per_prompt = timed  # the loop has no hook for the clock
     loop.train(config)
     log = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "validation/accuracy" in row]

@@ -1,18 +1,14 @@
-"""What a run writes besides checkpoints: config, ``metrics.jsonl``, TensorBoard, result."""
+"""The directory of a run: its lock, settings, checkpoints, metrics and result."""
 
 import contextlib
 import json
-import math
 import os
-import re
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.names import recorded_names
@@ -21,8 +17,12 @@ from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import Optimization, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import PART, write_atomically
 from jaxprompt.runtime.signals import LOCK, locked
+from jaxprompt.training import inputs
+from jaxprompt.training.checkpoint import CHECKSUMS, Checkpoints, checkpoint_folders
+from jaxprompt.training.metric_log import MetricWriter
 
 # all that a run writes
 RUN_FILES = frozenset((
@@ -30,8 +30,6 @@ RUN_FILES = frozenset((
     "curves.png", "losses.png", "samples.jsonl", "tokenizer", "tokens", "prompt", "model", "tasks",
     "population", "population.md",
 ))  # fmt: skip
-LOG_EVERY = 10  # steps between rows of metrics.jsonl
-CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 
 # settings that a run may change when it goes on
 RESUMABLE_SETTINGS = {
@@ -43,12 +41,6 @@ RESUMABLE_SETTINGS = {
     "mesh.fsdp",
     "mesh.tensor",
 }
-
-
-def checkpoint_folders(path: Path) -> list[Path]:
-    """The folders in ``path`` that a step names, newest first; what else is there is not ours."""
-    named = [f for f in path.glob("*") if re.fullmatch("0|[1-9][0-9]{0,9}", f.name) and f.is_dir()]
-    return sorted(named, key=lambda folder: int(folder.name), reverse=True)
 
 
 def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:
@@ -239,218 +231,77 @@ def open_run(config: RunConfig | PretrainConfig) -> Iterator[Path]:
         yield folder
 
 
-class MetricWriter:
-    """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go.
+class RunDir:
+    """The directory of one run. It knows nothing of what is trained.
 
-    Of several processes the first one alone writes. ``say`` hears of damaged lines.
+    Within ``with``, ``open`` locks it; ``checkpoints`` and ``metrics`` are there after
+    ``open_checkpoints`` and ``open_metrics``. Of several processes the first one alone writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        *,
-        tensorboard: bool,
-        say: Callable[[str], None] = lambda text: None,
-    ):
-        self.folder, self.tensorboard, self._say = folder, tensorboard, say
-        self._writes = jax.process_index() == 0
-        self._open(step)
+    checkpoints: Checkpoints
+    metrics: MetricWriter
 
-    def _open(self, step: int) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._file = self._board = None
-        if not self._writes:
+    def __init__(self, config: RunConfig | PretrainConfig, say: Callable[[str], None]):
+        self.config, self.path, self._say = config, Path(config.output), say
+        self._open = contextlib.ExitStack()
+        self._locked = False
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def finished(self, known_inputs: Callable[[], inputs.Inputs]) -> dict[str, Any] | None:
+        """The result of a complete run; None for a run that begins or goes on.
+
+        Args:
+            known_inputs: digests of what the run would read now, as far as they are cheap.
+        Raises:
+            UserError: the directory holds another run, or one that read other inputs.
+        """
+        result = processes.on_process_zero(lambda: load_result(self.config))
+        if not result:
+            return None
+        inputs.check_inputs(self.path, result.get("inputs"), known_inputs())
+        self._say(
+            f"{self.path} is complete after {result['steps']} steps; delete it to start again."
+        )
+        return result
+
+    def open(self) -> None:
+        """Make the directory, lock it and write ``config.yaml``; nothing if that is done."""
+        if self._locked:
             return
-        path = self.folder / "metrics.jsonl"
-        rows, damaged = _read_rows(path)
-        if damaged:
-            self._say(f"warning: {damaged} lines of {path} are damaged and left out")
-        self.rows = [row for row in rows if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = path.open("a", buffering=1)
-        if self.tensorboard:
-            from tensorboardX import SummaryWriter
+        self._locked = True
+        processes.on_process_zero(self._lock)
 
-            purge = step + 1 if step >= 0 else None
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+    def _lock(self) -> None:
+        self._open.enter_context(open_run(self.config))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row; it has a ``step``, and every other number becomes a curve."""
-        if self._file is None:
-            return
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, row["step"])
-
-    def rows_of(self, prefix: str) -> list[dict[str, Any]]:
-        """The rows so far with keys of this prefix alone, without it."""
-        return [
-            {key.removeprefix(prefix): x for key, x in row.items()
-             if key == "step" or key.startswith(prefix)}
-            for row in self.rows
-        ]  # fmt: skip
-
-    def back_to(self, step: int) -> None:
-        """Forget the rows after ``step``."""
-        self.close()
-        self._open(step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        for file in (self._file, self._board):
-            if file is not None:
-                file.close()
-
-
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many lines are none; the last line of a killed run may be half there."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    found = [_row(line) for line in lines]
-    damaged = [line for line, row in zip(lines[:-1], found, strict=False) if row is None]
-    return [row for row in found if row is not None], sum(bool(line.strip()) for line in damaged)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A line of ``metrics.jsonl``; None where it is no mapping of names to numbers with a step."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    number = lambda x: isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
-    return row if all(map(number, row.values())) else None
-
-
-class Throughput:
-    """Training time of a run over all its starts, and throughput of this one."""
-
-    def __init__(self, earlier: float):
-        self.earlier, self.start = earlier, time.monotonic()
-        self.examples = self.tokens = 0
-        self.first: float | None = None  # after the first step, so that compilation does not count
-
-    def count(self, batches) -> None:
-        """A step on these micro-batches is on its way."""
-        if self.first is None:
-            self.first = time.monotonic()
-            return
-        for batch in batches:
-            self.examples += int((batch.target_segments[:, 0] > 0).sum())
-            self.tokens += int((batch.segments > 0).sum() + (batch.target_segments > 0).sum())
-
-    def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.start
-
-    def rates(self) -> dict[str, float]:
-        passed = max(time.monotonic() - (self.first or self.start), 1e-9)
-        return {
-            "examples_per_second": round(self.examples / passed, 2),
-            "tokens_per_second": round(self.tokens / passed, 1),
-        }
-
-
-class Diverged(UserError):
-    """What is trained is no number any more."""
-
-
-def check_loss(loss: float, step: int, task: str = "") -> None:
-    """Refuse to go on with a loss (of one of several tasks) that is no number."""
-    if not math.isfinite(loss):
-        which = f" of task {task!r}" if task else ""
-        raise Diverged(
-            f"The loss{which} is {loss} at step {step}; lower train.learning_rate, use "
-            "model.dtype=float32, or let train.on_divergence=go_back do it. The checkpoint before "
-            "it is intact."
+    def open_checkpoints(self, *, in_parts: bool) -> None:
+        """``in_parts``: for states as large as a model, see ``Checkpoints``."""
+        keep = self.config.train.keep
+        self.checkpoints = Checkpoints(
+            self.path / "checkpoints", keep, self._say, in_parts=in_parts
         )
 
+    def open_metrics(self, step: int) -> None:
+        """Rows after ``step``, which a killed run has left, go; -1: all rows."""
+        tensorboard = self.config.train.tensorboard
+        self.metrics = MetricWriter(self.path, step, tensorboard=tensorboard, say=self._say)
+        self._open.callback(self.metrics.close)
 
-class NullReporter:
-    """A reporter that shows nothing; ``cli/progress.py`` has the one that draws a bar."""
+    def oldest_checkpoint(self) -> int | None:
+        """The step of the oldest checkpoint that is kept."""
+        return min((int(f.name) for f in checkpoint_folders(self.checkpoints.path)), default=None)
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches."""
+    def remove_result(self) -> None:
+        """A result of an earlier number of steps goes before what it tells of is replaced."""
+        if jax.process_index() == 0:
+            (self.path / "result.json").unlink(missing_ok=True)
 
-    def step(self, done: int, rates: dict[str, float]) -> None:
-        """``done`` steps are complete."""
-
-
-class MetricName(NamedTuple):
-    """How a member is told in logs."""
-
-    prefix: str  # of its task's keys: none where there is one task
-    metric: str
-
-
-def check_members(step: int, alive: Sequence[int], losses: Any, shown: list[MetricName]) -> None:
-    """Raise Diverged where no member of a task has a loss that is a number.
-
-    Of several prompts some may diverge, which is nothing to the others.
-    """
-    by_task: dict[str, list[float]] = {}
-    for k, loss in zip(alive, losses, strict=True):
-        by_task.setdefault(shown[k].prefix, []).append(float(loss))
-    for prefix, own in by_task.items():
-        if not any(map(math.isfinite, own)):
-            check_loss(own[0], step, prefix.rstrip("/"))
-
-
-def log_step(
-    pending: Any,
-    logbook: MetricWriter,
-    reporter,
-    clock: Throughput,
-    progress,
-    shown: list[MetricName],
-) -> None:
-    """A step's losses, which ``pending`` has with its number and the members that took it."""
-    step, losses, alive = pending
-    each, accuracy = (np.asarray(x) for x in jax.device_get(losses))
-    sound = np.isfinite(each)
-    check_members(step, alive, each, shown)
-    loss, right, rates = float(each[sound].mean()), float(accuracy[sound].mean()), clock.rates()
-    if step % LOG_EVERY == 0:
-        row: dict[str, Any] = {"step": step, "loss": loss, "token_accuracy": right}
-        if len(shown) > 1:
-            finite = [(k, float(x)) for k, x in zip(alive, each, strict=True) if np.isfinite(x)]
-            row |= {f"prompt{k}/loss": x for k, x in finite}
-            by_task: dict[str, list[float]] = {}
-            for k, x in finite:
-                by_task.setdefault(shown[k].prefix, []).append(x)
-            row |= {f"{name}loss": float(np.mean(own)) for name, own in by_task.items() if name}
-        logbook.write(row | rates)
-    best: dict[str, float] = {}
-    for (prefix, metric), value in zip(shown, progress["best"], strict=True):
-        name = f"best {prefix}{metric}"
-        if math.isfinite(value):
-            best[name] = max(best.get(name, -math.inf), value)
-    reporter.step(step, {"loss": loss, **best, **rates})
-
-
-def log_scores(
-    logbook: MetricWriter,
-    reporter,
-    step: int,
-    judged: Sequence[tuple[int, dict[str, float]]],
-    shown: list[MetricName],
-) -> None:
-    """The metrics of a task's best prompt as the task's, and of each where there are several.
-
-    judged: members with what was found.
-    """
-    row: dict[str, Any] = {"step": step}
-    for prefix, metric in dict.fromkeys(shown):
-        mine = [found for k, found in judged if shown[k].prefix == prefix]
-        if not mine:
-            continue
-        best = max(mine, key=lambda found: found[metric])
-        row |= {f"{prefix}validation/{name}": value for name, value in best.items()}
-        among = f", the best of {len(mine)} prompts" if len(mine) > 1 else ""
-        reporter.say(f"step {step}: {prefix}validation {metric} {best[metric]:.4f}{among}")
-    if len(judged) > 1:
-        for k, found in judged:
-            row |= {f"prompt{k}/validation/{name}": value for name, value in found.items()}
-    logbook.write(row)
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``, which marks the run as complete."""
+        if jax.process_index() == 0:
+            write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")

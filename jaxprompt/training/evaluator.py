@@ -1,0 +1,105 @@
+"""Scores of trials: their answers to rows of their task, and the task's metrics of these."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.evaluation.metrics import majority
+from jaxprompt.evaluation.metrics import measure as measure_answers
+from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.predict import predict_per_prompt, refuse_lost
+from jaxprompt.models import registry
+from jaxprompt.runtime.signals import Signals
+from jaxprompt.training.datasets import Split
+from jaxprompt.training.metric_log import Metrics
+from jaxprompt.training.trial import Trial
+
+
+class Evaluator(NamedTuple):
+    """Answers rows with a backbone and prompts. It writes nothing."""
+
+    config: registry.Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    batch_size: int
+    signals: Signals  # one that comes meanwhile is heard at once
+
+    def validate(
+        self,
+        params: registry.Params,
+        bank: Float[Array, "K P D"] | None,
+        trials: Sequence[Trial],
+    ) -> list[Metrics]:
+        """The validation metrics of trials, by slot. NaN where a model's scores are not finite.
+
+        Args:
+            bank: the prompts of the trials, by slot; None for a whole model.
+        """
+        datasets = list({id(trial.dataset): trial.dataset for trial in trials}.values())
+        scores: dict[int, Metrics] = {}
+        for dataset in datasets:
+            slots = [slot for slot, trial in enumerate(trials) if trial.dataset is dataset]
+            # without another dataset every prompt has the bank's length
+            part = bank
+            if bank is not None and len(datasets) > 1:
+                part = bank[np.array(slots), : dataset.length]
+            each = self.measure(params, part, dataset.task, dataset.validation)
+            scores |= zip(slots, each, strict=True)
+        return [scores[slot] for slot in range(len(trials))]
+
+    def measure(
+        self,
+        params: registry.Params,
+        bank: Float[Array, "K P D"] | None,
+        task: TaskConfig,
+        split: Split,
+    ) -> list[Metrics]:
+        """The metrics of every prompt of the bank (of the model, without one) on a split."""
+        return [
+            dict.fromkeys(task.metrics, math.nan) if lost else measured
+            for measured, lost in self._measured(params, bank, task, split)
+        ]
+
+    def measure_one(
+        self,
+        params: registry.Params,
+        bank: Float[Array, "1 P D"] | None,
+        task: TaskConfig,
+        split: Split,
+        source: str,
+    ) -> Metrics:
+        """The metrics of one prompt or model.
+
+        Raises:
+            UserError: scores of some rows are not finite; it names ``source``.
+        """
+        [(measured, lost)] = self._measured(params, bank, task, split)
+        refuse_lost(lost, len(split.examples), source)
+        return measured
+
+    def _measured(self, params, bank, task: TaskConfig, split: Split):
+        """Pairs of metrics and the numbers of the rows whose scores are not finite."""
+        engine = Engine(params, bank, self.config, self.mesh)
+        with self.signals.free():
+            answers = predict_per_prompt(
+                engine, task, split.examples, self.tokenizer, batch_size=self.batch_size
+            )
+        return [
+            ({} if each.lost else measure_answers(task, each.predictions, split.references),
+             each.lost)
+            for each in answers
+        ]  # fmt: skip
+
+    def baselines(
+        self, params: registry.Params, task: TaskConfig, validation: Split, source: str
+    ) -> tuple[float, float]:
+        """The task's first metric of the backbone alone, and of its commonest label."""
+        metric = task.metrics[0]
+        untuned = self.measure_one(params, None, task, validation, source)[metric]
+        return untuned, majority(metric, validation.references, task.labels)

@@ -1,0 +1,538 @@
+"""Tuning: what ``fit`` needs to train the prompts, or the whole models, of a run."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.data.batches import Room, training_batches, with_prompt
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.evaluation.plots import draw_curves
+from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.methods.base import METHODS, Method, applied, lent
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.ops import quantization
+from jaxprompt.runtime import parallel, processes
+from jaxprompt.runtime.devices import crowding, describe
+from jaxprompt.runtime.files import write_atomically
+from jaxprompt.runtime.signals import Signals
+from jaxprompt.training import inputs
+from jaxprompt.training.datasets import (
+    Rows,
+    TaskDataset,
+    build_dataset,
+    build_split,
+    read_splits,
+    target_warnings,
+    tasks_of,
+    truncation_warnings,
+)
+from jaxprompt.training.evaluator import Evaluator
+from jaxprompt.training.metric_log import MetricName, Metrics, Reporter, StepLog, log_scores
+from jaxprompt.training.optimizer import per_prompt, schedule_warnings
+from jaxprompt.training.population import (
+    as_markdown,
+    init_trainables,
+    keep_members,
+    length_warnings,
+    population_table,
+    stack_trainables,
+    start_warnings,
+    survivors,
+)
+from jaxprompt.training.progress import Judgement, Progress, Rules, best_trial, judge
+from jaxprompt.training.results import (
+    kept_steps,
+    metadata_for,
+    note_test,
+    restore_best,
+    save_tuned,
+    tidy_best,
+)
+from jaxprompt.training.run_dir import RunDir
+from jaxprompt.training.step import TrainState, first_state, make_train_step, shardings, sound
+from jaxprompt.training.steps import Steps
+from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
+
+
+def inputs_of_files(config: RunConfig) -> inputs.Inputs:
+    """Digests of the rows of a run, as far as they are in files that are there."""
+    digests: inputs.Inputs = {}
+    for task in _tasks(config).values():
+        digests |= inputs.of_files(task, config.train.max_eval_examples)
+    return digests
+
+
+def _tasks(config: RunConfig) -> dict[str, TaskConfig]:
+    return {task.name: task for task in tasks_of(config.members())}
+
+
+def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals) -> "Tuning":
+    """Load the backbone and tokenize the rows of all trials. Nothing is written.
+
+    Raises:
+        UserError: rows, labels, words of a start or devices that a run cannot have.
+    """
+    method, mesh = METHODS[config.method], _make_mesh(config)
+    # before the backbone, which may take minutes to load: most mistakes are in the data
+    limit = config.train.max_eval_examples
+    rows = {name: read_splits(task, limit) for name, task in _tasks(config).items()}
+    backbone, tokenizer = _load(config, mesh, reporter)
+    datasets = _build_datasets(config, rows, tokenizer, backbone.config.vocab_size)
+    digests = [
+        split.digest()
+        for dataset in {id(dataset): dataset for dataset in datasets}.values()
+        for split in dataset.splits()
+    ]
+    processes.assert_equal_across_processes("backbone or data", [backbone.fingerprint, *digests])
+    _describe_rows(rows, reporter)
+    reads = inputs.of_backbone(backbone.config, backbone.fingerprint)
+    reads["tokenizer"] = tokenizer.fingerprint()
+    for name, task in _tasks(config).items():
+        reads |= inputs.of_rows(task, rows[name])
+    trials = make_trials(config, datasets)
+    for warning in _warnings(config, trials, tokenizer, mesh):
+        reporter.say(f"warning: {warning}")
+    starts = partial(_starts, backbone, trials, tokenizer)
+    # prompts start before anything is written: their words may have no token. A whole model is
+    # copied only when the loaded one is no longer needed
+    prompts = starts(backbone.params) if method.frozen else None
+    return Tuning(
+        config=config,
+        method=method,
+        run=run,
+        reporter=reporter,
+        signals=signals,
+        mesh=mesh,
+        backbone=backbone,
+        tokenizer=tokenizer,
+        rows=rows,
+        trials=trials,
+        evaluator=Evaluator(
+            backbone.config, mesh, tokenizer, config.train.eval_batch_size, signals
+        ),
+        all_inputs=reads,
+        starts=prompts,
+        shapes=jax.eval_shape(lambda: prompts or starts(backbone.params)),
+    )
+
+
+def _make_mesh(config: RunConfig) -> Mesh:
+    mesh, settings = parallel.make_mesh(config.mesh), config.train
+    parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
+    if settings.micro_batch_size:
+        parallel.check_batch_size(settings.micro_batch_size, mesh, "train.micro_batch_size")
+    return mesh
+
+
+def _load(config: RunConfig, mesh: Mesh, reporter: Reporter) -> tuple[Backbone, Tokenizer]:
+    model = config.model
+    reporter.say(f"loading {config.backbone}, {model.dtype}, on {describe()}")
+    backbone = load_backbone(
+        config.backbone,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        mesh=mesh,
+        dropout=model.dropout,
+        unroll=model.unroll,
+        remat=model.remat,
+        attention=model.attention,
+        trainable=not METHODS[config.method].uses_prompt,
+        flash=model.flash,
+    )
+    tokenizer = load_tokenizer(
+        config.tokenizer or backbone.path, one_sequence=registry.one_sequence(backbone.config)
+    )
+    return backbone, tokenizer.for_table(backbone.config.vocab_size)
+
+
+def _build_datasets(
+    config: RunConfig, rows: Mapping[str, Rows], tokenizer: Tokenizer, vocabulary: int
+) -> list[TaskDataset]:
+    """The dataset of each member; members with one task and prompt length share it."""
+    members = config.members()
+    uses_prompt = METHODS[config.method].uses_prompt
+    keys = [
+        (task.name, member.prompt.length if uses_prompt else 0)
+        for member, task in zip(members, tasks_of(members), strict=True)
+    ]
+    tasks = _tasks(config)
+    built = {
+        (name, length): build_dataset(tasks[name], rows[name], tokenizer, length, vocabulary)
+        for name, length in dict.fromkeys(keys)
+    }
+    return [built[key] for key in keys]
+
+
+def _describe_rows(rows: Mapping[str, Rows], reporter: Reporter) -> None:
+    words = {"training": "train", "validation": "validation", "test": "test"}
+    for name, splits in rows.items():
+        counts = [f"{len(splits[s])} {word} rows" for word, s in words.items() if s in splits]
+        reporter.say(f"task {name}: {', '.join(counts)}")
+
+
+def _warnings(
+    config: RunConfig, trials: Sequence[Trial], tokenizer: Tokenizer, mesh: Mesh
+) -> list[str]:
+    """What is likely a mistake of the user, a sentence each."""
+    datasets = [members[0].dataset for members in by_task(trials).values()]
+    truncated = itertools.chain(*map(truncation_warnings, datasets))
+    targets = [text for dataset in datasets for text in target_warnings(dataset, tokenizer)]
+    longest = max(trials, key=lambda trial: trial.length)
+    sizes = length_warnings(longest.length, longest.dataset.training.examples)
+    starts = start_warnings([t.config for t in trials], [t.task for t in trials])
+    crowded = filter(None, [crowding(mesh.devices.flatten().tolist())])
+    return [*schedule_warnings(config.train), *starts, *truncated, *targets, *sizes, *crowded]
+
+
+def _starts(
+    backbone: Backbone, trials: Sequence[Trial], tokenizer: Tokenizer, params: registry.Params
+) -> list[Any]:
+    """The trainables [1, ...] of each trial before step 0."""
+    source = backbone._replace(params=params)
+    return [init_trainables(trial.config, trial.task, source, tokenizer) for trial in trials]
+
+
+@dataclass
+class Tuning:
+    """A run that tunes prompts or whole models on a backbone; see ``loop.Job``.
+
+    starts: the trainables of each trial before step 0, until the first state is made of them.
+    shapes: their shapes and dtypes.
+    """
+
+    config: RunConfig
+    method: Method
+    run: RunDir
+    reporter: Reporter
+    signals: Signals
+    mesh: Mesh
+    backbone: Backbone
+    tokenizer: Tokenizer
+    rows: Mapping[str, Rows]
+    trials: tuple[Trial, ...]
+    evaluator: Evaluator
+    all_inputs: inputs.Inputs
+    starts: list[Any] | None
+    shapes: list[Any]
+
+    @property
+    def names(self) -> list[MetricName]:
+        return [trial.name for trial in self.trials]
+
+    @property
+    def in_parts(self) -> bool:
+        return not self.method.frozen
+
+    @property
+    def inputs(self) -> inputs.Inputs:
+        """Digests of what decides what is learnt: test rows only give a figure at the end."""
+        return {k: v for k, v in self.all_inputs.items() if not k.endswith("/test")}
+
+    # -- states
+
+    def start(self) -> tuple[TrainState, Progress]:
+        """Measure the baselines, and make the state before step 0."""
+        self.run.open_metrics(-1)
+        numbers = [trial.number for trial in slot_order(self.trials)]
+        progress = Progress.of_trials(numbers, inputs=self.inputs, **self._log_baselines())
+        self.restore_files(progress)
+        trainables = self._take_starts()
+        state = first_state(
+            stack_trainables([trainables[number] for number in progress.active]),
+            self.method,
+            self._optimizer(progress),
+            self.backbone.config,
+            self.mesh,
+        )
+        self.run.checkpoints.save(0, state, progress.to_json())
+        return state, progress
+
+    def _log_baselines(self) -> dict[str, Metrics]:
+        """The metric of each task without tuning, and of always giving the commonest label."""
+        untuned: Metrics = {}
+        majority: Metrics = {}
+        row: dict[str, Any] = {"step": 0}
+        vocabulary = self.backbone.config.vocab_size
+        for name, members in by_task(self.trials).items():
+            task, prefix = members[0].task, members[0].prefix
+            rows = self.rows[name]
+            plain = build_split(task, "validation", rows, self.tokenizer, 0, vocabulary)
+            untuned[name], majority[name] = self.evaluator.baselines(
+                self.backbone.params, task, plain, self.backbone.source
+            )
+            row[f"{prefix}untuned/{task.metrics[0]}"] = untuned[name]
+            row[f"{prefix}majority"] = majority[name]
+        self.run.metrics.write(row)
+        return {"untuned": untuned, "majority": majority}
+
+    def _take_starts(self) -> list[Any]:
+        params, starts = self.backbone.params, self.starts
+        self.starts = None
+        self._free_weights()
+        return starts or _starts(self.backbone, self.trials, self.tokenizer, params)
+
+    def _free_weights(self) -> None:
+        """Where whole models are trained, their weights are in the state alone."""
+        if not self.method.frozen:
+            self.backbone = self.backbone._replace(params={})
+
+    def check(self, progress: Progress) -> None:
+        """Raise UserError where a checkpoint says that the run read something else."""
+        if progress.untuned is None:
+            raise UserError(
+                f"The checkpoints in {str(self.run.path)!r} are of an earlier version; delete the "
+                "directory to start again, or choose another output."
+            )
+        inputs.check_inputs(self.run.path, progress.inputs, self.inputs)
+
+    def restore_files(self, progress: Progress) -> None:
+        """Let the best prompts on disk be those of ``progress``."""
+        result, prompt = self.run.path / "result.json", self.method.uses_prompt
+        restore = partial(restore_best, self.trials, progress, result, prompt=prompt)
+        processes.on_process_zero(restore)
+
+    def abstract_state(self, progress: Progress) -> TrainState:
+        """Shapes, dtypes and shardings of a state, of which nothing is allocated."""
+        self.starts = None
+        self._free_weights()
+        optimizer = self._optimizer(progress)
+
+        def begin(shapes: list[Any]) -> TrainState:
+            tree = stack_trainables([shapes[number] for number in progress.active])
+            return TrainState(jax.numpy.int32(0), tree, optimizer.init(tree))
+
+        like = jax.eval_shape(begin, self.shapes)
+        places = shardings(like, self.method, self.backbone.config, self.mesh)
+        return parallel.with_sharding(like, places)
+
+    def _optimizer(self, progress: Progress) -> optax.GradientTransformation:
+        active = [self.trials[number] for number in progress.active]
+        factor = progress.learning_rate_factor()
+        rates = [trial.config.train.learning_rate * factor for trial in active]
+        return per_prompt(self.config.train, rates)
+
+    # -- steps
+
+    def steps(self, progress: Progress) -> Steps:
+        """The compiled step of the active trials and their batches from this step on."""
+        settings = self.config.train
+        active = [self.trials[number] for number in progress.active]
+        devices, length = parallel.num_batch_shards(self.mesh), max(t.length for t in active)
+        examples = [trial.dataset.training.examples for trial in active]
+        unique = {id(each): each for each in examples}.values()
+        inputs = [example.inputs for each in unique for example in each]
+        model, micro = registry.plan_microbatches(
+            registry.with_shared_prefix(self.backbone.config, inputs, length),
+            [len(ids) for ids in inputs],
+            batch_size=settings.batch_size * len(active),
+            devices=devices,
+            rows=settings.micro_batch_size,
+            depth=max(len(example.targets) for each in unique for example in each),
+            # with a window, rows have hardly any padding and their total lengths differ
+            share=settings.length_bucketing_window == 0,
+        )
+        optimizer = self._optimizer(progress)
+        step = make_train_step(
+            model, self.method, optimizer, mesh=self.mesh, z_loss=settings.z_loss
+        )
+        batches = training_batches(
+            examples,
+            batch_size=settings.batch_size,
+            seeds=[trial.config.train.seed for trial in active],
+            start=progress.step,
+            window=settings.length_bucketing_window,
+            rows=micro,
+            widths=registry.widths(model),
+            devices=devices,
+            room=Room()
+            if settings.micro_batch_size
+            else registry.room(model, devices, training=True),
+            own=partial(with_prompt, vocabulary=self.backbone.config.vocab_size, length=length),
+        )
+        return Steps(step, self.backbone.params, batches, self.mesh)
+
+    # -- evaluation
+
+    def evaluate(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+        """Score the active trials, keep the best, and stop the worse half where that is due."""
+        active = [self.trials[number] for number in progress.active]
+        bank = None
+        if self.method.frozen:
+            params, bank = applied(self.method, state.tree, self.backbone.params)
+            scores = self.evaluator.validate(params, bank, active)
+        else:
+            with lent(state.tree) as params:
+                scores = self.evaluator.validate(params, None, active)
+        # weights that are not finite may give finite metrics
+        finite = sound(state.tree) & np.isfinite([sum(metrics.values()) for metrics in scores])
+        ranked = [metrics[trial.metric] for trial, metrics in zip(active, scores, strict=True)]
+        judgement = judge(progress, self.trials, ranked, finite.tolist())
+        by_number = dict(zip(progress.active, scores, strict=True))
+        self._keep_best(state, bank, progress, judgement, by_number)
+        shown = [k for k, ok in zip(progress.active, finite, strict=True) if ok]
+        log_scores(
+            self.run.metrics,
+            self.reporter,
+            progress.step,
+            {number: by_number[number] for number in shown},
+            self.names,
+        )
+        return self._halve(state, judgement.progress)
+
+    def _keep_best(
+        self,
+        state: TrainState,
+        bank: Any,
+        before: Progress,
+        judgement: Judgement,
+        scores: Mapping[int, Metrics],
+    ) -> None:
+        """Save the trials that improved, and of each task the best."""
+        on_disk, saved = kept_steps(self.trials, before), self.run.checkpoints.latest_step()
+        for number in judgement.improved:
+            trial, slot = self.trials[number], before.active.index(number)
+            prompt = None if bank is None else bank[slot : slot + 1, : trial.length]
+            metadata = metadata_for(trial, self.backbone, scores[number], judgement.progress)
+            folders = [trial.own_dir]
+            if number in judgement.task_best:
+                folders.append(trial.task_dir)
+            for folder in folders:
+                if folder is None:
+                    continue
+                known = on_disk[folder]
+                if saved is None or known > saved:  # no checkpoint names it
+                    known = -1
+                self.run.remove_result()
+                save_tuned(folder, state.tree, prompt, self.backbone, metadata, known)
+
+    def _halve(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+        """At the last step too: the run may get more of them."""
+        if not progress.halving_due(Rules.of(self.config.train)):
+            return state, progress
+        kept = survivors(self.trials, progress)
+        if len(kept) == len(progress.active):
+            return state, progress
+        state = keep_members(state, [progress.active.index(number) for number in kept])
+        self.reporter.say(f"going on with {len(kept)} of {len(self.trials)} prompts")
+        return state, replace(progress, active=kept)
+
+    # -- checkpoints
+
+    def before_checkpoint(self, state: TrainState, progress: Progress) -> None:
+        """Nothing: the best prompts are saved when they are found."""
+
+    def after_checkpoint(self, progress: Progress) -> None:
+        """Remove what was kept aside for checkpoints that are gone."""
+        if jax.process_index() == 0:
+            oldest = self.run.oldest_checkpoint()
+            oldest = progress.step if oldest is None else oldest
+            tidy_best(self.trials, progress, oldest, prompt=self.method.uses_prompt)
+
+    # -- result
+
+    def release(self, state: TrainState) -> TrainState | None:
+        """Nothing of the state is needed at the end: a test takes what was saved as the best."""
+        return None
+
+    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> dict[str, Any]:
+        """Test the best prompt of each task, draw the curves and write the result."""
+        tasks = by_task(self.trials)
+        results = {name: self._task_result(members, progress) for name, members in tasks.items()}
+        result: dict[str, Any] = (
+            {"tasks": results} if len(tasks) > 1 else next(iter(results.values()))
+        )
+        seconds, settings = log.clock.seconds(), self.config.train
+        result |= {
+            "steps": progress.step,
+            "stopped_early": progress.out_of_patience(Rules.of(settings)),
+            "seconds": round(seconds, 3),
+            "examples_per_second": round(
+                sum(progress.trained) * settings.batch_size / max(seconds, 1e-9), 3
+            ),
+            "frozen_parameters": (
+                quantization.count(self.backbone.params) if self.method.uses_prompt else 0
+            ),
+            "inputs": self.all_inputs,
+        }
+        if len(self.trials) > 1:
+            table = population_table(self.config.choices(), self.trials, progress)
+            result["population"] = table
+            metrics = dict.fromkeys(trial.metric for trial in self.trials)
+            markdown = as_markdown(table, " or ".join(metrics))
+            if jax.process_index() == 0:
+                write_atomically(self.run.path / "population.md", markdown)
+            self.reporter.say(markdown)
+        self.run.write_result(result)
+        return result
+
+    def _task_result(self, members: Sequence[Trial], progress: Progress) -> dict[str, Any]:
+        """What came of a task: its best trial, which is the one in ``task_dir``."""
+        best = best_trial(progress, slot_order(members))
+        folder, uses_prompt = best.task_dir, self.method.uses_prompt
+        if progress.best_step[best.number] < 0:
+            raise UserError(
+                f"No scores of task {best.task.name!r} on its validation rows were finite numbers, "
+                "so that nothing was saved as the best; lower train.learning_rate, or use "
+                "model.dtype=float32, in another output."
+            )
+        result: dict[str, Any] = {
+            "task": best.task.name,
+            "method": self.config.method,
+            "metric": best.metric,
+            "value": progress.best[best.number],
+            "majority": (progress.majority or {})[best.task.name],
+            "untuned": (progress.untuned or {})[best.task.name],
+            "rows": len(best.dataset.validation.examples),
+            "best_step": progress.best_step[best.number],
+            "trainable_parameters": sum(x.size for x in jax.tree.leaves(self.shapes[best.number])),
+            "prompt": str(folder / "prompt") if uses_prompt else None,
+            "model": None if uses_prompt else str(folder / "model"),
+        }
+        result |= self._test(best)
+        if jax.process_index() == 0:
+            rows = self.run.metrics.rows_of(best.prefix)
+            draw_curves(rows, best.metric, result["majority"], folder / "curves.png")
+        return result
+
+    def _test(self, best: Trial) -> dict[str, Any]:
+        """The metrics of a task's best prompt on the test rows, where there are any.
+
+        Scores that are not finite are reported, and do not cost the run its result.
+        """
+        test = best.dataset.test
+        if test is None:
+            return {}
+        params, bank, source = self._load_best(best)
+        try:
+            metrics = self.evaluator.measure_one(params, bank, best.task, test, source)
+        except UserError as error:
+            self.reporter.say(f"warning: the test has no figure: {error}")
+            return {"test_error": str(error)}
+        if self.method.uses_prompt:
+            note_test(Path(source), metrics)
+        return {"test_rows": len(test.examples), "test": metrics}
+
+    def _load_best(self, best: Trial) -> tuple[registry.Params, Any, str]:
+        """Parameters, bank and directory of what was saved as the best of a task."""
+        if not self.method.uses_prompt:
+            # asked of the first process, which has then written it
+            path = processes.on_process_zero(lambda: str(best.task_dir / "model"))
+            params = load_backbone(path, dtype=self.config.model.dtype, mesh=self.mesh).params
+            return params, None, path
+        path = best.task_dir / "prompt"
+        like = np.zeros((best.length, self.backbone.config.d_model), np.float32)
+        vectors = processes.broadcast_from_zero(lambda: load_prompt(path).vectors, like)
+        # placed as in training, for which the answers are compiled
+        bank = jax.device_put(vectors[None], parallel.replicated(self.mesh))
+        return self.backbone.params, bank, str(path)
