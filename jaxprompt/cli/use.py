@@ -104,15 +104,10 @@ def predict(
     check_rows(output, rows, api.answer_form(chosen))
     say_devices()
     with Bar("predicting", len(rows)) as bar:
-        answers = api.answer_rows(
-            session,
-            chosen,
-            rows,
-            batch_size=batch_size,
-            progress=bar.advance,
-            origin=str(input),
-            warn=bar.warn,
+        options = api.PredictOptions(
+            batch_size, progress=bar.advance, origin=str(input), warn=bar.warn
         )
+        answers = api.predict_rows(session, chosen, rows, options)
     answered = Answered(rows, api.rows_of(chosen, answers))
     on_process_zero(lambda: write_rows(output, answered, held))
 
@@ -187,7 +182,7 @@ def inspect(
     from jaxprompt import api
 
     if figure is not None:
-        from jaxprompt.evaluation.analysis import figure_format
+        from jaxprompt.evaluation.plots import figure_format
         from jaxprompt.runtime.files import check_output
 
         figure_format(figure)

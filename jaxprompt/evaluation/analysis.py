@@ -1,17 +1,52 @@
 """What a soft prompt looks like: nearest words, norms, similarities (Lester et al. 2021, 7)."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.config.errors import UserError
-from jaxprompt.runtime.files import write_output
+
+class Spread(TypedDict):
+    """The mean and the standard deviation of some numbers."""
+
+    mean: float
+    std: float
+
+
+class Near(TypedDict):
+    """A word of the vocabulary and its cosine with a vector."""
+
+    word: str
+    cosine: float
+
+
+class VectorReport(TypedDict):
+    """One vector of a prompt: its Euclidean norm and nearest words, best first."""
+
+    norm: float
+    nearest: list[Near]
+
+
+class LabelReport(TypedDict):
+    """Vectors near a label's pieces, and the share of random directions that are."""
+
+    positions: list[int]
+    random: float
+
+
+class PromptReport(TypedDict):
+    """What ``summarize`` says of a prompt; JSON-ready."""
+
+    length: int
+    norm: Spread
+    vocabulary_norm: Spread
+    similarity: dict[str, float]
+    clusters: dict[str, float]
+    labels: dict[str, LabelReport]
+    vectors: list[VectorReport]
 
 
 class Neighbours(NamedTuple):
@@ -63,7 +98,7 @@ def summarize(
     word: Callable[[int], str],
     count: int = 5,
     labels: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Any]:
+) -> PromptReport:
     """A JSON-ready report: each vector's norm and nearest words, and summaries over all.
 
     ``clusters`` has the mean tightness of the nearest words, and what 100 random directions have.
@@ -107,44 +142,3 @@ def summarize(
             for norm, ids, cosines in zip(norms, near.ids, near.cosines, strict=True)
         ],
     }
-
-
-def figure_format(path: Path) -> str:
-    """The format that a figure's file name asks for. Raises UserError where none can be drawn."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    asked = path.suffix[1:].lower() or "png"
-    if asked not in known:
-        raise UserError(
-            f"A figure cannot be drawn as {str(path)!r}; let it end in .png, .svg, .pdf or another "
-            f"of {', '.join(sorted(known))}."
-        )
-    return asked
-
-
-def _save(figure: Any, path: Path) -> None:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format=figure_format(path))
-    write_output(path, lambda file: file.write(drawn.getvalue()))
-
-
-def draw_prompt(report: dict[str, Any], vectors: Float[np.ndarray, "P D"], path: Path) -> None:
-    """A figure: norms beside the vocabulary's, and the similarity of every pair of vectors."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    norms = [vector["norm"] for vector in report["vectors"]]
-    left.bar(range(len(norms)), norms, color="tab:blue", label="prompt vectors")
-    mean = report["vocabulary_norm"]["mean"]
-    left.axhline(mean, color="tab:orange", label="mean of the vocabulary")
-    left.set(xlabel="position in the prompt", ylabel="Euclidean norm", title="Norms")
-    left.legend()
-    image = right.imshow(similarities(vectors), vmin=-1, vmax=1, cmap="RdBu_r")
-    right.set(xlabel="position", ylabel="position", title="Cosine similarity of the vectors")
-    for axis in (left.xaxis, right.xaxis, right.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=right)
-    _save(figure, path)

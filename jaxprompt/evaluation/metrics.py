@@ -7,7 +7,6 @@ import string
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
@@ -225,28 +224,6 @@ def diagnose(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, flo
         "illegal": 1 - sum(counts[label] for label in labels) / max(len(predictions), 1),
         "predicted": {label: counts[label] for label in labels},
     }
-
-
-def vote(predictions: Sequence[list[str]]) -> list[str]:
-    """For each row the answer that most of N prompts give; of equals, that of the first prompt.
-
-    ``predictions``: [N][rows]. Majority vote of five prompts: Lester et al. 2021, section 6.
-    """
-    return [
-        # counted in the order of the prompts, and the first of the largest is taken
-        collections.Counter(answers[i] for answers in predictions).most_common(1)[0][0]
-        for i in range(len(predictions[0]))
-    ]
-
-
-def likeliest(scores: Float[np.ndarray, "N n C"], labels: Sequence[str]) -> list[str]:
-    """For each row the label of the highest mean probability over N prompts.
-
-    ``scores`` are log-likelihoods; a prompt's probabilities of the labels add up to 1.
-    """
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares /= shares.sum(axis=-1, keepdims=True)
-    return [labels[int(i)] for i in shares.mean(axis=0).argmax(axis=-1)]
 
 
 def normalize(text: str) -> str:

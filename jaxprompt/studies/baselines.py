@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprompt.api import Session, answer_rows
+from jaxprompt.api import Session, predict_rows
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.references import references, target_texts
@@ -81,7 +81,7 @@ def with_sentinel(task: TaskConfig) -> TaskConfig:
 
 def quality(session: Session, task: TaskConfig, rows: Rows) -> float:
     """The task's first metric."""
-    predictions = answer_rows(session, task, rows).predictions
+    predictions = predict_rows(session, task, rows).predictions
     return measure(task, predictions, judged_by(task, rows, session.tokenizer))[task.metrics[0]]
 
 
@@ -93,7 +93,7 @@ def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float 
     if task.labels is None or task.decoding != "rank":
         return None
     empty = [dict.fromkeys(columns_of(task.template), text) for text in CONTENT_FREE]
-    free, found = (answer_rows(session, task, some).scores for some in (empty, rows))
+    free, found = (predict_rows(session, task, some).scores for some in (empty, rows))
     assert free is not None and found is not None  # the task has labels
     # the logarithm of the mean, without a probability that could be too small for a number
     shares = jax.nn.log_softmax(np.asarray(free), axis=-1)
@@ -176,7 +176,7 @@ def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
     legal = {words.decode(ids): label for ids, label in zip(encoded, labels, strict=True)}
     # a few tokens more than the longest label settle whether an output is one
     free = {"labels": None, "max_target_length": max(map(len, encoded)) + 3}
-    outputs = answer_rows(session, task.model_copy(update=free), rows).predictions
+    outputs = predict_rows(session, task.model_copy(update=free), rows).predictions
     illegal = [output for output in outputs if output not in legal]
     right = [legal.get(o) == t for o, t in zip(outputs, target_texts(task, rows), strict=True)]
     common = collections.Counter(illegal).most_common(5)

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprompt.api import (
+    PredictOptions,
     Session,
-    answer_rows,
     check_pair,
     evaluate,
     evaluate_ensemble,
     inspect,
     open_session,
+    predict_rows,
 )
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.names import RENAMED
@@ -265,7 +266,7 @@ def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[st
     if limit is None or split == "test":
         return evaluate(session, task=task, split=split)["metrics"]
     rows = load_rows(task, split, limit)
-    answers = answer_rows(session, task, rows, share=True)
+    answers = predict_rows(session, task, rows, PredictOptions(pack=True))
     return measure(task, answers.predictions, judged_by(task, rows, session.tokenizer))
 
 

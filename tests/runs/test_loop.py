@@ -25,7 +25,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import dump_yaml, load_config
 from jaxprompt.data.references import references
 from jaxprompt.data.tasks.splits import read_split
-from jaxprompt.evaluation.metrics import vote
+from jaxprompt.inference.ensemble import vote
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone
 from jaxprompt.training.loop import train
@@ -68,6 +68,19 @@ def test_evaluating_the_artefact_gives_the_figure_of_the_run(uninterrupted):
     facts = load_prompt(folder / "prompt").facts
     assert facts["metrics"] == report["metrics"] and facts["step"] == result["best_step"]
     assert report["illegal"] == 0 and sum(report["predicted"].values()) == report["rows"]
+    counts = np.array(report["report"]["confusion"]["counts"])
+    assert counts[:, :-1].sum(axis=0).tolist() == list(report["predicted"].values())
+    assert counts.diagonal().sum() / report["rows"] == result["value"]
+
+
+def test_a_confusion_matrix_is_drawn_where_a_task_has_labels(uninterrupted, tmp_path):
+    session = api.open_session(uninterrupted[0] / "prompt")
+    api.evaluate(session, figure=tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    free = api.prompt_task(session.prompt, None).model_copy(update={"labels": None})
+    with pytest.raises(UserError, match="has no labels, so there is no confusion matrix"):
+        api.evaluate(session, task=free, figure=tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
 
 
 def test_answers_that_are_written_freely_may_be_no_label(uninterrupted):

@@ -113,7 +113,7 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
     scores = {}
     for name, prompt in (("ours", Prompt(vectors, {})), ("peft", load_prompt(folder / "peft"))):
         session = api.open_session(prompt, backbone)
-        answers = api.answer_rows(session, task, test)
+        answers = api.predict_rows(session, task, test)
         found = measure(task, answers.predictions, references(task, test))
         scores[name] = found[task.metrics[0]]
     steady = [seconds for seconds, compiles in times if not compiles]

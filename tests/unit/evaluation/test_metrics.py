@@ -18,7 +18,6 @@ from jaxprompt.evaluation.metrics import (
     exact_match,
     f1,
     group_exact_match,
-    likeliest,
     macro_f1,
     majority,
     matthews,
@@ -28,8 +27,8 @@ from jaxprompt.evaluation.metrics import (
     spearman,
     superglue_score,
     token_f1,
-    vote,
 )
+from jaxprompt.inference.ensemble import likeliest, vote
 
 LABELS = ["no", "yes"]
 

@@ -1,0 +1,148 @@
+"""A session: a loaded backbone with its tokenizer and, unless it is used bare, one prompt."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.validation import parse
+from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.inference.engine import Engine
+from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
+from jaxprompt.models import registry
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
+from jaxprompt.runtime import parallel
+
+TaskLike = str | dict[str, Any] | TaskConfig | None
+
+
+class Session(NamedTuple):
+    """A backbone with its tokenizer and, unless it is used bare, one prompt."""
+
+    backbone: Backbone
+    tokenizer: Tokenizer
+    prompt: Prompt | None
+    engine: Engine
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens before each text."""
+        return 0 if self.prompt is None else len(self.prompt.vectors)
+
+
+PromptLike = str | Path | Prompt | Session | None
+
+
+def open_session(
+    prompt: str | Path | Prompt | None = None,
+    backbone: str | Path | Backbone | None = None,
+    *,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+    any_backbone: bool = False,
+) -> Session:
+    """Load a prompt (or none) with its backbone.
+
+    Args:
+        prompt: a folder or file, a loaded prompt, or None for the bare backbone.
+        backbone: a name, a path or a loaded backbone; None: the one that the prompt records.
+        tokenizer: None: the one that the prompt records, else the one beside the weights.
+        dtype: of the weights, see ``load_backbone``.
+        weights: how the weights are stored, see ``load_backbone``.
+        any_backbone: allow other weights of the same width than those that the prompt records.
+
+    Raises:
+        UserError: prompt and backbone do not belong together, or one cannot be read.
+    """
+    if isinstance(prompt, str | Path):
+        prompt = load_prompt(prompt)
+    elif prompt is not None:  # made in Python
+        prompt = checked_prompt(prompt)
+    recorded = {} if prompt is None else prompt.facts.get("backbone", {})
+    loaded = _load(backbone, recorded.get("source"), dtype, weights)
+    bank = None
+    if prompt is not None:
+        config = registry.with_attention(loaded.config, _attention(prompt))
+        loaded = loaded._replace(config=config)
+        check_pair(prompt, loaded, any_backbone)
+        bank = jnp.asarray(prompt.vectors)[None]
+    source = tokenizer or recorded.get("tokenizer") or loaded.path
+    words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
+    words = words.for_table(loaded.config.vocab_size)
+    engine = Engine(loaded.params, bank, loaded.config, loaded.mesh)
+    return Session(loaded, words, prompt, engine)
+
+
+def as_session(prompt: PromptLike, backbone: str | Path | Backbone | None = None) -> Session:
+    """The session itself, or a new one of a prompt."""
+    return prompt if isinstance(prompt, Session) else open_session(prompt, backbone)
+
+
+def _load(
+    backbone: str | Path | Backbone | None,
+    recorded: str | None,
+    dtype: str | None,
+    weights: str | None,
+) -> Backbone:
+    if isinstance(backbone, Path):
+        backbone = str(backbone)
+    if not isinstance(backbone, str | Backbone | None):
+        raise UserError(f"A backbone is {shown(backbone)}; give a name, a path or a Backbone.")
+    if backbone is None:
+        backbone = recorded
+    if backbone is None:
+        raise UserError(
+            "The prompt does not say which backbone it is for; name it with --backbone."
+        )
+    if isinstance(backbone, Backbone):
+        return backbone
+    return load_backbone(backbone, dtype=dtype, quantization=weights, mesh=parallel.make_mesh())
+
+
+def _attention(prompt: Prompt) -> str:
+    """The attention that the prompt was tuned with: causal, prompt or prefix."""
+    value: object = prompt.facts
+    for key in ("config", "model", "attention"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) and value in ("prompt", "prefix") else "causal"
+
+
+def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -> None:
+    """Raise a UserError unless ``prompt`` was tuned on ``backbone`` (known by its fingerprint)."""
+    width = prompt.vectors.shape[1]
+    if width != backbone.config.d_model:
+        raise UserError(
+            f"The prompt has vectors of {width} numbers and {backbone.source} has d_model "
+            f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
+        )
+    kind = prompt.facts.get("peft", {}).get("task_type")
+    fitting = "CAUSAL_LM" if registry.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
+    if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:
+        raise UserError(
+            f"The adapter is for {kind} and {backbone.source} is a model for {fitting}; use the "
+            "backbone that it was tuned on."
+        )
+    recorded = prompt.facts.get("backbone", {})
+    expected = recorded.get("fingerprint")
+    if expected is not None and not any_backbone and not same_model(backbone, recorded):
+        raise UserError(
+            f"The prompt was tuned on {recorded.get('source')!r} with fingerprint {expected} and "
+            f"{backbone.source!r} has {backbone.fingerprint}: other weights; name the right "
+            "backbone with --backbone, or allow this one with --any-backbone."
+        )
+
+
+def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
+    """The task that is named, else the one that the prompt was tuned on."""
+    if isinstance(task, TaskConfig):
+        return task
+    if task is not None:
+        return resolve_task(task)
+    recorded = None if prompt is None else prompt.facts.get("task")
+    if recorded is None:
+        raise UserError("The prompt does not say which task it is for; name one with --task.")
+    return parse(TaskConfig, recorded, "task.")
