@@ -35,8 +35,8 @@ def f1(
     if not labels:
         raise ValueError("The metric 'f1' needs task.labels; its last one is the positive class.")
     positive = labels[-1]
-    found = [p == positive if p in labels else r.text != positive for p, r in pairs]
-    return _binary_f1(found, [r.text == positive for _, r in pairs])
+    predicted = [p == positive if p in labels else r.text != positive for p, r in pairs]
+    return _binary_f1(predicted, [r.text == positive for _, r in pairs])
 
 
 def macro_f1(
@@ -93,14 +93,14 @@ def matthews(
     pairs = _pairs(predictions, references)
     wanted = [r.text for _, r in pairs]
     legal = set(labels or wanted)
-    found = [p if p in legal else _ILLEGAL for p, _ in pairs]
-    return float(_package("matthews").matthews_corrcoef(wanted, found))
+    predicted = [p if p in legal else _ILLEGAL for p, _ in pairs]
+    return float(_package("matthews").matthews_corrcoef(wanted, predicted))
 
 
 def pearson(
     predictions: Sequence[str], references: Sequence[Reference], labels: Sequence[str] | None = None
 ) -> float:
-    """Pearson correlation of numbers that are written as text (STS-B); no number counts as -1."""
+    """Pearson correlation of numbers written as text (STS-B); text that is no number is -1."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predictions, references)
@@ -109,7 +109,7 @@ def pearson(
 def spearman(
     predictions: Sequence[str], references: Sequence[Reference], labels: Sequence[str] | None = None
 ) -> float:
-    """Spearman's rank correlation of numbers that are written as text; no number counts as -1."""
+    """Spearman's rank correlation of numbers written as text; text that is no number is -1."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predictions, references)
@@ -133,20 +133,20 @@ _DETERMINERS = frozenset(
 def names_referent(prediction: str, referent: str) -> bool | None:
     """Whether an answer names the referent of WSC's pronoun (Raffel et al. 2020, appendix).
 
-    Case and determiners do not count; the words of one are to be among those of the other, and both
-    have an apostrophe or neither: Bob is not Bob's hat. None, which is never right, for no word.
-    As in T5's code, text is split at single blanks, so that nothing and a run of blanks are the
-    empty word: a referent of determiners alone is named by nothing but that.
+    Case and determiners do not count. The words of one must be among the words of the other, and
+    both have an apostrophe or neither: Bob is not Bob's hat. A prediction without words gives None,
+    which is never right. As in T5's code, text is split at single blanks, so an empty text and a
+    run of blanks are the empty word; only that names a referent made of determiners alone.
     """
-    found, wanted = (
+    predicted, wanted = (
         " ".join(word for word in text.strip().lower().split(" ") if word not in _DETERMINERS)
         for text in (prediction, referent)
     )
-    if not found:
+    if not predicted:
         return None
-    if ("'" in found) != ("'" in wanted):
+    if ("'" in predicted) != ("'" in wanted):
         return False
-    one, other = set(found.split(" ")), set(wanted.split(" "))
+    one, other = set(predicted.split(" ")), set(wanted.split(" "))
     return one <= other or other <= one
 
 
@@ -160,8 +160,8 @@ def bleu(
     streams = [
         [r.answers[i] if i < len(r.answers) else None for _, r in pairs] for i in range(most)
     ]
-    found = sacrebleu.corpus_bleu(list(predictions), streams, tokenize="intl")
-    return found.score / 100
+    result = sacrebleu.corpus_bleu(list(predictions), streams, tokenize="intl")
+    return result.score / 100
 
 
 def _rouge(kind: str) -> Metric:
@@ -170,7 +170,7 @@ def _rouge(kind: str) -> Metric:
         scorer = _package(kind).RougeScorer([kind])
         # sentences on lines of their own, as rougeLsum wants them and T5 gives them
         lines = [(p.replace(" . ", " .\n"), r.text.replace(" . ", " .\n")) for p, r in pairs]
-        return _mean(scorer.score(wanted, found)[kind].fmeasure for found, wanted in lines)
+        return _mean(scorer.score(wanted, predicted)[kind].fmeasure for predicted, wanted in lines)
 
     metric.__doc__ = f"Mean F-measure of {kind} by rouge-score, without stemming, as in T5."
     return metric
@@ -212,13 +212,13 @@ def superglue_score(results: dict[str, dict[str, float]]) -> float:
 
 
 def majority(metric: str, references: Sequence[Reference], labels: Sequence[str] | None) -> float:
-    """What a constant answer, the most frequent reference, scores."""
+    """The metric of a constant prediction, the most frequent reference."""
     answer = collections.Counter(r.text for r in references).most_common(1)[0][0]
     return METRICS[metric]([answer] * len(references), references, labels)
 
 
 def diagnose(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float | dict]:
-    """How often each label was answered, and the share of answers that are none of them."""
+    """How often each label was predicted, and the share of predictions that are no label."""
     counts = collections.Counter(predictions)
     return {
         "illegal": 1 - sum(counts[label] for label in labels) / max(len(predictions), 1),
@@ -232,22 +232,22 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _shared_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
-    shared = sum((collections.Counter(found) & collections.Counter(wanted)).values())
-    return 2 * shared / (len(found) + len(wanted)) if shared else 0.0
+def _shared_f1(predicted: Sequence[str], wanted: Sequence[str]) -> float:
+    shared = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
+    return 2 * shared / (len(predicted) + len(wanted)) if shared else 0.0
 
 
-def _binary_f1(found: Sequence[bool], wanted: Sequence[bool]) -> float:
-    hits = sum(map(bool.__and__, found, wanted))
-    return 2 * hits / (sum(found) + sum(wanted)) if hits else 0.0
+def _binary_f1(predicted: Sequence[bool], wanted: Sequence[bool]) -> float:
+    hits = sum(map(bool.__and__, predicted, wanted))
+    return 2 * hits / (sum(predicted) + sum(wanted)) if hits else 0.0
 
 
 def _correlation(function, predictions, references) -> float:
     pairs = _pairs(predictions, references)
-    found, wanted = [_number(p) for p, _ in pairs], [_number(r.text) for _, r in pairs]
-    if len(set(found)) < 2 or len(set(wanted)) < 2:
+    predicted, wanted = [_number(p) for p, _ in pairs], [_number(r.text) for _, r in pairs]
+    if len(set(predicted)) < 2 or len(set(wanted)) < 2:
         return 0.0  # a constant is correlated with nothing
-    return float(function(found, wanted)[0])
+    return float(function(predicted, wanted)[0])
 
 
 def _number(text: str) -> float:
