@@ -119,13 +119,13 @@ def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
     told, path = [], tmp_path / "rows.jsonl"
     write_rows(path, [{"text": "one", "label": word} for word in (" good ", "zzz", "bad")])
     written = Predictions(["good", "", "yes"], None)
-    monkeypatch.setattr(api, "answer", lambda *_, **__: written)
+    monkeypatch.setattr(api, "predict_examples", lambda *_, **__: written)
     task = mine(train=None)
     found = api.evaluate(session, task=task, data=str(path), warn=told.append)
     assert found["metrics"] == {"accuracy": pytest.approx(1 / 3)}
     assert len(told) == 1 and "1 of 3 targets have characters" in told[0] and "'zzz'" in told[0]
     labelled = mine(labels=["good", "zzz yes"])
     write_rows(path, [{"text": "one", "label": "good"}])
-    monkeypatch.setattr(api, "answer", lambda *_, **__: Predictions(["good"], None))
+    monkeypatch.setattr(api, "predict_examples", lambda *_, **__: Predictions(["good"], None))
     api.evaluate(session, task=labelled, data=str(path), warn=told.append)
     assert "lacks characters of the labels 'zzz yes'" in told[1]
