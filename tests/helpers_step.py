@@ -7,21 +7,21 @@ import numpy as np
 
 from jaxprompt.config.schema import TrainConfig
 from jaxprompt.data.batches import Example
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 
 V, P, D = 61, 4, 16
 
 
-def examples(count, prompt=0, seed=0):
-    rng = np.random.default_rng([seed, prompt])
-    virtual = np.arange(P) + V + prompt * P
+def examples(count, member=0, seed=0):
+    rng = np.random.default_rng([seed, member])
+    virtual = np.arange(P) + V + member * P
     return [
         Example(
             np.concatenate([virtual, rng.integers(3, V, rng.integers(2, 9)), [1]]).astype(np.int32),
             np.append(rng.integers(3, V, rng.integers(1, 3)), 1).astype(np.int32),
-            prompt,
+            member,
             dropout_seed=100 * seed + number,
         )
         for number in range(count)

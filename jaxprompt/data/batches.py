@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+AnyArray = Any  # NumPy's until a batch is put on a mesh, then jax's
+
 # Few shapes mean few compilations; beyond 384 the steps grow, so that at most a quarter is padding
 INPUT_LENGTHS = (*range(32, 385, 32), 448, 512, 640, 768, 1024)
 # Targets of one bucket share batches: up to 16 tokens (labels), up to 64, and so on times 4
@@ -22,17 +24,20 @@ class Example(NamedTuple):
 
     inputs: Int[np.ndarray, " s"]
     targets: Int[np.ndarray, " t"]
-    prompt: int = 0  # number of the prompt that it belongs to
+    member: int = 0  # number of the member of the run (the prompt) that it belongs to
     dropout_seed: int | None = None  # a number that its dropout is drawn from
 
 
-def with_prompt(example: Example, prompt: int, vocabulary: int, length: int) -> Example:
-    """The example with the vectors of prompt number ``prompt`` where it has those of number 0."""
-    if prompt == 0:
+def with_member(example: Example, member: int, vocabulary: int, length: int) -> Example:
+    """The example of member 0 as one of another member.
+
+    Ids of member 0's ``length`` vectors become ids of the vectors of ``member``.
+    """
+    if member == 0:
         return example
     ids = example.inputs
-    shifted = np.where(ids < vocabulary, ids, ids + prompt * length)
-    return example._replace(inputs=shifted.astype(np.int32), prompt=prompt)
+    shifted = np.where(ids < vocabulary, ids, ids + member * length)
+    return example._replace(inputs=shifted.astype(np.int32), member=member)
 
 
 class Widths(NamedTuple):
@@ -71,15 +76,19 @@ class Batch(NamedTuple):
     relative positions, and the offset from a segment's start can be had from the segments.
     Targets may have G times as many rows as inputs: those from b G on then answer, as their segment
     1, segments 1, 2, ... of row b of the inputs, in order (``packed_rows``).
+
+    ``member`` says which member of the run owns each row of targets, R of them: R is B or G B.
+    Where examples of several members share a row of targets it is [R, G], one number for each
+    segment 1, 2, ... of the row.
     """
 
-    inputs: Int[np.ndarray, "B S"]
-    segments: Int[np.ndarray, "B S"]
-    targets: Int[np.ndarray, "B T"]
-    target_segments: Int[np.ndarray, "B T"]
-    target_prompts: Int[np.ndarray, "B T"]  # number of the prompt that owns the position
-    weights: Float[np.ndarray, "B T"]
-    dropout_seed: Int[np.ndarray, " B"] | None = None  # of each row of targets; None: no dropout
+    inputs: Int[AnyArray, "B S"]
+    segments: Int[AnyArray, "B S"]
+    targets: Int[AnyArray, "R T"]
+    target_segments: Int[AnyArray, "R T"]
+    member: Int[AnyArray, " R *G"]
+    weights: Float[AnyArray, "R T"]
+    dropout_seed: Int[AnyArray, " R"] | None = None  # of each row of targets; None: no dropout
 
 
 def round_input_length(length: int, widths: Widths = Widths()) -> int:
@@ -154,7 +163,6 @@ def pack_batch(
     count = rows or len(rows_of_examples)
     input_ids, input_segments = _fill(inputs, count, width)
     target_ids, target_segments = _fill(targets, count, depth)
-    owners = [[np.full_like(e.targets, e.prompt) for e in row] for row in rows_of_examples]
     drawn = [row[0].dropout_seed if row else None for row in rows_of_examples]
     drawn += [None] * (count - len(drawn))
     return Batch(
@@ -162,10 +170,23 @@ def pack_batch(
         input_segments,
         target_ids,
         target_segments,
-        _fill(owners, count, depth)[0],
+        _members(rows_of_examples, count),
         (target_segments > 0).astype(np.float32),
         None if set(drawn) == {None} else np.array([n or 0 for n in drawn], np.int32),
     )
+
+
+def _members(rows_of_examples: Sequence[Sequence[Example]], count: int) -> Int[np.ndarray, " R *G"]:
+    """``Batch.member`` of ``count`` rows; rows without an example belong to member 0."""
+    rows = [[example.member for example in row] for row in rows_of_examples]
+    if all(len(set(row)) <= 1 for row in rows):
+        members = np.zeros(count, np.int32)
+        members[: len(rows)] = [row[0] if row else 0 for row in rows]
+        return members
+    members = np.zeros((count, max(map(len, rows))), np.int32)
+    for number, row in enumerate(rows):
+        members[number, : len(row)] = row
+    return members
 
 
 def _longest(rows: Sequence[Sequence[np.ndarray]]) -> int:
@@ -182,28 +203,6 @@ def _fill(rows: Sequence[Sequence[np.ndarray]], count: int, width: int):
         marks = np.repeat(np.arange(1, len(row) + 1), [len(part) for part in row])
         segments[number, : len(flat)] = marks
     return ids, segments
-
-
-def first_fit(
-    examples: Sequence[Example], *, input_length: int, target_length: int
-) -> list[list[Example]]:
-    """Pack examples, in order, each into the first row that has room for it."""
-    rows: list[list[Example]] = []
-    room: list[tuple[int, int]] = []
-    for example in examples:
-        need = len(example.inputs), len(example.targets)
-        if need[0] > input_length or need[1] > target_length:
-            raise ValueError(
-                f"An example of {need} tokens does not fit {input_length, target_length}."
-            )
-        fits = (n for n, (s, t) in enumerate(room) if need[0] <= s and need[1] <= t)
-        number = next(fits, len(rows))
-        if number == len(rows):
-            rows.append([])
-            room.append((input_length, target_length))
-        rows[number].append(example)
-        room[number] = room[number][0] - need[0], room[number][1] - need[1]
-    return rows
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:

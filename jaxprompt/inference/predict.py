@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.batches import Example, with_prompt
+from jaxprompt.data.batches import Example, with_member
 from jaxprompt.data.targets import label_of
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.inference.engine import Engine, Progress, ignore_progress
@@ -118,7 +118,7 @@ def predict_per_prompt(
     """
     vocabulary, length = engine.config.vocab_size, engine.prompt_length
     repeated = [
-        with_prompt(example, k, vocabulary, length)
+        with_member(example, k, vocabulary, length)
         for k in range(engine.num_prompts)
         for example in examples
     ]

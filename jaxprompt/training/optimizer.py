@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprompt.config.schema import Optimization
-from jaxprompt.methods.base import by_length, count, joined, parts_of, trees_of
+from jaxprompt.methods.base import join_groups, length_groups, num_members, split_by_group
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
 # moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.
@@ -93,15 +93,21 @@ def per_prompt(
     """
 
     def init(params):
-        return joined([jax.vmap(make_optimizer(config).init)(tree) for tree in trees_of(params)])
+        each = jax.vmap(make_optimizer(config).init)
+        return join_groups([each(group) for group in length_groups(params)])
 
     def update(updates, state, params=None):
-        total = count(updates)
+        total = num_members(updates)
         rates = jnp.full(total, config.learning_rate) if peaks is None else jnp.asarray(peaks)
         each = jax.vmap(lambda rate, *args: make_optimizer(config, rate).update(*args))
-        trees, own_rates = by_length(updates, rates)
-        every = zip(own_rates, trees, parts_of(state, updates), trees_of(params), strict=True)
-        found = [each(*args) for args in every]
-        return joined([new for new, _ in found]), joined([after for _, after in found])
+        groups = zip(
+            split_by_group(rates, updates),
+            length_groups(updates),
+            length_groups(state, like=updates),
+            length_groups(params),
+            strict=True,
+        )
+        results = [each(*group) for group in groups]
+        return join_groups([new for new, _ in results]), join_groups([s for _, s in results])
 
     return optax.GradientTransformation(init, update)

@@ -19,7 +19,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.data.batches import round_target_length
 from jaxprompt.data.tasks.registry import resolve_task
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
 from jaxprompt.models.ops import quantization
@@ -249,7 +249,7 @@ def state_bytes(config: RunConfig, shape: registry.Config) -> int:
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     def alone(member: RunConfig) -> int:
-        start = np.zeros((1, method.rows(member.prompt), shape.d_model), np.float32)
+        start = np.zeros((1, method.num_start_vectors(member.prompt), shape.d_model), np.float32)
         begin = functools.partial(init_state, method, optimizer)
         state = jax.eval_shape(lambda p: begin(p, start, member.prompt), params)
         return size(state) + size(state.tree)

@@ -19,8 +19,9 @@ from jaxprompt.data.batches import Example
 from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import METHODS, count, joined, parts_of, trees_of
+from jaxprompt.methods.base import join_groups, length_groups, num_members
 from jaxprompt.methods.init import initial_prompt
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.training.progress import Progress
@@ -45,7 +46,7 @@ def init_trainables(
                     "backbone; use another word."
                 )
         start = initial_prompt(
-            member.prompt.model_copy(update={"length": method.rows(member.prompt)}),
+            member.prompt.model_copy(update={"length": method.num_start_vectors(member.prompt)}),
             table,
             encode=tokenizer.encode,
             special_ids=tokenizer.special_ids,
@@ -64,7 +65,7 @@ def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) ->
         method, count = METHODS[member.method], len(class_words(task))
         if not method.uses_prompt or member.prompt.init != "class_labels":
             continue
-        rows = method.rows(member.prompt)
+        rows = method.num_start_vectors(member.prompt)
         if not count:
             told.append(
                 f"prompt.init is class_labels and task {task.name!r} has none, so that all vectors "
@@ -102,20 +103,21 @@ def stack_trainables(trees: Sequence[Any]) -> Any:
     groups = [list(group) for _, group in itertools.groupby(trees, shapes)]
     together = lambda *leaves: jnp.concatenate(leaves)
     # a whole model may be in a lone one: no copy
-    return joined([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
+    return join_groups([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
 
 
 def keep_members(state: TrainState, places: Sequence[int]) -> TrainState:
     """The state with the prompts at these places only."""
-    trees, kept, first = trees_of(state.tree), [], 0
-    for both in zip(trees, parts_of(state.optimizer, state.tree), strict=True):
-        last = first + count(both[0])
+    optimizers = length_groups(state.optimizer, like=state.tree)
+    kept, first = [], 0
+    for both in zip(length_groups(state.tree), optimizers, strict=True):
+        last = first + num_members(both[0])
         chosen = jnp.asarray([place - first for place in places if first <= place < last])
         if chosen.size:
             take = lambda x, chosen=chosen: jnp.take(x, chosen, axis=0)
             kept.append(jax.tree.map(take, both))
         first = last
-    tree, optimizer = (joined(parts) for parts in zip(*kept, strict=True))
+    tree, optimizer = (join_groups(parts) for parts in zip(*kept, strict=True))
     return state._replace(tree=tree, optimizer=optimizer)
 
 

@@ -32,10 +32,12 @@ from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluation.plots import draw_losses
 from jaxprompt.inference import generate
-from jaxprompt.methods.base import PRETRAINING, lent
+from jaxprompt.methods.base import lent
+from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.models import precision
 from jaxprompt.models.checkpoints import hub
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel, processes
@@ -459,7 +461,7 @@ def _sums(config: t5.T5Config, mesh: Mesh | None) -> Callable[..., Float[Array, 
     def of_rows(params, bank, batch):
         weights = (batch.target_segments > 0).astype(jnp.float32)
         flat = batch._replace(weights=weights, dropout_seed=None)
-        _, losses = batch_losses(params, bank, config, flat, prompts=1)
+        _, losses = batch_losses(params, Injection(bank), config, flat, num_members=1)
         count = jnp.sum(flat.weights)
         return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
 

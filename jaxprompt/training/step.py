@@ -13,8 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.data.batches import Batch
-from jaxprompt.methods.base import Method, applied, by_length, count, joined, trees_of
+from jaxprompt.losses import Loss, Losses, LossSums, cross_entropy
+from jaxprompt.methods.base import (
+    Method,
+    inject,
+    join_groups,
+    length_groups,
+    num_members,
+    split_by_group,
+)
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
@@ -27,77 +36,58 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-class Losses(NamedTuple):
-    """Per-prompt results of a step, each [K]."""
-
-    loss: Float[Array, " K"]  # mean negative log-likelihood of a target token, in nats
-    accuracy: Float[Array, " K"]  # share of target tokens that are the argmax
-
-
-class Sums(NamedTuple):
+class StepSums(NamedTuple):
     """What adds up over the micro-batches of a step; the gradient is that of the summed loss."""
 
     gradient: Any
-    loss: Float[Array, " K"]
-    right: Float[Array, " K"]
-    weight: Float[Array, " K"]
-
-    def losses(self) -> Losses:
-        """Each prompt's means over all of its target tokens."""
-        weight = jnp.maximum(self.weight, 1.0)
-        return Losses(self.loss / weight, self.right / weight)
+    losses: LossSums
 
     def mean_gradient(self) -> Any:
-        """That of each prompt's mean over all of its target tokens."""
-        weight = jnp.maximum(self.weight, 1.0)
+        """The gradient of each member's mean over all of its target tokens."""
+        num_tokens = jnp.maximum(self.losses.num_tokens, 1.0)
         share = lambda x, by: x / by.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        groups = length_groups(self.gradient)
         mean = [
-            jax.tree.map(functools.partial(share, by=own), tree)
-            for tree, own in zip(*by_length(self.gradient, weight), strict=True)
+            jax.tree.map(functools.partial(share, by=own), group)
+            for group, own in zip(groups, split_by_group(num_tokens, self.gradient), strict=True)
         ]
-        return joined(mean)
+        return join_groups(mean)
 
 
 def batch_losses(
     params: registry.Params,
-    bank: Float[Array, "K P D"] | None,
+    injection: Injection,
     config: registry.Config,
     batch: Batch,
     *,
-    prompts: int,
+    num_members: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Losses]:
-    """The objective (the sum over prompts of each prompt's own mean) and what it is made of.
+    """The objective (the sum over members of each member's own mean) and what it is made of.
 
-    A prompt's mean is over its own target tokens, so its gradient does not depend on what else
+    A member's mean is over its own target tokens, so its gradient does not depend on what else
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
-    There is dropout if the batch brings noise.
+    There is dropout if the batch has dropout seeds.
     """
-    objective, sums = _summed(params, bank, config, batch, prompts, z_loss)
-    return jnp.sum(objective / jnp.maximum(sums.weight, 1.0)), sums.losses()
+    loss = cross_entropy(z_loss)
+    objective, sums = _summed_losses(params, injection, config, batch, num_members, loss)
+    return jnp.sum(objective / jnp.maximum(sums.num_tokens, 1.0)), sums.means()
 
 
-def _summed(params, bank, config, batch, prompts, z_loss):
-    """The objective of each prompt and what is reported, as sums over target tokens."""
-    inputs, segments, targets, target_segments, owners, weights, noise = jax.tree.map(
-        jnp.asarray, batch
-    )
+def _summed_losses(
+    params: registry.Params, injection: Injection, config: registry.Config, batch: Batch,
+    num_members: int, loss: Loss,
+) -> tuple[Float[Array, " K"], LossSums]:  # fmt: skip
+    """The objective of each member and what is reported, as sums over target tokens."""
+    batch = jax.tree.map(jnp.asarray, batch)
     model = registry.model_for(config)
-    prepared = model.prepare(params, bank, config)
+    params = params if injection.params is None else injection.params
+    prepared = model.prepare(params, injection.embeddings, config)
     logits = model.logits(
-        params, prepared, config, inputs, segments, targets, target_segments, noise
-    )
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    right = (picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
-
-    def total(values):
-        flat = (values * weights).reshape(-1)
-        return jax.ops.segment_sum(flat, owners.reshape(-1), num_segments=prompts)
-
-    loss = total(log_z - picked)
-    sums = Sums(None, loss, total(right), total(jnp.ones_like(weights)))
-    return loss + z_loss * total(jnp.square(log_z)), sums
+        params, prepared, config, batch.inputs, batch.segments, batch.targets,
+        batch.target_segments, batch.dropout_seed,
+    )  # fmt: skip
+    return loss(logits, batch, num_members)
 
 
 Step = Callable[[TrainState, registry.Params, Sequence[Batch]], tuple[TrainState, Losses]]
@@ -121,6 +111,7 @@ def make_train_step(
     needs no random state. Raises ValueError for a batch without it, where the config has dropout.
     """
 
+    loss = cross_entropy(z_loss)
     # the devices that share the weights that are trained, if they do
     shared_by = None if method.frozen or not parallel.divides_weights(mesh) else mesh
     frozen_or_shared = method.frozen or shared_by is not None
@@ -131,14 +122,15 @@ def make_train_step(
             raise ValueError("A batch without noise has no dropout; give its examples some.")
 
         def objective(tree):
-            tuned, bank = applied(method, tree, params)
+            injection = inject(method, tree, params)
             if shared_by is not None:
-                tuned = parallel.gather_params(tuned, axes)
-            each, sums = _summed(tuned, bank, config, batch, count(tree), z_loss)
+                tuned = parallel.gather_params(injection.params, axes)
+                injection = injection._replace(params=tuned)
+            each, sums = _summed_losses(params, injection, config, batch, num_members(tree), loss)
             return jnp.sum(each), sums
 
         gradient, sums = jax.grad(objective, has_aux=True)(tree)
-        return sums._replace(gradient=gradient)
+        return StepSums(gradient, sums)
 
     everywhere = parallel.shard_over_batch(sums_of_rows, mesh, axes, stacked=True)
     specs: Any = lambda tree: None
@@ -153,7 +145,7 @@ def make_train_step(
         if shared_by is not None:
             place = shardings(state, method, config, shared_by)
             state = jax.lax.with_sharding_constraint(state, place)
-        return state, sums.losses()
+        return state, sums.losses.means()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def at_once(state, params, batch):
@@ -162,12 +154,13 @@ def make_train_step(
     @functools.partial(jax.jit, out_shardings=None if shared_by else parallel.batch_sharding(mesh))
     def nothing(tree):
         if shared_by is not None:
-            each = jnp.zeros(count(tree))
-            return parallel.stacked_zeros(Sums(tree, each, each, each), shared_by, specs(tree))
+            each = jnp.zeros(num_members(tree))
+            sums = StepSums(tree, LossSums(each, each, each))
+            return parallel.stacked_zeros(sums, shared_by, specs(tree))
         ways = parallel.num_batch_shards(mesh)
         gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
-        each = jnp.zeros((ways, count(tree)))
-        return Sums(gradient, each, each, each)
+        each = jnp.zeros((ways, num_members(tree)))
+        return StepSums(gradient, LossSums(each, each, each))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, tree, params, batch):
@@ -212,7 +205,7 @@ def _over_parts(sums_of_rows, config: registry.Config, mesh: Mesh):
 
 def _specs_of_sums(specs: Any) -> Any:
     everywhere: Any = PartitionSpec()
-    return Sums(specs, everywhere, everywhere, everywhere)
+    return StepSums(specs, LossSums(everywhere, everywhere, everywhere))
 
 
 def _specs(tree: Any, config: registry.Config, mesh: Mesh) -> Any:
@@ -249,7 +242,7 @@ def first_state(
 def sound(tree: Any) -> Bool[np.ndarray, " K"]:
     """Whether all numbers of a prompt are finite."""
 
-    return np.concatenate(processes.fetch(_sound(trees_of(tree))))
+    return np.concatenate(processes.fetch(_sound(length_groups(tree))))
 
 
 @jax.jit
@@ -267,6 +260,9 @@ def init_state(
     *,
     seed: int = 0,
 ) -> TrainState:
-    """The state before step 0, from ``method.rows(config)`` start vectors for each prompt."""
+    """The state before step 0.
+
+    start: R vectors of each member, as ``method.num_start_vectors(config)`` asks.
+    """
     tree = method.init(params, start, config or PromptConfig(), seed)
     return TrainState(jnp.int32(0), tree, optimizer.init(tree))

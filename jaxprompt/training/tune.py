@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.data.batches import Room, training_batches, with_prompt
+from jaxprompt.data.batches import Room, training_batches, with_member
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import METHODS, Method, applied, lent
+from jaxprompt.methods.base import Method, inject, lent
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.ops import quantization
@@ -358,7 +359,7 @@ class Tuning:
             room=Room()
             if settings.micro_batch_size
             else registry.room(model, devices, training=True),
-            own=partial(with_prompt, vocabulary=self.backbone.config.vocab_size, length=length),
+            own=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
         )
         return Steps(step, self.backbone.params, batches, self.mesh)
 
@@ -369,8 +370,8 @@ class Tuning:
         active = [self.trials[number] for number in progress.active]
         bank = None
         if self.method.frozen:
-            params, bank = applied(self.method, state.tree, self.backbone.params)
-            scores = self.evaluator.validate(params, bank, active)
+            bank = inject(self.method, state.tree, self.backbone.params).embeddings
+            scores = self.evaluator.validate(self.backbone.params, bank, active)
         else:
             with lent(state.tree) as params:
                 scores = self.evaluator.validate(params, None, active)

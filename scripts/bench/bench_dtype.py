@@ -18,7 +18,8 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainOptimization
 from jaxprompt.config.schema import TrainConfig
 from jaxprompt.data.batches import Batch
-from jaxprompt.methods.base import METHODS, PRETRAINING
+from jaxprompt.methods.full import PRETRAINING
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import LOAD_DTYPES, load_backbone
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
@@ -41,7 +42,7 @@ def random_batch(
     ones = lambda width, dtype: np.ones((count, width), dtype)
     return Batch(
         ids, ones(inputs, np.int32), words, ones(targets, np.int32),
-        np.repeat(owners, targets, axis=1), ones(targets, np.float32),
+        owners[:, 0], ones(targets, np.float32),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TrainConfig
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, save_hf
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.t5 import cost, t5

@@ -93,7 +93,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
 
     from jaxprompt.config.errors import UserError
     from jaxprompt.data.batches import Batch
-    from jaxprompt.methods.base import METHODS
+    from jaxprompt.methods.registry import METHODS
     from jaxprompt.models import precision, registry
     from jaxprompt.models.t5.config import released
     from jaxprompt.runtime import parallel
@@ -133,10 +133,8 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         return jax.ShapeDtypeStruct((size, width), dtype, sharding=rows)
 
     wide, narrow = length + options.inputs, options.targets
-    noise = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
-    batch = Batch(
-        *map(array, (wide, wide, narrow, narrow, narrow)), array(narrow, jnp.float32), noise
-    )
+    each = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+    batch = Batch(*map(array, (wide, wide, narrow, narrow)), each, array(narrow, jnp.float32), each)
     step = make_train_step(shape, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
 
     begun = time.monotonic()

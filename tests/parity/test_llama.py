@@ -17,6 +17,7 @@ from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.models.decoder import decoder
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.runtime import parallel
 from jaxprompt.training.step import batch_losses
@@ -287,7 +288,9 @@ def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
     @functools.partial(jax.jit, static_argnums=1)
     def objective(bank, config):
         return jax.value_and_grad(
-            lambda x: batch_losses(b.params, x, config, batch, prompts=1, z_loss=1e-4)[0]
+            lambda x: batch_losses(
+                b.params, Injection(x), config, batch, num_members=1, z_loss=1e-4
+            )[0]
         )(bank)
 
     (one, grad_one), (other, grad_other) = objective(bank, config), objective(bank, b.config)

@@ -14,7 +14,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.batches import Batch
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import rounded_at_load
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.work import Work
@@ -74,9 +74,10 @@ def compiled(shape, work, layout, prompt=20):
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start), params)
     state = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=everywhere), state)
     rows = NamedSharding(mesh, PartitionSpec(parallel.ROWS))
-    one = lambda width, kind=np.int32: array((work.rows * layout.ways, width), kind, sharding=rows)
-    wide, deep = work.inputs, work.targets
-    batch = Batch(*map(one, (wide, wide, deep, deep, deep)), one(deep, np.float32))
+    size, wide, deep = work.rows * layout.ways, work.inputs, work.targets
+    one = lambda width, kind=np.int32: array((size, width), kind, sharding=rows)
+    member = array((size,), np.int32, sharding=rows)
+    batch = Batch(*map(one, (wide, wide, deep, deep)), member, one(deep, np.float32))
     step = make_train_step(shape, method, optimizer, mesh=mesh)
     return jax.jit(step, donate_argnums=0).lower(state, params, [batch]).compile()
 

@@ -11,9 +11,10 @@ from helpers_step import D, P, V, concatenated, examples, prompts, run, trainer
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Room, make_batch, micro_batches, pack_batch
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 from jaxprompt.training.step import (
@@ -27,7 +28,9 @@ from jaxprompt.training.step import (
 def test_the_gradient_equals_finite_differences(tiny):
     config, params = tiny
     batch = make_batch(examples(3))
-    loss = jax.jit(lambda b: batch_losses(params, b, config, batch, prompts=1, z_loss=1e-4)[0])
+    loss = jax.jit(
+        lambda b: batch_losses(params, Injection(b), config, batch, num_members=1, z_loss=1e-4)[0]
+    )
     bank = jnp.asarray(prompts(1))
     direction = jax.random.normal(jax.random.key(1), bank.shape)
     slope = float((jax.jit(jax.grad(loss))(bank) * direction).sum())
@@ -57,7 +60,7 @@ def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropou
     tiny = dataclasses.replace(tiny[0], dropout=dropout), tiny[1]
     together = [
         concatenated(*(
-            make_batch(examples(n, prompt=k, seed=s), input_length=32, target_length=4)
+            make_batch(examples(n, member=k, seed=s), input_length=32, target_length=4)
             for k, n in enumerate(counts)
         ))
         for s in range(4)
@@ -68,8 +71,8 @@ def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropou
         alone = []
         for s in range(4):
             own = [
-                e._replace(inputs=np.where(e.inputs >= V, e.inputs - k * P, e.inputs), prompt=0)
-                for e in examples(n, prompt=k, seed=s)
+                e._replace(inputs=np.where(e.inputs >= V, e.inputs - k * P, e.inputs), member=0)
+                for e in examples(n, member=k, seed=s)
             ]
             alone.append(make_batch(own, rows=5, input_length=32, target_length=4))
         single = run(tiny, alone, starts[k : k + 1], **settings)[0].tree["prompt"]
@@ -81,7 +84,9 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_unpacked_rows(tiny):
     rows = examples(4)
     value = jax.jit(
         jax.value_and_grad(
-            lambda bank, batch: batch_losses(params, bank, config, batch, prompts=1)[0]
+            lambda bank, batch: batch_losses(params, Injection(bank), config, batch, num_members=1)[
+                0
+            ]
         )
     )
     plain, packed = make_batch(rows), pack_batch([rows[:2], rows[2:]])
@@ -96,7 +101,7 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
     """Two prompts of very different shares."""
     config = dataclasses.replace(tiny[0], dropout=dropout)
     whole = method == "model-tuning"
-    rows = [*examples(6), *([] if whole else examples(2, prompt=1))]
+    rows = [*examples(6), *([] if whole else examples(2, member=1))]
     if whole:
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
     plain = [make_batch(rows, target_length=4)]
@@ -116,7 +121,7 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
 def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_batch(tiny, shared):
     """One target of 20 tokens; its part is cut again, into rows of which some are empty."""
     config = dataclasses.replace(tiny[0], dropout=0.2)
-    rows = [*examples(4), *examples(3, prompt=1)]
+    rows = [*examples(4), *examples(3, member=1)]
     long = np.random.default_rng(0).integers(3, V, 20).astype(np.int32)
     rows.insert(2, examples(5)[4]._replace(targets=long))
     ours, more = config, {"room": Room(targets=60)}
@@ -142,7 +147,7 @@ def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devic
     """Two prompts of different shares; full fine-tuning has gradients for the relative bias."""
     whole = method == "model-tuning"
     tiny = dataclasses.replace(tiny[0], dropout=dropout), tiny[1]
-    rows = examples(8) if whole else [*examples(5), *examples(3, prompt=1)]
+    rows = examples(8) if whole else [*examples(5), *examples(3, member=1)]
     if whole:
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
     config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16), shared=6)

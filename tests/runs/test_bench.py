@@ -19,6 +19,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Widths, length_sorted_microbatches
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
 
@@ -278,7 +279,7 @@ def test_the_operations_of_a_step_are_those_of_its_products(script, tiny, gated)
     )
 
     def loss(bank, params):
-        return step.batch_losses(params, bank, config, batch, prompts=2)[0]
+        return step.batch_losses(params, Injection(bank), config, batch, num_members=2)[0]
 
     bank = jnp.zeros((2, point.vectors, config.d_model))
     program = jax.make_jaxpr(jax.grad(loss))(bank, params)

@@ -216,7 +216,7 @@ def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
 
 
 def test_trees_of_one_length_stay_one_tree():
-    from jaxprompt.methods.base import count, trees_of
+    from jaxprompt.methods.base import length_groups, num_members
     from jaxprompt.training.population import keep_members, stack_trainables
     from jaxprompt.training.step import TrainState
 
@@ -224,8 +224,8 @@ def test_trees_of_one_length_stay_one_tree():
     trees = [tree(3, 0), tree(3, 1), tree(5, 2), tree(5, 3)]
     assert stack_trainables(trees[:2])["prompt"].shape == (2, 3, 2)
     both = stack_trainables(trees)
-    assert [t["prompt"].shape for t in trees_of(both)] == [(2, 3, 2), (2, 5, 2)]
-    assert count(both) == 4
+    assert [t["prompt"].shape for t in length_groups(both)] == [(2, 3, 2), (2, 5, 2)]
+    assert num_members(both) == 4
     state = TrainState(jax.numpy.int32(0), both, tuple(t["prompt"] + 10 for t in both))
     kept = keep_members(state, [2, 3])
     np.testing.assert_array_equal(kept.tree["prompt"][:, 0, 0], [2, 3])

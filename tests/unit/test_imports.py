@@ -9,8 +9,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "jaxprompt"
 # from the lowest level to the highest
-ORDER = ["moved", "config", "runtime", "data", "models", "methods", "inference", "evaluation",
-         "training", "api", "studies", "cli", "__main__"]  # fmt: skip
+ORDER = ["moved", "config", "runtime", "data", "losses", "models", "methods", "inference",
+         "evaluation", "training", "api", "studies", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"training/checkpoint.py"},
     "linen": {"models/blocks.py", "models/t5/t5.py", "models/decoder/decoder.py"},

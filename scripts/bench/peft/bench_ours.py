@@ -19,7 +19,7 @@ from jaxprompt.data.batches import Example, micro_batches, with_noise
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.inference.engine import Engine
 from jaxprompt.inference.predict import predict
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.runtime import devices, parallel

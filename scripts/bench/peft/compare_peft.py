@@ -32,8 +32,8 @@ from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.methods.artefact import Prompt, load_prompt
-from jaxprompt.methods.base import METHODS
 from jaxprompt.methods.init import initial_prompt
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.runtime.files import replace_directory

@@ -17,7 +17,6 @@ from jaxprompt.data.batches import (
     batch_indices,
     dropout_seeds,
     epoch_order,
-    first_fit,
     make_batch,
     micro_batches,
     micro_rows,
@@ -45,13 +44,13 @@ PAIR = [example([9, 8, 1], [5, 1]), example([7, 1], [6, 1])]
 
 
 def test_make_batch_is_this():
-    pair = [PAIR[0]._replace(prompt=2), PAIR[1]._replace(prompt=1)]
+    pair = [PAIR[0]._replace(member=2), PAIR[1]._replace(member=1)]
     batch = make_batch(pair, rows=3, input_length=4, target_length=3)
     assert batch.inputs.tolist() == [[9, 8, 1, 0], [7, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.segments.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.targets.tolist() == [[5, 1, 0], [6, 1, 0], [0, 0, 0]]
     assert batch.target_segments.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert batch.target_prompts.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
+    assert batch.member.tolist() == [2, 1, 0]
     assert batch.weights.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert {array.dtype for array in batch[:5]} == {np.dtype(np.int32)}
     assert batch.weights.dtype == np.float32
@@ -75,9 +74,7 @@ def test_few_shapes():
 
 def test_packing_keeps_every_token_exactly_once():
     examples = random_examples(200)
-    rows = first_fit(examples, input_length=64, target_length=16)
-    assert len(rows) < len(examples) / 2
-    batch = pack_batch(rows, input_length=64, target_length=16)
+    batch = pack_batch([examples[first : first + 3] for first in range(0, 200, 3)])
     found = {}
     for ids, marks, targets, target_marks in zip(*batch[:4], strict=True):
         for segment in range(1, marks.max() + 1):
@@ -93,9 +90,10 @@ def test_packing_keeps_every_token_exactly_once():
     assert (batch.inputs[batch.segments == 0] == 0).all()
 
 
-def test_packing_refuses_what_fits_nowhere():
-    with pytest.raises(ValueError, match="does not fit"):
-        first_fit([example(range(9), [1])], input_length=8, target_length=8)
+def test_a_row_of_targets_has_one_member_or_one_for_each_segment():
+    one, other = PAIR[0]._replace(member=2), PAIR[1]._replace(member=1)
+    assert pack_batch([[one, one], [other]], rows=3).member.tolist() == [2, 1, 0]
+    assert pack_batch([[one, other], [other]], rows=3).member.tolist() == [[2, 1], [1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("window", [0, 1, 4, 100])

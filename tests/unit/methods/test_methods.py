@@ -10,7 +10,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import PromptConfig, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import METHODS
+from jaxprompt.methods.registry import METHODS
 from jaxprompt.training.loop import train
 
 P, D = 3, 8
@@ -18,7 +18,7 @@ CONFIG = PromptConfig(length=P, bottleneck=4, basis=6)
 
 
 def start(method, count=2):
-    rows = METHODS[method].rows(CONFIG)
+    rows = METHODS[method].num_start_vectors(CONFIG)
     return np.random.default_rng(0).normal(size=(count, rows, D)).astype(np.float32)
 
 
@@ -27,7 +27,7 @@ def test_a_residual_prompt_is_the_published_formula():
     tree = method.init({}, begin, CONFIG, 7)
     rng = np.random.default_rng(1)
     tree = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), tree)
-    _, bank = method.apply(tree, {})
+    bank = method.inject(tree, {}).embeddings
     assert bank is not None
     for k in range(2):
         p, w1, b1, w2, b2, gain, shift = (
@@ -45,28 +45,30 @@ def test_a_superposition_starts_as_the_ordinary_prompt():
     assert begin.shape == (2, 6, D)
     method = METHODS["superposition-prompt-tuning"]
     tree = method.init({}, begin, CONFIG, 0)
-    _, bank = method.apply(tree, {})
+    bank = method.inject(tree, {}).embeddings
     np.testing.assert_allclose(bank, begin[:, :P], rtol=1e-6)
     # and a change of a weight moves a vector along the basis
     moved = tree | {"mixture": tree["mixture"].at[0, 1, 4].add(6**0.5)}
-    changed = method.apply(moved, {})[1]
+    changed = method.inject(moved, {}).embeddings
     assert changed is not None
     np.testing.assert_allclose(changed[0, 1], begin[0, 1] + begin[0, 4], rtol=1e-5)
     np.testing.assert_array_equal(changed[1], bank[1])
 
 
 def test_a_basis_is_never_smaller_than_the_prompt():
-    assert METHODS["superposition-prompt-tuning"].rows(PromptConfig(length=200)) == 200
+    assert METHODS["superposition-prompt-tuning"].num_start_vectors(PromptConfig(length=200)) == 200
 
 
 @pytest.mark.parametrize("name", ["residual-prompt-tuning", "superposition-prompt-tuning"])
 def test_prompts_are_reparameterised_apart_from_each_other(name):
     method, begin = METHODS[name], start(name)
-    both = method.apply(method.init({}, begin, CONFIG, 3), {})[1]
-    alone = [method.apply(method.init({}, begin[k : k + 1], CONFIG, 3), {})[1] for k in range(2)]
+    both = method.inject(method.init({}, begin, CONFIG, 3), {}).embeddings
+    alone = [
+        method.inject(method.init({}, begin[k : k + 1], CONFIG, 3), {}).embeddings for k in range(2)
+    ]
     assert both is not None
     np.testing.assert_allclose(both[0], alone[0][0], rtol=1e-5)
-    gradient = jax.grad(lambda tree: jnp.sum(method.apply(tree, {})[1][0] ** 2))(
+    gradient = jax.grad(lambda tree: jnp.sum(method.inject(tree, {}).embeddings[0] ** 2))(
         method.init({}, begin, CONFIG, 3)
     )
     for leaf in jax.tree.leaves(gradient):
