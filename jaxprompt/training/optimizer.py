@@ -1,4 +1,4 @@
-"""Optimizers by name, built from optax; each is vmapped over the prompts that share a step."""
+"""Optimizers and learning rates by name, built from optax, vmapped over the members of a run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,31 +11,35 @@ from jaxtyping import Array, Float
 from jaxprompt.config.schema import Optimization
 from jaxprompt.methods.base import join_groups, length_groups, num_members, split_by_group
 
-# Step of the LM-adapted checkpoints. The authors' code restores it, so that the decay of the second
-# moment starts almost at 1 and RMS clipping stays active for the whole run; see the README.
+# Step of the LM-adapted checkpoints. The authors' code restores it, so the decay of the second
+# moment starts almost at 1, and RMS clipping stays active for the whole run.
 T5X_FIRST_STEP = 1_100_000
-
 
 Scalar = float | Float[Array, ""]
 
 
 def schedule(config: Optimization, peak: Scalar | None = None) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, the decay by its name, linear cool-down to 0.
+    """The learning rate of each step: linear warm-up, decay, and linear cool-down to 0.
 
-    ``peak`` takes the place of the config's learning rate.
+    The parts are optax's. ``optax.warmup_cosine_decay_schedule`` is not used: its first step has
+    the rate 0, and this warm-up gives the first step 1/warmup_steps of the peak. Optax has no
+    inverse square root and no cool-down that multiplies another schedule.
+
+    Args:
+        peak: the highest rate, instead of the config's ``learning_rate``.
     """
     peak = config.learning_rate if peak is None else peak
-    rate, last = _warm_and_decay(config, peak), config.cooldown_steps
-    if last == 0:
+    rate, cooldown = _warmup_and_decay(config, peak), config.cooldown_steps
+    if cooldown == 0:
         return rate
-    return lambda step: rate(step) * jnp.clip((config.steps - step) / last, 0.0, 1.0)
+    return lambda step: rate(step) * jnp.clip((config.steps - step) / cooldown, 0.0, 1.0)
 
 
 def schedule_warnings(config: Optimization) -> list[str]:
-    """A sentence where the run ends before its learning rate has been what the config says."""
+    """A warning where warm-up and cool-down leave no step with the config's learning rate."""
     warmup, cooldown = config.warmup_steps, config.cooldown_steps
-    risen, falls = max(warmup - 1, 0), config.steps - max(cooldown, 1)
-    if risen <= falls:
+    first_at_peak, last_at_peak = max(warmup - 1, 0), config.steps - max(cooldown, 1)
+    if first_at_peak <= last_at_peak:
         return []
     return [
         f"train.warmup_steps is {warmup} and train.cooldown_steps {cooldown}, too many for "
@@ -44,30 +48,35 @@ def schedule_warnings(config: Optimization) -> list[str]:
     ]
 
 
-def _warm_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
+def _warmup_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
     warmup = config.warmup_steps
-    rest = max(config.steps - warmup, 1)
-    match config.schedule:
-        case "constant":
-            after = optax.constant_schedule(peak)
-        case "linear":
-            after = optax.linear_schedule(peak, 0.0, rest)
-        case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest)
-        case "rsqrt":
-            start = max(warmup, 1)
-            after = lambda step: peak * (start / (start + jnp.maximum(step, 0))) ** 0.5
+    # optax annotates float, and takes a traced scalar
+    decay = _decay(config, peak, max(config.steps - warmup, 1))
     if warmup == 0:
-        return after
+        return decay
     # step 0 takes 1/warmup of the rate, so that no step is lost
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def _decay(config: Optimization, peak: Any, steps: int) -> optax.Schedule:
+    """The decay by its name, over so many steps after the warm-up."""
+    match config.schedule:
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "linear":
+            return optax.linear_schedule(peak, 0.0, steps)
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, steps)
+        case "rsqrt":
+            start = max(config.warmup_steps, 1)
+            return lambda step: peak * (start / (start + jnp.maximum(step, 0))) ** 0.5
 
 
 def make_optimizer(
     config: Optimization, peak: Scalar | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of one prompt (or one model), with float32 state; ``peak`` as in `schedule`."""
+    """The optimizer of one member, with float32 state; ``peak`` as in ``schedule``."""
     rate = schedule(config, peak)
     if config.optimizer == "adamw":
         clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
@@ -87,9 +96,10 @@ def make_optimizer(
 def per_prompt(
     config: Optimization, peaks: Sequence[float] | None = None
 ) -> optax.GradientTransformation:
-    """An optimizer of K prompts at once: clipping and factoring see one prompt at a time.
+    """An optimizer of K members at once: clipping and factoring see one member at a time.
 
-    peaks: the learning rate of each; None: the config's for all.
+    Args:
+        peaks: the learning rate of each member, in their order; None: the config's for all.
     """
 
     def init(params):

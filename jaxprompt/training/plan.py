@@ -114,7 +114,7 @@ class Weights(NamedTuple):
     @classmethod
     def of(cls, shape: registry.Config, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small`` is ``model.quantization``."""
-        found = {True: 0, False: 0}
+        total = {True: 0, False: 0}
         for (path, leaf), named in _parameters(replace(shape, remat=False, flash="")):
             axes = {parallel.RULES.get(str(name)) for name in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
@@ -122,8 +122,8 @@ class Weights(NamedTuple):
             size = 2 if shape.activations == "bfloat16" else size
             if small is not None and path[-1].key in quantization.MATMUL_WEIGHTS:
                 size = quantization.bytes_each(small, named, leaf.shape)
-            found[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
-        return cls(found[True], found[False])
+            total[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
+        return cls(total[True], total[False])
 
 
 def needs(
@@ -146,26 +146,48 @@ def needs(
     return parts, work.parts * (gathered + cost.shared(shape, work, layout.tensor))
 
 
-def plan_of(
-    config: RunConfig,
-    *,
-    devices: int = 1,
-    kind: str = "tpu-v4",
-    memory: float | None = None,
-    inputs: int | None = None,
-) -> dict[str, Any]:
-    """All layouts with their bytes, the cheapest that fits, FLOPs, and the floor of a step's time.
+class Machine(NamedTuple):
+    """The devices that a plan is for."""
 
-    kind: of a device, or "cpu", whose speed is not known. memory: GiB of one, instead of the
-    kind's. inputs: positions of the longest row, prompt included; None: what the task allows.
-    Raises UserError for methods and families that are not counted, and where no layout is possible.
-    """
+    count: int
+    kind: str  # of DEVICES, or "cpu", whose speed is not known
+    device: Device
+    memory: float  # GiB of one device
+
+    @property
+    def cpu(self) -> bool:
+        return self.kind == "cpu"
+
+    @property
+    def backend(self) -> str:
+        """The name that JAX has for devices of this kind."""
+        return "cpu" if self.cpu else "tpu" if self.kind.startswith("tpu") else "gpu"
+
+
+def _machine(count: int, kind: str, memory: float | None) -> Machine:
+    """The machine of a user's options; raises UserError where they name none."""
     if kind != "cpu" and kind not in DEVICES:
         raise UserError(f"--kind is {kind!r}; known are cpu, {', '.join(DEVICES)}.")
-    cpu, device = kind == "cpu", DEVICES.get(kind, Device(0, 0, _memory_here(), 0))
+    device = DEVICES.get(kind, Device(0, 0, _memory_here(), 0))
     limit = device.memory if memory is None else memory
     if not 0 < limit < math.inf:
         raise UserError(f"--memory is {limit}; give the GiB of a device, a number above 0.")
+    return Machine(count, kind, device, limit)
+
+
+class Workload(NamedTuple):
+    """What each step of a run computes, however it is spread."""
+
+    shape: registry.Config
+    inputs: int  # positions of the longest row, prompt included
+    targets: int
+    flash: str  # the attention kernel, or ""
+    flops: dict[str, float]  # of a step, by part
+    state: int  # bytes
+
+
+def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Workload:
+    """The work of a run's steps; raises UserError for methods and families that are not counted."""
     members = config.members()
     tasks = [resolve_task(member.task) for member in members]
     shape = open_config(config.backbone)
@@ -181,60 +203,102 @@ def plan_of(
             f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
             "on T5; measure a run of a few steps instead."
         )
-    shape = replace(shape, dtype=precision.resolve_dtype(config.model.dtype, cpu))
-    backend = "cpu" if cpu else kind[:3] if kind.startswith("tpu") else "gpu"
-    flash = flash_attention.kernel(config.model.flash, shape.dtype, None, backend)
+    shape = replace(shape, dtype=precision.resolve_dtype(config.model.dtype, machine.cpu))
+    flash = flash_attention.kernel(config.model.flash, shape.dtype, None, machine.backend)
+    flops = cost.flops(shape, config.train.batch_size * len(members), inputs, targets)
+    return Workload(shape, inputs, targets, flash, flops, state_bytes(config, shape))
+
+
+def _candidate(
+    config: RunConfig, machine: Machine, workload: Workload, layout: Layout
+) -> dict[str, Any]:
+    """Bytes and times of a step in one layout, as a row of the report."""
+    one_tensor = layout.tensor == 1
+    shape = replace(
+        workload.shape,
+        remat=layout.remat,
+        rows_in_turn=machine.cpu and one_tensor,
+        flash=workload.flash,
+    )
+    work = work_of(config, layout, workload.inputs, workload.targets, machine.cpu)
+    held, sent = needs(shape, work, layout, config.model.quantization)
+    parts = {"weights": held.pop("weights"), "state": workload.state, **held}
+    total = sum(parts.values())
+    seconds = {}
+    if not machine.cpu:
+        device = machine.device
+        flops = sum(workload.flops.values()) * (4 / 3 if layout.remat else 1)
+        read = 2 * work.parts * parts["weights"] * layout.fsdp
+        seconds = {
+            "arithmetic": flops / machine.count / (device.tflops * 1e12),
+            "reading weights": read / (device.bandwidth * 1e9),
+            "what devices send": sent / (device.link * 1e9),
+        }
+    return {
+        **layout._asdict(), "rows at a time": work.rows, "parts": work.parts, **parts,
+        "total": total, "fits": total <= machine.memory * GIB * USABLE, "sent": sent,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def _cost_order(row: dict[str, Any]) -> tuple[float, ...]:
+    """Cheapest first: where nothing overlaps, and of those that take as long, the simplest."""
+    return sum(row["seconds"].values()), row["remat"], row["sent"], row["tensor"], row["fsdp"]
+
+
+def plan_of(
+    config: RunConfig,
+    *,
+    devices: int = 1,
+    kind: str = "tpu-v4",
+    memory: float | None = None,
+    inputs: int | None = None,
+) -> dict[str, Any]:
+    """All layouts with their bytes, the cheapest that fits, FLOPs, and the floor of a step's time.
+
+    Args:
+        kind: of a device, or "cpu", whose speed is not known.
+        memory: GiB of a device, instead of the kind's.
+        inputs: positions of the longest row, prompt included; None: what the task allows.
+
+    Raises:
+        UserError: for methods and families that are not counted, and where no layout is possible.
+    """
+    machine = _machine(devices, kind, memory)
+    workload = _workload(config, machine, inputs)
+    shape, batch = workload.shape, config.train.batch_size
     widths = {"heads": shape.num_heads, "d_ff": shape.d_ff, "vocabulary": shape.vocab_size}
-    batch = config.train.batch_size
-    counted = cost.flops(shape, batch * len(members), inputs, targets)
-    rows, state = [], state_bytes(config, shape)
-    for layout in layouts(devices, batch, widths, shape.d_model):
-        whole = layout.tensor == 1
-        if flash and not whole:
-            continue  # a run would refuse it
-        own = replace(shape, remat=layout.remat, rows_in_turn=cpu and whole, flash=flash)
-        work = work_of(config, layout, inputs, targets, cpu)
-        held, sent = needs(own, work, layout, config.model.quantization)
-        parts = {"weights": held.pop("weights"), "state": state, **held}
-        total = sum(parts.values())
-        times = {}
-        if not cpu:
-            operations = sum(counted.values()) * (4 / 3 if layout.remat else 1)
-            times = {
-                "arithmetic": operations / devices / (device.tflops * 1e12),
-                "reading weights": 2 * work.parts * parts["weights"] * layout.fsdp
-                / (device.bandwidth * 1e9),
-                "what devices send": sent / (device.link * 1e9),
-            }  # fmt: skip
-        rows.append({
-            **layout._asdict(), "rows at a time": work.rows, "parts": work.parts, **parts,
-            "total": total, "fits": total <= limit * GIB * USABLE, "sent": sent, "seconds": times,
-        })  # fmt: skip
+    rows = [
+        _candidate(config, machine, workload, layout)
+        for layout in layouts(devices, batch, widths, shape.d_model)
+        if layout.tensor == 1 or not workload.flash  # a run refuses such a kernel
+    ]
     if not rows:
         raise UserError(
             f"{devices} devices divide neither train.batch_size, {batch}, nor heads, MLP and "
             f"vocabulary ({widths}); choose another number of devices, or another batch size."
         )
-    # cheapest first: where nothing overlaps, and of those that take as long, the simplest
-    rows.sort(
-        key=lambda row: (
-            sum(row["seconds"].values()), row["remat"], row["sent"], row["tensor"], row["fsdp"]
-        )
-    )  # fmt: skip
+    rows.sort(key=_cost_order)
     best = next((row for row in rows if row["fits"]), None)
     report = {
-        "backbone": config.backbone, "devices": devices, "kind": kind, "memory_gib": limit,
-        "inputs": inputs, "targets": targets, "flops": counted, "layouts": rows, "best": best,
+        "backbone": config.backbone, "devices": devices, "kind": kind,
+        "memory_gib": machine.memory, "inputs": workload.inputs, "targets": workload.targets,
+        "flops": workload.flops, "layouts": rows, "best": best,
     }  # fmt: skip
-    if best is not None and not cpu:
-        report["bound_by"] = max(best["seconds"], key=best["seconds"].get)
-        report["floor_seconds"] = best["seconds"][report["bound_by"]]
-    if best is not None:
-        report["overrides"] = [
-            f"mesh.data={best['data']}", f"mesh.fsdp={best['fsdp']}",
-            f"mesh.tensor={best['tensor']}", f"model.remat={str(best['remat']).lower()}",
-        ]  # fmt: skip
-    return report
+    return report if best is None else report | _advice(best, machine)
+
+
+def _advice(best: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """What bounds a step in the best layout, and the overrides that choose it."""
+    advice: dict[str, Any] = {}
+    if not machine.cpu:
+        advice["bound_by"] = max(best["seconds"], key=best["seconds"].get)
+        advice["floor_seconds"] = best["seconds"][advice["bound_by"]]
+    advice["overrides"] = [
+        f"mesh.data={best['data']}", f"mesh.fsdp={best['fsdp']}",
+        f"mesh.tensor={best['tensor']}", f"model.remat={str(best['remat']).lower()}",
+    ]  # fmt: skip
+    return advice
 
 
 def _memory_here() -> float:
