@@ -55,12 +55,10 @@ def target_members(batch: Batch) -> Int[Array, "R T"]:
 
 
 def sum_by_member(
-    values: Float[Array, "R T"], batch: Batch, num_members: int
+    values: Float[Array, "R T"], members: Int[Array, "R T"], num_members: int
 ) -> Float[Array, " K"]:
-    """The sum of ``values`` times ``batch.weights`` over the target positions of each member."""
-    flat = (values * batch.weights).reshape(-1)
-    members = target_members(batch).reshape(-1)
-    return jax.ops.segment_sum(flat, members, num_segments=num_members)
+    """The sum of the values that belong to each member."""
+    return jax.ops.segment_sum(values.reshape(-1), members.reshape(-1), num_segments=num_members)
 
 
 def cross_entropy(z_loss: float = 0.0) -> Loss:
@@ -78,6 +76,10 @@ def _cross_entropy(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
     correct = (picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
-    total = functools.partial(sum_by_member, batch=batch, num_members=num_members)
+    members = target_members(batch)
+
+    def total(values):
+        return sum_by_member(values * batch.weights, members, num_members)
+
     sums = LossSums(total(log_z - picked), total(correct), total(jnp.ones_like(log_z)))
     return sums.loss + z_loss * total(jnp.square(log_z)), sums

@@ -22,7 +22,7 @@ from jaxprompt.training.inputs import Inputs
 from jaxprompt.training.metric_log import MetricName, NullReporter, Reporter, StepLog
 from jaxprompt.training.progress import Progress, Rules
 from jaxprompt.training.run_dir import RunDir
-from jaxprompt.training.step import TrainState, sound
+from jaxprompt.training.step import TrainState, all_finite
 from jaxprompt.training.steps import Steps, num_tokens
 
 
@@ -204,7 +204,7 @@ def save(job: Job, state: TrainState, progress: Progress, log: StepLog) -> Progr
     Raises:
         Diverged: of some task, no trial is finite any more.
     """
-    lost = np.where(sound(state.tree), 0.0, math.nan)
+    lost = np.where(all_finite(state.tree), 0.0, math.nan)
     check_members(progress.step, progress.active, lost, job.names)
     progress = replace(progress, seconds=log.clock.seconds())
     checkpoints = job.run.checkpoints

@@ -16,6 +16,7 @@ from jaxprompt.data.batches import Batch
 from jaxprompt.losses import Loss, Losses, LossSums, cross_entropy
 from jaxprompt.methods.base import (
     Method,
+    Trainables,
     inject,
     join_groups,
     length_groups,
@@ -93,6 +94,144 @@ def _summed_losses(
 Step = Callable[[TrainState, registry.Params, Sequence[Batch]], tuple[TrainState, Losses]]
 
 
+class TrainStep:
+    """A compiled ``(state, params, micro-batches) -> (state, losses)``, see ``make_train_step``."""
+
+    def __init__(self, functions: "StepFunctions"):
+        self._frozen = functions.method.frozen
+        self._single_step = jax.jit(functions.single_step, donate_argnums=0)
+        self._accumulate = jax.jit(functions.accumulate, donate_argnums=0)
+        self._apply_gradients = jax.jit(functions.apply_gradients, donate_argnums=0)
+        spread = functions.zeros_sharding()
+        self._zero_grads = jax.jit(functions.zero_grads, out_shardings=spread)
+        self._params: registry.Params | None = None  # of the last call
+        self._frozen_params: registry.Params = {}  # the same as the step takes them
+
+    def __call__(
+        self, state: TrainState, params: registry.Params, batches: Sequence[Batch]
+    ) -> tuple[TrainState, Losses]:
+        if self._frozen:
+            params = self._as_bits(params)
+        if len(batches) == 1:
+            return self._single_step(state, params, batches[0])
+        sums = self._zero_grads(state.tree)
+        for batch in batches:
+            sums = self._accumulate(sums, state.tree, params, batch)
+        return self._apply_gradients(state, sums)
+
+    def _as_bits(self, params: registry.Params) -> registry.Params:
+        if self._params is not params:
+            self._params, self._frozen_params = params, quantization.view_as_uint16(params)
+        return self._frozen_params
+
+
+class StepFunctions:
+    """The pure functions that a step is made of; ``TrainStep`` compiles them.
+
+    Sums are stacked: each device has those of its own rows, along a new first axis.
+    """
+
+    def __init__(
+        self,
+        config: registry.Config,
+        method: Method,
+        optimizer: optax.GradientTransformation,
+        loss: Loss,
+        mesh: Mesh | None,
+    ):
+        self.method = method
+        self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
+        # the devices that share the weights that are trained, if they do
+        shares = not method.frozen and parallel.divides_weights(mesh)
+        self._shared_by = mesh if shares else None
+        divided = method.frozen or shares
+        self._axes = registry.model_for(config).logical_axes(config) if divided else None
+
+    def single_step(
+        self, state: TrainState, params: registry.Params, batch: Batch
+    ) -> tuple[TrainState, Losses]:
+        """A step on a batch that is in one piece."""
+        return self.apply_gradients(state, self._stacked_sums(params, state.tree, batch))
+
+    def accumulate(
+        self, sums: StepSums, trainables: Trainables, params: registry.Params, batch: Batch
+    ) -> StepSums:
+        """The sums with those of one more micro-batch."""
+        return jax.tree.map(jnp.add, sums, self._stacked_sums(params, trainables, batch))
+
+    def apply_gradients(self, state: TrainState, sums: StepSums) -> tuple[TrainState, Losses]:
+        """The state after the step that has these sums."""
+        sums = parallel.psum_over_batch(sums, self._mesh, self._specs(state.tree))
+        gradient = sums.mean_gradient()
+        updates, opt_state = self._optimizer.update(gradient, state.optimizer, state.tree)
+        trainables = optax.apply_updates(state.tree, updates)
+        state = TrainState(state.step + 1, trainables, opt_state)
+        if self._shared_by is not None:
+            spread = shardings(state, self.method, self._config, self._shared_by)
+            state = jax.lax.with_sharding_constraint(state, spread)
+        return state, sums.losses.means()
+
+    def _sums_of_rows(self, params, trainables: Trainables, batch: Batch) -> StepSums:
+        """The sums of the rows that one device has."""
+        if self._config.dropout > 0 and batch.dropout_seed is None:
+            raise ValueError(
+                "A batch without dropout seeds has no dropout; give its examples some."
+            )
+
+        def objective(trainables):
+            injection = inject(self.method, trainables, params)
+            if self._shared_by is not None:
+                whole = parallel.gather_params(injection.params, self._axes)
+                injection = injection._replace(params=whole)
+            each, sums = _summed_losses(
+                params, injection, self._config, batch, num_members(trainables), self._loss
+            )
+            return jnp.sum(each), sums
+
+        gradient, sums = jax.grad(objective, has_aux=True)(trainables)
+        return StepSums(gradient, sums)
+
+    def _stacked_sums(self, params, trainables, batch):
+        """The sums of each device's own rows, along a new first axis."""
+        if self._shared_by is None:
+            work = parallel.shard_over_batch(
+                self._sums_of_rows, self._mesh, self._axes, stacked=True
+            )
+            return work(params, trainables, batch)
+        # the parts that devices have of what is trained take the place of the parameters
+        work = parallel.shard_over_batch(
+            lambda trainables, _, batch: self._sums_of_rows({}, trainables, batch),
+            self._shared_by,
+            lambda trainables: self._specs(trainables).gradient,
+            stacked=True,
+            results=_specs_of_sums,
+        )
+        specs = parallel.stacked_specs(self._specs(trainables))
+        place = parallel.named_shardings(self._shared_by, specs)
+        return jax.lax.with_sharding_constraint(work(trainables, {}, batch), place)
+
+    def zero_grads(self, trainables: Trainables) -> StepSums:
+        """The sums of no rows."""
+        if self._shared_by is not None:
+            each = jnp.zeros(num_members(trainables))
+            sums = StepSums(trainables, LossSums(each, each, each))
+            return parallel.stacked_zeros(sums, self._shared_by, self._specs(trainables))
+        shards = parallel.num_batch_shards(self._mesh)
+        gradient = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), x.dtype), trainables)
+        each = jnp.zeros((shards, num_members(trainables)))
+        return StepSums(gradient, LossSums(each, each, each))
+
+    def zeros_sharding(self) -> Any:
+        """Where ``zero_grads`` are, if they do not say so themselves."""
+        return None if self._shared_by else parallel.batch_sharding(self._mesh)
+
+    def _specs(self, trainables: Trainables) -> Any:
+        """How the sums are spread, where devices share what is trained; else None."""
+        if self._shared_by is None:
+            return None
+        return _specs_of_sums(_specs(trainables, self._config, self._shared_by))
+
+
 def make_train_step(
     config: registry.Config,
     method: Method,
@@ -100,107 +239,21 @@ def make_train_step(
     *,
     mesh: Mesh | None = None,
     z_loss: float = 0.0,
-) -> Step:
+) -> TrainStep:
     """A compiled ``(state, params, micro-batches) -> (state, losses)``; it donates the state.
 
     However a batch is cut into micro-batches, the step is the same to float32's error: gradients
-    add up, and each prompt's mean is taken over the whole batch. Every shape of a micro-batch is
+    add up, and each member's mean is taken over the whole batch. Every shape of a micro-batch is
     compiled once. With a ``mesh``, each device of its ``data`` and ``fsdp`` axes takes rows of its
-    own, and they add up nothing but these sums, once a step. Dropout is drawn from the noise that
-    each example of a batch brings along: it is the same however the batch is cut, and a resumed run
-    needs no random state. Raises ValueError for a batch without it, where the config has dropout.
+    own, and once a step the devices exchange nothing but these sums. Dropout is drawn from the seed
+    that each example of a batch has: it is the same however the batch is cut, and a resumed run
+    needs no random state.
+
+    Raises:
+        ValueError: for a batch without dropout seeds, where the config has dropout.
     """
-
     loss = cross_entropy(z_loss)
-    # the devices that share the weights that are trained, if they do
-    shared_by = None if method.frozen or not parallel.divides_weights(mesh) else mesh
-    frozen_or_shared = method.frozen or shared_by is not None
-    axes = registry.model_for(config).logical_axes(config) if frozen_or_shared else None
-
-    def sums_of_rows(params, tree, batch):
-        if config.dropout > 0 and batch.dropout_seed is None:
-            raise ValueError("A batch without noise has no dropout; give its examples some.")
-
-        def objective(tree):
-            injection = inject(method, tree, params)
-            if shared_by is not None:
-                tuned = parallel.gather_params(injection.params, axes)
-                injection = injection._replace(params=tuned)
-            each, sums = _summed_losses(params, injection, config, batch, num_members(tree), loss)
-            return jnp.sum(each), sums
-
-        gradient, sums = jax.grad(objective, has_aux=True)(tree)
-        return StepSums(gradient, sums)
-
-    everywhere = parallel.shard_over_batch(sums_of_rows, mesh, axes, stacked=True)
-    specs: Any = lambda tree: None
-    if shared_by is not None:
-        everywhere, specs = _over_parts(sums_of_rows, config, shared_by)
-
-    def finish(state, sums):
-        sums = parallel.psum_over_batch(sums, mesh, specs(state.tree))
-        updates, opt_state = optimizer.update(sums.mean_gradient(), state.optimizer, state.tree)
-        tree = optax.apply_updates(state.tree, updates)
-        state = TrainState(state.step + 1, tree, opt_state)
-        if shared_by is not None:
-            place = shardings(state, method, config, shared_by)
-            state = jax.lax.with_sharding_constraint(state, place)
-        return state, sums.losses.means()
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def at_once(state, params, batch):
-        return finish(state, everywhere(params, state.tree, batch))
-
-    @functools.partial(jax.jit, out_shardings=None if shared_by else parallel.batch_sharding(mesh))
-    def nothing(tree):
-        if shared_by is not None:
-            each = jnp.zeros(num_members(tree))
-            sums = StepSums(tree, LossSums(each, each, each))
-            return parallel.stacked_zeros(sums, shared_by, specs(tree))
-        ways = parallel.num_batch_shards(mesh)
-        gradient = jax.tree.map(lambda x: jnp.zeros((ways, *x.shape), x.dtype), tree)
-        each = jnp.zeros((ways, num_members(tree)))
-        return StepSums(gradient, LossSums(each, each, each))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, tree, params, batch):
-        return jax.tree.map(jnp.add, sums, everywhere(params, tree, batch))
-
-    last = jax.jit(finish, donate_argnums=0)
-
-    held: list[Any] = [None, None]
-
-    def train_step(state, params, batches):
-        if method.frozen and held[0] is not params:
-            held[:] = params, quantization.view_as_uint16(params)
-        params = held[1] if method.frozen else params
-        if len(batches) == 1:
-            return at_once(state, params, batches[0])
-        sums = nothing(state.tree)
-        for batch in batches:
-            sums = add(sums, state.tree, params, batch)
-        return last(state, sums)
-
-    return train_step
-
-
-def _over_parts(sums_of_rows, config: registry.Config, mesh: Mesh):
-    """``sums_of_rows`` of a tree whose weights the devices share, and how its sums are spread."""
-
-    def specs(tree):
-        return _specs_of_sums(_specs(tree, config, mesh))
-
-    work = parallel.shard_over_batch(
-        lambda tree, _, batch: sums_of_rows({}, tree, batch), mesh,
-        lambda tree: specs(tree).gradient, stacked=True,
-        results=_specs_of_sums,
-    )  # fmt: skip
-
-    def everywhere(params, tree, batch):
-        place = parallel.named_shardings(mesh, parallel.stacked_specs(specs(tree)))
-        return jax.lax.with_sharding_constraint(work(tree, {}, batch), place)
-
-    return everywhere, specs
+    return TrainStep(StepFunctions(config, method, optimizer, loss, mesh))
 
 
 def _specs_of_sums(specs: Any) -> Any:
@@ -239,16 +292,15 @@ def first_state(
     )
 
 
-def sound(tree: Any) -> Bool[np.ndarray, " K"]:
-    """Whether all numbers of a prompt are finite."""
-
-    return np.concatenate(processes.fetch(_sound(length_groups(tree))))
+def all_finite(trainables: Trainables) -> Bool[np.ndarray, " K"]:
+    """Whether all numbers of a member are finite."""
+    return np.concatenate(processes.fetch(_all_finite(length_groups(trainables))))
 
 
 @jax.jit
-def _sound(trees):
-    fine = lambda x: jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
-    return [jnp.all(jnp.stack([*map(fine, jax.tree.leaves(own))]), axis=0) for own in trees]
+def _all_finite(groups):
+    finite = lambda x: jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+    return [jnp.all(jnp.stack([*map(finite, jax.tree.leaves(g))]), axis=0) for g in groups]
 
 
 def init_state(

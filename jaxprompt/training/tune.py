@@ -61,7 +61,7 @@ from jaxprompt.training.results import (
     tidy_best,
 )
 from jaxprompt.training.run_dir import RunDir
-from jaxprompt.training.step import TrainState, first_state, make_train_step, shardings, sound
+from jaxprompt.training.step import TrainState, all_finite, first_state, make_train_step, shardings
 from jaxprompt.training.steps import Steps
 from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
 
@@ -376,7 +376,7 @@ class Tuning:
             with lent(state.tree) as params:
                 scores = self.evaluator.validate(params, None, active)
         # weights that are not finite may give finite metrics
-        finite = sound(state.tree) & np.isfinite([sum(metrics.values()) for metrics in scores])
+        finite = all_finite(state.tree) & np.isfinite([sum(metrics.values()) for metrics in scores])
         ranked = [metrics[trial.metric] for trial, metrics in zip(active, scores, strict=True)]
         judgement = judge(progress, self.trials, ranked, finite.tolist())
         by_number = dict(zip(progress.active, scores, strict=True))

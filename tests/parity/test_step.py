@@ -299,7 +299,7 @@ def test_dropout_is_a_function_of_the_batch(tiny):
     batches = [make_batch([e._replace(dropout_seed=e.dropout_seed + 1) for e in examples(4)])] * 3
     assert np.abs(a - tuned(config, tiny[1])).max() > 1e-3
     batches = [make_batch([e._replace(dropout_seed=None) for e in examples(4)])]
-    with pytest.raises(ValueError, match="without noise"):
+    with pytest.raises(ValueError, match="without dropout seeds"):
         tuned(config, tiny[1])
 
 

@@ -46,9 +46,9 @@ def test_a_number_for_each_row_gives_the_bits_of_a_number_for_each_target():
     batch = make_batch(EXAMPLES, rows=6)
     values = logits_for(batch)[..., 0]
     owners = np.repeat(batch.member[:, None], batch.targets.shape[1], axis=1)
-    flat = (values * batch.weights).reshape(-1)
-    direct = jax.ops.segment_sum(flat, owners.reshape(-1), num_segments=K)
-    np.testing.assert_array_equal(sum_by_member(values, batch, K), direct)
+    weighted = values * batch.weights
+    direct = jax.ops.segment_sum(weighted.reshape(-1), owners.reshape(-1), num_segments=K)
+    np.testing.assert_array_equal(sum_by_member(weighted, target_members(batch), K), direct)
 
 
 def test_members_that_share_a_row_own_their_own_segments():
@@ -57,8 +57,7 @@ def test_members_that_share_a_row_own_their_own_segments():
     members = np.asarray(target_members(batch))
     for row, own in enumerate(expected):
         assert members[row, : len(own)].tolist() == own
-    ones = jnp.ones(batch.targets.shape)
-    assert sum_by_member(ones, batch, K).tolist() == [3, 3, 3]
+    assert sum_by_member(batch.weights, members, K).tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("lost", range(3))
