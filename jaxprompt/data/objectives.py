@@ -19,18 +19,20 @@ def span_corruption(
 ) -> Example:
     """T5's denoising (Raffel et al. 2020, section 3.1.4).
 
-    ``noise_density`` of the ids, in spans of ``mean_span`` on average, are replaced by one sentinel
-    a span; the target is each sentinel followed by what it stands for. Numbers of tokens and spans
-    are fixed by the length, their places are random; the text never starts with a span.
+    One sentinel takes the place of each span; the target has each sentinel and then the ids of its
+    span. The length of the text fixes the numbers of hidden ids and of spans. Their places are
+    random, and the text never starts with a span. With sentinels [99 98], "a b c d e f" may become
+    inputs [a b 99 d e 98 EOS] and targets [99 c 98 f EOS].
 
-    ids: at least 2. sentinels: their ids in order of use.
-
-    With sentinels [99 98], "a b c d e f" may become inputs [a b 99 d e 98 EOS] and targets
-    [99 c 98 f EOS].
+    Args:
+        ids: at least 2.
+        sentinels: ids of the sentinels, in order of use.
+        noise_density: share of the ids that spans hide.
+        mean_span: average length of a span.
     """
     size = len(ids)
-    noise = min(max(round(size * noise_density), 1), size - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, size - noise, len(sentinels))
+    noise, spans = _noise_and_spans(size, noise_density, mean_span)
+    spans = min(spans, len(sentinels))
     kept_lengths = _composition(size - noise, spans, rng)
     noise_lengths = _composition(noise, spans, rng)
     inputs, targets, at = [], [], 0
@@ -44,17 +46,22 @@ def span_corruption(
 
 
 def span_lengths(size: int, *, noise_density: float, mean_span: float) -> tuple[int, int]:
-    """Tokens of inputs and targets that ``size`` ids become, sentinels and EOS included."""
-    noise = min(max(round(size * noise_density), 1), size - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, size - noise)
+    """Lengths of the inputs and targets of ``size`` ids, with sentinels and EOS."""
+    noise, spans = _noise_and_spans(size, noise_density, mean_span)
     return size - noise + spans + 1, noise + spans + 1
+
+
+def _noise_and_spans(size: int, noise_density: float, mean_span: float) -> tuple[int, int]:
+    """How many of ``size`` ids are hidden, and in how many spans."""
+    noise = min(max(round(size * noise_density), 1), size - 1)
+    return noise, min(max(round(noise / mean_span), 1), noise, size - noise)
 
 
 def prefix_lm(ids: Ids, rng: np.random.Generator, *, eos: int, longest_target: int) -> Example:
     """Text cut at a random place: the encoder reads the first part, the decoder writes the rest.
 
-    The LM adaptation of Lester et al. 2021, section 3.1. The rest has at most ``longest_target``
-    ids with its EOS, which marks the end of the cut-out and not of the text.
+    This is the LM adaptation of Lester et al. 2021, section 3.1. With its EOS the rest has at most
+    ``longest_target`` ids. The EOS marks the end of this stretch of text, not of the document.
     """
     rest = int(rng.integers(1, min(len(ids) - 1, longest_target - 1) + 1))
     end = np.array([eos], ids.dtype)
@@ -65,6 +72,6 @@ def prefix_lm(ids: Ids, rng: np.random.Generator, *, eos: int, longest_target: i
 
 
 def _composition(total: int, parts: int, rng: np.random.Generator) -> Ids:
-    """``parts`` positive numbers that sum to ``total``, all such choices equally likely."""
+    """Random positive numbers, ``parts`` of them, that sum to ``total``; all are equally likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))

@@ -40,8 +40,8 @@ class Streams(NamedTuple):
     train: list[Stream]
     held_out: list[Stream]
     texts: dict[str, Ragged]  # held-out documents by source
-    tokens: dict[str, int]  # of the training part by source
-    digests: dict[str, str]  # of all ids of a source, and of the prompts of pairs
+    tokens: dict[str, int]  # of the training part, by source
+    digests: dict[str, str]  # of all ids of a source and of the prompt numbers of its pairs
 
 
 def read_documents(source: TextSource) -> list[str]:
@@ -88,9 +88,13 @@ def open_streams(
     cache: Path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Streams:
-    """Tokenize all sources, or take their tokens from ``cache``, and split off what is held out.
+    """Tokenize all sources, or take their tokens from ``cache``, and split off held-out parts.
 
-    ``vocab_rows``: V of the backbone, above which virtual tokens have their ids.
+    Args:
+        vocab_rows: V of the backbone; the ids of virtual tokens start there.
+
+    Raises:
+        UserError: for a source without enough text, and for a row that cannot be used.
     """
     streams = Streams([], [], {}, {}, {})
     for source in config.text:
@@ -140,11 +144,11 @@ def _checked(texts: list[str], tokenizer: Tokenizer, cache: Path, vocab_rows: in
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
-        told.update(f"{array.dtype} {array.shape}".encode())
-        told.update(np.ascontiguousarray(array).data)
-    return told.hexdigest()[:32]
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:32]
 
 
 def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
@@ -261,10 +265,14 @@ def packed_batch(
     shares: Sequence[float],
     rng: np.random.Generator,
 ) -> Batch:
-    """Rows filled first-fit with examples of random streams.
+    """A batch of rows, each filled with examples of random streams.
 
-    ``shares``: probability of each stream. Examples that find no room are dropped, and the batch
-    is done after a few of them in a row; long examples are thus drawn slightly too rarely.
+    An example goes into the first row that has room for it. Examples that fit in no row are
+    dropped, and the batch is done after ``MISSES`` of them in a row, so long examples are slightly
+    too rare.
+
+    Args:
+        shares: the probability of each stream.
     """
     rows: list[list[Example]] = [[] for _ in range(config.train.batch_size)]
     room = np.tile([config.input_length, config.target_length], (len(rows), 1))
