@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from jaxprompt import __version__
-from jaxprompt.cli import artefacts, studies, train, use
+from jaxprompt.cli import artefacts, discover, studies, train, use
 from jaxprompt.cli.errors import check_form, end_command
 from jaxprompt.cli.options import with_groups
 from jaxprompt.runtime.compilation import keep_compiled
@@ -42,6 +42,7 @@ def before_any_command(
 
 
 for name, command in {
+    "init": discover.init,
     "train": train.train,
     "pretrain": train.pretrain,
     "plan": train.plan,
@@ -51,6 +52,8 @@ for name, command in {
     "inspect": use.inspect,
     "export": artefacts.export,
     "reproduce": studies.reproduce,
+    "tasks": discover.tasks,
+    "backbones": discover.backbones,
 }.items():
     app.command(name)(with_groups(command))
 
