@@ -51,6 +51,7 @@ for name, command in {
     "score": use.score,
     "inspect": use.inspect,
     "export": artefacts.export,
+    "push": artefacts.push,
     "reproduce": studies.reproduce,
     "tasks": discover.tasks,
     "backbones": discover.backbones,

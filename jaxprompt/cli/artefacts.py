@@ -7,6 +7,7 @@ import typer
 
 from jaxprompt.cli.options import BackboneOption, PromptArgument, at_home
 from jaxprompt.cli.output import print_json
+from jaxprompt.config.errors import UserError, shown
 
 
 def export(
@@ -34,3 +35,81 @@ def export(
         base = str((output / "backbone").absolute())
     save_peft(output / "adapter", loaded, base_model=base)
     print_json({"adapter": str(output / "adapter"), "backbone": base})
+
+
+def push(
+    prompt: PromptArgument,
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME of a model repository")],
+    public: Annotated[
+        bool, typer.Option("--public", help="a repository that is made new is public, not private")
+    ] = False,
+    message: Annotated[str, typer.Option(help="of the commit")] = "Upload a soft prompt",
+) -> None:
+    """Upload the folder of a prompt to a model repository of the Hugging Face hub.
+
+    A repository that is not there is made, private unless --public. The token is the one of
+    HF_TOKEN or of `hf auth login`; HF_ENDPOINT names another hub. Prints the address as JSON.
+
+    \b
+    jaxprompt push runs/my/prompt me/my-prompt
+    """
+    from jaxprompt.methods.artefact import load_prompt
+
+    load_prompt(prompt)  # refuses what is no prompt
+    if not prompt.is_dir():
+        raise UserError(
+            f"{shown(str(prompt))} is a file; give the folder of a prompt with its model card."
+        )
+    print_json(upload(prompt, repo_id, private=not public, message=message))
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> dict[str, str]:
+    """Upload a folder to a model repository, which is made if it is not there.
+
+    Returns:
+        ``{"repository": its address, "commit": the address of the commit}``.
+
+    Raises:
+        UserError: the name is no repository's, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()  # at HF_ENDPOINT, if that is set
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        commit = api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message=message
+        )
+    except HFValidationError as error:
+        raise UserError(
+            f"{shown(repo_id)} is not the name of a repository ({_short(error)}); give OWNER/NAME."
+        ) from None
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing is uploaded; unset it.") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        hint = "; set HF_TOKEN to a token that may write there, or run `hf auth login`"
+        raise UserError(
+            f"The hub refuses the upload to {shown(repo_id)} ({_short(error)})"
+            f"{hint if status in (401, 403) else ''}."
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise _unreachable(api.endpoint, error) from None
+    except Exception as error:
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+            raise
+        raise _unreachable(api.endpoint, error) from None
+    return {"repository": str(repository), "commit": commit.commit_url}
+
+
+def _unreachable(endpoint: str, error: Exception) -> UserError:
+    return UserError(
+        f"The upload to {endpoint} failed ({_short(error)}); check the network and HF_ENDPOINT, "
+        "then run the same command again."
+    )
+
+
+def _short(error: Exception) -> str:
+    """The error's text in a line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")

@@ -9,15 +9,29 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.schema import MOST_ROWS
 
 
 def at_home(path: Path | Sequence[Path] | None) -> Path | list[Path] | None:
-    """A path, or several, with ``~`` written out: shells do not do it behind ``--output=``."""
+    """A path, or several, with ``~`` written out: shells do not do it behind ``--output=``.
+
+    Raises:
+        UserError: the path is ``-``, which many commands take for a standard stream.
+    """
     if isinstance(path, list | tuple):
-        return [Path(expanded(one)) for one in path]
-    return None if path is None else Path(expanded(typing.cast(Path, path)))
+        return [_at_home(one) for one in path]
+    return None if path is None else _at_home(typing.cast(Path, path))
+
+
+def _at_home(path: Path | str) -> Path:
+    if str(path) == "-":
+        raise UserError(
+            "'-' is not read as a standard stream: name /dev/stdout for standard output, or ./- "
+            "for a file of this name."
+        )
+    return Path(expanded(path))
 
 
 ConfigArgument = Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")]

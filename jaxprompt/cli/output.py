@@ -4,8 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-from jaxprompt.config.errors import UserError
-
 
 def print_json(value: object) -> None:
     """Print a value readably, with escapes where standard output cannot show a character."""
@@ -48,10 +46,5 @@ def check_rows_output(path: Path, inputs: list[Path]) -> int | None:
     from jaxprompt.data.writers import format_of
     from jaxprompt.runtime.files import check_output
 
-    if str(path) == "-":
-        raise UserError(
-            "--output is '-', which says no format; write to /dev/stdout for JSON lines on "
-            "standard output, or name a file."
-        )
     format_of(path)
     return check_output(path, inputs)
