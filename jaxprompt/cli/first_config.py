@@ -17,8 +17,9 @@ from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.overrides import read_yaml
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.data.references import references
 from jaxprompt.data.sources import Row, read_rows
-from jaxprompt.data.tasks.registry import TASKS, references, resolve_task
+from jaxprompt.data.tasks.registry import TASKS, resolve_task
 from jaxprompt.data.templates import as_text
 from jaxprompt.runtime.files import check_output, write_atomically
 

@@ -9,8 +9,9 @@ import pytest
 from jaxprompt.cli.first_config import Asked, Columns, draft, guess_columns, split_rows, write
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import load_config
+from jaxprompt.data.references import references
 from jaxprompt.data.sources import read_rows
-from jaxprompt.data.tasks.registry import references, resolve_task
+from jaxprompt.data.tasks.registry import resolve_task
 
 WORDS = ("red", "green", "blue")
 
