@@ -55,6 +55,7 @@ for name, command in {
     "reproduce": studies.reproduce,
     "tasks": discover.tasks,
     "backbones": discover.backbones,
+    "settings": discover.settings,
 }.items():
     app.command(name)(with_groups(command))
 

@@ -1,5 +1,6 @@
 """Commands that help to begin: a config for a file, and what there is to choose from."""
 
+import json
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -121,6 +122,38 @@ def backbones() -> None:
         ("PATH", "a directory of Hugging Face files, a T5X checkpoint, a .gguf file", "local"),
     ]
     _print_table(rows)
+
+
+def settings(
+    key: Annotated[
+        str | None, typer.Argument(help="a key, a section or its last part; none: all")
+    ] = None,
+    json_schema: Annotated[
+        bool, typer.Option("--json-schema", help="a JSON schema of configs, for editors")
+    ] = False,
+    pretrain: Annotated[
+        bool, typer.Option("--pretrain", help="of `jaxprompt pretrain` instead of train")
+    ] = False,
+) -> None:
+    """The settings of a config: key, type, default, what it does.
+
+    \b
+    jaxprompt settings train.schedule
+    jaxprompt settings prompt
+    jaxprompt settings --json-schema > jaxprompt.schema.json
+    """
+    from jaxprompt.config import reference
+
+    schema = reference.SCHEMAS["pretrain" if pretrain else "train"]
+    if json_schema:
+        print(json.dumps(reference.json_schema(schema), indent=2))
+        return
+    for setting in reference.find(key, schema) if key else reference.settings(schema):
+        default = setting.default or "required"
+        allowed = f": {setting.allowed}" if setting.allowed else ""
+        print(f"{setting.key} = {default}  ({setting.type}{allowed})")
+        if setting.description:
+            print(f"    {setting.description}")
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -476,7 +476,7 @@ def render(task: Mapping[str, object], asked: Asked, why: Sequence[str]) -> str:
         "train:",
         "  steps: 1000  # more help where the metric still rises at the end",
         "  batch_size: 32",
-        "  length_window: 16  # rows of similar length share a batch",
+        "  length_bucketing_window: 16  # rows of similar length share a batch",
         "  learning_rate: 0.3",
         "  schedule: linear  # falls to 0 at the last step",
         "  evaluate_every: 100",
