@@ -121,7 +121,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         model.logical_axes(shape),
     )
     optimizer = per_prompt(config.train)
-    start = np.zeros((1, method.rows(config.prompt), shape.d_model), np.float32)
+    start = np.zeros((1, method.num_start_vectors(config.prompt), shape.d_model), np.float32)
     everywhere = parallel.replicated(mesh)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)
     state = jax.tree.map(
