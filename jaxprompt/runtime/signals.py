@@ -1,23 +1,13 @@
-"""Signals that end a run where it can go on, and the lock that keeps a second run away."""
+"""Signals that end a run where it can go on."""
 
 import contextlib
-import errno
-import fcntl
-import os
 import signal
-import socket
-import stat
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import jax
-
-from jaxprompt.config.errors import UserError
-
-LOCK = "lock"
 
 
 class Interrupted(Exception):
@@ -106,52 +96,3 @@ class Signals:
             yield
         finally:
             self._held = before
-
-
-def _open_lock(path: Path) -> IO[str]:
-    """A regular file of its own; what a link names is never written to."""
-    try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR):
-            raise
-    else:
-        found = os.fstat(file.fileno())
-        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
-            return file
-        file.close()
-    raise UserError(
-        f"{str(path)!r} is no file of its own but a link or the like; remove it, or choose another "
-        "output."
-    )
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in ``folder``; a second is refused with a UserError.
-
-    The kernel drops the lock with the process, however that ends.
-    """
-    path = folder / LOCK
-    with _open_lock(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise FileNotFoundError  # its owner has just taken it away
-        except (BlockingIOError, FileNotFoundError):
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise UserError(
-                f"{owner} is at work in {str(folder)!r}; wait for its end, or choose another "
-                "output."
-            ) from None
-        except OSError:  # a file system without locks: nothing can be promised
-            yield
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime.files import write_atomically
-from jaxprompt.runtime.signals import locked
+from jaxprompt.runtime.lock import locked
 from jaxprompt.studies.baselines import Record, few_shot, free_generation, hard_prompt
 from jaxprompt.training.loop import train
 from jaxprompt.training.metric_log import NullReporter

@@ -8,7 +8,7 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
-from jaxprompt.runtime.signals import LOCK
+from jaxprompt.runtime.lock import LOCK
 from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.cells import Bench, run_cells

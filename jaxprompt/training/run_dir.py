@@ -19,7 +19,7 @@ from jaxprompt.config.validation import parse
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import PART, write_atomically
-from jaxprompt.runtime.signals import LOCK, locked
+from jaxprompt.runtime.lock import LOCK, locked
 from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import CHECKSUMS, Checkpoints, checkpoint_folders
 from jaxprompt.training.metric_log import MetricWriter

@@ -17,7 +17,8 @@ from helpers import run_config as config
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.runtime.signals import Interrupted, Signals, locked
+from jaxprompt.runtime.lock import locked
+from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training import checkpoint, evaluator
 from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.divergence import Diverged

@@ -14,7 +14,7 @@ from jaxprompt.data import writers
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.writers import Answered, check_rows, format_of, write_rows
 from jaxprompt.runtime.files import check_output, replace_directory, write_atomically, write_output
-from jaxprompt.runtime.signals import locked
+from jaxprompt.runtime.lock import locked
 
 ROWS = [
     {"text": 'a "quoted", text\r\nof\tlines\n', "other": "\u20ac é \x85 \u2028", "n": "007"},
