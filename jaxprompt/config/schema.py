@@ -150,7 +150,7 @@ class TaskConfig(Schema):
     @model_validator(mode="after")
     def _can_be_answered(self) -> Self:
         labels = self.labels
-        if labels is not None and (not labels or len(set(labels)) < len(labels)):
+        if labels is not None and (not labels or len({x.strip() for x in labels}) < len(labels)):
             raise ValueError(
                 f"labels are {shown(labels)}, and some different ones are needed; leave the key "
                 "out for free generation"

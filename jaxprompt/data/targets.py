@@ -33,7 +33,7 @@ def as_written(
     """
     if task.labels is not None:
         return Judged(list(judges), [])
-    texts = list(dict.fromkeys(t for found in judges for t in (found.text, *found.answers)))
+    texts = list(dict.fromkeys(text for one in judges for text in (one.text, *one.answers)))
     written, unknown, long = {}, set(), set()
     for text, ids in zip(texts, tokenizer.encode_targets(texts, task.separator), strict=True):
         if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
@@ -42,17 +42,15 @@ def as_written(
             long.add(text)
         written[text] = text if text in unknown else tokenizer.decode(ids)
     judged = [
-        found._replace(
-            text=written[found.text], answers=tuple(written[text] for text in found.answers)
-        )
-        for found in judges
+        one._replace(text=written[one.text], answers=tuple(written[text] for text in one.answers))
+        for one in judges
     ]
-    lost = [found for found in judges if unknown.issuperset(found.answers)]
+    lost = [one for one in judges if unknown.issuperset(one.answers)]
     out_of_reach = unknown | long
     cut = [
-        found
-        for found in judges
-        if out_of_reach.issuperset(found.answers) and not unknown.issuperset(found.answers)
+        one
+        for one in judges
+        if out_of_reach.issuperset(one.answers) and not unknown.issuperset(one.answers)
     ]
     return Judged(judged, [*_lost(lost, len(judged), what), *_cut(task, cut, len(judged), what)])
 
@@ -68,7 +66,7 @@ def unknown_targets(
     if task.labels is not None or tokenizer.unk_id is None:
         return []
     pairs = zip(references, examples, strict=True)
-    lost = [found for found, example in pairs if (example.targets == tokenizer.unk_id).any()]
+    lost = [one for one, example in pairs if (example.targets == tokenizer.unk_id).any()]
     return _lost(lost, len(references), what)
 
 
@@ -96,17 +94,27 @@ def _cut(task: TaskConfig, cut: Sequence[Reference], count: int, what: str) -> l
 
 
 def label_warnings(task: TaskConfig, tokenizer: Tokenizer) -> list[str]:
-    """A sentence where label words have characters that the vocabulary cannot write."""
+    """A sentence on label words with unknown characters, and one on blanks that end a label."""
     labels = task.labels or ()
     ids = tokenizer.encode_targets(labels, task.separator)
-    odd = [label for label, row in zip(labels, ids, strict=True) if tokenizer.unk_id in row]
-    if not odd:
-        return []
-    words = ", ".join(map(repr, odd))[:200]
-    return [
-        f"the backbone's vocabulary lacks characters of the labels {words} and reads them as "
-        "unknown; use other words, with task.label_map to reach them from the data"
-    ]
+    unknown = [label for label, row in zip(labels, ids, strict=True) if tokenizer.unk_id in row]
+    blank = [label for label in labels if label != label.rstrip()]
+    warnings = []
+    if unknown:
+        warnings.append(
+            f"the backbone's vocabulary lacks characters of the labels {_words(unknown)} and reads "
+            "them as unknown; use other words, with task.label_map to reach them from the data"
+        )
+    if blank:
+        warnings.append(
+            f"the labels {_words(blank)} end with a blank, which may count in their scores; leave "
+            "it out, with task.label_map to reach the label from the data"
+        )
+    return warnings
+
+
+def _words(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels))[:200]
 
 
 def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
@@ -114,7 +122,7 @@ def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
     Raises UserError where a free answer cannot tell two labels apart, or ends before one does.
     """
-    found: dict[str, str] = {}
+    label_of_text: dict[str, str] = {}
     labels = task.labels or ()
     for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):
         if len(ids) - 1 > task.max_target_length:
@@ -122,10 +130,10 @@ def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
                 f"Label {label!r} has {len(ids) - 1} tokens, and task.max_target_length, at which "
                 f"answers end, is {task.max_target_length}; raise it."
             )
-        other = found.setdefault(tokenizer.decode(ids), label)
+        other = label_of_text.setdefault(tokenizer.decode(ids), label)
         if other != label:
             raise UserError(
                 f"Labels {other!r} and {label!r} are the same text to this backbone; use other "
                 "words, with task.label_map to reach them from the data."
             )
-    return found
+    return label_of_text

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.rows import Row
+from jaxprompt.data.rows import Row, separator_hint
 
 _MARKER = re.compile(r"\[prompt(?::([0-9]{1,6}))?\]")
 _NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
@@ -122,7 +122,7 @@ def fill(
         if match[1] not in row:
             raise UserError(
                 f"Template {shown(template)} needs column {match[1]!r}, which {where} lacks; it "
-                f"has {listed(map(repr, row)) or 'no columns'}."
+                f"has {listed(map(repr, row)) or 'no columns'}{separator_hint(list(row))}."
             )
         return escape(as_text(row[match[1]], match[1], where))
 

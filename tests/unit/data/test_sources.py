@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.data import sources
+from jaxprompt.data import parquet_file
+from jaxprompt.data.rows import plain_value
 from jaxprompt.data.sources import read_rows
 
 ROWS = [
@@ -171,9 +172,9 @@ def test_tfds_set_that_is_not_prepared():
 
 def test_tfds_values_become_plain_text():
     values = np.array([b"a", b"\xc3\xa9"], object)
-    assert sources._plain(values) == ["a", "é"]
-    assert sources._plain(np.int64(3)) == 3
-    assert sources._plain({"a": [np.float32(0.1)], "b": b"\xff"}) == {"a": [0.1], "b": b"\xff"}
+    assert plain_value(values) == ["a", "é"]
+    assert plain_value(np.int64(3)) == 3
+    assert plain_value({"a": [np.float32(0.1)], "b": b"\xff"}) == {"a": [0.1], "b": b"\xff"}
 
 
 def test_a_local_folder_is_a_hugging_face_dataset(tmp_path, monkeypatch):
@@ -386,8 +387,8 @@ def test_equal_names_of_parquet_columns(tmp_path):
 
 
 def test_many_rows_of_parquet_are_made_on_demand(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LAZY_FROM", 10)
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(parquet_file, "LAZY_FROM", 10)
+    monkeypatch.setattr(parquet_file, "BLOCK", 7)
     table = pa.table({"i": list(range(100)), "s": [str(i) for i in range(100)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=23)
     rows = read_rows(None, str(tmp_path / "a.parquet"))
@@ -416,3 +417,32 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a.jsonl", '{"a": 1}\n')
     assert list(read_rows(None, "~/a.jsonl")) == [{"a": 1}] == list(read_rows("folder:~", "a"))
+
+
+@pytest.mark.parametrize(
+    "line", ['x, "y"', ' "x",y', 'x, "y, z"', '"a ""b""", "y"'],
+)  # fmt: skip
+def test_quotes_behind_a_blank_do_not_silently_become_text(tmp_path, line):
+    path = write(tmp_path, "a.csv", f"text,label\na,b\n{line}\n")
+    with pytest.raises(UserError, match="line 3: a blank stands before the quotes of a cell"):
+        read_rows(None, path)
+
+
+@pytest.mark.parametrize(
+    "line, cells",
+    [
+        ('x," ""y"""', ["x", ' "y"']),  # said with quotes around the cell
+        ('"x, ""y""",z', ['x, "y"', "z"]),
+        ('x, "y" she said', ["x", ' "y" she said']),  # not the whole cell
+        ("x, y", ["x", " y"]),
+    ],
+)
+def test_quotes_and_blanks_that_are_text_stay(tmp_path, line, cells):
+    path = write(tmp_path, "a.csv", f"text,label\n{line}\n")
+    assert [list(row.values()) for row in read_rows(None, path)] == [cells]
+
+
+def test_a_table_with_another_separator_is_told(tmp_path):
+    path = write(tmp_path, "a.csv", "text;label\na, b;yes\n")
+    with pytest.raises(UserError, match="line 2: 2 cells.*they look separated by ';', and a .csv"):
+        read_rows(None, path)

@@ -129,3 +129,15 @@ def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "predict_examples", lambda *_, **__: Predictions(["good"], None))
     api.evaluate(session, task=labelled, data=str(path), warn=told.append)
     assert "lacks characters of the labels 'zzz yes'" in told[1]
+
+
+def test_labels_that_differ_only_in_blanks_are_refused():
+    for labels in (["yes", "yes "], [" no", "yes", "no"]):
+        with pytest.raises(ValueError, match="labels are .*some different ones are needed"):
+            mine(labels=labels)
+
+
+def test_a_blank_at_the_end_of_a_label_is_told(t5):
+    [warning] = label_warnings(mine(labels=["good ", "bad"]), t5)
+    assert "the labels 'good ' end with a blank" in warning
+    assert label_warnings(mine(labels=["good", " bad"]), t5) == []

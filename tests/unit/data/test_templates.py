@@ -41,6 +41,8 @@ def test_missing_column_names_it_those_there_are_and_the_row():
         fill("question: {text}", {"txt": "a", "label": "b"})
     with pytest.raises(UserError, match="no columns"):
         fill("{text}", {})
+    with pytest.raises(UserError, match="it has 'text;label'; they look separated by ';'"):
+        fill("{text}", {"text;label": "a;b"})
 
 
 def test_null_is_not_the_word_none():
