@@ -1,10 +1,15 @@
 """The tokenizer that a GGUF file carries, and access to such files through the ``gguf`` package."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.data.gguf_header import check_header
+
+if TYPE_CHECKING:
+    import gguf
+    import tokenizers
+    import transformers
 
 # How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the
 # regular expression, or None for GPT-2's, and whether every digit stands alone
@@ -23,7 +28,7 @@ EXPRESSIONS = [expression for expression, _ in _CUTS.values() if expression is n
 _CONTROL = 3  # token type of llama.cpp
 
 
-def open_gguf(path: Path) -> Any:
+def open_gguf(path: Path) -> "gguf.GGUFReader":
     """A reader of the file; UserError if the package is absent or the file is damaged."""
     try:
         import gguf
@@ -42,7 +47,7 @@ def open_gguf(path: Path) -> Any:
         ) from None
 
 
-def value(reader: Any, key: str, default: Any = None) -> Any:
+def value(reader: "gguf.GGUFReader", key: str, default: Any = None) -> Any:
     """A field of the file's metadata. Raises UserError where it cannot be read as its type says."""
     field = reader.fields.get(key)
     try:
@@ -55,14 +60,14 @@ def value(reader: Any, key: str, default: Any = None) -> Any:
         ) from None
 
 
-def load_gguf_tokenizer(path: Path) -> Any:
+def load_gguf_tokenizer(path: Path) -> "transformers.PreTrainedTokenizerFast":
     """A tokenizer of transformers with the file's vocabulary, merges and special tokens.
 
-    Byte-level BPE only (GPT-2, Llama 3, Qwen2, SmolLM2); UserError for any other kind.
+    Raises:
+        UserError: The file is damaged, or has another kind than byte-level BPE (GPT-2, Llama 3,
+            Qwen2, SmolLM2).
     """
-    import tokenizers
     import transformers
-    from tokenizers import decoders, models, pre_tokenizers
 
     reader = open_gguf(path)
     kind = value(reader, "tokenizer.ggml.model")
@@ -79,60 +84,78 @@ def load_gguf_tokenizer(path: Path) -> Any:
             f"{path} has no vocabulary with merges; name a tokenizer with tokenizer: in the YAML "
             "or --tokenizer"
         )
+    control = [word for word, kind in zip(words, types, strict=False) if kind == _CONTROL]
+    inner = _byte_level_bpe(path, words, merges, control, cut)
+    named = _named_tokens(path, reader, words)
+    if value(reader, "tokenizer.ggml.add_bos_token", False) and "bos_token" in named:
+        from tokenizers.processors import TemplateProcessing
+
+        bos = named["bos_token"]
+        last = len(words) - 1 - words[::-1].index(bos)  # of equal words the vocabulary has the last
+        inner.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, last)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+
+
+def _byte_level_bpe(
+    path: Path, words: list[str], merges: list[str], control: list[str], cut: str
+) -> "tokenizers.Tokenizer":
+    """The tokenizer itself: a word's id is its place; ``cut`` names how text is cut before merges.
+
+    Raises UserError where a merge makes a piece that is not in the vocabulary.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
     vocabulary = {word: id for id, word in enumerate(words)}
     # Llama 3 takes a word of the vocabulary whole, whatever its merges would make of it
     whole = cut == "llama-bpe"
     try:
         pairs = [tuple(merge.split(" ")) for merge in merges]
         inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))
-    except Exception as error:  # a merge of pieces that are not there; the library's are bare
+    except Exception as error:  # the library raises bare ones
         problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} has merges that do not fit its vocabulary: {problem}; download it again"
         ) from None
     expression, digits = _CUTS[cut]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
     if expression is not None:
         steps.append(pre_tokenizers.Split(tokenizers.Regex(expression), "isolated"))
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, plain])
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(
-        [
-            tokenizers.AddedToken(word, special=True, normalized=False)
-            for word, kind in zip(words, types, strict=False)
-            if kind == _CONTROL
-        ]
+        [tokenizers.AddedToken(word, special=True, normalized=False) for word in control]
     )
+    return inner
+
+
+def _named_tokens(path: Path, reader: "gguf.GGUFReader", words: list[str]) -> dict[str, str]:
+    """The special tokens that the file names, as transformers calls them."""
     named = {}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         id = value(reader, f"tokenizer.ggml.{key}_token_id")
         if id is not None:
             named[f"{name}_token"] = words[_id(path, f"{key}_token_id", id, len(words))]
-    if value(reader, "tokenizer.ggml.add_bos_token", False) and "bos_token" in named:
-        from tokenizers.processors import TemplateProcessing
-
-        bos = named["bos_token"]
-        inner.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+    return named
 
 
-def _list(path: Path, reader: Any, key: str) -> list[Any]:
+def _list(path: Path, reader: "gguf.GGUFReader", key: str) -> list[Any]:
     """A list of texts (or of whole numbers: token types) from the metadata; [] without one."""
-    found = value(reader, f"tokenizer.ggml.{key}")
+    items = value(reader, f"tokenizer.ggml.{key}")
     wanted, name = (int, "numbers") if key == "token_type" else (str, "texts")
-    if found is None:
+    if items is None:
         return []
-    if not isinstance(found, list) or not all(type(item) is wanted for item in found):
+    if not isinstance(items, list) or not all(type(item) is wanted for item in items):
         raise UserError(
-            f"{path}: tokenizer.ggml.{key} is {shown(found)}, expected a list of {name}"
+            f"{path}: tokenizer.ggml.{key} is {shown(items)}, expected a list of {name}"
         )
-    return found
+    return items
 
 
-def _id(path: Path, key: str, id: Any, size: int) -> int:
+def _id(path: Path, key: str, id: object, size: int) -> int:
     if type(id) is not int or not 0 <= id < size:
         raise UserError(
             f"{path}: tokenizer.ggml.{key} is {shown(id)}, expected a whole number from 0 to "

@@ -28,6 +28,10 @@ _CUTTING = {"WhitespaceSplit", "Whitespace", "BertPreTokenizer"}
 _HARMLESS = {"Digits", "Punctuation"}  # they look at one character at a time
 
 
+Encode = Callable[[list[str]], list[list[int]]]  # texts -> ids
+Spec = dict[str, Any]  # a part of a tokenizer's JSON form
+
+
 class Cuts(NamedTuple):
     """Where a tokenizer lets a text be cut."""
 
@@ -35,7 +39,7 @@ class Cuts(NamedTuple):
     longest: int  # piece of a unigram model; 0: not within words
 
 
-def cuts_of(spec: dict[str, Any], own: Sequence[str]) -> Cuts:
+def cuts_of(spec: Spec, own: Sequence[str]) -> Cuts:
     """Those of a tokenizer in its JSON form; ``own``: added tokens that are part of no piece."""
     parts = lambda key, name: _steps(spec.get(key), name)
     added = [t["content"] for t in spec["added_tokens"] if t["content"] not in own]
@@ -52,17 +56,15 @@ def cuts_of(spec: dict[str, Any], own: Sequence[str]) -> Cuts:
     return Cuts(known and apart, max(map(len, pieces)) if within and known else 0)
 
 
-def start_of(
-    text: str, count: int, cuts: Cuts, encode: Callable[[list[str]], list[list[int]]]
-) -> str:
+def start_of(text: str, count: int, cuts: Cuts, encode: Encode) -> str:
     """A start of ``text`` with the same first ``count`` ids, and more ids than that if it has more.
 
     encode: ids of texts. The text itself comes back where it is not long, or cannot be cut.
     """
     size, tries = max(LONG, 16 * count), _TRIES
     while size < len(text):
-        found = _WORDS.search(text, size) if cuts.words else None
-        at = len(text) if found is None else found.end()
+        gap = _WORDS.search(text, size) if cuts.words else None
+        at = len(text) if gap is None else gap.end()
         if cuts.longest and at > 2 * size and tries:
             tries -= 1
             start = _within_word(text, size, count, cuts.longest, encode)
@@ -74,23 +76,24 @@ def start_of(
     return text
 
 
-def _within_word(text: str, size: int, count: int, longest: int, encode) -> str | None:
-    found = re.compile(f"{_PLAIN}{{{longest + 2}}}").search(text, size, 2 * size)
-    if found is None:
+def _within_word(text: str, size: int, count: int, longest: int, encode: Encode) -> str | None:
+    """A start of the text that ends within a run of plain letters; None where there is none."""
+    run = re.compile(f"{_PLAIN}{{{longest + 2}}}").search(text, size, 2 * size)
+    if run is None:
         return None
-    last = found.end() - 1
+    last = run.end() - 1
     paths = encode([text[: last - i] for i in range(longest + 1)])
     common = os.path.commonprefix(paths)  # works for any sequences
     return text[:last] if len(common) > count else None
 
 
-def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+def _steps(step: Spec | None, name: str) -> list[Spec]:
     if step is None:
         return []
     return step[name] if step["type"] == "Sequence" else [step]
 
 
-def _is_local(step: dict[str, Any]) -> bool:
+def _is_local(step: Spec) -> bool:
     """Whether a normalizer looks no further than from a letter to the blank beside it."""
     if step["type"] == "Replace":
         pattern = step["pattern"]
@@ -98,7 +101,7 @@ def _is_local(step: dict[str, Any]) -> bool:
     return step["type"] in _NORMALIZERS
 
 
-def _cuts_words(step: dict[str, Any]) -> bool:
+def _cuts_words(step: Spec) -> bool:
     """Whether a pre-tokenizer cuts between a letter and a blank, whatever stands elsewhere."""
     match step["type"]:
         case "CharDelimiterSplit":
@@ -113,9 +116,9 @@ def _cuts_words(step: dict[str, Any]) -> bool:
             return kind in _CUTTING
 
 
-def _keeps(step: dict[str, Any]) -> bool:
+def _keeps(step: Spec) -> bool:
     return step["type"] in ("Metaspace", "ByteLevel")  # without cuts of their own
 
 
-def _only_blanks(step: dict[str, Any]) -> bool:
+def _only_blanks(step: Spec) -> bool:
     return step["type"] in ("WhitespaceSplit", "CharDelimiterSplit", "Metaspace")

@@ -10,9 +10,12 @@ where it does (``Marks.put``), and all other text loses them (``Marks.remove``).
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxprompt.data.long_text import Cuts, cuts_of
+from jaxprompt.data.long_text import Cuts, Spec, cuts_of
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _FIRST, _LAST = 0xF0000, 0x10FFFB  # planes 15 and 16, but for three characters:
 _INSIDE = "\U0010fffc"  # in front of a text that continues another
@@ -60,8 +63,8 @@ def make_marks(vocabulary: Sequence[str], reserved: Sequence[str]) -> Marks:
 class Encoder(NamedTuple):
     """What turns marked text into ids, and what goes with it."""
 
-    start: Any  # a tokenizers.Tokenizer for text that begins a sequence
-    inside: Any  # the same for text that continues one
+    start: "tokenizers.Tokenizer"  # for text that begins a sequence
+    inside: "tokenizers.Tokenizer"  # for text that continues one
     glue: int | None  # the id of _GLUE; see _glued
     glued: re.Pattern[str]  # marks after which there is glue
     cuts: Cuts  # where a long text may be cut
@@ -82,14 +85,18 @@ class Encoder(NamedTuple):
         ]
 
 
-def _ids(inner: Any, texts: list[str]) -> list[list[int]]:
-    return [found.ids for found in inner.encode_batch_fast(texts, add_special_tokens=False)]
+def _ids(inner: "tokenizers.Tokenizer", texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def make_encoder(
-    fast: Any, marks: Marks, ids: dict[str, int], sentinels: Sequence[str], one_sequence: bool
+    fast: "tokenizers.Tokenizer",
+    marks: Marks,
+    ids: dict[str, int],
+    sentinels: Sequence[str],
+    one_sequence: bool,
 ) -> Encoder | None:
-    """A copy of ``fast`` (a tokenizers.Tokenizer) that knows reserved tokens by their marks.
+    """A copy of ``fast`` that knows reserved tokens by their marks.
 
     None where the copy has other ids than the original, as a tokenizer of an unknown kind may.
     """
@@ -104,10 +111,13 @@ def make_encoder(
     if start is None or any(start.token_to_id(marks.of[name]) != ids[name] for name in marks.of):
         return None
     inside = _built(spec) if one_sequence and _without_dummy_blank(spec) else start
+    if inside is None:
+        return None
     return Encoder(start, inside, glue, glued, cuts)
 
 
-def _built(spec: dict[str, Any]) -> Any:
+def _built(spec: Spec) -> "tokenizers.Tokenizer | None":
+    """The tokenizer of this JSON form; None where the library cannot make one."""
     import tokenizers
 
     try:
@@ -116,7 +126,7 @@ def _built(spec: dict[str, Any]) -> Any:
         return None
 
 
-def _rename(spec: dict[str, Any], of: dict[str, str], ids: dict[str, int]) -> None:
+def _rename(spec: Spec, of: dict[str, str], ids: dict[str, int]) -> None:
     """Write marks for names in the vocabulary, the merges and the added tokens."""
     model = spec["model"]
     vocabulary = model["vocab"]
@@ -137,7 +147,7 @@ def _rename(spec: dict[str, Any], of: dict[str, str], ids: dict[str, int]) -> No
     spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
 
 
-def _parts(spec: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _parts(spec: Spec, key: str) -> list[Spec]:
     """The steps of the normalizer or pre-tokenizer, in order."""
     step = spec.get(key)
     if step is None:
@@ -147,7 +157,7 @@ def _parts(spec: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [step]
 
 
-def _as_sentencepiece(spec: dict[str, Any]) -> None:
+def _as_sentencepiece(spec: Spec) -> None:
     """Cut converted SentencePiece models at blanks only: a next line (U+0085) is a character."""
     if any(part["type"] == "Precompiled" for part in _parts(spec, "normalizer")):
         for part in _parts(spec, "pre_tokenizer"):
@@ -156,7 +166,7 @@ def _as_sentencepiece(spec: dict[str, Any]) -> None:
                 part.update(type="CharDelimiterSplit", delimiter=" ")
 
 
-def _glued(spec: dict[str, Any]) -> int | None:
+def _glued(spec: Spec) -> int | None:
     """The id of a new piece, to stand between a sentinel and the text that is glued to it.
 
     The library begins what follows an added token with a blank, as it begins the whole text;
@@ -173,17 +183,17 @@ def _glued(spec: dict[str, Any]) -> int | None:
     return count
 
 
-def _without_dummy_blank(spec: dict[str, Any]) -> bool:
+def _without_dummy_blank(spec: Spec) -> bool:
     """Take out the blank that SentencePiece puts in front of a text; False where it puts none."""
-    found = False
+    changed = False
     for part in _parts(spec, "pre_tokenizer"):
         if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
-            part["prepend_scheme"], found = "never", True
+            part["prepend_scheme"], changed = "never", True
     steps = _parts(spec, "normalizer")
     kept = [step for step in steps if step["type"] != "Prepend"]
     if len(kept) < len(steps):
-        spec["normalizer"], found = {"type": "Sequence", "normalizers": kept}, True
-    return found
+        spec["normalizer"], changed = {"type": "Sequence", "normalizers": kept}, True
+    return changed
 
 
 def encode_slowly(
@@ -197,14 +207,14 @@ def encode_slowly(
     )["input_ids"]
 
     def encoded(text: str) -> list[int]:
-        found: list[int] = []
+        ids_of_text: list[int] = []
         for part in re.split(f"({marks.used.pattern})", text):
             if part in at:
-                found.append(at[part])
+                ids_of_text.append(at[part])
             elif part not in ("", _INSIDE):
                 for id in cut(part):
                     spelled = names.get(id)
-                    found += [id] if spelled is None else cut(f"{spelled[0]} {spelled[1:]}")
-        return found
+                    ids_of_text += [id] if spelled is None else cut(f"{spelled[0]} {spelled[1:]}")
+        return ids_of_text
 
     return [encoded(text) for text in texts]

@@ -170,7 +170,7 @@ def _unreadable(name: str, split: str, error: Exception) -> UserError:
 class _Decoded(Sequence[Row]):
     """A TFDS source whose byte strings are text."""
 
-    def __init__(self, source: Sequence[Row]):
+    def __init__(self, source: Any):
         self._source = source
 
     def __len__(self) -> int:

@@ -88,15 +88,15 @@ def places_of(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
     >>> places_of([Piece("a: {x} b: {y}", 0)])[1]
     ('y', [Piece(text='a: {x} b:', virtual=0)])
     """
-    found, before = [], []
+    places, before = [], []
     for piece in pieces:
         for match in _FIELD.finditer(piece.text):
             if match[1] is not None:
                 head = piece.text[: match.start()].rstrip()
-                found.append((match[1], [*before, *([Piece(head, 0)] if head else [])]))
+                places.append((match[1], [*before, *([Piece(head, 0)] if head else [])]))
         if piece.text:
             before.append(piece)
-    return found
+    return places
 
 
 def fill(

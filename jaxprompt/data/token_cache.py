@@ -57,13 +57,13 @@ def tokenized(
     if folder is None:
         return _encoded(texts, tokenizer, trusted)
     file = folder / f"{_name(texts, tokenizer, trusted)}.npz"
-    found = _read(file, len(texts))
-    if found is None:
-        found = _encoded(texts, tokenizer, trusted)
-        _write(file, found)
+    ragged = _read(file, len(texts))
+    if ragged is None:
+        ragged = _encoded(texts, tokenizer, trusted)
+        _write(file, ragged)
         if largest is not None:
             _tidy(folder, largest)
-    return found
+    return ragged
 
 
 def _encoded(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> Ragged:
@@ -77,35 +77,35 @@ def _encoded(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> Ragge
 
 
 def _name(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> str:
-    told = hashlib.sha256(f"{RULES} {tokenizer.identity()} {trusted}".encode())
+    digest = hashlib.sha256(f"{RULES} {tokenizer.identity()} {trusted}".encode())
     for text in texts:
         coded = text.encode("utf-8", "surrogatepass")
-        told.update(b"%d " % len(coded) + coded)
-    return told.hexdigest()[:32]
+        digest.update(b"%d " % len(coded) + coded)
+    return digest.hexdigest()[:32]
 
 
 def _read(file: Path, count: int) -> Ragged | None:
     """What was kept; None where there is nothing, or it is damaged (the archive has checksums)."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
-            found = Ragged(kept["ids"], kept["starts"])
+            ragged = Ragged(kept["ids"], kept["starts"])
         os.utime(file)
-        starts = found.starts
-        whole = starts.shape == (count + 1,) and starts[0] == 0 and starts[-1] == len(found.ids)
-        whole = whole and found.ids.dtype.kind in "iu" and bool((np.diff(starts) >= 0).all())
+        starts = ragged.starts
+        whole = starts.shape == (count + 1,) and starts[0] == 0 and starts[-1] == len(ragged.ids)
+        whole = whole and ragged.ids.dtype.kind in "iu" and bool((np.diff(starts) >= 0).all())
     except Exception:  # damaged bytes raise whatever zipfile and NumPy happen to meet
         return None
-    return found if whole else None
+    return ragged if whole else None
 
 
-def _write(file: Path, found: Ragged) -> None:
+def _write(file: Path, ragged: Ragged) -> None:
     """Write the whole file or none."""
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
             temporary = Path(stream.name)
-            np.savez(stream, ids=found.ids, starts=found.starts)
+            np.savez(stream, ids=ragged.ids, starts=ragged.starts)
         os.replace(temporary, file)
     except OSError:  # a full disk, a folder that is read only: the ids are here all the same
         if temporary is not None:

@@ -71,7 +71,7 @@ class Tokenizer:
         control = special if self.one_sequence else []
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._sentinels = re.compile("|".join(map(re.escape, sentinels)) or "(?!)")
-        fast: Any = getattr(inner, "backend_tokenizer", None)
+        fast = getattr(inner, "backend_tokenizer", None)
         made, self._decoder = None, None
         if fast is not None:
             decoder = json.dumps(json.loads(fast.to_str())["decoder"], ensure_ascii=False)
@@ -167,7 +167,7 @@ class Tokenizer:
         plain = texts if trusted else [self.plain(text) for text in texts]
         plain = [self._sentinels.sub(lambda m: self._marks.of[m[0]], text) for text in plain]
         try:
-            found = self._encode(plain)
+            encoded = self._encode(plain)
         except (TypeError, UnicodeError):  # half of a surrogate pair, which UTF-8 cannot spell
             bad = next((t for t in texts if any("\ud800" <= c <= "\udfff" for c in t)), "")
             raise UserError(
@@ -182,9 +182,9 @@ class Tokenizer:
                 "has no ids for it."
             ) from None
         if self.rows is not None:
-            for text, ids in zip(texts, found, strict=True):
+            for text, ids in zip(texts, encoded, strict=True):
                 self.check(ids, self.rows, text)
-        return found
+        return encoded
 
     def check(self, ids: Sequence[int] | np.ndarray, rows: int, text: str) -> None:
         """Refuse ids of a text above an embedding table of ``rows``: those are virtual tokens'."""
@@ -234,7 +234,7 @@ class Tokenizer:
         Pieces of SentencePiece as T5 decodes them: what is unknown, or beyond the vocabulary, is
         the text " \u2047 ".
         """
-        until: Any = itertools.takewhile(lambda id: id != self.eos_id, map(int, ids))
+        until = itertools.takewhile(lambda id: id != self.eos_id, map(int, ids))
         if self._decoder is None:
             skip = not hasattr(self._inner, "backend_tokenizer")  # bytes have no sentinels
             special = {*self.special_ids}

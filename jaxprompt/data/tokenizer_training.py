@@ -3,9 +3,13 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import TokenizerConfig
+
+if TYPE_CHECKING:
+    import tokenizers
 
 PIECE_LENGTH = 16  # characters of the longest piece
 FEWEST = 128  # pieces: those of one character need most of them
@@ -16,17 +20,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
 
     Rows are in T5's order: pad 0, eos 1, unk 2, pieces, and at the very end ``<extra_id_99>`` to
     ``<extra_id_0>`` (the last id). Case is kept; every text gets an EOS from the post-processor.
-    Raises UserError where the text is too little for so many pieces.
+
+    Raises:
+        UserError: The text is too little for so many pieces, or is not Unicode.
     """
-    from tokenizers import (
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        trainers,
-    )
+    from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
     pieces = config.vocabulary - config.sentinels
@@ -35,6 +33,29 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
             f"tokenizer.vocabulary is {config.vocabulary}, of which {config.sentinels} are "
             f"sentinels; leave at least {FEWEST} rows for pieces."
         )
+    tokenizer = _train_unigram(texts, pieces, config.vocabulary)
+    count = tokenizer.get_vocab_size()
+    if count != pieces:
+        fix = f"set it to {count + config.sentinels} or give more text"
+        raise UserError(
+            f"The text yields {count} pieces, and tokenizer.vocabulary asks for {pieces} beside "
+            f"{config.sentinels} sentinels; {fix if count >= FEWEST else 'give more text'}."
+        )
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(config.sentinels))]
+    tokenizer.add_special_tokens(
+        [AddedToken(s, special=True, normalized=False, lstrip=True) for s in sentinels]
+    )
+    tokenizer.save(str(out / "tokenizer.json"))
+    _write_configuration(out, sentinels)
+
+
+def _train_unigram(texts: Iterable[str], pieces: int, vocabulary: int) -> "tokenizers.Tokenizer":
+    """A tokenizer of at most ``pieces`` pieces; ``vocabulary`` is the setting that errors name."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace("\n", " "), normalizers.Replace("\t", " ")]
@@ -58,31 +79,21 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
         if type(error) is not Exception:  # the reader's own, which passes through the library
             raise
         raise UserError(  # the library's, which has no type: more characters than rows
-            f"No tokenizer can be trained with tokenizer.vocabulary {config.vocabulary} "
+            f"No tokenizer can be trained with tokenizer.vocabulary {vocabulary} "
             f"({' '.join(str(error).split())[:200]}); raise it."
         ) from None
-    found = tokenizer.get_vocab_size()
-    if found != pieces:
-        way_out = f"set it to {found + config.sentinels} or give more text"
-        raise UserError(
-            f"The text yields {found} pieces, and tokenizer.vocabulary asks for {pieces} beside "
-            f"{config.sentinels} sentinels; {way_out if found >= FEWEST else 'give more text'}."
-        )
-    tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(config.sentinels))]
-    tokenizer.add_special_tokens(
-        [AddedToken(s, special=True, normalized=False, lstrip=True) for s in sentinels]
-    )
-    tokenizer.save(str(out / "tokenizer.json"))
+    return tokenizer
+
+
+def _write_configuration(out: Path, sentinels: list[str]) -> None:
+    """The files beside ``tokenizer.json`` that transformers reads; ``sentinels`` in id order."""
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     extra = {"additional_special_tokens": sentinels[::-1]}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 512,
         "clean_up_tokenization_spaces": False,
-        "extra_ids": config.sentinels,
+        "extra_ids": len(sentinels),
         **names,
         **extra,
     }

@@ -133,8 +133,8 @@ def _shorten(
                 fits[i], best[i] = k, own
             else:
                 fails[i], above[i] = k, _size(own)
-    found = [{**row, column: text[:k]} for row, text, k in zip(rows, texts, fits, strict=True)]
-    return list(zip(found, best, strict=True))
+    shortened = [{**row, column: text[:k]} for row, text, k in zip(rows, texts, fits, strict=True)]
+    return list(zip(shortened, best, strict=True))
 
 
 def _lost(

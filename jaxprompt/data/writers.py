@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.data.rows import Row
+from jaxprompt.data.rows import Row, Rows
 from jaxprompt.runtime.files import write_output
 
-Dump = Callable[[IO[bytes], Sequence[Row]], None]
+Dump = Callable[[IO[bytes], Rows], None]
 
 
 class Answered(Sequence[Row]):
     """Rows with their answers, joined when they are asked for: rows may be read from a file."""
 
-    def __init__(self, rows: Sequence[Row], answers: Sequence[Row]):
+    def __init__(self, rows: Rows, answers: Rows):
         self._rows, self._answers = rows, answers
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:  # a number -> a row
         return {**self._rows[index], **self._answers[index]}
 
     def __iter__(self) -> Iterator[Row]:
@@ -54,7 +54,7 @@ def format_of(path: Path) -> Dump:
     return dumps[suffix]
 
 
-def check_rows(path: Path, rows: Sequence[Row], answer: Row) -> None:
+def check_rows(path: Path, rows: Rows, answer: Row) -> None:
     """Refuse rows that cannot be written with an answer of this form each, before any is answered.
 
     Raises:
@@ -72,7 +72,7 @@ def check_rows(path: Path, rows: Sequence[Row], answer: Row) -> None:
         format_of(path)(nothing, Answered(rows, [answer] * len(rows)))
 
 
-def write_rows(path: Path, rows: Sequence[Row], held: int | None = None) -> None:
+def write_rows(path: Path, rows: Rows, held: int | None = None) -> None:
     """Write rows in the format that the file's name says; a crash leaves no half file.
 
     held: as ``files.check_output`` returned it.
@@ -91,7 +91,7 @@ def write_rows(path: Path, rows: Sequence[Row], held: int | None = None) -> None
         ) from None
 
 
-def _rescue(path: Path, rows: Sequence[Row]) -> str:
+def _rescue(path: Path, rows: Rows) -> str:
     """Write the rows wherever there is room; the name of that place."""
     folders = [Path.cwd, lambda: Path(tempfile.gettempdir())]
     if path.is_file() or not path.exists():  # no device among others
@@ -112,7 +112,7 @@ def _rescue(path: Path, rows: Sequence[Row]) -> str:
     return "standard output"
 
 
-def _dump_jsonl(file: IO[bytes], rows: Sequence[Row]) -> None:
+def _dump_jsonl(file: IO[bytes], rows: Rows) -> None:
     """JSON lines in UTF-8: half a surrogate as an escape, dates and the like as text."""
     for number, row in enumerate(rows, 1):
         try:
@@ -125,7 +125,7 @@ def _dump_jsonl(file: IO[bytes], rows: Sequence[Row]) -> None:
         file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """NaN, a missing value in parquet, becomes null, and an infinite number its name."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
@@ -136,11 +136,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _dump_tsv(file: IO[bytes], rows: Sequence[Row]) -> None:
+def _dump_tsv(file: IO[bytes], rows: Rows) -> None:
     _dump_csv(file, rows, "\t")
 
 
-def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> None:
+def _dump_csv(file: IO[bytes], rows: Rows, delimiter: str = ",") -> None:
     """A header and a line for each row; all text is in quotes, so that it is read back as it was.
 
     Scores are columns ``score:LABEL``. A null is an empty cell, as empty text is, and a list or
@@ -166,7 +166,7 @@ def _dump_csv(file: IO[bytes], rows: Sequence[Row], delimiter: str = ",") -> Non
         text.truncate()
 
 
-def _lines(names: list[str], rows: Sequence[Row]) -> Iterator[list[Any]]:
+def _lines(names: list[str], rows: Rows) -> Iterator[list[object]]:
     if names:
         yield names
     for row in rows:
@@ -174,7 +174,7 @@ def _lines(names: list[str], rows: Sequence[Row]) -> Iterator[list[Any]]:
         yield [_cell(flat.get(name)) for name in names]
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     if value is None:
         return ""
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
@@ -184,7 +184,7 @@ def _cell(value: Any) -> Any:
     return str(value)
 
 
-def _unicode(value: Any) -> bool:
+def _unicode(value: object) -> bool:
     return str(value).encode("utf-8", "replace") == str(value).encode("utf-8", "surrogatepass")
 
 
@@ -197,11 +197,11 @@ def _flat(row: Row) -> Row:
     return rest | {f"score:{label}": value for label, value in scores.items()}
 
 
-def _dump_parquet(file: IO[bytes], rows: Sequence[Row]) -> None:
+def _dump_parquet(file: IO[bytes], rows: Rows) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[object]] = {}
     for number, row in enumerate(rows):
         for name, value in row.items():
             column = values.setdefault(name, [])

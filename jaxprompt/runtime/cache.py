@@ -1,4 +1,4 @@
-"""The folder for what can be computed again: compiled programs, and the ids of texts."""
+"""The cache folder: it holds what can be computed again (compiled programs, ids of texts)."""
 
 import os
 import sys
@@ -14,10 +14,10 @@ _OFF = ("0", "off", "no", "false")
 
 
 def cache_folder(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The folder ``name`` of the cache, made if need be; None where nothing is to be kept.
+    """The folder ``name`` of the cache, which is made if it is missing; None where there is none.
 
     JAXPROMPT_CACHE is a directory or ``off``; the default is ``jaxprompt`` in XDG_CACHE_HOME or
-    ``~/.cache``. Where nothing can be written nothing is kept.
+    ``~/.cache``. There is no cache where it is off or cannot be written to.
     """
     wanted = environment.get("JAXPROMPT_CACHE", "")
     if wanted.lower() in _OFF:
@@ -27,7 +27,7 @@ def cache_folder(name: str, environment: Mapping[str, str] = os.environ) -> Path
     else:
         try:
             root = Path(expanded(environment.get("XDG_CACHE_HOME") or "~/.cache"), "jaxprompt")
-        except UserError:  # nobody's home, as of a user without an entry in a container
+        except UserError:  # a user without a home, as in a container
             return None
     folder = root / name
     if _writable(folder):

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run compiles next to nothing.
+"""Compiled programs on disk, so that the second start of a run compiles almost nothing.
 
 JAX reads these settings from the environment when it is imported, which is after this.
 """
@@ -11,15 +11,14 @@ from pathlib import Path
 
 from jaxprompt.runtime.cache import cache_folder
 
-# bytes; what was used longest ago goes first
-_LARGEST = 4 * 2**30
+_LARGEST = 4 * 2**30  # bytes; JAX removes first what was used longest ago
 
 
 def keep_compiled(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have JAX keep compiled programs in the cache, unless its own settings say otherwise.
+    """Make JAX keep compiled programs in the cache, unless its own settings name a directory.
 
-    Processors have directories of their own: what was compiled for one may not run on another that
-    shares the home.
+    Each kind of processor has its own directory, because a program that was compiled for one may
+    not run on another one with the same home.
     """
     if "JAX_COMPILATION_CACHE_DIR" in environment:
         return
@@ -33,11 +32,11 @@ def keep_compiled(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _processor() -> str:
-    """A name for all that a compiler may ask of this processor."""
-    facts = f"{platform.system()} {platform.machine()} {platform.processor()}"
+    """A name that changes with every property of this processor that a compiler may use."""
+    machine = f"{platform.system()} {platform.machine()} {platform.processor()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return hashlib.sha256("\n".join([facts, *sorted(set(told))]).encode()).hexdigest()[:16]
+    properties = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join([machine, *sorted(set(properties))]).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a command computes with, settled before JAX is used: processes, and devices of a CPU."""
+"""Processes and devices of a command, which are settled before JAX is used."""
 
 import math
 import os
@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -42,8 +41,8 @@ def start(rows: Sequence[int] = (), mesh: MeshConfig = MeshConfig()) -> None:
     available()
 
 
-def available() -> list[Any]:
-    """All devices; UserError where the platform that JAX_PLATFORMS asks for is not there."""
+def available() -> list[jax.Device]:
+    """All devices. Raises UserError where there is none of the platform in JAX_PLATFORMS."""
     try:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:  # by platform
@@ -82,13 +81,20 @@ def several_processes(environment: Mapping[str, str]) -> bool:
 
 
 def join(environment: Mapping[str, str]) -> None:
-    """Start JAX's distributed runtime, with what it finds out by itself or is told."""
+    """Start JAX's distributed runtime.
+
+    JAX finds the other processes by itself where no variable names them. Where they do not come in
+    time, this process ends with a sentence and exit code 2.
+
+    Raises:
+        UserError: A variable is missing, or is no whole number.
+    """
     explicit = "JAX_NUM_PROCESSES" in environment
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     missing = [name for name in names if explicit and not environment.get(name)]
     if missing:
         raise UserError(f"{missing[0]} is not set; several processes need {', '.join(names)}.")
-    told, seconds = {}, environment.get(START_TIMEOUT, "300")
+    addresses, seconds = {}, environment.get(START_TIMEOUT, "300")
     numbers = [environment[name] for name in names[1:]] if explicit else []
     for text in (*numbers, seconds):
         if not is_count(text):
@@ -97,12 +103,12 @@ def join(environment: Mapping[str, str]) -> None:
                 f"{shown(text)}."
             )
     if explicit:
-        told = {
+        addresses = {
             "coordinator_address": environment[names[0]],
             "num_processes": int(numbers[0]),
             "process_id": int(numbers[1]),
         }
-    # on CPUs two programs may be under way at a time, and would take each other's messages
+    # two programs that run on CPUs at the same time would take each other's messages
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
     def give_up(problem: str = "not all of them have come") -> None:
@@ -120,7 +126,7 @@ def join(environment: Mapping[str, str]) -> None:
     alarm.start()
     try:
         jax.distributed.initialize(
-            **told,
+            **addresses,
             initialization_timeout=int(seconds) + 60,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
@@ -131,7 +137,7 @@ def join(environment: Mapping[str, str]) -> None:
 
 
 def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: those it is bound to, or fewer where a container says so."""
+    """The number of cores that this process may use: those it is bound to, or its quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bound = bound or 1
     try:
@@ -141,8 +147,8 @@ def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return bound
 
 
-def crowding(devices: Sequence[Any], cores: int | None = None) -> str | None:
-    """A warning where devices of a CPU are more than its cores, which then take turns."""
+def crowding(devices: Sequence[jax.Device], cores: int | None = None) -> str | None:
+    """A warning where a CPU has more devices than cores, so that the devices take turns."""
     cores = cores or cores_here()
     if jax.process_count() > 1 or len(devices) <= cores or devices[0].platform != "cpu":
         return None
@@ -153,16 +159,16 @@ def crowding(devices: Sequence[Any], cores: int | None = None) -> str | None:
 
 
 def make_virtual_devices(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:
-    """As many devices of a CPU as it has cores, or as the mesh asks for, if not yet settled.
+    """Give a CPU a device for each core, or as many as the mesh asks for, unless that is settled.
 
-    Each core computes rows of its own, which takes less time than that all share every product. A
-    smaller number is taken where the devices would not divide the rows of a batch.
+    Each core then computes rows of its own, which is faster than if all cores share each product.
+    There are fewer devices where so many would not divide the rows of a batch.
     """
-    told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if told or jax.config.jax_num_cpu_devices >= 0:  # pyright: ignore[reportAttributeAccessIssue]
+    settled = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if settled or jax.config.jax_num_cpu_devices >= 0:  # pyright: ignore[reportAttributeAccessIssue]
         return
     cores = cores or cores_here()
-    # make_mesh refuses what is no number of devices
+    # make_mesh refuses other numbers of devices
     fixed = math.prod(n for n in mesh.model_dump().values() if 0 < n <= MOST)
     if -1 in mesh.model_dump().values():
         shared = math.gcd(*rows)

@@ -1,4 +1,4 @@
-"""Files that a user may care about: written whole or not at all, never in place of other data.
+"""Files are written whole or not at all, and never replace somebody else's data.
 
 Temporary names are new each time and are created exclusively, so that nobody's file or link is
 followed by accident; modes follow the umask, or what is replaced.
@@ -27,9 +27,9 @@ _SHARD = re.compile(r"([\w.-]+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.jso
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content: a crash leaves the old or the new, never a part.
+    """Replace a file's content. A crash leaves the old or the new content, never a part.
 
-    Through a symbolic link it is the link's target that is replaced.
+    Where ``path`` is a symbolic link, the link's target is replaced.
     """
     # half a surrogate, which has no UTF-8 form, is written as an escape: nothing is lost for it
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
@@ -44,9 +44,9 @@ def write_whole(path: Path, write: Write) -> None:
         with part.open("xb") as file:
             write(file)
         with suppress(OSError):
-            found = place.stat()
-            os.chown(part, found.st_uid, found.st_gid)
-            part.chmod(stat.S_IMODE(found.st_mode))
+            status = place.stat()
+            os.chown(part, status.st_uid, status.st_gid)
+            part.chmod(stat.S_IMODE(status.st_mode))
         os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)
@@ -73,14 +73,14 @@ def check_output(path: Path, inputs: Iterable[Path | str] = ()) -> int | None:
 def _check_output(path: Path, inputs: Iterable[Path | str]) -> int | None:
     descriptor = _descriptor(path)
     try:
-        found = os.stat(path) if descriptor is None else os.fstat(descriptor)
+        status = os.stat(path) if descriptor is None else os.fstat(descriptor)
     except FileNotFoundError:
         folder = _target(path).parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise _unwritable(path) from None
         return None
-    same = [p for p in inputs if os.path.exists(p) and os.path.samestat(os.stat(p), found)]
-    if same and stat.S_ISREG(found.st_mode):
+    same = [p for p in inputs if os.path.exists(p) and os.path.samestat(os.stat(p), status)]
+    if same and stat.S_ISREG(status.st_mode):
         raise UserError(
             f"{_shown(path)} is {_shown(same[0])} itself, which is needed to make it; name another "
             "output."
@@ -88,9 +88,9 @@ def _check_output(path: Path, inputs: Iterable[Path | str]) -> int | None:
     if descriptor is not None:
         return None
     kinds = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISFIFO)
-    if not any(kind(found.st_mode) for kind in kinds) or not os.access(path, os.W_OK):
+    if not any(kind(status.st_mode) for kind in kinds) or not os.access(path, os.W_OK):
         raise _unwritable(path)
-    return _open_fifo(path) if stat.S_ISFIFO(found.st_mode) else None
+    return _open_fifo(path) if stat.S_ISFIFO(status.st_mode) else None
 
 
 def _open_fifo(path: Path) -> int:
@@ -128,17 +128,17 @@ def write_output(path: Path, write: Write, held: int | None = None) -> None:
 
 
 def _in_place(place: Path) -> bool:
-    """Whether replacing a file would take away what it is: a device, or one of several names."""
+    """Whether a file must be written in place: it is a device, or has several names."""
     try:
-        found = place.stat()
+        status = place.stat()
     except FileNotFoundError:
         return False
-    alone = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    alone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
     return not alone or not os.access(place.parent, os.W_OK)
 
 
 def _descriptor(path: Path) -> int | None:
-    """The open descriptor that a path stands for; ``/dev/stdout`` is not a file to be replaced."""
+    """The open descriptor that a path names, such as 1 for ``/dev/stdout``; else None."""
     for _ in range(40):
         text = os.path.normpath(os.path.abspath(path))
         if text in ("/dev/stdout", "/dev/stderr"):
@@ -166,12 +166,13 @@ def replace_directory(
 ) -> None:
     """Let ``write`` fill a new directory and put it at ``path``; an error leaves the old one.
 
-    What is there already is replaced only where ``ours(path)`` says that this program made it, and
-    then file by file: other files in it stay. Through a symbolic link it is the link's target that
-    is replaced.
+    An old directory is replaced only where ``ours(path)`` says that this program made it, and then
+    file by file: other files in it stay. Where ``path`` is a symbolic link, the link's target is
+    replaced.
 
-    Two renames, for want of a portable exchange of directories: only a kill between them could
-    leave the old directory beside its place, under a name with a dot and ``-old``.
+    It takes two renames, because no portable call exchanges two directories. A kill between them
+    can leave the old directory beside its place, under a name that begins with a dot and ends in
+    ``-old``.
 
     Raises:
         UserError: ``path`` is a file, or a directory that holds other things; nothing is written.

@@ -1,4 +1,7 @@
-"""What the processes of a run tell each other; one process does it without a word."""
+"""Communication between the processes of a run.
+
+A run of one process calls the same functions, and nothing is sent.
+"""
 
 import hashlib
 import json
@@ -10,9 +13,15 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError
 
+PyTree = Any  # arrays in any nesting of lists, tuples and mappings
+T = TypeVar("T")
 
-def fetch(tree: Any) -> Any:
-    """Arrays over the devices of all processes as what each process can read; all must ask."""
+
+def fetch(tree: PyTree) -> PyTree:
+    """Copy arrays that lie on the devices of all processes to the host of each process.
+
+    All processes must call this together.
+    """
 
     def whole(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -24,10 +33,11 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def fetch_to_zero(tree: Any) -> Any:
-    """Arrays over the devices of all processes as NumPy arrays in the first one; all must ask.
+def fetch_to_zero(tree: PyTree) -> PyTree:
+    """Copy arrays that lie on the devices of all processes to the host of process 0.
 
-    The others get None. One array at a time is put together on the devices.
+    All processes must call this together; the others get None for each array. One array at a time
+    is gathered on the devices.
     """
     first = jax.process_index() == 0
 
@@ -38,50 +48,51 @@ def fetch_to_zero(tree: Any) -> Any:
     return jax.tree.map(host, tree)
 
 
-T = TypeVar("T")
-
-
 def on_process_zero(work: Callable[[], T]) -> T:
-    """What ``work`` returns (JSON) in the first process, in all of them; so with a UserError."""
+    """Call ``work`` in process 0 and return its result (JSON) in all processes.
+
+    Raises:
+        UserError: ``work`` raised one, or any other error in another process.
+    """
     if jax.process_count() == 1:
         return work()
-    said: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     if jax.process_index() == 0:
         try:
-            said = {"value": work()}
+            message = {"value": work()}
         except UserError as error:
-            said = {"error": str(error)}
+            message = {"error": str(error)}
         except Exception as error:  # the others must not wait for what will not come
-            _from_first_bytes(json.dumps({"error": f"The first process failed: {error}"}).encode())
+            _broadcast_bytes(json.dumps({"error": f"The first process failed: {error}"}).encode())
             raise
-    said = json.loads(_from_first_bytes(json.dumps(said).encode()))
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["value"]
+    message = json.loads(_broadcast_bytes(json.dumps(message).encode()))
+    if "error" in message:
+        raise UserError(message["error"])
+    return message["value"]
 
 
-def broadcast_from_zero(work: Callable[[], Any], like: Any) -> Any:
-    """Arrays of the shapes of ``like`` that ``work`` returns in the first process, in all."""
+def broadcast_from_zero(work: Callable[[], PyTree], like: PyTree) -> PyTree:
+    """Call ``work`` in process 0 and return its arrays, of the shapes of ``like``, in all."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, work())
     from jax.experimental import multihost_utils
 
-    held: list[Any] = [like]
+    arrays: list[PyTree] = [like]
 
     def fill() -> None:
-        held[0] = jax.tree.map(np.asarray, work())
+        arrays[0] = jax.tree.map(np.asarray, work())
 
     on_process_zero(fill)
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(held[0]))
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(arrays[0]))
 
 
-def assert_equal_across_processes(what: str, facts: Any) -> None:
-    """Raise UserError in all processes unless ``facts`` (JSON) are the same in all of them."""
+def assert_equal_across_processes(what: str, value: object) -> None:
+    """Raise UserError in all processes unless ``value`` (JSON) is the same in all of them."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
     all_of_them = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     differ = [n for n, own in enumerate(np.asarray(all_of_them)) if (own != all_of_them[0]).any()]
     if differ:
@@ -92,11 +103,11 @@ def assert_equal_across_processes(what: str, facts: Any) -> None:
         )
 
 
-def _from_first_bytes(said: bytes) -> bytes:
+def _broadcast_bytes(message: bytes) -> bytes:
     from jax.experimental import multihost_utils
 
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     data = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
-        data[:] = np.frombuffer(said, np.uint8)
+        data[:] = np.frombuffer(message, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes()

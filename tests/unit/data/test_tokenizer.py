@@ -54,7 +54,7 @@ def test_text_that_is_no_unicode_is_refused(tokenizer):
     "labels, message",
     [
         (["yes", "zzz"], "Label 'zzz' has no token of this backbone; use another word"),
-        (["yes", "yes "], "Labels 'yes' and 'yes ' are the same tokens to this backbone"),
+        (["no no", "no  no"], "Labels 'no no' and 'no  no' are the same tokens to this backbone"),
     ],
 )
 def test_labels_that_a_backbone_cannot_say_are_refused(tokenizer, labels, message):
