@@ -111,7 +111,8 @@ def _byte_level_bpe(
     whole = cut == "llama-bpe"
     try:
         pairs = [tuple(merge.split(" ")) for merge in merges]
-        inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))
+        bpe = models.BPE(vocabulary, pairs, ignore_merges=whole)  # pyright: ignore[reportArgumentType]
+        inner = tokenizers.Tokenizer(bpe)
     except Exception as error:  # the library raises bare ones
         problem = " ".join(str(error).split())[:200]
         raise UserError(

@@ -166,7 +166,7 @@ def _dump_csv(file: IO[bytes], rows: Rows, delimiter: str = ",") -> None:
         text.truncate()
 
 
-def _lines(names: list[str], rows: Rows) -> Iterator[list[object]]:
+def _lines(names: list[str], rows: Rows) -> Iterator[Sequence[object]]:
     if names:
         yield names
     for row in rows:

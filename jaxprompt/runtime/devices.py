@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import is_count
 from jaxprompt.config.schema import MeshConfig
+
+Device = Any  # a jax.Device, which type checkers see as a variable
 
 # seconds in which all processes must have come
 START_TIMEOUT = "JAXPROMPT_START_TIMEOUT"
@@ -41,7 +44,7 @@ def start(rows: Sequence[int] = (), mesh: MeshConfig = MeshConfig()) -> None:
     available()
 
 
-def available() -> list[jax.Device]:
+def available() -> list[Device]:
     """All devices. Raises UserError where there is none of the platform in JAX_PLATFORMS."""
     try:
         return jax.devices()
@@ -147,7 +150,7 @@ def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return bound
 
 
-def crowding(devices: Sequence[jax.Device], cores: int | None = None) -> str | None:
+def crowding(devices: Sequence[Device], cores: int | None = None) -> str | None:
     """A warning where a CPU has more devices than cores, so that the devices take turns."""
     cores = cores or cores_here()
     if jax.process_count() > 1 or len(devices) <= cores or devices[0].platform != "cpu":
