@@ -392,7 +392,7 @@ def score(
         raise UserError(
             f"max_input_length is {shown(max_input_length)}; give a whole number from 1 on."
         )
-    recorded = session.prompt is not None and session.prompt.facts.get("task") is not None
+    recorded = session.prompt is not None and session.prompt.metadata.get("task") is not None
     task = prompt_task(session.prompt, None) if recorded else None
     tokenizer = PairTokenizer(
         session.tokenizer, session.backbone.config.vocab_size, session.length, task, raw,
@@ -448,7 +448,7 @@ def inspect(
 
 def _label_pieces(session: Session) -> dict[str, list[int]]:
     """Ids of the class labels of the prompt's task, without what ends them."""
-    recorded = session.prompt.facts.get("task") if session.prompt is not None else None
+    recorded = session.prompt.metadata.get("task") if session.prompt is not None else None
     if recorded is None:
         return {}
     task = parse(TaskConfig, recorded, "task.")

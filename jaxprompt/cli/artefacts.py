@@ -26,7 +26,7 @@ def export(
     from jaxprompt.models.checkpoints.hub import only_here
 
     loaded = load_prompt(prompt)
-    base = backbone or loaded.facts.get("backbone", {}).get("source")
+    base = backbone or loaded.metadata.get("backbone", {}).get("source")
     if base is not None and only_here(base):
         from jaxprompt.runtime import devices
 

@@ -40,6 +40,8 @@ def expanded(path: str | Path) -> str:
     Raises:
         UserError: there is no such user, or no file can have this name.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{shown(path)} is not the name of a file; give text or a pathlib.Path")
     text = str(path)
     try:
         if "\0" in text:

@@ -62,7 +62,7 @@ def open_session(
         prompt = load_prompt(prompt)
     elif prompt is not None:  # made in Python
         prompt = checked_prompt(prompt)
-    recorded = {} if prompt is None else prompt.facts.get("backbone", {})
+    recorded = {} if prompt is None else prompt.metadata.get("backbone", {})
     loaded = _load(backbone, recorded.get("source"), dtype, weights)
     bank = None
     if prompt is not None:
@@ -105,7 +105,7 @@ def _load(
 
 def _attention(prompt: Prompt) -> str:
     """The attention that the prompt was tuned with: causal, prompt or prefix."""
-    value: object = prompt.facts
+    value: object = prompt.metadata
     for key in ("config", "model", "attention"):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, str) and value in ("prompt", "prefix") else "causal"
@@ -119,14 +119,14 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
             f"The prompt has vectors of {width} numbers and {backbone.source} has d_model "
             f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
         )
-    kind = prompt.facts.get("peft", {}).get("task_type")
+    kind = prompt.metadata.get("peft", {}).get("task_type")
     fitting = "CAUSAL_LM" if registry.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
     if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:
         raise UserError(
             f"The adapter is for {kind} and {backbone.source} is a model for {fitting}; use the "
             "backbone that it was tuned on."
         )
-    recorded = prompt.facts.get("backbone", {})
+    recorded = prompt.metadata.get("backbone", {})
     expected = recorded.get("fingerprint")
     if expected is not None and not any_backbone and not same_model(backbone, recorded):
         raise UserError(
@@ -142,7 +142,7 @@ def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
         return task
     if task is not None:
         return resolve_task(task)
-    recorded = None if prompt is None else prompt.facts.get("task")
+    recorded = None if prompt is None else prompt.metadata.get("task")
     if recorded is None:
         raise UserError("The prompt does not say which task it is for; name one with --task.")
     return parse(TaskConfig, recorded, "task.")

@@ -67,7 +67,7 @@ def note_test(folder: Path, scores: dict[str, float]) -> None:
     """Add the metrics of the test split to the artefact of a finished run."""
     if jax.process_index() == 0:
         prompt = load_prompt(folder)
-        save_prompt(folder, prompt._replace(facts=prompt.facts | {"test": scores}))
+        save_prompt(folder, prompt._replace(metadata=prompt.metadata | {"test": scores}))
 
 
 def save_tuned(

@@ -386,7 +386,7 @@ def _save_into(rng: random.Random, folder: Path) -> Made:
         place.rename(folder / "real")
         place.symlink_to("real")
     facts = {rng.choice(["x", "metrics", "task", "backbone", "step"]): rng.choice(ODD_VALUES)}
-    prompt = jp.load_prompt(good_prompt())._replace(facts=facts)
+    prompt = jp.load_prompt(good_prompt())._replace(metadata=facts)
     save = rng.choice([jp.save_prompt, jp.save_peft])
 
     def open_it() -> None:

@@ -135,7 +135,7 @@ def run(made, tmp_path_factory):
 def test_a_run_goes_from_a_file_to_a_prompt(run, made):
     config, result = run
     assert result["steps"] == 4 and result["trainable_parameters"] == 3 * 32
-    facts = load_prompt(result["prompt"]).facts
+    facts = load_prompt(result["prompt"]).metadata
     assert facts["backbone"]["family"] == "decoder-only" and facts["backbone"]["num_layers"] == 2
     report = api.evaluate(result["prompt"])
     assert report["metrics"]["accuracy"] == result["value"]
@@ -192,9 +192,9 @@ def test_peft_adapters_say_which_kind_of_model_they_are_for(run, made, tmp_path)
     again = load_prompt(tmp_path / "peft")
     assert np.array_equal(again.vectors, stored)
     assert api.open_session(again, str(made[0])).length == 3
-    wrong = again.facts["peft"] | {"task_type": "SEQ_2_SEQ_LM"}
+    wrong = again.metadata["peft"] | {"task_type": "SEQ_2_SEQ_LM"}
     with pytest.raises(UserError, match="adapter is for SEQ_2_SEQ_LM and .* is a model for CAUSAL"):
-        api.open_session(again._replace(facts={"peft": wrong}), str(made[0]))
+        api.open_session(again._replace(metadata={"peft": wrong}), str(made[0]))
 
 
 def test_score_takes_text_as_it_is(made):
@@ -238,14 +238,14 @@ def test_score_finds_for_a_tuned_prompt_what_predict_does(run):
         ("{text} [prompt] is", "places virtual tokens within the text"),
         ("<|im_start|>{text}", "names special tokens"),
     ):
-        facts = session.prompt.facts | {"task": task.model_dump() | {"template": form}}
+        facts = session.prompt.metadata | {"task": task.model_dump() | {"template": form}}
         heard = []
-        other = session._replace(prompt=session.prompt._replace(facts=facts))
+        other = session._replace(prompt=session.prompt._replace(metadata=facts))
         api.score(other, [{"input": "it", "target": "yes"}], warn=heard.append)
         assert len(heard) == 1 and what in heard[0]
     # without a task on record text is taken as it is
     assert session.prompt is not None
-    bare = session._replace(prompt=session.prompt._replace(facts={}))
+    bare = session._replace(prompt=session.prompt._replace(metadata={}))
     [plain] = api.score(bare, [{"input": text, "target": "yes"}])
     assert plain["log_likelihood"] == scored(text, "yes", raw=True, max_input_length=512)
 

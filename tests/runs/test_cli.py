@@ -108,7 +108,7 @@ def test_train_eval_predict_score_inspect(call, values, tmp_path):
     assert result["steps"] == 2 and result["test"]["accuracy"] == result["value"]
     assert "majority class" in err and "validation accuracy" in err
     prompt = tmp_path / "run" / "prompt"
-    facts = load_prompt(prompt).facts
+    facts = load_prompt(prompt).metadata
     assert facts["test"] == result["test"] and facts["metrics"] == {"accuracy": result["value"]}
     assert facts["baselines"] == {key: result[key] for key in ("majority", "untuned")}
 
@@ -476,7 +476,7 @@ def test_wrong_backbone_for_a_prompt(refused, prompt, tmp_path):
 
 
 def test_prompt_of_another_width_is_refused_even_by_force(refused, prompt, backbone, tmp_path):
-    facts = load_prompt(prompt).facts
+    facts = load_prompt(prompt).metadata
     save_prompt(tmp_path / "wide", Prompt(np.ones((3, 20), np.float32), facts))
     sentence = refused(*predict(tmp_path / "wide", tmp_path, "--any-backbone"))
     assert "vectors of 20 numbers" in sentence and "d_model 16" in sentence
@@ -590,7 +590,7 @@ def test_scores_that_are_no_numbers_are_told(prompt):
     head = session.engine.params["head"]
     params = session.engine.params | {"head": head.at[0, 0].set(np.nan)}
     session = session._replace(engine=session.engine._replace(params=params))
-    greedy = session.prompt.facts["task"] | {"decoding": "greedy"}
+    greedy = session.prompt.metadata["task"] | {"decoding": "greedy"}
     asked = [
         lambda: jaxprompt.predict(session, make_rows(3)),
         lambda: jaxprompt.predict(session, make_rows(3), task=greedy),

@@ -157,7 +157,7 @@ def scores(monkeypatch, by_step):
 def agrees(folder: Path, result: dict[str, Any], name: str = "prompt") -> None:
     """What lies there is what the result tells of."""
     facts = (
-        load_prompt(folder / name).facts
+        load_prompt(folder / name).metadata
         if name == "prompt"
         else json.loads((folder / name / "tuning.json").read_text())
     )

@@ -65,7 +65,7 @@ def test_evaluating_the_artefact_gives_the_figure_of_the_run(uninterrupted):
     folder, result = uninterrupted
     report = api.evaluate(folder / "prompt")
     assert report["metrics"] == {result["metric"]: result["value"]}
-    facts = load_prompt(folder / "prompt").facts
+    facts = load_prompt(folder / "prompt").metadata
     assert facts["metrics"] == report["metrics"] and facts["step"] == result["best_step"]
     assert report["illegal"] == 0 and sum(report["predicted"].values()) == report["rows"]
     counts = np.array(report["report"]["confusion"]["counts"])
@@ -98,7 +98,7 @@ def test_answers_that_are_written_freely_may_be_no_label(uninterrupted):
 
 
 def test_training_leaves_the_backbone_alone(uninterrupted, backbone):
-    facts = load_prompt(uninterrupted[0] / "prompt").facts
+    facts = load_prompt(uninterrupted[0] / "prompt").metadata
     again = load_backbone(str(backbone))
     assert facts["backbone"]["fingerprint"] == again.fingerprint == fingerprint(again.params)
 
@@ -138,8 +138,8 @@ def test_prompts_of_a_population_are_those_of_lone_runs(population, backbone, tm
         folder = Path(run.output) / "population" / str(k)
         mine, other = (load_prompt(f / "prompt") for f in (folder, tmp_path / str(k)))
         assert_same_sums(mine.vectors, other.vectors, RUN_SUMS)
-        assert mine.facts["seed"] == member.train.seed
-        assert mine.facts["config"]["train"] == member.model_dump()["train"]
+        assert mine.metadata["seed"] == member.train.seed
+        assert mine.metadata["config"]["train"] == member.model_dump()["train"]
 
 
 def test_dropout_is_the_same_in_a_population_and_alone(backbone, tmp_path):
@@ -168,7 +168,7 @@ def test_the_best_prompt_of_a_population_is_the_runs(population):
         for k in range(len(values))
     ]
     assert values[same.index(True)] == best
-    assert load_prompt(folder / "prompt").facts["step"] == result["best_step"]
+    assert load_prompt(folder / "prompt").metadata["step"] == result["best_step"]
     assert len((folder / "population.md").read_text().splitlines()) == 2 + len(values)
 
 
@@ -262,7 +262,7 @@ def test_more_steps_go_on_where_the_run_ended(backbone, tmp_path, uninterrupted)
     train(config(backbone, tmp_path, train={"steps": 7}))
     train(config(backbone, tmp_path, train={"steps": 12}))
     again = load_prompt(tmp_path / "run" / "prompt")
-    if again.facts["step"] == uninterrupted[1]["best_step"]:  # step 7 was evaluated here only
+    if again.metadata["step"] == uninterrupted[1]["best_step"]:  # step 7 was evaluated here only
         np.testing.assert_array_equal(
             load_prompt(uninterrupted[0] / "prompt").vectors, again.vectors
         )
@@ -365,8 +365,8 @@ def test_an_ensemble_answers_as_its_prompts_do_alone(uninterrupted, tmp_path):
     longer = session.prompt._replace(vectors=np.zeros((4, 16), np.float32))
     with pytest.raises(UserError, match=r"have one length; these have \[3, 4\]"):
         api.evaluate_ensemble([session, api.open_session(longer, session.backbone)])
-    facts = session.prompt.facts
-    renamed = session.prompt._replace(facts=facts | {"task": facts["task"] | {"name": "other"}})
+    facts = session.prompt.metadata
+    renamed = session.prompt._replace(metadata=facts | {"task": facts["task"] | {"name": "other"}})
     with pytest.raises(UserError, match="for one task; these are for .*other.*--task"):
         api.evaluate_ensemble([session, api.open_session(renamed, session.backbone)])
     with pytest.raises(UserError, match="share one loaded backbone"):
@@ -386,10 +386,10 @@ def test_an_ensemble_answers_as_its_prompts_do_alone(uninterrupted, tmp_path):
 )
 def test_prompts_that_are_asked_in_different_forms_are_no_ensemble(uninterrupted, key, value):
     session = api.open_session(uninterrupted[0] / "prompt")
-    facts = session.prompt.facts
+    facts = session.prompt.metadata
 
     def other(**changes):
-        prompt = session.prompt._replace(facts=facts | {"task": facts["task"] | changes})
+        prompt = session.prompt._replace(metadata=facts | {"task": facts["task"] | changes})
         return api.open_session(prompt, session.backbone)
 
     with pytest.raises(

@@ -79,7 +79,7 @@ def test_the_table_says_what_each_prompt_is(population):
     for k, row in enumerate(rows):
         prompt = prompt_of(run, k)
         assert len(prompt.vectors) == row["length"]
-        assert prompt.facts["task"]["name"] == row["task"]
+        assert prompt.metadata["task"]["name"] == row["task"]
     lines = (Path(run.output) / "population.md").read_text().splitlines()
     assert len(lines) == 10 and "accuracy or macro_f1" in lines[0]
     assert ["mine" in line for line in lines[2:]] == [True] * 4 + [False] * 4
@@ -194,7 +194,7 @@ def test_what_is_kept_names_the_dtype(population):
     run, _ = population
     assert run.model.dtype is None
     assert load_config(Path(run.output) / "config.yaml").model.dtype == "float32"
-    assert prompt_of(run, 0).facts["config"]["model"]["dtype"] == "float32"
+    assert prompt_of(run, 0).metadata["config"]["model"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

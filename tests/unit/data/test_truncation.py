@@ -156,7 +156,7 @@ TOLD = "1 of 2 rows are longer than task.max_input_length, 12 tokens, and are cu
 
 def test_a_run_says_what_is_cut_of_each_split(folder, tmp_path):
     rows = str(folder / "rows.jsonl")
-    values = load_prompt(folder / "prompt").facts["task"] | {
+    values = load_prompt(folder / "prompt").metadata["task"] | {
         "train": rows,
         "validation": rows,
         "test": rows,
@@ -175,7 +175,7 @@ def test_python_says_what_is_cut(folder):
     heard = []
     assert api.predict(session, rows, warn=heard.append) == found
     assert len(heard) == 1 and heard[0].startswith(TOLD)
-    first = load_prompt(folder / "prompt").facts["task"] | {"truncate": "a"}
+    first = load_prompt(folder / "prompt").metadata["task"] | {"truncate": "a"}
     answers = api.predict(session, rows, task=first, warn=heard.append)
     assert "nothing is left" not in heard[1] and len(heard) == 2
     asked = {"a": "one " * 9, "b": "two two"}  # what is left of the first row

@@ -50,7 +50,7 @@ def refused(path, message):
 def test_an_artefact_comes_back_to_the_bit(saved):
     prompt = load_prompt(str(saved))
     assert prompt.vectors.tobytes() == vectors().tobytes() and prompt.vectors.dtype == np.float32
-    assert prompt.facts == {"format": 1, "length": 5, "width": 4} | FACTS
+    assert prompt.metadata == {"format": 1, "length": 5, "width": 4} | FACTS
     assert sorted(os.listdir(saved)) == ["README.md", "prompt.json", "prompt.safetensors"]
     assert os.listdir(saved.parent) == ["prompt"]
 
@@ -160,10 +160,10 @@ def test_a_header_that_lies(saved):
 @pytest.mark.parametrize(
     "facts, message",
     [
-        (b"{", "prompt.json cannot be read as JSON"),
-        (b'"\xff"', "prompt.json cannot be read as JSON"),
-        (b"[" * 100_000, "prompt.json cannot be read as JSON"),
-        (b"[]", "prompt.json must hold a JSON object"),
+        (b"{", "prompt.json is not valid JSON"),
+        (b'"\xff"', "prompt.json is not valid JSON"),
+        (b"[" * 100_000, "prompt.json is not valid JSON"),
+        (b"[]", "prompt.json holds no JSON object"),
         (b"{}", "prompt.json has format None and this version reads 1"),
         (b'{"format": 2}', "has format 2 and this version reads 1"),
         (b'{"format": 1, "backbone": "t5"}', "'backbone' is 't5', no object"),
@@ -185,7 +185,7 @@ def test_damaged_facts(saved, facts, message):
 def test_null_is_as_good_as_nothing(saved):
     (saved / "prompt.json").write_text('{"format": 1, "task": null, "metrics": null, "peft": null}')
     prompt = load_prompt(saved)
-    assert prompt.facts == {"format": 1}
+    assert prompt.metadata == {"format": 1}
     save_prompt(saved, prompt)
     save_peft(saved.parent / "peft", prompt)
 
@@ -217,7 +217,7 @@ def test_odd_facts_are_written_readably(tmp_path):
         "where": Path("a"),
     }
     save_prompt(tmp_path / "p", Prompt(vectors(), facts))
-    found = load_prompt(tmp_path / "p").facts
+    found = load_prompt(tmp_path / "p").metadata
     assert found["metrics"] == deep["metrics"] | {"n": 0.5} and found["half"] == "\ud800"
     card = (tmp_path / "p" / "README.md").read_text()
     assert "| a\\|b | high |" in card and "| n | 0.5000 |" in card and "\\ud800" in card
@@ -234,7 +234,7 @@ def test_vectors_that_are_no_prompt_are_not_saved(tmp_path, save, values):
 @pytest.mark.parametrize("facts", [[], {"backbone": 3}, {"task": {"name": 4}}, {"step": "x"}])
 def test_prompts_that_python_made_are_checked_as_read_ones_are(tmp_path, facts):
     for use in (jp.open_session, lambda prompt: save_prompt(tmp_path / "p", prompt)):
-        with pytest.raises(UserError, match="The prompt's facts: .* no "):
+        with pytest.raises(UserError, match="The prompt's metadata: .* no "):
             use(Prompt(vectors(), facts))
     assert os.listdir(tmp_path) == []
 
@@ -256,7 +256,7 @@ def test_npy_prompts_become_float32(tmp_path, dtype):
     np.save(tmp_path / "p.npy", values)
     prompt = load_prompt(tmp_path / "p.npy")
     np.testing.assert_array_equal(prompt.vectors, values.astype(np.float32))
-    assert prompt.vectors.dtype == np.float32 and prompt.facts == {}
+    assert prompt.vectors.dtype == np.float32 and prompt.metadata == {}
     prompt.vectors[0, 0] = 1  # a copy, not a window into the file
 
 
@@ -337,8 +337,8 @@ def test_of_an_adapter_for_t5_only_the_first_half_counts(tmp_path, kind):
     rows = vectors(6)
     prompt = load_prompt(write_peft(tmp_path / "a", rows, peft_type=kind))
     np.testing.assert_array_equal(prompt.vectors, rows[:3])
-    assert prompt.facts["peft"]["peft_type"] == kind
-    assert prompt.facts["backbone"] == {"source": "some/t5"}
+    assert prompt.metadata["peft"]["peft_type"] == kind
+    assert prompt.metadata["backbone"] == {"source": "some/t5"}
     single = write_peft(tmp_path / "b", rows[:3], num_transformer_submodules=1)
     np.testing.assert_array_equal(load_prompt(single).vectors, rows[:3])
 
@@ -469,7 +469,7 @@ def test_an_adapter_says_how_its_backbone_is_had(tmp_path, source, known):
     save_peft(tmp_path / "a", Prompt(vectors(), facts), base_model="elsewhere/t5")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "elsewhere/t5"
-    assert load_prompt(tmp_path / "a").facts["backbone"] == {"source": "elsewhere/t5"}
+    assert load_prompt(tmp_path / "a").metadata["backbone"] == {"source": "elsewhere/t5"}
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="the released prompts are not at hand")
@@ -490,3 +490,17 @@ def test_weights_beside_a_prompt_stay(tmp_path):
         (tmp_path / "prompt" / name).write_text("mine")
     save_prompt(tmp_path / "prompt", prompt)
     assert all((tmp_path / "prompt" / name).read_text() == "mine" for name in others)
+
+
+def test_facts_is_the_old_name_of_metadata(saved):
+    prompt = load_prompt(saved)
+    with pytest.warns(DeprecationWarning, match="Prompt.facts is now Prompt.metadata"):
+        assert prompt.facts is prompt.metadata
+
+
+@pytest.mark.parametrize("use", [save_prompt, save_peft])
+def test_a_path_that_is_none_is_refused(tmp_path, monkeypatch, use):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="None is not the name of a file; give text or a pathlib"):
+        use(None, Prompt(vectors(), {}))
+    assert not os.listdir(tmp_path)

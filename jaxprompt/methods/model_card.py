@@ -1,0 +1,168 @@
+"""Model cards: what a prompt or an adapter does, how well, and how to use it, in Markdown."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.methods.tuned import decoder_only
+from jaxprompt.models.checkpoints.hub import only_here
+from jaxprompt.runtime.markdown import plain
+
+
+def model_card(metadata: Mapping[str, Any]) -> str:
+    """Markdown that tells a stranger what the prompt does, how well, and how to use it."""
+    task, backbone = metadata.get("task") or {}, metadata.get("backbone") or {}
+    source = str(backbone.get("source", "unknown"))
+    labels = ", ".join(plain(label) for label in _list(task.get("labels"))) or "free text"
+    example = json.dumps({name: "..." for name in _columns(task)}, ensure_ascii=False)
+    rows = f"Rows are objects with the columns that the template names, such as {_code(example)}."
+    if task.get("rule"):
+        rows = f"Rows are those of the task's own files, to which {_code(task['rule'])} is applied."
+    return f"""---
+{_front_matter(metadata, source)}
+---
+# Soft prompt for {plain(task.get("name", "an unnamed task"))}
+
+{_size(metadata)} that go before the text of a frozen
+{_code(source)} (fingerprint {_code(backbone.get("fingerprint", "unknown"))}).
+It works with that backbone only.
+
+- Input: {_code(task.get("template", "unknown"))}
+- Output: {labels}
+- {_steps(metadata)}; see `prompt.json` for the whole configuration.
+
+{_figures(metadata)}
+
+    jaxprompt eval PATH_OF_THIS_FOLDER
+    jaxprompt predict PATH_OF_THIS_FOLDER --input in.jsonl --output out.jsonl
+
+In Python:
+
+```python
+import jaxprompt as jp
+
+session = jp.open_session("PATH_OF_THIS_FOLDER")  # loads the backbone, too
+print(jp.predict(session, [{example}]))
+```
+
+{rows}
+"""
+
+
+def _size(metadata: Mapping[str, Any]) -> str:
+    return f"{metadata.get('length')} vectors of {metadata.get('width')} numbers"
+
+
+def adapter_card(metadata: Mapping[str, Any], config: dict[str, Any]) -> str:
+    """Markdown beside an adapter: how PEFT loads it, and what text it expects."""
+    task, recorded = metadata.get("task") or {}, (metadata.get("backbone") or {}).get("source")
+    base = config["base_model_name_or_path"]
+    known = isinstance(base, str) and not only_here(base)
+    values: dict[str, Any] = {"library_name": "peft"}
+    if known and _is_hub_id(base):
+        values["base_model"] = base
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+    end = ""
+    if decoder_only(metadata):
+        end = (
+            f"An input ends with {_code(task.get('separator', ''))}; an answer begins with a space."
+        )
+    how = (
+        ""
+        if known
+        else f"""
+The backbone {_code(base or recorded or "unknown")} is one that only jaxprompt knows. Write it as
+transformers reads it, and name that folder in `adapter_config.json`, or load it yourself:
+
+```python
+import jaxprompt as jp
+
+jp.save_backbone("backbone", {json.dumps(base or "...")})
+```
+"""
+    )
+    kind = "CausalLM" if decoder_only(metadata) else "Seq2SeqLM"
+    return f"""---
+{front}
+---
+# Prompt-tuning adapter for {plain(task.get("name", "an unnamed task"))}
+
+{config["num_virtual_tokens"]} vectors for {_code(base or "an unnamed backbone")}, written by
+jaxprompt. PEFT knows no task: give it text of the form {_code(task.get("template", "unknown"))}.
+{end}
+{how}
+```python
+from peft import PeftModel
+from transformers import AutoModelFor{kind}
+
+base = AutoModelFor{kind}.from_pretrained({json.dumps(base if known else "backbone")})
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _columns(task: dict[str, Any]) -> list[str]:
+    """The columns that a task's template names."""
+    found = re.findall(r"\{\{|\}\}|\{([^{}]*)\}", str(task.get("template", "")))
+    return list(dict.fromkeys(filter(None, found))) or ["input"]
+
+
+def _steps(metadata: Mapping[str, Any]) -> str:
+    config = metadata.get("config") or {}
+    settings: Any = config.get("train")
+    settings = settings if isinstance(settings, dict) else {}
+    total, step = settings.get("steps"), metadata.get("step", "?")
+    of = f" of {total}, the best on validation rows" if type(total) is int else ""
+    return f"Vectors of step {step}{of}; seed {metadata.get('seed', '?')}"
+
+
+def _front_matter(metadata: Mapping[str, Any], source: str) -> str:
+    """What the Hugging Face hub reads: names in JSON, which is YAML."""
+    kind = "causal-lm" if decoder_only(metadata) else "t5"
+    values: dict[str, Any] = {"library_name": "jaxprompt"}
+    if _is_hub_id(source):
+        values["base_model"] = source
+    values["tags"] = ["prompt-tuning", "soft-prompt", kind]
+    names = [name for name in metadata.get("metrics") or {} if re.fullmatch(r"\w+", str(name))]
+    if names:
+        values["metrics"] = names
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+
+
+def _figures(metadata: Mapping[str, Any]) -> str:
+    """A table of the metrics on validation and test rows, with what is there without tuning."""
+    metrics, test = metadata.get("metrics") or {}, metadata.get("test") or {}
+    first = next(iter(_list((metadata.get("task") or {}).get("metrics")) or metrics), "")
+    named = {"majority": "of the majority class", "untuned": "of the backbone without a prompt"}
+    baselines = metadata.get("baselines") or {}
+    lines = [(plain(name), value, test.get(name, "")) for name, value in metrics.items()]
+    lines += [
+        (f"{plain(first)} {words}", baselines[key], "")
+        for key, words in named.items()
+        if key in baselines
+    ]
+    head = [f"| metric | validation, {metadata.get('rows', '?')} rows | test |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| {n} | {_number(v)} | {_number(t)} |" for n, v, t in lines)])
+
+
+def _number(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.4f}" if number and abs(value) < 1e9 else plain(str(value))
+
+
+def _code(value: Any) -> str:
+    """A value as a code span, in which nothing is markup; line breaks are shown as ``\\n``."""
+    text = str(value).replace("\r", "\\r").replace("\n", "\\n")
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
+    space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) or not text else ""
+    return f"{fence}{space}{text}{space}{fence}"

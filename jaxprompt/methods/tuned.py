@@ -1,0 +1,184 @@
+"""A tuned prompt in memory: float32 vectors, and the metadata that its artefact records."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast, get_origin, get_type_hints, is_typeddict
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import load_file
+
+from jaxprompt.config.errors import UserError, shown
+from jaxprompt.models.checkpoints.metadata import read_json
+
+
+class BackboneRecord(TypedDict, total=False):
+    """What a prompt records of the model that it was tuned on."""
+
+    source: str  # as the user named it
+    fingerprint: str
+    fingerprint_float16: str  # of a copy of the model in float16
+    tokenizer: str
+    family: str  # "decoder-only", or absent
+    d_model: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+
+
+class TaskRecord(TypedDict, total=False):
+    """The keys of a task that are read before it is validated; it has all of ``TaskConfig``."""
+
+    name: str
+    template: str
+
+
+class PeftRecord(TypedDict, total=False):
+    """The key of an adapter's config that is read; it has all that PEFT wrote."""
+
+    task_type: str
+
+
+class Metadata(TypedDict, total=False):
+    """What is known about a prompt; files of others have little of it. Other keys are kept, too."""
+
+    format: int
+    length: int  # vectors
+    width: int  # of a vector
+    method: str
+    backbone: BackboneRecord
+    task: TaskRecord
+    peft: PeftRecord
+    rows: int  # validation rows
+    step: int  # of the best checkpoint
+    seed: int
+    metrics: dict[str, float]  # on validation rows
+    test: dict[str, float]  # metrics on test rows
+    baselines: dict[str, float]  # "majority" and "untuned", of the first metric
+    config: dict[str, Any]  # the run's settings
+    versions: dict[str, str]
+
+
+class Prompt(NamedTuple):
+    """A tuned prompt: float32 vectors and what is known about it (little for foreign files)."""
+
+    vectors: Float[np.ndarray, "P D"]
+    metadata: Metadata
+
+    @property
+    def facts(self) -> Metadata:
+        """The old name of ``metadata``."""
+        note = "Prompt.facts is now Prompt.metadata; rename it"
+        warnings.warn(note, DeprecationWarning, stacklevel=2)
+        return self.metadata
+
+
+def checked_prompt(prompt: Prompt) -> Prompt:
+    """A prompt that Python made, checked as one that is read. Raises UserError."""
+    if not isinstance(prompt, Prompt):
+        raise UserError(f"A prompt is {shown(prompt)}; give a path, or Prompt(vectors, metadata).")
+    vectors = checked_vectors(np.asarray(prompt.vectors), "The prompt")
+    return Prompt(vectors, check_metadata(prompt.metadata, "The prompt's metadata:"))
+
+
+def as_json(metadata: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8. Half a surrogate becomes an escape, and is read back as it was."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise TypeError(f"a {type(value).__name__} is not JSON")
+
+    def dump(values: Any) -> str:
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False, default=convert)
+
+    for key, value in metadata.items():
+        try:
+            dump({key: value})
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"The prompt's {str(key)[:100]!r} is {shown(value)}, which JSON cannot hold "
+                f"({str(error)[:100]}); leave it out of the metadata, or make it numbers and text."
+            ) from None
+    return (dump(metadata) + "\n").encode("utf-8", "backslashreplace")
+
+
+def decoder_only(metadata: Mapping[str, Any]) -> bool:
+    """Whether the prompt was tuned on a decoder-only model, as far as is known."""
+    recorded = (metadata.get("backbone") or {}).get("family")
+    kind = (metadata.get("peft") or {}).get("task_type")
+    return recorded == "decoder-only" or kind == "CAUSAL_LM"
+
+
+def _kinds(record: Any, prefix: str = "") -> dict[str, type]:
+    """The type of each key that is known, nested ones by dotted key."""
+    kinds: dict[str, type] = {}
+    for name, hint in get_type_hints(record).items():
+        kinds[prefix + name] = dict if is_typeddict(hint) else get_origin(hint) or hint
+        if is_typeddict(hint):
+            kinds |= _kinds(hint, f"{prefix}{name}.")
+    return kinds
+
+
+_KINDS = _kinds(Metadata)
+_NAMES = {dict: "object", str: "text", int: "whole number"}
+
+
+def check_metadata(values: object, where: str) -> Metadata:
+    """The metadata of a prompt without those that are null; other keys may be anything.
+
+    Args:
+        where: How an error begins.
+
+    Raises:
+        UserError: ``values`` is not a mapping, or a known key has a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} {shown(values)} is no object; give a mapping.")
+    kept = {key: value for key, value in values.items() if value is not None}
+    for key, kind in _KINDS.items():
+        outer, _, inner = key.partition(".")
+        value = kept.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{where} {key!r} is {shown(value)}, no {_NAMES[kind]}.")
+    return cast(Metadata, kept)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, which names the file."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}.") from None
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # the library's own, or NumPy's for a type or rank it does not know
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is damaged or missing: {problem[:200]}.") from None
+    if name not in tensors:
+        raise UserError(f"{path} holds {shown(sorted(tensors))} and no tensor {name!r}.")
+    return tensors[name]
+
+
+def checked_vectors(vectors: np.ndarray, path: Path | str) -> Float[np.ndarray, "P D"]:
+    number = vectors.dtype.kind == "f" or vectors.dtype.name == "bfloat16"  # of ml_dtypes
+    if vectors.ndim != 2 or not number or 0 in vectors.shape:
+        raise UserError(
+            f"{path} holds {str(vectors.dtype)[:80]} of shape {list(vectors.shape)}; "
+            "a prompt is a float array [P, D]."
+        )
+    with np.errstate(over="ignore"):  # of float64; found by the next line
+        vectors = np.array(vectors, np.float32)
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path} holds values that are not finite; the prompt is unusable.")
+    return vectors
