@@ -1,5 +1,6 @@
 """The reference of settings comes from the schema, and the document is not stale."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.names import RENAMED
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.reference import (
     BEGIN,
@@ -92,3 +94,16 @@ def test_the_part_between_the_markers_is_renewed(tmp_path):
     assert file.read_text() == f"before\n{reference()}\nafter\n"
     with pytest.raises(UserError, match="lacks a marker"):
         renewed("nothing")
+
+
+def test_every_config_is_in_the_document_and_no_link_is_dead():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    links = {(DOCUMENT.parent / path).resolve() for path in re.findall(r"\]\(([^)#]+)\)", text)}
+    assert all(path.exists() for path in links)
+    for path in DOCUMENT.parent.rglob("*.yaml"):
+        assert path in links or path.parent in links, path
+
+
+def test_the_document_tells_old_names():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"| `{old}` | `{new}` |" in text for old, new in RENAMED.items())
