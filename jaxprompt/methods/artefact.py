@@ -97,7 +97,7 @@ def _read_artefact(path: Path) -> Prompt:
     for key, size in zip(("length", "width"), vectors.shape, strict=True):
         if metadata.get(key, size) != size:
             raise UserError(
-                f"{path / METADATA} says {key} {metadata[key]} and {TENSORS} has {size}; the two "
+                f"{path / METADATA} says {key} {values[key]} and {TENSORS} has {size}; the two "
                 "files do not belong together."
             )
     return Prompt(vectors, metadata)

@@ -235,7 +235,7 @@ def _train(
         model = load_backbone(str(folder / "model"), attention=attention, **cell.numerics)
         return scores, open_session(None, model)
     prompt = load_prompt(folder / "prompt")
-    scores["metrics"] = prompt.metadata["metrics"]
+    scores["metrics"] = prompt.metadata.get("metrics", {})
     session = open_session(prompt, backbone)
     seen = inspect(session)
     tightest = sorted(seen["vectors"], key=lambda v: -v["nearest"][-1]["cosine"])[:3]

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 import jaxprompt
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
+from jaxprompt.methods.tuned import Metadata
 from jaxprompt.models.checkpoints.load import Backbone, save_hf
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import replace_directory
@@ -92,7 +93,9 @@ def save_tuned(
         return
     _put_aside(tuned_in(folder, bank is not None), known)
     if bank is not None:
-        save_prompt(folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], facts))
+        save_prompt(
+            folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], cast(Metadata, facts))
+        )
         return
 
     def write(path: Path) -> None:
