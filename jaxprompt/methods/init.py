@@ -1,6 +1,7 @@
 """How a soft prompt starts (Lester et al. 2021, 3.2; the authors' code where it differs)."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,59 +15,65 @@ Rows = Float[np.ndarray, "P D"]
 UNIFORM = {"paper": (-0.5, 0.5), "code": (0.0, 0.5)}
 
 
+class Vocabulary(NamedTuple):
+    """What the words of a task and of the tokenizer are to a backbone."""
+
+    table: Float[Array, "V D"]  # of token embeddings
+    encode: Callable[[str], list[int]]  # text to ids, without EOS
+    special_ids: Sequence[int]  # pad, EOS, unk
+    pieces: int  # of the tokenizer
+    labels: Sequence[Sequence[int]]  # ids of each class label, without EOS
+
+
 def initial_prompt(
-    config: PromptConfig,
-    table: Float[Array, "V D"],
-    *,
-    encode: Callable[[str], list[int]],
-    special_ids: Sequence[int],
-    pieces: int,
-    labels: Sequence[Sequence[int]],
-    seed: int,
-    from_file: Callable[[str], Rows],
+    config: PromptConfig, vocabulary: Vocabulary, seed: int, from_file: Callable[[str], Rows]
 ) -> Float[np.ndarray, "P D"]:
     """The float32 start of a prompt of ``config.length`` vectors.
 
-    ``encode`` turns text into ids without EOS, ``pieces`` is the tokenizer's size, ``labels`` are
-    the ids of the task's class labels without EOS and ``from_file`` reads the prompt of
-    ``config.file``.
+    Args:
+        config: Length and kind of the start.
+        vocabulary: Embeddings and the ids that label words and text have.
+        seed: Of sampled ids and uniform numbers.
+        from_file: Reads the prompt of ``config.file``.
+
+    Raises:
+        UserError: nothing may be sampled, or the prompt of a file does not fit.
     """
     rng = np.random.Generator(np.random.Philox(seed))
+    table = vocabulary.table
     length, width = config.length, table.shape[1]
+    if config.init == "uniform":
+        low, high = UNIFORM[config.uniform]
+        return rng.uniform(low, high, (length, width)).astype(np.float32)
+    if config.init == "file":
+        return resized(from_file(config.file or ""), length, width, config)
+    rows: Sequence[np.ndarray] = []
+    if config.init == "class_labels":
+        # label i starts position i; the pieces of a label of several are averaged
+        rows = [lookup(table, ids).mean(axis=0) for ids in vocabulary.labels]
+    elif config.init == "text":
+        rows = list(lookup(table, vocabulary.encode(config.text or "")))
+    # cut to the length; the positions after them are sampled from the vocabulary
+    head = np.asarray(rows[:length], np.float32).reshape(-1, width)
+    drawn = _sampled_ids(config, vocabulary, rng, length - len(head))
+    return np.concatenate([head, lookup(table, drawn)])
 
-    def sampled(count: int) -> Rows:
-        """Embeddings of distinct ids drawn from the start of the vocabulary."""
-        code = config.special_ids == "code"
-        every = table.shape[0] if code and config.vocabulary is None else pieces
-        size = min(config.vocabulary or every, every)
-        excluded = () if code else special_ids
-        candidates = np.setdiff1d(np.arange(size), np.asarray(excluded, int))
-        if count and not len(candidates):
-            raise UserError(
-                f"prompt.vocabulary is {size}, all of them special ids; raise it, or set "
-                "prompt.special_ids=code."
-            )
-        drawn = rng.choice(candidates, count, replace=count > len(candidates))
-        return lookup(table, drawn)
 
-    def completed(rows: Sequence[np.ndarray]) -> Rows:
-        """``rows`` cut to the length, the positions after them sampled from the vocabulary."""
-        head = np.asarray(rows[:length], np.float32).reshape(-1, width)
-        return np.concatenate([head, sampled(length - len(head))])
-
-    match config.init:
-        case "uniform":
-            low, high = UNIFORM[config.uniform]
-            return rng.uniform(low, high, (length, width)).astype(np.float32)
-        case "sampled_vocabulary":
-            return sampled(length)
-        case "class_labels":
-            # label i starts position i; the pieces of a label of several are averaged
-            return completed([lookup(table, ids).mean(axis=0) for ids in labels])
-        case "text":
-            return completed(list(lookup(table, encode(config.text or ""))))
-        case "file":
-            return resized(from_file(config.file or ""), length, width, config)
+def _sampled_ids(
+    config: PromptConfig, vocabulary: Vocabulary, rng: np.random.Generator, count: int
+) -> np.ndarray:
+    """``count`` distinct ids drawn from the start of the vocabulary."""
+    code = config.special_ids == "code"
+    every = vocabulary.table.shape[0] if code and config.vocabulary is None else vocabulary.pieces
+    size = min(config.vocabulary or every, every)
+    excluded = () if code else vocabulary.special_ids
+    candidates = np.setdiff1d(np.arange(size), np.asarray(excluded, int))
+    if count and not len(candidates):
+        raise UserError(
+            f"prompt.vocabulary is {size}, all of them special ids; raise it, or set "
+            "prompt.special_ids=code."
+        )
+    return rng.choice(candidates, count, replace=count > len(candidates))
 
 
 def lookup(table: Float[Array, "V D"], ids: Sequence[int] | np.ndarray) -> Rows:

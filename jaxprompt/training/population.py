@@ -20,7 +20,7 @@ from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import join_groups, length_groups, num_members
-from jaxprompt.methods.init import initial_prompt
+from jaxprompt.methods.init import Vocabulary, initial_prompt
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.markdown import plain
@@ -47,11 +47,13 @@ def init_trainables(
                 )
         start = initial_prompt(
             member.prompt.model_copy(update={"length": method.num_start_vectors(member.prompt)}),
-            table,
-            encode=tokenizer.encode,
-            special_ids=tokenizer.special_ids,
-            pieces=min(tokenizer.size, backbone.config.vocab_size),
-            labels=labels,
+            Vocabulary(
+                table,
+                encode=tokenizer.encode,
+                special_ids=tokenizer.special_ids,
+                pieces=min(tokenizer.size, backbone.config.vocab_size),
+                labels=labels,
+            ),
             seed=member.train.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )

@@ -32,7 +32,7 @@ from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.methods.artefact import Prompt, load_prompt
-from jaxprompt.methods.init import initial_prompt
+from jaxprompt.methods.init import Vocabulary, initial_prompt
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
@@ -88,9 +88,12 @@ def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:
     ]
     start = initial_prompt(
         PromptConfig(length=length, init="sampled_vocabulary"),
-        backbone.params["token_embedder"]["embedding"],
-        encode=tokenizer.encode, special_ids=tokenizer.special_ids, pieces=tokenizer.size,
-        labels=[], seed=seed, from_file=lambda path: np.empty(0),
+        Vocabulary(
+            backbone.params["token_embedder"]["embedding"],
+            encode=tokenizer.encode, special_ids=tokenizer.special_ids, pieces=tokenizer.size,
+            labels=[],
+        ),
+        seed=seed, from_file=lambda path: np.empty(0),
     )  # fmt: skip
     folder = options.out / f"{task.name}-P{length}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)

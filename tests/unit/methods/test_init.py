@@ -5,7 +5,7 @@ import pytest
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.config.validation import parse
-from jaxprompt.methods.init import initial_prompt
+from jaxprompt.methods.init import Vocabulary, initial_prompt
 
 TABLE = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
 WORDS = {"yes": [5], "not yes": [7, 9, 11], "a b c d": [20, 21, 22, 23]}
@@ -15,11 +15,13 @@ STORED = np.arange(24, dtype=np.float32).reshape(3, 8)
 def start(seed=0, labels=None, **settings):
     return initial_prompt(
         PromptConfig(**settings),
-        jnp.asarray(TABLE),
-        encode=lambda text: WORDS[text],
-        special_ids=[0, 1, 2],
-        pieces=60,
-        labels=[WORDS[label] for label in labels or ()],
+        Vocabulary(
+            jnp.asarray(TABLE),
+            encode=lambda text: WORDS[text],
+            special_ids=[0, 1, 2],
+            pieces=60,
+            labels=[WORDS[label] for label in labels or ()],
+        ),
         seed=seed,
         from_file=lambda path: STORED,
     )

@@ -2,7 +2,7 @@
 
 The file is nested maps with arrays as extension type 1, whose payload is again msgpack: a triple of
 shape, dtype name and raw bytes (flax.serialization). The walk jumps over the bytes, so opening a
-checkpoint of any size reads a few kilobytes.
+checkpoint of any size reads a few kilobytes. flax.serialization would read all of it into memory.
 """
 
 import math
