@@ -7,13 +7,14 @@ needs them, so that ``--help`` answers at once.
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 
 from jaxprompt import __version__
 from jaxprompt.cli import artefacts, discover, studies, train, use
-from jaxprompt.cli.errors import check_form, end_command
+from jaxprompt.cli.errors import check_form, end_command, show_warning
 from jaxprompt.cli.options import with_groups
 from jaxprompt.runtime.compilation import keep_compiled
 
@@ -62,6 +63,7 @@ for name, command in {
 
 def main() -> None:
     """Run a command; turn a user's mistake into one sentence and exit code 2."""
+    warnings.showwarning = show_warning
     try:
         check_form(sys.argv[1:])
         try:

@@ -128,3 +128,13 @@ def _end_one_of_several(error: BaseException) -> NoReturn:
         flush=True,
     )
     os._exit(1)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """Print a warning to standard error: for a user, a renamed key has no place in our code."""
+    text = str(message)
+    if not issubclass(category, FutureWarning):
+        text = f"{filename}:{lineno}: {category.__name__}: {text}"
+    print(f"warning: {text}", file=sys.stderr)
