@@ -204,7 +204,7 @@ class EvaluationOptions(TypedDict):
     """
 
     task: NotRequired[TaskLike]
-    data: NotRequired[str | None]
+    data: NotRequired[str | Rows | None]  # a file, or rows
     split: NotRequired[str]
     batch_size: NotRequired[int]
     progress: NotRequired[Progress]
@@ -218,7 +218,7 @@ def evaluate(
     figure: str | Path | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Result:
-    """The task's metrics on one of its splits, or on a file ``data`` with the task's columns.
+    """The task's metrics on one of its splits, or on a file or rows ``data`` with its columns.
 
     For a task with labels, ``"report"`` has precision, recall, F1 and support of each class, their
     unweighted means, and the confusion matrix (``evaluation.classes.class_report``).
@@ -259,7 +259,7 @@ class _Evaluation:
     """The values of ``EvaluationOptions`` with their defaults."""
 
     task: TaskLike = None
-    data: str | None = None
+    data: str | Rows | None = None
     split: str = "validation"
     batch_size: int = 64
     progress: Progress = ignore_progress
@@ -296,15 +296,20 @@ def _questions(session: Session, given: _Evaluation) -> _Questions:
         raise UserError(f"The split is {shown(split)}; give train, validation or test.")
     task = prompt_task(session.prompt, given.task)
     check_metrics(task)
-    rows = read_split(task, split, data)
-    origin = data if data is not None else getattr(task, split)
+    if data is None or isinstance(data, str):
+        rows = read_split(task, split, data)
+        origin = data if data is not None else getattr(task, split)
+    else:
+        check_rows(data)
+        origin = "the given rows"
+        rows = apply_rule(task, data, training=False, origin=origin)
     if not rows:
         raise UserError(f"{origin} holds no rows that task {task.name!r} can judge.")
     written = as_written(task, references(task, rows, origin), session.tokenizer)
     odd = [*label_warnings(task, session.tokenizer), *written.warnings]
     facts: Result = {
         "task": task.name,
-        "data": data if data is not None else split,
+        "data": split if data is None else origin,
         "rows": len(rows),
         "majority": majority(task.metrics[0], written.references, task.labels),
         "backbone": session.backbone.source,

@@ -92,6 +92,32 @@ def show_result(result: dict) -> None:
     )  # fmt: skip
 
 
+def show_classes(result: dict) -> None:
+    """Precision, recall and F1 of each label, and what is confused, on standard error."""
+    console = Console(stderr=True)
+    if "report" not in result:
+        console.print("the task has no labels, so there is no report of them", markup=False)
+        return
+    report = result["report"]
+    table = Table(title=f"{result['task']}: {result['rows']} rows of {result['data']}")
+    for name in ("label", "precision", "recall", "F1", "rows"):
+        table.add_column(name, justify="left" if name == "label" else "right")
+    for name, own in report["classes"].items():
+        figures = (f"{own[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(name, *figures, str(own["support"]))
+    mean = (f"{report['macro'][key]:.3f}" for key in ("precision", "recall", "f1"))
+    table.add_row("mean of labels", *mean, str(result["rows"]), style="bold")
+    console.print(table)
+    console.print("rows: the right label; columns: the prediction", markup=False, soft_wrap=True)
+    matrix = Table()
+    for name in ("", *report["confusion"]["columns"]):
+        matrix.add_column(name, justify="right" if name else "left")
+    confusion = report["confusion"]
+    for name, counts in zip(confusion["rows"], confusion["counts"], strict=True):
+        matrix.add_row(name, *map(str, counts))
+    console.print(matrix)
+
+
 SHOWN = 8  # layouts of a plan, of those that fit and of those that do not
 
 

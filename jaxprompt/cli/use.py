@@ -36,25 +36,37 @@ def evaluate(
         ),
     ] = None,
     questions: Questions = Questions(),
+    report: Annotated[
+        bool, typer.Option("--report", help="also show precision and recall of each label")
+    ] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option(callback=at_home, help="draw the confusion matrix (.png .svg .pdf)"),
+    ] = None,
     loading: Loading = Loading(),
 ) -> None:
     """Metrics of a prompt, or of several and of their joint answers, as one JSON object.
 
     \b
-    jaxprompt eval runs/my/prompt --split test
+    jaxprompt eval runs/my/prompt --split test --report --figure confusion.png
     jaxprompt eval runs/a/prompt runs/b/prompt
     jaxprompt eval --backbone builtin --task supersense
     """
     if questions.split not in ("train", "validation", "test"):
         raise UserError(f"--split is {questions.split!r}; allowed are train, validation and test.")
+    first, *others = prompts or [None]
+    if others and (report or figure is not None):
+        raise UserError(
+            "--report and --figure are of one prompt; name one, or leave these options out."
+        )
+    _check_figure(figure, prompts or [])
     from jaxprompt.runtime import devices
 
     devices.start()
     from jaxprompt import api
-    from jaxprompt.cli.progress import Bar
+    from jaxprompt.cli.progress import Bar, show_classes
     from jaxprompt.runtime.processes import on_process_zero
 
-    first, *others = prompts or [None]
     more = loading._asdict()
     session = api.open_session(first, **more)
     more["backbone"] = session.backbone
@@ -64,10 +76,23 @@ def evaluate(
     with Bar("evaluating", None) as bar:
         options |= {"progress": bar.advance, "warn": bar.warn}
         if others:
-            report = api.evaluate_ensemble(sessions, **options)
+            result = api.evaluate_ensemble(sessions, **options)
         else:
-            report = api.evaluate(session, **options)
-    on_process_zero(lambda: print(json.dumps(report)))
+            result = api.evaluate(session, figure=figure, **options)
+    if report:
+        show_classes(result)
+    on_process_zero(lambda: print(json.dumps(result)))
+
+
+def _check_figure(figure: Path | None, prompts: list[Path]) -> None:
+    """Refuse a figure that cannot be written, before any work is done."""
+    if figure is None:
+        return
+    from jaxprompt.evaluation.plots import figure_format
+    from jaxprompt.runtime.files import check_output
+
+    figure_format(figure)
+    check_output(figure, [file for prompt in prompts for file in files_of(prompt)])
 
 
 def predict(
@@ -181,11 +206,6 @@ def inspect(
     """
     from jaxprompt import api
 
-    if figure is not None:
-        from jaxprompt.evaluation.plots import figure_format
-        from jaxprompt.runtime.files import check_output
-
-        figure_format(figure)
-        check_output(figure, files_of(prompt))
+    _check_figure(figure, [prompt])
     session = api.open_session(prompt, **loading._asdict())
     print_json(api.inspect(session, nearest=nearest, figure=figure))

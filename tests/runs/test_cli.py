@@ -713,3 +713,22 @@ def test_every_path_of_a_command_is_expanded(monkeypatch, tmp_path, call):
     assert at_home(["~/a", "b"]) == [tmp_path / "a", Path("b")]
     code, _, err = call("reproduce", "report", "--output=~/none")
     assert code == 2 and str(tmp_path / "none") in err
+
+
+def test_a_report_and_a_figure_of_each_label(call, refused, prompt, tmp_path):
+    figure = tmp_path / "confusion.png"
+    code, out, err = call("eval", prompt, "--report", "--figure", figure)
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    assert set(report["classes"]) == {"yes", "no"} and figure.stat().st_size > 0
+    assert "precision" in err and "columns: the prediction" in err
+    assert "are of one prompt" in refused("eval", prompt, prompt, "--report")
+    assert "is not read as a standard stream" in refused("eval", prompt, "--figure", "-")
+
+
+def test_rows_in_memory_are_judged_like_those_of_a_file(prompt, tmp_path):
+    rows = make_rows(6)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    ours, theirs = (api.evaluate(prompt, data=data) for data in (rows, str(file)))
+    assert ours["metrics"] == theirs["metrics"] and ours["report"] == theirs["report"]
+    assert ours["data"] == "the given rows" and theirs["data"] == str(file)
