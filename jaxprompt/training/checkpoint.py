@@ -128,10 +128,10 @@ class Checkpoints:
         """The one part that is asked for."""
         try:
             with _orbax(by_all) as orbax:
-                found = orbax.restore(
+                parts = orbax.restore(
                     self.path / str(self._latest), args=ocp.args.Composite(**what)
                 )
-            return next(iter(found.values()))
+            return next(iter(parts.values()))
         except (ValueError, OSError, KeyError) as error:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} cannot be read "
@@ -175,13 +175,13 @@ def _brief(error: Exception) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder`` by its path there, the list itself left out."""
-    found = {}
+    sums = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != CHECKSUMS:
             with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def problem_of(folder: Path) -> str | None:
@@ -195,8 +195,8 @@ def problem_of(folder: Path) -> str | None:
         return f"its {CHECKSUMS} is damaged"
     if str(step) != folder.name:
         return f"it is that of step {step}"
-    found = checksums(folder)
-    differs = sorted(name for name in {*found, *files} if found.get(name) != files.get(name))
+    actual = checksums(folder)
+    differs = sorted(name for name in {*actual, *files} if actual.get(name) != files.get(name))
     return f"{differs[0]} is not what was saved" if differs else None
 
 

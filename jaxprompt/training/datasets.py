@@ -129,8 +129,8 @@ def truncation_warnings(given: TaskDataset) -> list[str]:
 
 def target_warnings(given: TaskDataset, tokenizer: Tokenizer) -> list[str]:
     """A sentence for each kind of target, or label, that answers cannot equal."""
-    found = [text for split in given.splits() for text in split.warnings]
-    return [*label_warnings(given.task, tokenizer), *found]
+    of_splits = [text for split in given.splits() for text in split.warnings]
+    return [*label_warnings(given.task, tokenizer), *of_splits]
 
 
 def build_dataset(

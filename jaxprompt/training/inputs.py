@@ -46,13 +46,13 @@ def of_backbone(config: registry.Config, fingerprint: str) -> Inputs:
 
 def of_rows(task: TaskConfig, splits: Mapping[str, Sequence[dict[str, Any]]]) -> Inputs:
     """The texts of each row by split; of rows that are answered, what they are judged by."""
-    found = {}
+    digests = {}
     for name, rows in splits.items():
         texts: Iterable[Any] = (to_text(task, row) for row in rows)
         if name != "train":
             texts = zip(texts, references(task, rows, getattr(task, name)), strict=True)
-        found[f"rows/{task.name}/{name}"] = digest_of(texts)
-    return found
+        digests[f"rows/{task.name}/{name}"] = digest_of(texts)
+    return digests
 
 
 def of_files(task: TaskConfig, eval_rows: int | None) -> Inputs:

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxprompt.data.batches import Batch
+from jaxprompt.losses import Losses
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.training.divergence import check_members
 from jaxprompt.training.progress import Progress
-from jaxprompt.training.step import Losses
 from jaxprompt.training.trial import MetricName
 
 Metrics = dict[str, float]

@@ -443,8 +443,8 @@ def held_out_scores(
     scores, sums = {}, _sums(config, mesh)
     put = lambda batch: batch if mesh is None else parallel.put_batch(batch, mesh)
     for name, batches in checks.items():
-        found = [np.asarray(sums(params, bank, put(batch))) for batch in batches]
-        nll, right, count = (float(x) for x in np.sum(found, axis=0))
+        parts = [np.asarray(sums(params, bank, put(batch))) for batch in batches]
+        nll, right, count = (float(x) for x in np.sum(parts, axis=0))
         scores[name] = {
             "loss": nll / count,
             "perplexity": math.exp(min(nll / count, 700)),

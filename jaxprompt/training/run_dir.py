@@ -202,15 +202,15 @@ def _is_result(result: dict[str, Any]) -> bool:
         return False
     if "held_out" in result:
         sets, model = result["held_out"], result.get("model")
-        fine = isinstance(sets, dict) and all(has(found, *_SCORES) for found in sets.values())
+        fine = isinstance(sets, dict) and all(has(values, *_SCORES) for values in sets.values())
         return fine and has(result, "tokens") and isinstance(model, str)
     tasks = result["tasks"] if "tasks" in result else {"": result}
     return isinstance(tasks, dict) and all(
-        has(found, *_NUMBERS)
-        and {"task", "prompt"} <= found.keys()
-        and isinstance(found.get("metric"), str)
-        and ("test" not in found or has(found["test"], found["metric"]))
-        for found in tasks.values()
+        has(values, *_NUMBERS)
+        and {"task", "prompt"} <= values.keys()
+        and isinstance(values.get("metric"), str)
+        and ("test" not in values or has(values["test"], values["metric"]))
+        for values in tasks.values()
     )
 
 

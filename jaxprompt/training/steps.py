@@ -6,9 +6,10 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from jaxprompt.data.batches import Batch
+from jaxprompt.losses import Losses
 from jaxprompt.models import registry
 from jaxprompt.runtime import parallel
-from jaxprompt.training.step import Losses, Step, TrainState
+from jaxprompt.training.step import Step, TrainState
 
 
 class Steps(NamedTuple):

@@ -13,13 +13,14 @@ import pytest
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.data.batches import Batch
+from jaxprompt.losses import Losses
 from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training.divergence import Diverged
 from jaxprompt.training.loop import Kind, fit
 from jaxprompt.training.metric_log import NullReporter
 from jaxprompt.training.progress import Progress
 from jaxprompt.training.run_dir import RunDir
-from jaxprompt.training.step import Losses, TrainState
+from jaxprompt.training.step import TrainState
 from jaxprompt.training.trial import MetricName
 
 EMPTY = Batch(*[np.zeros((1, 1), np.int32)] * len(Batch._fields))
