@@ -1,10 +1,14 @@
 """What a person watches: a bar on standard error, or plain lines where it is no terminal."""
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from jaxprompt.training.dry_run import DryRun
 
 LINES_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -90,6 +94,27 @@ def show_result(result: dict) -> None:
         f"{result['steps']} steps in {result['seconds']:.0f} s; tuned weights: {where}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def show_dry_run(report: "DryRun") -> None:
+    """What a run would be, on standard error."""
+    lines = [f"devices: {report['devices']}; backbone: {report['backbone']}"]
+    for name, task in report["tasks"].items():
+        counts = ", ".join(
+            f"{split['rows']:,} {part} ({split['truncated']:,} cut)"
+            for part, split in task["splits"].items()
+        )
+        lines.append(f"task {name}: {counts} rows")
+        labels = task["labels"]
+        answers = f"labels {', '.join(labels)}" if labels else "answers are written freely"
+        lines.append(f"  {answers}; always the commonest: {task['metric']} {task['majority']:.3f}")
+    lines.append(f"trained parameters: {report['trained_parameters']:,}; {report['steps']:,} steps")
+    if report["memory_gib"] is not None:
+        lines.append(f"memory of a device in a step: about {report['memory_gib']:.2f} GiB")
+    lines.append(f"nothing was written; a run would write to {report['output']}")
+    console = Console(stderr=True)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_classes(result: dict) -> None:

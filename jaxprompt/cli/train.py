@@ -7,15 +7,23 @@ import typer
 
 from jaxprompt.cli.errors import interruptible
 from jaxprompt.cli.options import ConfigArgument, OverridesArgument
+from jaxprompt.cli.output import print_json
 from jaxprompt.config.overrides import load_config, read_config
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.validation import parse
 
 
-def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check all, say what would run, and write nothing")
+    ] = False,
+) -> None:
     """Tune a prompt, or go on with the run in its output directory.
 
     \b
+    jaxprompt train my.yaml --dry-run
     jaxprompt train configs/quickstart.yaml
     jaxprompt train my.yaml train.steps=2000 output=runs/longer
     """
@@ -23,7 +31,16 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from jaxprompt.runtime import devices
 
     devices.start([run.train.batch_size, run.train.micro_batch_size or 0], run.mesh)
-    from jaxprompt.cli.progress import Bar, show_result
+    from jaxprompt.cli.progress import Bar, show_dry_run, show_result
+
+    if dry_run:
+        from jaxprompt.training.dry_run import dry_run as prepare_run
+
+        with Bar("checking", None) as bar:
+            report = prepare_run(run, bar)
+        show_dry_run(report)
+        print_json(report)
+        return
     from jaxprompt.training.loop import train as run_training
 
     with interruptible() as signals, Bar("training", run.train.steps) as bar:

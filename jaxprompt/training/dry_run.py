@@ -89,7 +89,7 @@ def _facts(dataset: TaskDataset) -> TaskFacts:
 def _memory(config: RunConfig, trials: Sequence[Trial]) -> float | None:
     """GiB of a device in a step, with the mesh of the config and the rows that there are."""
     devices = jax.devices()
-    kind = device_kind(devices[0])
+    kind = device_kind(devices[0].platform, devices[0].device_kind)
     if kind is None:
         return None
     mesh = parallel.make_mesh(config.mesh)
@@ -107,9 +107,9 @@ def _memory(config: RunConfig, trials: Sequence[Trial]) -> float | None:
     return round(totals[0], 3) if totals else None
 
 
-def device_kind(device: jax.Device) -> str | None:
+def device_kind(platform: str, words: str) -> str | None:
     """The name that ``plan`` has for a device; None for one that it does not know."""
-    if device.platform == "cpu":
+    if platform == "cpu":
         return "cpu"
-    words = device.device_kind.lower().replace(" ", "-").replace("lite", "e")
+    words = words.lower().replace(" ", "-")
     return next((kind for kind in DEVICES if kind in words), None)

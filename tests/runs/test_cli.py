@@ -732,3 +732,14 @@ def test_rows_in_memory_are_judged_like_those_of_a_file(prompt, tmp_path):
     ours, theirs = (api.evaluate(prompt, data=data) for data in (rows, str(file)))
     assert ours["metrics"] == theirs["metrics"] and ours["report"] == theirs["report"]
     assert ours["data"] == "the given rows" and theirs["data"] == str(file)
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(call, refused, values, tmp_path):
+    arguments = train(values, tmp_path)
+    code, out, err = call(*arguments, "--dry-run")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["tasks"]["mine"]["splits"]["train"]["rows"] > 0
+    assert report["trained_parameters"] == 3 * CONFIG.d_model and "nothing was written" in err
+    assert not (tmp_path / "run").exists()
+    assert "needs column 'other'" in refused(*arguments, "task.template={other}", "--dry-run")
