@@ -195,7 +195,7 @@ def test_commands_say_what_is_cut(folder, tmp_path, command, monkeypatch):
         "predict": [prompt, "--input", str(folder / "rows.jsonl"), *out],
         "score": ["--prompt", prompt, "--input", str(folder / "pairs.jsonl"), *out],
     }[command]
-    done = CliRunner().invoke(app, [command, *arguments])
+    done = CliRunner().invoke(app.app, [command, *arguments])
     assert done.exit_code == 0, done.exception
     inputs = "1 of 1 inputs are longer than max_input_length, 12 tokens"
     assert f"warning: {inputs if command == 'score' else TOLD}" in done.stderr
