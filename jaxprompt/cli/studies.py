@@ -12,10 +12,14 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import is_count
 
 if TYPE_CHECKING:
-    from jaxprompt.studies.plan import Plan
+    pass
 
 
-class StudyOptions(NamedTuple):
+if TYPE_CHECKING:
+    from jaxprompt.studies.study import StudyPlan
+
+
+class Options(NamedTuple):
     """What a study is of."""
 
     backbone: Annotated[
@@ -42,7 +46,7 @@ def reproduce(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="settings of all runs, e.g. train.steps=100")
     ] = None,
-    options: StudyOptions = StudyOptions(),
+    options: Options = Options(),
     output: Annotated[Path, typer.Option(callback=at_home, help="runs, results and report")] = Path(
         "runs/reproduce"
     ),
@@ -75,10 +79,10 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _plans(study: str, overrides: list[str], options: StudyOptions) -> list["Plan"]:
+def _plans(study: str, overrides: list[str], options: Options) -> list["StudyPlan"]:
     """The plan of a study; of "all" those of the studies that the options allow."""
     from jaxprompt.studies.catalogue import STUDIES
-    from jaxprompt.studies.plan import named, read_overrides
+    from jaxprompt.studies.options import StudyOptions, named, read_overrides
     from jaxprompt.studies.reproduce import make_plan
 
     steps = named(options.adapted or [])
@@ -88,8 +92,7 @@ def _plans(study: str, overrides: list[str], options: StudyOptions) -> list["Pla
     plans = []
     for name in STUDIES if study == "all" else (study,):
         try:
-            plan = make_plan(
-                name,
+            chosen = StudyOptions(
                 backbones=named(options.backbone or ["builtin"]),
                 tasks=options.task or (),
                 seeds=options.seeds,
@@ -99,6 +102,7 @@ def _plans(study: str, overrides: list[str], options: StudyOptions) -> list["Pla
                 span=options.span,
                 adapted={name: int(text) for name, text in steps.items()},
             )
+            plan = make_plan(name, chosen)
         except UserError as error:
             if study != "all":
                 raise

@@ -7,7 +7,7 @@ import collections
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.references import references, target_texts
 from jaxprompt.data.targets import judged_by
 from jaxprompt.data.templates import answered, columns_of, to_text
+from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import measure
+from jaxprompt.studies.tasks import CLOZE, with_sentinel
 
 Rows = Sequence[dict[str, Any]]
 Record = dict[str, Any]
@@ -37,7 +39,6 @@ TEMPLATES = {
     "sentiment": "{text} | Is this review positive or negative? {text}"
     " | {text} This was a <> review. | A <> opinion: {text}",
 }
-CLOZE = "<extra_id_0>"
 # For models that go on writing; what follows || stands between input and answer
 CONTINUED = {
     "supersense": "Definition: {gloss} || \nIs it an object, a person, an animal, a plant, a food"
@@ -63,22 +64,6 @@ def with_template(task: TaskConfig, template: str) -> TaskConfig:
     return (with_sentinel(task) if "<>" in template else task).model_copy(update=changed)
 
 
-def with_sentinel(task: TaskConfig) -> TaskConfig:
-    """The task with a sentinel before each target, as span corruption writes (Lester et al., 3.1).
-
-    Without labels the target's template has it.
-    """
-    if task.labels is None:
-        return task.model_copy(update={"target": f"{CLOZE} {task.target}"})
-    words = {label: label for label in task.labels} | (task.label_map or {})
-    return task.model_copy(
-        update={
-            "labels": [f"{CLOZE} {label}" for label in task.labels],
-            "label_map": {value: f"{CLOZE} {label}" for value, label in words.items()},
-        }
-    )
-
-
 def quality(session: Session, task: TaskConfig, rows: Rows) -> float:
     """The task's first metric."""
     predictions = predict_rows(session, task, rows).predictions
@@ -93,12 +78,12 @@ def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float 
     if task.labels is None or task.decoding != "rank":
         return None
     empty = [dict.fromkeys(columns_of(task.template), text) for text in CONTENT_FREE]
-    free, found = (predict_rows(session, task, some).scores for some in (empty, rows))
-    assert free is not None and found is not None  # the task has labels
+    free, scores = (predict_rows(session, task, some).scores for some in (empty, rows))
+    assert free is not None and scores is not None  # the task has labels
     # the logarithm of the mean, without a probability that could be too small for a number
     shares = jax.nn.log_softmax(np.asarray(free), axis=-1)
     prior = np.asarray(jax.nn.logsumexp(shares, axis=0)) - np.log(len(shares))
-    predictions = [task.labels[i] for i in (found - prior).argmax(axis=1)]
+    predictions = [task.labels[i] for i in (scores - prior).argmax(axis=1)]
     return measure(task, predictions, references(task, rows))[task.metrics[0]]
 
 
@@ -112,58 +97,65 @@ def hard_prompt(
     forms = [with_template(task, template) for template in (task.template, *others)]
     scores = [quality(session, form, few) for form in forms]
     best = forms[int(np.argmax(scores))]
-    found = measured(session, best, rows)
-    found |= {
+    record = measured(session, best, rows)
+    record |= {
         "template": best.template,
         "separator": best.separator,
         "templates": len(forms),
         "template_scores": scores,
     }
-    return found | {"steps": 0, "seconds": round(time.monotonic() - start, 3)}, best
+    return record | {"steps": 0, "seconds": round(time.monotonic() - start, 3)}, best
+
+
+class Shots(NamedTuple):
+    """Answered training rows that stand before each question."""
+
+    count: int
+    seed: int = 0
 
 
 def few_shot(
-    session: Session, task: TaskConfig, rows: dict[str, Rows], training: Rows, count: int, seed: int
+    session: Session, task: TaskConfig, rows: dict[str, Rows], training: Rows, shots: Shots
 ) -> tuple[Record, TaskConfig]:
-    """The task's template after ``count`` answered training rows, measured on all of ``rows``."""
+    """The task's template after answered training rows, measured on all of ``rows``."""
     start = time.monotonic()
-    task = with_shots(task, training, count, seed, session.tokenizer)
-    found = {"steps": 0, "shots": count} | measured(session, task, rows)
-    return found | {"seconds": round(time.monotonic() - start, 3)}, task
+    task = with_shots(task, training, shots, session.tokenizer)
+    scores = {"steps": 0, "shots": shots.count} | measured(session, task, rows)
+    return scores | {"seconds": round(time.monotonic() - start, 3)}, task
 
 
 def measured(session: Session, task: TaskConfig, rows: dict[str, Rows]) -> Record:
     """Scores on each split, plain and calibrated."""
-    found: Record = {"test": None, **{name: quality(session, task, rows[name]) for name in rows}}
+    plain: Record = {"test": None, **{name: quality(session, task, rows[name]) for name in rows}}
     calibrated = {name: calibrated_quality(session, task, rows[name]) for name in rows}
-    return found | {"calibrated": calibrated}
+    return plain | {"calibrated": calibrated}
 
 
-def with_shots(task: TaskConfig, rows: Rows, count: int, seed: int, words: Any) -> TaskConfig:
-    """The task with ``count`` answered training rows in front, labels in turn.
+def with_shots(task: TaskConfig, rows: Rows, shots: Shots, words: Tokenizer) -> TaskConfig:
+    """The task with answered training rows in front, labels in turn.
 
     Rows are drawn from those of at most 48 tokens where there are any, since each is read again
     with every question.
     """
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = np.random.default_rng(shots.seed).permutation(len(rows))
     texts = {int(i): to_text(task, rows[i]) for i in order[:2000]}
     short = {i: pair for i, pair in texts.items() if len(words.encode(pair[0])) <= 48} or texts
     chosen: dict[int, tuple[str, str]] = {}
-    for label in itertools.islice(itertools.cycle(task.labels or [None]), count):
+    for label in itertools.islice(itertools.cycle(task.labels or [None]), shots.count):
         left = (i for i, pair in short.items() if pair not in chosen.values())
-        found = next((i for i in left if label in (short[i][1], None)), None)
-        if found is None:
+        row = next((i for i in left if label in (short[i][1], None)), None)
+        if row is None:
             raise UserError(
-                f"--shots {count}: too few short rows of label {label!r}; ask for fewer."
+                f"{shots.count} shots: too few short rows of label {label!r}; ask for fewer."
             )
-        chosen[found] = short[found]
+        chosen[row] = short[row]
     space = "" if task.separator[-1:].isspace() else " "
     shown = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen.values())
     room = task.max_input_length + len(words.encode(shown))
     # what the rows say stays text; the task's own template and separator may name special tokens
     between = task.separator.replace("{", "{{").replace("}", "}}") + space
-    shots = "".join(f"{between.join(answered(task, rows[i]))}\n\n" for i in chosen)
-    return task.model_copy(update={"template": shots + task.template, "max_input_length": room})
+    answers = "".join(f"{between.join(answered(task, rows[i]))}\n\n" for i in chosen)
+    return task.model_copy(update={"template": answers + task.template, "max_input_length": room})
 
 
 def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
@@ -180,5 +172,5 @@ def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
     illegal = [output for output in outputs if output not in legal]
     right = [legal.get(o) == t for o, t in zip(outputs, target_texts(task, rows), strict=True)]
     common = collections.Counter(illegal).most_common(5)
-    found = {"illegal": len(illegal) / len(rows), "illegal_rows": len(rows)}
-    return found | {"illegal_examples": common, "generated_accuracy": sum(right) / len(rows)}
+    record = {"illegal": len(illegal) / len(rows), "illegal_rows": len(rows)}
+    return record | {"illegal_examples": common, "generated_accuracy": sum(right) / len(rows)}

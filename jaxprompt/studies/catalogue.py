@@ -6,47 +6,56 @@ figure shows a value, the direction alone is given.
 
 import itertools
 from functools import partial
-from typing import Any
 
 from jaxprompt.studies import summaries
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.plan import FULL, Arm, Claim, Plan, Study, full_arm, illegal, score
+from jaxprompt.studies.runs import Run, Settings
+from jaxprompt.studies.study import (
+    FULL,
+    Hypothesis,
+    Study,
+    StudyPlan,
+    Variant,
+    fine_tuning,
+    illegal,
+    score,
+)
 
 LENGTHS = (1, 5, 20, 100, 150)
 
 
-def _lengths(plan: Plan) -> list[Arm]:
+def _lengths(plan: StudyPlan) -> list[Variant]:
     return [
-        arm
+        variant
         for task in plan.tasks
-        for arm in (
-            *(Arm(f"P = {n}", task, plan.prompts(task, length=n), x=n) for n in LENGTHS),
-            full_arm(plan, task),
+        for variant in (
+            *(Variant(f"P = {n}", task, plan.prompts(task, length=n), x=n) for n in LENGTHS),
+            fine_tuning(plan, task),
         )
     ]
 
 
-INITS: dict[str, dict[str, Any]] = {
+INITS: dict[str, Settings] = {
     "uniform": {"prompt__init": "uniform", "prompt__uniform": "paper"},
     "sampled vocabulary": {"prompt__init": "sampled_vocabulary"},
     "class labels": {"prompt__init": "class_labels"},
 }
 
 
-def _init_cells(plan: Plan, task: str, init: str):
+def _init_runs(plan: StudyPlan, task: str, init: str) -> list[Run]:
     usual = "class labels" if plan.length >= 20 else "sampled vocabulary"  # of any other study
     if init == usual:
         return plan.prompts(task)
     return plan.prompts(task, variant=init.replace(" ", "-"), **INITS[init])
 
 
-def _inits(plan: Plan) -> list[Arm]:
+def _inits(plan: StudyPlan) -> list[Variant]:
     return [
-        arm
+        variant
         for task in plan.tasks
-        for arm in (
-            *(Arm(init, task, _init_cells(plan, task, init)) for init in INITS),
-            full_arm(plan, task),
+        for variant in (
+            *(Variant(init, task, _init_runs(plan, task, init)) for init in INITS),
+            fine_tuning(plan, task),
         )
     ]
 
@@ -56,32 +65,32 @@ SPAN, SENTINEL, ADAPTED = (
 )  # fmt: skip
 
 
-def _objectives(plan: Plan) -> list[Arm]:
-    arms = []
+def _objectives(plan: StudyPlan) -> list[Variant]:
+    variants = []
     for task in (t for t in plan.tasks if not t.endswith("+sentinel")):
-        on_span: dict[str, Any] = {"backbone": "span"}
-        cells = {
+        on_span: Settings = {"backbone": "span"}
+        runs = {
             SPAN: plan.prompts(task, **on_span),
             SENTINEL: plan.prompts(f"{task}+sentinel", **on_span),
             ADAPTED: plan.prompts(task),
         }
-        arms += [Arm(label, task, found) for label, found in cells.items()]
-        arms += [
-            Arm(label, f"{task}: share of illegal outputs", found, read=illegal, judged=False)
-            for label, found in cells.items()
+        variants += [Variant(label, task, seeds) for label, seeds in runs.items()]
+        variants += [
+            Variant(label, f"{task}: share of illegal outputs", seeds, read=illegal, judged=False)
+            for label, seeds in runs.items()
         ]
-    return arms
+    return variants
 
 
-def _adaptation(plan: Plan) -> list[Arm]:
-    arms = []
+def _adaptation(plan: StudyPlan) -> list[Variant]:
+    variants = []
     for task in plan.tasks:
         for name, steps in sorted(plan.adapted.items(), key=lambda item: item[1]):
-            cells = plan.prompts(task, backbone=name)
-            arms.append(Arm(f"{steps:,} steps", task, cells, x=steps))
+            runs = plan.prompts(task, backbone=name)
+            variants.append(Variant(f"{steps:,} steps", task, runs, x=steps))
             group = f"{task}: share of illegal outputs"
-            arms.append(Arm(f"{steps:,} steps", group, cells, x=steps, read=illegal))
-    return arms
+            variants.append(Variant(f"{steps:,} steps", group, runs, x=steps, read=illegal))
+    return variants
 
 
 PAPERS = "the paper's recipe: constant rate, no dropout"
@@ -90,7 +99,7 @@ LOWER = {"train__learning_rate": 0.1}
 RESIDUAL = {"method": "residual-prompt-tuning"}
 SUPERPOSED = {"method": "superposition-prompt-tuning"}
 # one change of the paper's recipe, then the two reparameterisations with the schedule
-LEVERS: dict[str, dict[str, Any]] = {
+LEVERS: dict[str, Settings] = {
     PAPERS: CONSTANT,
     "dropout 0.1 in the frozen model, as in the authors' code": CONSTANT | {"model__dropout": 0.1},
     "optimizer from step 0": CONSTANT | {"train__optimizer": "adafactor"},
@@ -107,36 +116,35 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-def _levers(plan: Plan) -> list[Arm]:
-    arms = []
+def _levers(plan: StudyPlan) -> list[Variant]:
+    variants = []
     usual = {"miniature": "linear decay", "paper": PAPERS}[plan.recipe]
     for task in plan.tasks:
         for label, settings in LEVERS.items():
             # the recipe's own schedule is what the other studies run
             variant = label.split(":")[0].replace(" ", "-").replace(",", "").replace("'", "")
             changed = {} if label == usual else {"variant": variant, **settings}
-            arms.append(Arm(label, task, plan.prompts(task, **changed)))
-        arms.append(full_arm(plan, task))
-    return arms
+            variants.append(Variant(label, task, plan.prompts(task, **changed)))
+        variants.append(fine_tuning(plan, task))
+    return variants
 
 
 def _calibrated(record: Record) -> float | None:
-    found = record.get("calibrated", {})
-    return found["test"] if found.get("test") is not None else found.get("validation")
+    return score(record.get("calibrated", {}))
 
 
-def _also(task: str, record: Record) -> float | None:
+def _on_other_task(task: str, record: Record) -> float | None:
     """The first metric of another task."""
     return next(iter(record.get("also", {}).get(task, {}).values()), None)
 
 
-def _scale(plan: Plan) -> list[Arm]:
-    arms = []
+def _scale(plan: StudyPlan) -> list[Variant]:
+    variants = []
     tasks = [task for task in plan.tasks if task != "multitask"]
     for task in tasks:
         for name in plan.backbones:
-            here: dict[str, Any] = {"backbone": name}
-            hard, few = plan.cell("hard", task, **here), plan.cell("few", task, seed=0, **here)
+            here: Settings = {"backbone": name}
+            hard, few = plan.run("hard", task, **here), plan.run("few", task, seed=0, **here)
             methods = {
                 "prompt design, zero-shot": ([hard], score),
                 "prompt design, zero-shot, calibrated": ([hard], _calibrated),
@@ -147,33 +155,33 @@ def _scale(plan: Plan) -> list[Arm]:
             if "multitask" in plan.tasks:
                 steps = plan.settings.get("train.steps")
                 more = {"train__steps": steps * len(tasks)} if steps else {}
-                cells = plan.full("multitask", **here, **more)
-                methods["multi-task fine-tuning"] = (cells, partial(_also, task))
-            arms += [
-                Arm(f"{name}: {method}", task, cells, series=method, read=read, x="parameters")
-                for method, (cells, read) in methods.items()
+                runs = plan.full("multitask", **here, **more)
+                methods["multi-task fine-tuning"] = (runs, partial(_on_other_task, task))
+            variants += [
+                Variant(f"{name}: {method}", task, runs, series=method, read=read, x="parameters")
+                for method, (runs, read) in methods.items()
             ]
-    return arms
+    return variants
 
 
 COMPARED_LENGTHS = (1, 20, 100)
 
 
-def _backbones(plan: Plan) -> list[Arm]:
+def _backbones(plan: StudyPlan) -> list[Variant]:
     """For each task and backbone: hard prompts, soft prompts of three lengths, fine-tuning."""
-    arms = []
+    variants = []
     for task, name in itertools.product(plan.tasks, plan.backbones):
-        here: dict[str, Any] = {"backbone": name}
-        methods = {"best hand-written prompt": [plan.cell("hard", task, **here)]}
+        here: Settings = {"backbone": name}
+        methods = {"best hand-written prompt": [plan.run("hard", task, **here)]}
         for length in sorted({*COMPARED_LENGTHS, plan.length}):
             methods[f"P = {length}"] = plan.prompts(task, length=length, **here)
         methods[FULL] = plan.full(task, **here)
-        arms += [Arm(label, f"{task}, {name}", cells) for label, cells in methods.items()]
-        arms += [
-            Arm(label, f"{task}, {name}: share of illegal outputs", cells, read=illegal)
-            for label, cells in methods.items()
+        variants += [Variant(label, f"{task}, {name}", runs) for label, runs in methods.items()]
+        variants += [
+            Variant(label, f"{task}, {name}: share of illegal outputs", runs, read=illegal)
+            for label, runs in methods.items()
         ]
-    return arms
+    return variants
 
 
 # Table 1 (F1; its model column from a secondary source) and table 2 (accuracy)
@@ -185,40 +193,40 @@ SHIFT = {
 }  # fmt: skip
 
 
-def _transfer(plan: Plan, sources: slice) -> list[Arm]:
-    arms = []
+def _transfer(plan: StudyPlan, sources: slice) -> list[Variant]:
+    variants = []
     tasks = list(plan.tasks)
     for source in tasks[sources]:
-        cells = {"prompt tuning": plan.prompts(source), FULL: plan.full(source)}
-        arms += [
-            Arm(label, f"{source} (in domain)", found, series=label, judged=False)
-            for label, found in cells.items()
+        runs = {"prompt tuning": plan.prompts(source), FULL: plan.full(source)}
+        variants += [
+            Variant(label, f"{source} (in domain)", seeds, series=label, judged=False)
+            for label, seeds in runs.items()
         ]
         for target in (task for task in tasks if task != source):
-            paper = dict(zip(cells, SHIFT.get((source, target), (None, None)), strict=True))
-            arms += [
-                Arm(
-                    label, f"{source} -> {target}", found, series=label,
-                    read=partial(_also, target), paper=paper[label],
+            paper = dict(zip(runs, SHIFT.get((source, target), (None, None)), strict=True))
+            variants += [
+                Variant(
+                    label, f"{source} -> {target}", seeds, series=label,
+                    read=partial(_on_other_task, target), paper=paper[label],
                 )
-                for label, found in cells.items()
+                for label, seeds in runs.items()
             ]  # fmt: skip
-    return arms
+    return variants
 
 
 def _field(name: str, record: Record) -> float | None:
     return record.get(name)
 
 
-def _ensemble(plan: Plan) -> list[Arm]:
-    arms = []
+def _ensemble(plan: StudyPlan) -> list[Variant]:
+    variants = []
     for task in plan.tasks:
         members = plan.prompts(task)
-        seeds = [cell.seed for cell in members]
-        joint = [plan.cell("ensemble", task, length=plan.length, seeds=seeds)]
-        arms.append(Arm("prompts, one by one", task, members))
-        arms += [
-            Arm(label, task, joint, read=partial(_field, field))
+        seeds = [run.seed for run in members]
+        joint = [plan.run("ensemble", task, length=plan.length, seeds=seeds)]
+        variants.append(Variant("prompts, one by one", task, members))
+        variants += [
+            Variant(label, task, joint, read=partial(_field, field))
             for label, field in {
                 "mean of the prompts": "mean",
                 "best of the prompts": "best",
@@ -226,41 +234,37 @@ def _ensemble(plan: Plan) -> list[Arm]:
                 "highest mean likelihood": "likelihood",
             }.items()
         ]
-    return arms
+    return variants
 
 
-def _inspected(record: Record, *path: str) -> Any:
-    found: Any = record.get("inspection")
-    for key in path:
-        found = None if found is None else found.get(key)
-    return found
+def _clusters(field: str, record: Record) -> float | None:
+    """How close the words near a vector are to each other, or those near a random direction."""
+    return record.get("inspection", {}).get("clusters", {}).get(field)
 
 
 def _labels_near(record: Record, drawn: bool) -> float | None:
     """Share of positions with a piece of some label near; ``drawn``: of random directions."""
-    found = _inspected(record, "labels")
-    if not found or not record.get("length"):
+    labels = record.get("inspection", {}).get("labels")
+    if not labels or not record.get("length"):
         return None
     if drawn:
-        return max(facts["random"] for facts in found.values())
-    return max(facts["positions"] for facts in found.values()) / record["length"]
+        return max(label["random"] for label in labels.values())
+    return max(label["positions"] for label in labels.values()) / record["length"]
 
 
-def _interpretability(plan: Plan) -> list[Arm]:
-    arms = []
+def _interpretability(plan: StudyPlan) -> list[Variant]:
+    variants = []
     for task in plan.tasks:
-        inits = {init: _init_cells(plan, task, init) for init in INITS}
+        inits = {init: _init_runs(plan, task, init) for init in INITS}
         close, labels = f"{task}: cosine of near words", f"{task}: positions near one label"
-        for init, cells in inits.items():
-            arms.append(
-                Arm(init, close, cells, read=lambda r: _inspected(r, "clusters", "tightness"))
-            )
-            arms.append(Arm(init, labels, cells, read=partial(_labels_near, drawn=False)))
-        every = [cell for cells in inits.values() for cell in cells]
+        for init, runs in inits.items():
+            variants.append(Variant(init, close, runs, read=partial(_clusters, "tightness")))
+            variants.append(Variant(init, labels, runs, read=partial(_labels_near, drawn=False)))
+        every = [run for runs in inits.values() for run in runs]
         drawn = "random directions"
-        arms.append(Arm(drawn, close, every, read=lambda r: _inspected(r, "clusters", "random")))
-        arms.append(Arm(drawn, labels, every, read=partial(_labels_near, drawn=True)))
-    return arms
+        variants.append(Variant(drawn, close, every, read=partial(_clusters, "random")))
+        variants.append(Variant(drawn, labels, every, read=partial(_labels_near, drawn=True)))
+    return variants
 
 
 # Table 3, T5-XXL with prompts of 100: averages over five runs; two metrics are averaged
@@ -275,9 +279,9 @@ def _all_metrics(record: Record) -> float | None:
     return sum(figures) / len(figures) if figures else None
 
 
-def _superglue(plan: Plan) -> list[Arm]:
+def _superglue(plan: StudyPlan) -> list[Variant]:
     return [
-        Arm(task, "SuperGLUE", plan.prompts(task), read=_all_metrics, paper=SUPERGLUE.get(task))
+        Variant(task, "SuperGLUE", plan.prompts(task), read=_all_metrics, paper=SUPERGLUE.get(task))
         for task in plan.tasks
     ]
 
@@ -303,9 +307,9 @@ STUDIES = {
         " beyond 100 larger models lose a little.",
         _lengths,
         (
-            Claim("P = 20", ">", "P = 1", "more than one vector matters"),
-            Claim("P = 100", "~", "P = 20", "beyond 20 little is gained"),
-            Claim("P = 150", "~", "P = 100", "beyond 100 nothing is gained"),
+            Hypothesis("P = 20", ">", "P = 1", "more than one vector matters"),
+            Hypothesis("P = 100", "~", "P = 20", "beyond 20 little is gained"),
+            Hypothesis("P = 150", "~", "P = 100", "beyond 100 nothing is gained"),
         ),
         axis="vectors",
     ),
@@ -315,9 +319,11 @@ STUDIES = {
         " parameters it makes no difference.",
         _inits,
         (
-            Claim("class labels", ">", "uniform", "class labels beat a uniform start"),
-            Claim("sampled vocabulary", ">", "uniform", "sampled words beat a uniform start"),
-            Claim("class labels", ">", "sampled vocabulary", "class labels beat sampled words"),
+            Hypothesis("class labels", ">", "uniform", "class labels beat a uniform start"),
+            Hypothesis("sampled vocabulary", ">", "uniform", "sampled words beat a uniform start"),
+            Hypothesis(
+                "class labels", ">", "sampled vocabulary", "class labels beat sampled words"
+            ),
         ),
     ),
     "objective": Study(
@@ -326,8 +332,8 @@ STUDIES = {
         " After span corruption alone outputs are often no label at all.",
         _objectives,
         (
-            Claim(ADAPTED, ">", SPAN, "LM adaptation beats span corruption"),
-            Claim(SENTINEL, "~", SPAN, "a sentinel in the target helps little"),
+            Hypothesis(ADAPTED, ">", SPAN, "LM adaptation beats span corruption"),
+            Hypothesis(SENTINEL, "~", SPAN, "a sentinel in the target helps little"),
         ),
     ),
     "adaptation": Study(
@@ -345,17 +351,17 @@ STUDIES = {
         " (SadraeiJavaheri et al. 2024) are published means; decay and step 0 are the optimizer's.",
         _levers,
         (
-            Claim("linear decay", ">", PAPERS, "decay helps"),
-            Claim("rate 1, linear decay", ">", "linear decay", "a higher rate helps too"),
-            Claim("residual, linear decay", ">", "linear decay", "a residual network helps"),
-            Claim("superposition, linear decay", ">", "linear decay", "superposition helps"),
-            Claim(
+            Hypothesis("linear decay", ">", PAPERS, "decay helps"),
+            Hypothesis("rate 1, linear decay", ">", "linear decay", "a higher rate helps too"),
+            Hypothesis("residual, linear decay", ">", "linear decay", "a residual network helps"),
+            Hypothesis("superposition, linear decay", ">", "linear decay", "superposition helps"),
+            Hypothesis(
                 "superposition, linear decay, rate 0.1",
                 ">",
                 "linear decay",
                 "superposition at a lower rate helps",
             ),
-            Claim(
+            Hypothesis(
                 PAPERS,
                 ">",
                 "dropout 0.1 in the frozen model, as in the authors' code",
@@ -374,7 +380,7 @@ STUDIES = {
         "From QQP to MRPC prompts lose less than fine-tuned models do (76.3 against 73.1 accuracy);"
         " from MRPC to QQP they are about equal (75.4 and 74.9).",
         partial(_transfer, sources=slice(None)),
-        (Claim("prompt tuning", ">", FULL, "prompts transfer better"),),
+        (Hypothesis("prompt tuning", ">", FULL, "prompts transfer better"),),
         needs="two --task with as many labels",
     ),
     "shift": Study(
@@ -382,7 +388,7 @@ STUDIES = {
         "Trained on SQuAD, prompts are better than the fine-tuned model on four of six sets of"
         " other domains (TextbookQA by 12.5 F1), and a little worse on DuoRC and DROP.",
         partial(_transfer, sources=slice(1)),
-        (Claim("prompt tuning", ">", FULL, "prompts stand a shift better"),),
+        (Hypothesis("prompt tuning", ">", FULL, "prompts stand a shift better"),),
         needs="two --task with as many labels",
     ),
     "ensemble": Study(
@@ -398,7 +404,7 @@ STUDIES = {
         " labels persist from a class-label start, and appear with other starts too.",
         _interpretability,
         tuple(
-            Claim(init, ">", "random directions", f"more than chance, from {init}")
+            Hypothesis(init, ">", "random directions", f"more than chance, from {init}")
             for init in INITS
         ),
     ),

@@ -6,22 +6,32 @@ Everything in it comes from OUT/cells.jsonl and OUT/plans; nothing is run.
 import base64
 import html
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.validation import parse
 from jaxprompt.models.checkpoints.hf_t5 import read_json
 from jaxprompt.runtime.files import write_atomically
-from jaxprompt.runtime.markdown import plain
+from jaxprompt.runtime.markdown import markdown_table, plain
+from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.catalogue import STUDIES
-from jaxprompt.studies.cells import Key, read_records
-from jaxprompt.studies.plan import FULL, Arm, Plan, Study, score
+from jaxprompt.studies.figures import draw
+from jaxprompt.studies.runs import read_records
+from jaxprompt.studies.study import (
+    FULL,
+    Records,
+    Study,
+    StudyPlan,
+    Variant,
+    majority_of,
+    seeds_text,
+)
 
 Table = list[list[str]]
+NOTHING = "–"  # in a table: there is no value
 
 
 class Section(NamedTuple):
@@ -37,7 +47,7 @@ class Section(NamedTuple):
 def mean_and_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds as text."""
     if not values:
-        return "–"
+        return NOTHING
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
 
@@ -45,171 +55,128 @@ def mean_and_spread(values: Sequence[float]) -> str:
 def write_report(out: Path) -> Path:
     """Write OUT/report.md, OUT/report.html and OUT/figures; the path of the HTML page."""
     files = [out / "plans" / f"{name}.json" for name in STUDIES]
-    plans = [parse(Plan, read_json(file)) for file in files if file.is_file()]
+    plans = [parse(StudyPlan, read_json(file)) for file in files if file.is_file()]
     if not plans:
         raise UserError(f"No study was begun in {str(out)!r}; run `jaxprompt reproduce STUDY`.")
-    found = read_records(out)
+    records = read_records(out)
     (out / "figures").mkdir(exist_ok=True)
-    sections = [section(plan, found, out / "figures") for plan in plans]
+    sections = [section(plan, records, out / "figures") for plan in plans]
     missing = [name for name in STUDIES if name not in {plan.study for plan in plans}]
     write_atomically(out / "report.md", to_markdown(sections, missing))
     write_atomically(out / "report.html", to_html(sections, missing))
     return out / "report.html"
 
 
-def section(plan: Plan, found: dict[Key, dict[str, Any]], figures: Path) -> Section:
-    """What a study came to so far."""
+def section(plan: StudyPlan, records: Records, figures: Path) -> Section:
+    """The results of a study so far. Draws its figure into ``figures``."""
     study = STUDIES[plan.study]
-    arms = study.arms(plan)
-    cells = {cell.key for arm in arms for cell in arm.cells}
-    done = len(cells & set(found))
+    variants = study.variants(plan)
+    runs = {run.key for variant in variants for run in variant.runs}
+    paragraphs = [f"Paper: {study.paper}", describe(plan)]
+    complete = len(runs & set(records))
+    if complete < len(runs):
+        paragraphs.append(f"Not complete: {complete} of {len(runs)} runs are there.")
+    groups: dict[str, list[Variant]] = {}
+    for variant in variants:
+        groups.setdefault(variant.group, []).append(variant)
+    tables = [(group, table(inside, records)) for group, inside in groups.items()]
+    if any(RECOVERY in lines[0] for _, lines in tables):
+        paragraphs.append(RECOVERY_MEANS)
+    figure = draw(study, groups, records, figures / f"{plan.study}.png")
+    results = findings(study, groups, records) + study.summary(plan, records)
+    return Section(study.title, paragraphs, tables, results, figure)
+
+
+def describe(plan: StudyPlan) -> str:
+    """What was run: backbones, recipe, settings, prompt length, seeds."""
+    paths = plan.backbones.items()
+    backbones = ", ".join(name if name == path else f"{name} ({path})" for name, path in paths)
     settings = ", ".join(f"{key}={value}" for key, value in plan.settings.items())
-    told = [
-        f"Paper: {study.paper}",
-        f"Here: {', '.join(f'{n} ({p})' for n, p in plan.backbones.items())}; recipe {plan.recipe}"
-        f"{f' with {settings}' if settings else ''}; prompts of {plan.length} vectors unless said "
-        f"otherwise; {plan.seeds} seeds; test rows where a task has any.",
-    ]
-    if done < len(cells):
-        told.append(f"Not complete: {done} of {len(cells)} runs are there.")
-    groups = list(dict.fromkeys(arm.group for arm in arms))
-    by_group = {group: [arm for arm in arms if arm.group == group] for group in groups}
-    tables = [(group, table(inside, found)) for group, inside in by_group.items()]
-    figure = draw(study, by_group, found, figures / f"{plan.study}.png")
-    claims = findings(study, by_group, found)
-    claims += study.summary(plan, found)
-    return Section(study.title, told, tables, claims, figure)
+    return (
+        f"Here: {backbones}; recipe {plan.recipe}{f' with {settings}' if settings else ''}; "
+        f"prompts of {plan.length} vectors unless said otherwise; {seeds_text(plan.seeds)}; "
+        "test rows where a task has any."
+    )
 
 
-def findings(study: Study, by_group: dict[str, list[Arm]], found) -> list[str]:
-    """Each of the paper's findings, and what the runs of each group say of it."""
-    told = []
-    for group, arms in by_group.items():
-        values = {arm.label: arm.values(found) for arm in arms if arm.judged}
-        for claim in study.claims:
-            if claim.left in values and claim.right in values:
-                verdict = claim.verdict(values[claim.left], values[claim.right])
-                told.append(f"{group}: {claim.finding}: {verdict}.")
-    return told
+def findings(study: Study, groups: dict[str, list[Variant]], records: Records) -> list[str]:
+    """Each of the paper's findings, and whether it holds in the runs of each group."""
+    sentences = []
+    for group, variants in groups.items():
+        values = {variant.label: variant.values(records) for variant in variants if variant.judged}
+        for hypothesis in study.hypotheses:
+            if hypothesis.left in values and hypothesis.right in values:
+                verdict = hypothesis.verdict(values[hypothesis.left], values[hypothesis.right])
+                sentences.append(f"{group}: {hypothesis.finding}: {verdict}.")
+    return sentences
 
 
-def table(arms: list[Arm], found) -> Table:
-    """A line for each arm: seeds, mean and spread, recovery where it can be told, the paper's."""
-    full = next((arm.values(found) for arm in arms if arm.label == FULL), [])
-    floor = next((r["majority_test"] if r.get("test") is not None else r["majority"]
-                  for arm in arms for r in arm.records(found) if r.get("majority") is not None),
-                 None)  # fmt: skip
-    room = statistics.mean(full) - floor if full and floor is not None else 0.0
-    papers = any(arm.paper is not None for arm in arms)
-    trained = any(r.get("trainable_parameters") for arm in arms for r in arm.records(found))
-    head = ["", "seeds", "score"] + ["trained parameters"] * trained
-    head += ["recovery"] * (room > 0.01) + ["paper", "difference"] * papers
-    lines = [head]
-    for arm in arms:
-        values, records = arm.values(found), arm.records(found)
-        line = [arm.label, str(len(values)), mean_and_spread(values)]
-        if trained:
-            count = next((r.get("trainable_parameters") for r in records), None)
-            line.append(f"{count:,}" if count else "0" if records else "–")
-        if room > 0.01 and floor is not None:
-            share = (statistics.mean(values) - floor) / room if values else math.nan
-            line.append("–" if math.isnan(share) else f"{share:.0%}")
-        if papers:
-            line.append("–" if arm.paper is None else f"{arm.paper:.3f}")
-            known = arm.paper is not None and values
-            line.append(f"{statistics.mean(values) - arm.paper:+.3f}" if known else "–")  # type: ignore[operator]
-        lines.append(line)
+RECOVERY = "recovery"
+RECOVERY_MEANS = (
+    "Recovery is (score - majority class) / (full fine-tuning - majority class): 0% is no better"
+    " than always answering the largest class, and 100% is as good as full fine-tuning."
+)
+
+
+def table(variants: list[Variant], records: Records) -> Table:
+    """A line for each variant, and columns for which there is something to show.
+
+    The columns: seeds, mean and spread of the score, trained parameters, recovery, the paper's
+    score and the difference from it.
+    """
+    columns = [("", [variant.label for variant in variants])]
+    values = [variant.values(records) for variant in variants]
+    columns.append(("seeds", [str(len(some)) for some in values]))
+    columns.append(("score", [mean_and_spread(some) for some in values]))
+    counts = [_trained_parameters(variant.complete(records)) for variant in variants]
+    if any(count not in ("0", NOTHING) for count in counts):
+        columns.append(("trained parameters", counts))
+    floor, room = majority_of(variants, records), 0.0
+    full = next((some for v, some in zip(variants, values, strict=True) if v.label == FULL), [])
+    if full and floor is not None:
+        room = statistics.mean(full) - floor
     if room > 0.01 and floor is not None:
-        lines.append(["majority class", "", f"{floor:.3f}"] + [""] * (len(head) - 3))
+        shares = [f"{(statistics.mean(v) - floor) / room:.0%}" if v else NOTHING for v in values]
+        columns.append((RECOVERY, shares))
+    if any(variant.paper is not None for variant in variants):
+        columns += _paper_columns(variants, values)
+    lines = [list(line) for line in zip(*([head, *cells] for head, cells in columns), strict=True)]
+    if room > 0.01:
+        lines.append(["majority class", "", f"{floor:.3f}"] + [""] * (len(columns) - 3))
     return lines
 
 
-def draw(study: Study, by_group: dict[str, list[Arm]], found, path: Path) -> Path | None:
-    """A panel for each group: lines where arms have a place on an axis, bars otherwise."""
-    from matplotlib.figure import Figure
+def _trained_parameters(records: list[Record]) -> str:
+    """How many numbers were trained, as text."""
+    count = next((record.get("trainable_parameters") for record in records), None)
+    return f"{count:,}" if count else "0" if records else NOTHING
 
-    by_group = {
-        group: kept
-        for group, arms in by_group.items()
-        if (kept := [arm for arm in arms if arm.values(found)])
-    }
-    if not by_group:
-        return None
-    figure = Figure(figsize=(2 + 4.5 * len(by_group), 4.5), layout="constrained")
-    for axis, (group, arms) in zip(
-        figure.subplots(1, len(by_group), squeeze=False)[0], by_group.items(), strict=True
-    ):
-        placed = [arm for arm in arms if arm.x is not None]
-        if placed:
-            _lines(axis, placed, found)
-            for arm in (arm for arm in arms if arm.x is None):
-                level = statistics.mean(arm.values(found))
-                axis.axhline(level, color="gray", linestyle="--", label=arm.label)
-            axis.set(xlabel=study.axis, ylabel=_metric(placed, found))
-            axis.legend(fontsize="small")
+
+def _paper_columns(
+    variants: list[Variant], values: list[list[float]]
+) -> list[tuple[str, list[str]]]:
+    """The paper's scores, and how far ours are from them."""
+    papers, differences = [], []
+    for variant, some in zip(variants, values, strict=True):
+        papers.append(NOTHING if variant.paper is None else f"{variant.paper:.3f}")
+        if variant.paper is None or not some:
+            differences.append(NOTHING)
         else:
-            _bars(axis, arms, found)
-            axis.set(xlabel=_metric(arms, found))
-        axis.set_title(group, fontsize="medium")
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _metric(arms: list[Arm], found) -> str:
-    """What the values are: the tasks' metric, or nothing where they are something else."""
-    names = {record["metric"] for arm in arms for record in arm.records(found)}
-    return names.pop() if len(names) == 1 and all(arm.read is score for arm in arms) else ""
-
-
-def _lines(axis: Any, arms: list[Arm], found) -> None:
-    from matplotlib.ticker import NullLocator
-
-    def place(arm: Arm) -> float:
-        return arm.records(found)[0][arm.x] if isinstance(arm.x, str) else float(arm.x or 0.0)
-
-    for number, series in enumerate(dict.fromkeys(arm.series for arm in arms)):
-        points = sorted((place(arm), arm.values(found)) for arm in arms if arm.series == series)
-        bars = [statistics.stdev(v) if len(v) > 1 else math.nan for _, v in points]
-        axis.errorbar(
-            [x for x, _ in points], [statistics.mean(v) for _, v in points], bars,
-            color=f"C{number}", marker="o", capsize=3, label=series,
-        )  # fmt: skip
-    ticks = sorted({place(arm) for arm in arms})
-    axis.set_xscale("symlog", linthresh=min((t for t in ticks if t > 0), default=1))
-    names = [f"{t / 1e6:.3g}M" if t >= 1e6 else f"{t:,.0f}" for t in ticks]
-    axis.set_xticks(ticks, names)
-    axis.xaxis.set_minor_locator(NullLocator())
-
-
-def _bars(axis: Any, arms: list[Arm], found) -> None:
-    values = [arm.values(found) for arm in arms]
-    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    colours = ["gray" if arm.label == FULL else "C0" for arm in arms]
-    middle = [statistics.mean(v) for v in values]
-    axis.barh(range(len(arms)), middle, xerr=spread, color=colours, capsize=3)
-    axis.set_yticks(range(len(arms)), [_wrapped(arm.label) for arm in arms], fontsize="small")
-    axis.invert_yaxis()
-
-
-def _wrapped(text: str) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, 30))
+            differences.append(f"{statistics.mean(some) - variant.paper:+.3f}")
+    return [("paper", papers), ("difference", differences)]
 
 
 def to_markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
     """The report as Markdown; figures are beside it."""
-    parts = ["# The Power of Scale for Parameter-Efficient Prompt Tuning, again\n"]
+    parts = ["# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced\n"]
     for part in sections:
         parts.append(f"## {plain(part.title)}\n")
         parts += [f"{plain(text)}\n" for text in part.paragraphs]
         for caption, lines in part.tables:
             parts.append(f"**{plain(caption)}**\n")
-            head, *rows = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
-            rule = "| " + " | ".join(["---"] * len(lines[0])) + " |"
-            parts.append("\n".join([head, rule, *rows]) + "\n")
-        told = [f"- {plain(text)}" for text in part.findings]
-        parts += ["\n".join(told) + "\n"] * bool(told)
+            parts.append(markdown_table([list(map(plain, line)) for line in lines]) + "\n")
+        if part.findings:
+            parts.append("\n".join(f"- {plain(text)}" for text in part.findings) + "\n")
         if part.figure is not None:
             parts.append(f"![{plain(part.title)}](figures/{part.figure.name})\n")
     if missing:
@@ -228,21 +195,21 @@ def to_html(sections: Sequence[Section], missing: Sequence[str]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Prompt tuning, reproduced</title>",
         f"<style>{STYLE}</style>",
-        "<h1>The Power of Scale for Parameter-Efficient Prompt Tuning, again</h1>",
+        "<h1>The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced</h1>",
     ]
     for part in sections:
         parts.append(f"<h2>{html.escape(part.title)}</h2>")
         parts += [f"<p>{html.escape(text)}</p>" for text in part.paragraphs]
         for caption, lines in part.tables:
             rows = [
-                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+                "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) + "</tr>"
                 for number, line in enumerate(lines)
                 for tag in ("td" if number else "th",)
             ]
             parts.append(f"<table><caption>{html.escape(caption)}</caption>{''.join(rows)}</table>")
         if part.findings:
-            told = "".join(f"<li>{html.escape(text)}</li>" for text in part.findings)
-            parts.append(f"<ul>{told}</ul>")
+            items = "".join(f"<li>{html.escape(text)}</li>" for text in part.findings)
+            parts.append(f"<ul>{items}</ul>")
         if part.figure is not None:
             data = base64.b64encode(part.figure.read_bytes()).decode()
             name = html.escape(part.title)
@@ -252,8 +219,8 @@ def to_html(sections: Sequence[Section], missing: Sequence[str]) -> str:
     return "\n".join(parts) + "</html>\n"
 
 
-def save_plan(out: Path, plan: Plan) -> None:
-    """Leave the plan for the report."""
+def save_plan(out: Path, plan: StudyPlan) -> None:
+    """Write the plan beside the results, for the report."""
     (out / "plans").mkdir(parents=True, exist_ok=True)
     values = json.dumps(plan.model_dump(), indent=2, ensure_ascii=False)
     write_atomically(out / "plans" / f"{plan.study}.json", values + "\n")

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.runtime.lock import LOCK
-from jaxprompt.studies.baselines import with_sentinel
 from jaxprompt.studies.catalogue import STUDIES
-from jaxprompt.studies.cells import Bench, run_cells
-from jaxprompt.studies.plan import Plan, check_recipe, mixture, read_task, relabelled
+from jaxprompt.studies.options import StudyOptions, check_recipe, read_task
 from jaxprompt.studies.report import save_plan, write_report
+from jaxprompt.studies.runs import Suite, run_suite
+from jaxprompt.studies.study import StudyPlan
+from jaxprompt.studies.tasks import mixture, relabelled, with_sentinel
 
 # what a backbone was before its LM adaptation, where we know
 SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}
@@ -25,72 +25,69 @@ TASKS = {
 }  # fmt: skip
 
 
-MOST_SEEDS = 1000  # runs of each arm of a study
+MOST_SEEDS = 1000  # runs of each variant of a study
 
 
-def make_plan(
-    study: str,
-    *,
-    backbones: dict[str, str],
-    tasks: Sequence[str] = (),
-    seeds: int | None = None,
-    length: int | None = None,
-    recipe: str | None = None,
-    settings: dict[str, Any] | None = None,
-    span: str | None = None,
-    adapted: dict[str, int] | None = None,
-) -> Plan:
+def make_plan(study: str, options: StudyOptions) -> StudyPlan:
     """A study's plan with defaults: the miniature recipe for built-in backbones, else the paper's.
 
-    Raises a UserError for what the study cannot do without.
+    Raises:
+        UserError: something that the study needs is missing, or an option is wrong.
     """
     if study not in STUDIES:
         raise UserError(f"There is no study {study!r}; there are {', '.join(STUDIES)} and all.")
-    if seeds is not None and not 0 < seeds <= MOST_SEEDS:
-        raise UserError(f"--seeds is {seeds}; give a number from 1 to {MOST_SEEDS}.")
-    small = all(path.startswith("builtin") for path in backbones.values())
-    recipe = recipe or ("miniature" if small else "paper")
+    if options.seeds is not None and not 0 < options.seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds is {options.seeds}; give a number from 1 to {MOST_SEEDS}.")
+    paths = options.backbones.values()
+    small = all(path.startswith("builtin") for path in paths)
+    recipe = options.recipe or ("miniature" if small else "paper")
     check_recipe(recipe)
-    first = next(iter(backbones.values()))
-    if not tasks:
-        tasks = ("supersense",) if small else TASKS.get(study, SUPERGLUE)
-    plan = Plan(
+    first = next(iter(paths))
+    tasks = options.tasks or (("supersense",) if small else TASKS.get(study, SUPERGLUE))
+    plan = StudyPlan(
         study=study,
-        backbones=backbones,
+        backbones=options.backbones,
         tasks={task.name: task for task in map(read_task, tasks)},
-        seeds=seeds or (5 if study == "ensemble" else 3),
-        length=length or (20 if recipe == "miniature" else 100),
+        seeds=options.seeds or (5 if study == "ensemble" else 3),
+        length=options.length or (20 if recipe == "miniature" else 100),
         recipe=recipe,
-        settings=settings or {},
-        span=span or SPANS.get(first),
-        adapted=adapted or {},
+        settings=dict(options.settings),
+        span=options.span or SPANS.get(first),
+        adapted=options.adapted,
     )
-    for what, names in {"backbone": plan.backbones, "task": plan.tasks}.items():
-        for name in names:  # each has a folder in the output
-            as_folder(name, what)
-    needs = STUDIES[study].needs
-    if needs and "--adapted" in needs and not plan.adapted:
-        raise UserError(f"The study {study!r} needs {needs}.")
-    if needs and "two --task" in needs and len(plan.tasks) < 2:
-        raise UserError(f"The study {study!r} needs {needs}; it has {', '.join(plan.tasks)}.")
-    unknown = sorted(set(plan.adapted) - set(backbones))
-    if unknown:
-        raise UserError(
-            f"--adapted names {unknown[0]!r}; among --backbone are {', '.join(backbones)}."
-        )
-    if study in ("transfer", "shift"):  # refused before anything runs
-        also_judged_on(plan)
+    _check_plan(plan)
     if study == "objective":
         if plan.span is None:
             raise UserError(f"The study 'objective' needs --span: {first} before LM adaptation.")
         plan.backbones["span"] = plan.span
-        with_them = {f"{name}+sentinel": with_sentinel(task) for name, task in plan.tasks.items()}
-        plan.tasks |= with_them
+        plan.tasks |= {f"{name}+sentinel": with_sentinel(t) for name, t in plan.tasks.items()}
     return plan
 
 
-def also_judged_on(plan: Plan) -> dict[str, Sequence[TaskConfig]]:
-    """For each task the others, in its label words."""
+def _check_plan(plan: StudyPlan) -> None:
+    """Refuse a plan that lacks something that its study needs, before anything runs."""
+    for what, names in {"backbone": plan.backbones, "task": plan.tasks}.items():
+        for name in names:  # each has a folder in the output
+            as_folder(name, what)
+    needs = STUDIES[plan.study].needs
+    if needs and "--adapted" in needs and not plan.adapted:
+        raise UserError(f"The study {plan.study!r} needs {needs}.")
+    if needs and "two --task" in needs and len(plan.tasks) < 2:
+        raise UserError(f"The study {plan.study!r} needs {needs}; it has {', '.join(plan.tasks)}.")
+    unknown = sorted(set(plan.adapted) - set(plan.backbones))
+    if unknown:
+        names = ", ".join(plan.backbones)
+        raise UserError(f"--adapted names {unknown[0]!r}; among --backbone are {names}.")
+    if plan.study in ("transfer", "shift"):
+        other_tasks(plan)
+
+
+def other_tasks(plan: StudyPlan) -> dict[str, Sequence[TaskConfig]]:
+    """For each task, the other tasks in its label words.
+
+    Raises:
+        UserError: two tasks differ in the number of their labels.
+    """
     return {
         name: [relabelled(t, source) for n, t in plan.tasks.items() if n != name]
         for name, source in plan.tasks.items()
@@ -98,7 +95,7 @@ def also_judged_on(plan: Plan) -> dict[str, Sequence[TaskConfig]]:
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder of other things, whose ``report.md`` or ``figures`` would be replaced."""
+    """Refuse a folder that is no study's: its ``report.md`` or ``figures`` would be replaced."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{shown(str(out))} is a file; name a directory with --output.")
     names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
@@ -109,29 +106,38 @@ def check_folder(out: Path) -> None:
         )
 
 
-def reproduce(plan: Plan, out: Path, say: Callable[[str], None]) -> tuple[Path, int]:
-    """Run what is missing of a study; the report's page and the number of runs that failed.
+def reproduce(plan: StudyPlan, out: Path, say: Callable[[str], None]) -> tuple[Path, int]:
+    """Run what is missing of a study, and write the report.
 
-    Raises a UserError where ``out`` holds other things than studies.
+    Args:
+        plan: what to run.
+        out: the directory of the studies.
+        say: prints a line of progress.
+
+    Returns:
+        The path of report.html and the number of runs that failed.
+
+    Raises:
+        UserError: ``out`` holds other things than studies.
     """
     check_folder(out)
-    also: dict[str, Sequence[TaskConfig]] = {}
+    also_eval_on: dict[str, Sequence[TaskConfig]] = {}
     if plan.study in ("transfer", "shift"):
-        also = also_judged_on(plan)
+        also_eval_on = other_tasks(plan)
     if plan.study == "scale" and len(plan.tasks) > 1 and "multitask" not in plan.tasks:
         folder = (out / "mixtures" / "-".join(plan.tasks)).absolute()
-        plan.tasks["multitask"], also["multitask"] = mixture(list(plan.tasks.values()), folder)
-    arms = STUDIES[plan.study].arms(plan)
-    cells = list({cell.key: cell for arm in arms for cell in arm.cells}.values())
-    # what is complete at any time is a table of fewer seeds; ensembles come last
-    cells.sort(key=lambda cell: (cell.method == "ensemble", cell.seed or 0))
-    inspected = plan.study == "interpretability"
-    ensembled = plan.study == "ensemble"
-    kept = {c.key for c in cells if c.method == "prompt"} if inspected or ensembled else set()
-    bench = Bench(
-        out, plan.backbones, plan.tasks, plan.recipe, also=also, keep=frozenset(kept), say=say,
+        everything, parts = mixture(list(plan.tasks.values()), folder)
+        plan.tasks["multitask"], also_eval_on["multitask"] = everything, parts
+    variants = STUDIES[plan.study].variants(plan)
+    runs = list({run.key: run for variant in variants for run in variant.runs}.values())
+    # seed by seed, so that an interrupted study has a table of fewer seeds; ensembles come last
+    runs.sort(key=lambda run: (run.method == "ensemble", run.seed or 0))
+    needs_prompts = plan.study in ("interpretability", "ensemble")
+    keep = frozenset(run.key for run in runs if run.method == "prompt" and needs_prompts)
+    suite = Suite(
+        out, plan.backbones, plan.tasks, plan.recipe, also_eval_on=also_eval_on, keep=keep, say=say,
         illegal_rows=min(300, plan.settings.get("train.max_eval_examples") or 300),
     )  # fmt: skip
     save_plan(out, plan)
-    failed = run_cells(cells, bench)
+    failed = run_suite(runs, suite)
     return write_report(out), failed

@@ -24,7 +24,6 @@ from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
 
 
-
 @pytest.fixture
 def script(monkeypatch):
     for folder in ("bench", "bench/peft"):
@@ -235,7 +234,7 @@ def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
 def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path):
     bench = script("bench_time_to_accuracy")
     name = "predict_per_prompt"
-    monkeypatch.setattr(bench.evaluator, name, bench.evaluator.predict_per_prompt)  # put back afterwards
+    monkeypatch.setattr(bench.evaluator, name, bench.evaluator.predict_per_prompt)
     values = run_values(make_backbone(tmp_path / "backbone"), tmp_path)
     values["train"] |= {"steps": 5}
     found = bench.ours(values)

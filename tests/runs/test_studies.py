@@ -13,21 +13,23 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.inference.predict import Predictions
 from jaxprompt.runtime.markdown import plain
-from jaxprompt.studies import baselines, catalogue, cells
-from jaxprompt.studies.baselines import calibrated_quality, with_sentinel
+from jaxprompt.studies import baselines, catalogue, runs
+from jaxprompt.studies.baselines import calibrated_quality
 from jaxprompt.studies.catalogue import STUDIES
-from jaxprompt.studies.cells import (
-    RECIPES,
-    Bench,
-    Cell,
-    of_method,
-    read_records,
-    run_cells,
-    run_config,
-)
-from jaxprompt.studies.plan import FULL, Claim, mixture, named, read_overrides, relabelled
+from jaxprompt.studies.options import StudyOptions, named, read_overrides
 from jaxprompt.studies.report import Section, section, to_markdown, write_report
 from jaxprompt.studies.reproduce import make_plan, reproduce
+from jaxprompt.studies.runs import (
+    RECIPES,
+    Run,
+    Suite,
+    of_method,
+    read_records,
+    run_config,
+    run_suite,
+)
+from jaxprompt.studies.study import FULL, Hypothesis
+from jaxprompt.studies.tasks import mixture, relabelled, with_sentinel
 from jaxprompt.training.population import as_markdown
 
 TASK = TaskConfig(
@@ -47,41 +49,43 @@ def plan_of(study, recipe):
     if study == "adaptation":
         options["adapted"] = {"a": 0, "b": 100}
     tasks = ["mrpc", "qqp"] if study in ("transfer", "shift") else ["supersense", "spam"]
-    return make_plan(study, tasks=tasks, **options)
+    return make_plan(study, StudyOptions(tasks=tasks, **options))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_run_of_every_study_is_a_valid_run_of_its_own(study, recipe, tmp_path):
     plan = plan_of(study, recipe)
-    arms = STUDIES[study].arms(plan)
-    cells = {}
-    for cell in (cell for arm in arms for cell in arm.cells):
-        assert cells.setdefault(cell.key, cell) == cell  # one key, one run
-        assert cell.task in plan.tasks
-    assert cells
-    for cell in cells.values():
-        if cell.method in ("prompt", "full"):
-            config = run_config(cell, recipe, plan.tasks[cell.task], "builtin", tmp_path)
-            assert config.train.seed == cell.seed
-            assert config.train.steps == RECIPES[recipe][cell.method]["train.steps"]
+    variants = STUDIES[study].variants(plan)
+    runs = {}
+    for run in (run for variant in variants for run in variant.runs):
+        assert runs.setdefault(run.key, run) == run  # one key, one run
+        assert run.task in plan.tasks
+    assert runs
+    for run in runs.values():
+        if run.method in ("prompt", "full"):
+            config = run_config(run, recipe, plan.tasks[run.task], "builtin", tmp_path)
+            assert config.train.seed == run.seed
+            assert config.train.steps == RECIPES[recipe][run.method]["train.steps"]
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_claims_are_about_arms_of_their_study(study):
-    arms = STUDIES[study].arms(plan_of(study, "miniature"))
-    labels = {arm.label for arm in arms}
-    for claim in STUDIES[study].claims:
-        assert {claim.left, claim.right} <= labels
-        assert claim.sign in "<>~"
+    variants = STUDIES[study].variants(plan_of(study, "miniature"))
+    labels = {variant.label for variant in variants}
+    for hypothesis in STUDIES[study].hypotheses:
+        assert {hypothesis.left, hypothesis.right} <= labels
+        assert hypothesis.sign in "<>~"
 
 
 def test_levers_change_one_thing_of_the_papers_recipe():
     plan = plan_of("levers", "paper")
     configs = {
-        arm.label: run_config(arm.cells[0], "paper", plan.tasks["spam"], "x", "y").model_dump()
-        for arm in STUDIES["levers"].arms(plan)
-        if arm.group == "spam" and arm.label != FULL
+        variant.label: run_config(
+            variant.runs[0], "paper", plan.tasks["spam"], "x", "y"
+        ).model_dump()
+        for variant in STUDIES["levers"].variants(plan)
+        if variant.group == "spam" and variant.label != FULL
     }
     usual = configs[catalogue.PAPERS]
     assert usual["train"]["schedule"] == "constant" and usual["train"]["learning_rate"] == 0.3
@@ -101,19 +105,19 @@ def test_levers_change_one_thing_of_the_papers_recipe():
 def test_a_study_without_what_it_needs_is_refused():
     small = {"builtin-small": "builtin-small"}
     with pytest.raises(UserError, match="needs --adapted"):
-        make_plan("adaptation", backbones=small)
+        make_plan("adaptation", StudyOptions(backbones=small))
     with pytest.raises(UserError, match="needs two --task"):
-        make_plan("transfer", backbones=small)
+        make_plan("transfer", StudyOptions(backbones=small))
     with pytest.raises(UserError, match="needs --span"):
-        make_plan("objective", backbones={"x": "some/where"}, tasks=["spam"])
+        make_plan("objective", StudyOptions(backbones={"x": "some/where"}, tasks=["spam"]))
     with pytest.raises(UserError, match="There is no study 'lenght'"):
-        make_plan("lenght", backbones=small)
+        make_plan("lenght", StudyOptions(backbones=small))
     with pytest.raises(UserError, match="--adapted names 'c'"):
-        make_plan("adaptation", backbones=small, adapted={"c": 3})
+        make_plan("adaptation", StudyOptions(backbones=small, adapted={"c": 3}))
     with pytest.raises(UserError, match="recipe is 'big'"):
-        make_plan("length", backbones=small, recipe="big")
+        make_plan("length", StudyOptions(backbones=small, recipe="big"))
     with pytest.raises(UserError, match="transfer needs as many"):
-        make_plan("transfer", backbones=small, tasks=["supersense", "spam"])
+        make_plan("transfer", StudyOptions(backbones=small, tasks=["supersense", "spam"]))
     with pytest.raises(UserError, match="each name once"):
         named(["x/a", "y/a"])
     assert named(["m=x/a", "y/b/"]) == {"m": "x/a", "b": "y/b/"}
@@ -136,19 +140,20 @@ def test_names_never_leave_the_output(name, tmp_path):
     folder = tmp_path / "task.yaml"
     folder.write_text(json.dumps({"name": name, "template": "{a}", "labels": ["x", "y"]}))
     with pytest.raises(UserError, match="The task name .* is to be that of a directory"):
-        make_plan("length", backbones={"a": "builtin"}, tasks=[str(folder)])
+        make_plan("length", StudyOptions(backbones={"a": "builtin"}, tasks=[str(folder)]))
     with pytest.raises(UserError, match="The backbone name .* is to be that of a directory"):
-        make_plan("length", backbones={name: "builtin"})
+        make_plan("length", StudyOptions(backbones={name: "builtin"}))
     for place in ("backbone", "task", "variant"):
-        cell = Cell("a", "b", "prompt", 3, 0, None, {})._replace(**{place: name})
+        run = Run("a", "b", "prompt", 3, 0, None, {})._replace(**{place: name})
         if place == "variant" and name in ("", "a\n", ".."):
             continue
         with pytest.raises(UserError, match="is to be that of a directory"):
-            Bench(tmp_path, {}, {}).folder(cell)
+            Suite(tmp_path, {}, {}).folder(run)
     if "=" not in name and name not in ("", "a/b", "/etc", "../../x", "a\n"):
         with pytest.raises(UserError, match="is to be that of a directory"):
             named([f"{name}=somewhere"])
-    assert not make_plan("length", backbones={"a.b-c": "builtin"}, tasks=["rte"]).settings
+    options = StudyOptions(backbones={"a.b-c": "builtin"}, tasks=["rte"])
+    assert not make_plan("length", options).settings
 
 
 def test_what_is_measured_beside_a_run_is_measured_as_the_run_is():
@@ -158,9 +163,9 @@ def test_what_is_measured_beside_a_run_is_measured_as_the_run_is():
     kept = {"model.dtype": "mixed"}
     assert of_method(settings, "hard") == of_method(settings, "few") == kept
     assert of_method(settings, "ensemble") == kept | {"model.quantization": "int8"}
-    cell = Cell("a", "b", "prompt", 3, 0, None, of_method(settings, "prompt"))
-    assert cell.numerics == {"dtype": "mixed", "quantization": "int8"}
-    assert cell._replace(settings={}).numerics == {"dtype": None, "quantization": None}
+    run = Run("a", "b", "prompt", 3, 0, None, of_method(settings, "prompt"))
+    assert run.numerics == {"dtype": "mixed", "quantization": "int8"}
+    assert run._replace(settings={}).numerics == {"dtype": None, "quantization": None}
 
 
 # ---- tasks in other forms
@@ -211,7 +216,7 @@ def test_calibration_divides_by_the_probability_without_content(monkeypatch):
         scores = logs if empty[0] else np.log(np.array([[0.15, 0.85], [0.25, 0.75]], np.float32))
         return Predictions(["yes"] * len(rows), scores - 3.0)  # whatever both labels share
 
-    monkeypatch.setattr(baselines, "answer_rows", answers)
+    monkeypatch.setattr(baselines, "predict_rows", answers)
     rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
     # p_cf is (0.2, 0.8): 0.15/0.2 < 0.85/0.8, and 0.25/0.2 > 0.75/0.8
     assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
@@ -227,7 +232,7 @@ def test_calibration_of_labels_that_no_content_makes_all_but_impossible(monkeypa
     def answers(session, task, rows):
         return Predictions([""] * len(rows), empty if len(rows) == 3 else scores)
 
-    monkeypatch.setattr(baselines, "answer_rows", answers)
+    monkeypatch.setattr(baselines, "predict_rows", answers)
     rows = [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}]
     assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
 
@@ -239,7 +244,7 @@ def test_inputs_without_content_have_every_column_of_the_template(monkeypatch):
         asked.extend(rows)
         return Predictions([""] * len(rows), np.zeros((len(rows), 2)))
 
-    monkeypatch.setattr(baselines, "answer_rows", answers)
+    monkeypatch.setattr(baselines, "predict_rows", answers)
     spaced = TASK.model_copy(update={"template": "{{x}} [prompt] {the text} {a} {a}"})
     calibrated_quality(None, spaced, [{"the text": "x", "a": "y", "label": "no"}])  # type: ignore[arg-type]
     assert asked[:3] == [{"the text": text, "a": text} for text in baselines.CONTENT_FREE]
@@ -260,7 +265,7 @@ def test_inputs_without_content_have_every_column_of_the_template(monkeypatch):
     ],
 )
 def test_a_difference_counts_above_twice_its_standard_error(left, right, sign, verdict):
-    assert Claim("a", sign, "b", "").verdict(left, right).startswith(verdict)
+    assert Hypothesis("a", sign, "b", "").verdict(left, right).startswith(verdict)
 
 
 # ---- runs
@@ -289,7 +294,7 @@ def stripped(records):
 
 
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(mine, tmp_path):
-    plan = make_plan("ensemble", **mine)
+    plan = make_plan("ensemble", StudyOptions(**mine))
     page, failed = reproduce(plan, tmp_path / "whole", quiet)
     assert failed == 0 and page.is_file()
 
@@ -298,13 +303,13 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(mine, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reproduce(make_plan("ensemble", **mine), tmp_path / "parts", interrupt)
+        reproduce(make_plan("ensemble", StudyOptions(**mine)), tmp_path / "parts", interrupt)
     assert len(read_records(tmp_path / "parts")) == 1
     with (tmp_path / "parts/cells.jsonl").open("a") as file:
         file.write('{"backbone": "ti')  # a crash cut a line short
     said = []
-    reproduce(make_plan("ensemble", **mine), tmp_path / "parts", said.append)
-    assert said[-1] == "3 cells: 2 measured now, 0 failed"
+    reproduce(make_plan("ensemble", StudyOptions(**mine)), tmp_path / "parts", said.append)
+    assert said[-1] == "3 runs: 2 measured now, 0 failed"
     whole = read_records(tmp_path / "whole")
     assert stripped(read_records(tmp_path / "parts")) == stripped(whole)
     joint = whole["tiny", "mine", "ensemble", 3, None, None]
@@ -316,8 +321,8 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(mine, tmp_path):
     import shutil
 
     shutil.rmtree(tmp_path / "parts/runs/tiny/mine/prompt-P3-seed1")
-    reproduce(make_plan("ensemble", **mine), tmp_path / "parts", said.append)
-    assert said[-1] == "3 cells: 1 measured now, 0 failed"
+    reproduce(make_plan("ensemble", StudyOptions(**mine)), tmp_path / "parts", said.append)
+    assert said[-1] == "3 runs: 1 measured now, 0 failed"
 
     # and the report has it all
     text = (tmp_path / "whole/report.md").read_text()
@@ -328,50 +333,50 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(mine, tmp_path):
 
 
 def test_a_cell_that_fails_is_noted_and_the_others_go_on(mine, tmp_path):
-    plan = make_plan("ensemble", **mine)
-    cells = [
-        Cell("tiny", "mine", "prompt", length, 0, None, plan.settings | {"prompt.init": init})
+    plan = make_plan("ensemble", StudyOptions(**mine))
+    runs = [
+        Run("tiny", "mine", "prompt", length, 0, None, plan.settings | {"prompt.init": init})
         for length, init in ((2, "text"), (2, "uniform"))
     ]
-    cells[1] = cells[1]._replace(length=3)
-    bench = Bench(tmp_path, plan.backbones, plan.tasks)
-    assert run_cells(cells, bench) == 1
+    runs[1] = runs[1]._replace(length=3)
+    suite = Suite(tmp_path, plan.backbones, plan.tasks)
+    assert run_suite(runs, suite) == 1
     note = json.loads((tmp_path / "errors.jsonl").read_text())
     assert "needs prompt.text" in note["error"]
-    assert list(read_records(tmp_path)) == [cells[1].key]
+    assert list(read_records(tmp_path)) == [runs[1].key]
 
 
 def test_a_cell_keeps_what_is_not_of_its_run_and_tells_what_the_run_warns_of(mine, tmp_path):
-    plan = make_plan("length", **mine)
+    plan = make_plan("length", StudyOptions(**mine))
     settings = plan.settings | {"train.warmup_steps": 9, "model.dtype": "float32"}
-    cell = Cell("tiny", "mine", "prompt", 3, 0, None, settings)
+    run = Run("tiny", "mine", "prompt", 3, 0, None, settings)
     said: list[str] = []
-    bench = Bench(tmp_path, plan.backbones, plan.tasks, illegal_rows=0, say=said.append)
-    folder = bench.folder(cell)
+    suite = Suite(tmp_path, plan.backbones, plan.tasks, illegal_rows=0, say=said.append)
+    folder = suite.folder(run)
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    assert run_cells([cell], bench) == 1 and (folder / "notes.txt").read_text() == "mine"
+    assert run_suite([run], suite) == 1 and (folder / "notes.txt").read_text() == "mine"
     assert any("FAILED: UserError" in text for text in said)
     (folder / "notes.txt").unlink()
     (folder / "lock").touch()  # killed before anything else was written
-    assert run_cells([cell], bench) == 0
+    assert run_suite([run], suite) == 0
     assert any(text.startswith("    warning: train.warmup_steps is 9") for text in said)
 
 
 def test_cells_load_their_backbone_as_their_runs_do(mine, tmp_path, monkeypatch):
-    loaded, load = [], cells.load_backbone
+    loaded, load = [], runs.load_backbone
 
     def watched(path, **how):
         loaded.append((path.rpartition("/")[2], how.get("dtype"), how.get("attention")))
         return load(path, **how)
 
-    monkeypatch.setattr(cells, "load_backbone", watched)
-    plan = make_plan("length", **mine)
+    monkeypatch.setattr(runs, "load_backbone", watched)
+    plan = make_plan("length", StudyOptions(**mine))
     settings = plan.settings | {"model.dtype": "bfloat16"}
-    todo = [Cell("tiny", "mine", "full", None, 0, None, settings | {"train.learning_rate": 1e-3})]
-    todo += [Cell("tiny", "mine", "hard", None, None, None, of_method(settings, "hard"))]
-    todo += [Cell("tiny", "mine", "prompt", 3, 0, None, plan.settings)]
-    assert run_cells(todo, Bench(tmp_path, plan.backbones, plan.tasks, select_rows=4)) == 0
+    todo = [Run("tiny", "mine", "full", None, 0, None, settings | {"train.learning_rate": 1e-3})]
+    todo += [Run("tiny", "mine", "hard", None, None, None, of_method(settings, "hard"))]
+    todo += [Run("tiny", "mine", "prompt", 3, 0, None, plan.settings)]
+    assert run_suite(todo, Suite(tmp_path, plan.backbones, plan.tasks, select_rows=4)) == 0
     assert loaded == [
         ("tiny", "bfloat16", None), ("model", "bfloat16", "causal"), ("tiny", None, None)
     ]  # fmt: skip
@@ -382,10 +387,10 @@ def test_cells_load_their_backbone_as_their_runs_do(mine, tmp_path, monkeypatch)
 
 def test_domain_shift_judges_tuned_prompts_and_models_on_the_other_task(mine, tmp_path):
     folder = tmp_path / "other.yaml"
-    task = make_plan("ensemble", **mine).tasks["mine"]
+    task = make_plan("ensemble", StudyOptions(**mine)).tasks["mine"]
     folder.write_text(task.model_copy(update={"name": "other"}).model_dump_json())
     options = mine | {"tasks": [*mine["tasks"], str(folder)], "seeds": 1}
-    plan = make_plan("shift", **options)
+    plan = make_plan("shift", StudyOptions(**options))
     _, failed = reproduce(plan, tmp_path / "out", quiet)
     assert failed == 0
     found = read_records(tmp_path / "out")
@@ -415,7 +420,7 @@ def test_the_command_says_what_is_wrong_and_reports_without_running(tmp_path):
 
 
 def test_the_shipped_results_are_read_by_the_report(tmp_path):
-    """RESULTS.md's runs are cells of the studies: nobody has to run them again."""
+    """RESULTS.md's runs are runs of the studies: nobody has to run them again."""
     from importlib.resources import files
 
     text = files("jaxprompt").joinpath("builtin/backbones/cells.jsonl").read_text()
@@ -423,9 +428,8 @@ def test_the_shipped_results_are_read_by_the_report(tmp_path):
     found = read_records(tmp_path)
     assert len(found) == len(text.splitlines())
     names = {"small": "builtin-small", "base": "builtin"}
-    plan = make_plan(
-        "length", backbones=names, settings={"train.max_eval_examples": 600, "model.dtype": "mixed"}
-    )
+    settings = {"train.max_eval_examples": 600, "model.dtype": "mixed"}
+    plan = make_plan("length", StudyOptions(backbones=names, settings=settings))
     lines = dict((line[0], line[1:]) for line in section(plan, found, tmp_path).tables[0][1])
     assert lines["P = 20"][:2] == ["3", "0.605 ± 0.002"]
     assert lines[FULL][:2] == ["3", "0.834 ± 0.009"]
@@ -441,7 +445,7 @@ def test_names_of_users_are_no_marks_of_the_report():
     text = to_markdown([Section(name, [name], [(name, table)], [name], None)], [])
     shown = "\\# &lt;script&gt;x&lt;/script&gt; \\| \\*a\\* \\[b\\](javascript:c) - \\`d\\`"
     assert text.split("\n\n") == [
-        "# The Power of Scale for Parameter-Efficient Prompt Tuning, again", f"## {shown}", shown,
+        "# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced", f"## {shown}", shown,
         f"**{shown}**", f"|  | {shown} |\n| --- | --- |\n| {shown} | +0.020 |", f"- {shown}\n",
     ]  # fmt: skip
     found = as_markdown([{"task": name, "value": 0.5}], "accuracy").splitlines()
@@ -456,13 +460,13 @@ def test_names_of_users_are_no_marks_of_the_report():
 BOTH = {"builtin-small": "builtin-small", "builtin": "builtin"}
 
 
-def cells_with(cells, scores):
-    return {c.key: {"test": x} for c, x in zip(cells, scores, strict=True)}
+def cells_with(runs, scores):
+    return {c.key: {"test": x} for c, x in zip(runs, scores, strict=True)}
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(0.1, "holds"), (0.3, "does not hold")])
 def test_whether_prompts_come_closer_with_size(above, verdict):
-    plan = make_plan("scale", backbones=BOTH, tasks=["supersense"], seeds=2)
+    plan = make_plan("scale", StudyOptions(backbones=BOTH, tasks=["supersense"], seeds=2))
     found = {}
     for name, gap in (("builtin-small", 0.2), ("builtin", above)):
         found |= cells_with(plan.full("supersense", backbone=name), [0.9, 0.902])
@@ -476,8 +480,8 @@ def test_whether_prompts_come_closer_with_size(above, verdict):
 
 
 def test_whether_longer_adaptation_is_better():
-    plan = make_plan("adaptation", backbones=BOTH, tasks=["supersense"],
-                     seeds=2, adapted={"builtin-small": 600, "builtin": 150})  # fmt: skip
+    plan = make_plan("adaptation", StudyOptions(backbones=BOTH, tasks=["supersense"],
+                     seeds=2, adapted={"builtin-small": 600, "builtin": 150}))  # fmt: skip
     found = cells_with(plan.prompts("supersense", backbone="builtin-small"), [0.52, 0.54])
     found |= cells_with(plan.prompts("supersense", backbone="builtin"), [0.3, 0.32])
     (told,) = STUDIES["adaptation"].summary(plan, found)
@@ -485,12 +489,11 @@ def test_whether_longer_adaptation_is_better():
 
 
 def test_what_a_vote_is_worth():
-    plan = make_plan(
-        "ensemble", backbones={"builtin-small": "builtin-small"}, tasks=["supersense"], seeds=2
-    )
-    cell = plan.cell("ensemble", "supersense", length=plan.length, seeds=[0, 1])
+    backbones = {"builtin-small": "builtin-small"}
+    plan = make_plan("ensemble", StudyOptions(backbones, tasks=["supersense"], seeds=2))
+    run = plan.run("ensemble", "supersense", length=plan.length, seeds=[0, 1])
     record = {"vote": 0.63, "mean": 0.61, "best": 0.64}
-    (told,) = STUDIES["ensemble"].summary(plan, {cell.key: record})
+    (told,) = STUDIES["ensemble"].summary(plan, {run.key: record})
     assert "holds here (+0.020); it is -0.010 from the best prompt" in told
 
 

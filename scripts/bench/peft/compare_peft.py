@@ -37,7 +37,7 @@ from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone, save_hf
 from jaxprompt.runtime.files import replace_directory
-from jaxprompt.studies.plan import read_task
+from jaxprompt.studies.options import read_task
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
 

@@ -141,7 +141,7 @@ def test_values_with_one_text(value, text):
         (None, r"is empty \(null\)"),
         (float("nan"), r"is empty \(null\)"),
         (np.float32("nan"), r"is empty \(null\)"),
-        (np.datetime64("NaT"), r"is empty \(null\)"),
+        (np.datetime64("NaT", "ns"), r"is empty \(null\)"),
         (float("inf"), "is inf in"),
         (np.float32("-inf"), "is -inf in"),
         (b"\xff", "holds bytes in row 1 of a.jsonl that are not UTF-8"),
