@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.load import Backbone, load_backbone
     from jaxprompt.training.loop import train
+    from jaxprompt.training.metric_log import NullReporter, Reporter
 
 __version__ = "0.1.0"
 
@@ -34,12 +35,13 @@ _HOMES = {
     "jaxprompt.models.checkpoints.load": ("Backbone", "load_backbone"),
     "jaxprompt.methods.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
     "jaxprompt.training.loop": ("train",),
+    "jaxprompt.training.metric_log": ("NullReporter", "Reporter"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Backbone", "Prompt", "RunConfig", "TaskConfig", "UserError", "evaluate", "inspect",
-    "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_backbone",
+    "Backbone", "NullReporter", "Prompt", "Reporter", "RunConfig", "TaskConfig",
+    "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_backbone",
     "save_peft", "save_prompt", "score", "train",
 ]  # fmt: skip
 

@@ -19,8 +19,9 @@ from jaxprompt.runtime.signals import Interrupted, Signals
 from jaxprompt.training import tune
 from jaxprompt.training.divergence import Diverged, check_members
 from jaxprompt.training.inputs import Inputs
-from jaxprompt.training.metric_log import MetricName, NullReporter, Reporter, StepLog
+from jaxprompt.training.metric_log import MetricName, Reporter, StepLog
 from jaxprompt.training.progress import Progress, Rules
+from jaxprompt.training.reporters import automatic
 from jaxprompt.training.run_dir import RunDir
 from jaxprompt.training.step import TrainState, all_finite
 from jaxprompt.training.steps import Steps, num_tokens
@@ -103,7 +104,8 @@ def train(
 
     Args:
         config: what to tune, on what, and the output directory.
-        reporter: hears lines of text and of every step.
+        reporter: hears lines of text and of every step; None: a progress bar where standard error
+            is a terminal or in a notebook, else nothing; ``NullReporter()``: nothing.
         signals: those that end the run at a step that is saved.
 
     Returns:
@@ -114,7 +116,8 @@ def train(
         Interrupted: one of ``signals`` came. The state is saved.
     """
     config = precision.resolve_config(config)
-    return fit(config, TUNING, reporter or NullReporter(), signals or Signals(install=False))
+    with automatic(reporter, config.train.steps) as told:
+        return fit(config, TUNING, told, signals or Signals(install=False))
 
 
 def fit(
