@@ -41,8 +41,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Backbone", "NullReporter", "Prompt", "Reporter", "RunConfig", "TaskConfig",
-    "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt", "open_session", "predict", "save_backbone",
-    "save_peft", "save_prompt", "score", "train",
+    "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt",
+    "open_session", "predict", "save_backbone", "save_peft", "save_prompt", "score", "train",
 ]  # fmt: skip
 
 
