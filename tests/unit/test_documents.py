@@ -1,0 +1,98 @@
+"""Documents are short, their links lead somewhere, and their commands exist."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "configs").rglob("*.md")),
+    *sorted((ROOT / "scripts").rglob("*.md")),
+    *sorted((ROOT / "tests").glob("*.md")),
+    *(p for p in sorted((ROOT / "jaxprompt").rglob("*.md")) if "builtin" not in p.parts),
+]
+NEEDED = (
+    "README.md", "configs/README.md", "scripts/README.md", "scripts/bench/README.md",
+    "jaxprompt/README.md", "jaxprompt/studies/README.md", "jaxprompt/models/README.md",
+    "tests/README.md",
+)  # fmt: skip
+by_path = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def commands(path: Path):
+    """The lines of code blocks that start a command, and commands in single backquotes."""
+    text = path.read_text()
+    blocks = re.findall(r"(?m)^(?: {4}|\t)(.*(?:\\\n.*)*)$", text)
+    blocks += [x for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+               for x in block.replace("\\\n", " ").split("\n")]  # fmt: skip
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in (*blocks, *spans):
+        yield " ".join(line.replace("\\\n", " ").split())
+
+
+def arguments(line: str) -> list[str] | None:
+    """What stands behind ``jaxprompt``; None where the line only shows a form."""
+    line = re.sub(r"^(\.venv/bin/|python -m )", "", line)
+    if not line.startswith("jaxprompt ") or "..." in line or re.search(r"[A-Z]\]|\[--| \| ", line):
+        return None
+    return shlex.split(re.split(r"\s{2,}|\s#\s", line)[0], comments=True)[1:]
+
+
+def test_the_documents_that_a_reader_looks_for_are_there():
+    assert [name for name in NEEDED if not (ROOT / name).is_file()] == []
+
+
+def test_the_first_document_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+
+
+@by_path
+def test_links_lead_to_files(path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+    dead = [x for x in links if "://" not in x and not (path.parent / x).exists()]
+    assert dead == []
+
+
+@by_path
+def test_files_that_are_named_exist(path):
+    named = re.findall(
+        r"(?<![\w/.-])((?:scripts|configs|tests|jaxprompt)/[\w./-]+\w)", path.read_text()
+    )
+    missing = [x for x in named if not (ROOT / x).exists() and not list(ROOT.glob(f"{x}*"))]
+    assert missing == []
+
+
+@by_path
+def test_commands_have_the_options_that_they_are_given(path):
+    from jaxprompt.cli.app import app
+    from jaxprompt.config.overrides import read_config
+    from jaxprompt.config.pretrain import PretrainConfig
+    from jaxprompt.config.schema import RunConfig
+    from jaxprompt.config.validation import parse
+
+    group: Any = typer.main.get_command(app)
+    for line in commands(path):
+        given = arguments(line)
+        if not given or given[0].startswith("-") or given[0].isupper() or "--help" in given:
+            continue
+        name, *rest = given
+        assert name in group.commands, line
+        group.commands[name].make_context(name, list(rest))  # raises where an option is unknown
+        config = next((x for x in rest if x.endswith(".yaml") and x.startswith("configs/")), None)
+        if name in ("train", "pretrain") and config:
+            overrides = [x for x in rest if "=" in x and not x.startswith("-")]
+            values = read_config(ROOT / config, overrides)
+            parse(PretrainConfig if name == "pretrain" else RunConfig, values)
+
+
+def test_markdown_of_the_repository_is_among_the_documents():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    known = {str(p.relative_to(ROOT)) for p in DOCUMENTS}
+    assert [x for x in listed.stdout.split() if x not in known and "builtin" not in x] == []
