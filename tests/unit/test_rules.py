@@ -1,4 +1,4 @@
-"""Rules of the code that a linter does not know: short functions, few parameters, no hidden state."""
+"""Rules that no linter knows: short functions, few parameters, no hidden state."""
 
 import ast
 from pathlib import Path
