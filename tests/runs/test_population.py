@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
-    diverge,
     RUN_SUMS,
     Killer,
     assert_same_sums,
+    diverge,
     make_backbone,
     make_rows,
     metrics,

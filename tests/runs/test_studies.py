@@ -445,7 +445,8 @@ def test_names_of_users_are_no_marks_of_the_report():
     text = to_markdown([Section(name, [name], [(name, table)], [name], None)], [])
     shown = "\\# &lt;script&gt;x&lt;/script&gt; \\| \\*a\\* \\[b\\](javascript:c) - \\`d\\`"
     assert text.split("\n\n") == [
-        "# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced", f"## {shown}", shown,
+        "# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced",
+        f"## {shown}", shown,
         f"**{shown}**", f"|  | {shown} |\n| --- | --- |\n| {shown} | +0.020 |", f"- {shown}\n",
     ]  # fmt: skip
     found = as_markdown([{"task": name, "value": 0.5}], "accuracy").splitlines()
