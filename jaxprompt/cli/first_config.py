@@ -212,14 +212,49 @@ def guess_columns(
     if label is None:
         label, reason = _guess_label(columns, origin, text)
         why.append(f"label: column {label!r}, because {reason} (--label names another)")
-    if not text:
+    guessed = not text
+    if guessed:
         text, reason = _guess_text(columns, origin, label)
+        text, without = _without_empty_cells(rows, text)
+        why += without
+        if len(text) == 1 and without:
+            reason = "it has text in every row"
         names = f"column{'s' * (len(text) > 1)} {' and '.join(map(repr, text))}"
         why.insert(0, f"text: {names}, because {reason} (--text names another)")
+    _check_cells(rows, [*text, label], origin)
     for name in text:
         if set(name) & set("{}"):
             raise UserError(f"Column {name!r} has braces in its name; rename it in {origin}.")
     return Columns(list(text), label, why)
+
+
+def _empty_cells(rows: Rows, name: str) -> list[int]:
+    """Numbers (from 1) of the rows whose cell is empty; training would refuse each of them."""
+    return [number for number, row in enumerate(rows, 1) if row.get(name) is None]
+
+
+def _without_empty_cells(rows: Rows, text: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of several columns those that are full, and a sentence on each of the others."""
+    empty = {name: len(_empty_cells(rows, name)) for name in text}
+    full = [name for name in text if not empty[name]]
+    if not full:  # there is nothing to choose among
+        return list(text), []
+    return full, [
+        f"not text: column {name!r}, because {count} of its cells are empty (fill them, and use "
+        f"--text {name})"
+        for name, count in empty.items()
+        if count
+    ]
+
+
+def _check_cells(rows: Rows, names: Sequence[str], origin: str) -> None:
+    for name in names:
+        empty = _empty_cells(rows, name)
+        if empty:
+            raise UserError(
+                f"Column {name!r} of {origin} is empty in {len(empty)} of {len(rows)} rows, first "
+                f"in row {empty[0]}; fill these cells, or leave the rows out."
+            )
 
 
 def _guess_label(

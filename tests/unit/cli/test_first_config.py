@@ -127,7 +127,7 @@ def test_a_row_without_a_label_and_a_file_of_few_rows_are_refused(tmp_path):
     rows = rows_of()
     rows[7]["label"] = None
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="is empty .null. in row"):
+    with pytest.raises(UserError, match="is empty in 1 of 60 rows, first in row 8"):
         draft(Asked(data, tmp_path / "my.yaml"))
     write_csv(tmp_path / "few.csv", rows_of(6))
     with pytest.raises(UserError, match="has 6 rows, too few to cut validation rows off"):
@@ -142,3 +142,13 @@ def test_nothing_that_is_there_is_overwritten_unless_asked(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     write(draft_, tmp_path / "my.yaml", force=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_column_with_empty_cells_is_no_text_unless_it_is_the_only_one(tmp_path):
+    rows = rows_of(60, subject=lambda i: "" if i == 7 else f"a subject of number {i}")
+    draft_, run = made(tmp_path, rows)
+    assert resolve_task(run.task).template == "{text}"
+    assert any("'subject', because 1 of its cells are empty" in text for text in draft_.why)
+    data = tmp_path / "data.csv"
+    with pytest.raises(UserError, match="'subject' of .* is empty in 1 of 60 rows, first in row 8"):
+        draft(Asked(data, tmp_path / "other.yaml", text=["subject"]))
