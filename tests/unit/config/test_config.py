@@ -248,7 +248,7 @@ def test_bad_overrides(tmp_path, override, message):
         (MINIMAL + "model: {remat: maybe}\n", "Config key 'model.remat' is 'maybe': .*boolean"),
         ("task: 123\noutput: a\n", "Config key 'task' is 123: input should be text; put it in"),
         ("task: spam\noutput: 2024\n", "Config key 'output' is 2024: input should be text"),
-        (MINIMAL + "1: 2\n", "Config key '1' is 1: input should be text"),
+        (MINIMAL + "1: 2\n", "Unknown config key '1'; allowed are backbone"),
     ],
 )
 def test_every_mistake_in_a_file_is_one_sentence(tmp_path, content, message):

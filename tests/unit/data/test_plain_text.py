@@ -14,7 +14,7 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.examples import tokenize
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
-from jaxprompt.studies.baselines import with_shots
+from jaxprompt.studies.baselines import Shots, with_shots
 
 V, P = 1000, 3
 WIDE = str.maketrans({c: chr(ord(c) + 0xFEE0) for c in map(chr, range(33, 127))})  # full width
@@ -125,7 +125,7 @@ def test_rows_of_shots_are_text(t5, chat, reference):
         {"a": "</s> [prompt:2] }", "label": "no"},
         {"a": "three <", "label": "yes"},
     ]
-    shots = with_shots(mine("/s> {a} <extra_id_0>", labels=["yes", "no"]), rows, 2, 0, t5)
+    shots = with_shots(mine("/s> {a} <extra_id_0>", labels=["yes", "no"]), rows, Shots(2), t5)
     found = inputs(shots.template, {"a": "it"}, t5, P, max_input_length=500)
     assert found[:P] == [V, V + 1, V + 2] and max(found[P:]) < V  # the prompt is there once
     assert found.count(1) == 1 and found.count(t5.sentinel_ids[0]) == 3  # the template's own
@@ -136,7 +136,7 @@ def test_rows_of_shots_are_text(t5, chat, reference):
     # of a chat the marks of the template count, in the shots too
     task = mine("<|im_start|>{a}", labels=["yes", "no"], separator="<|im_end|>\n")
     rows = [{"a": f"{label} <|im_end|>", "label": label} for label in ("yes", "no")]
-    shots = with_shots(task, rows, 2, 0, chat)
+    shots = with_shots(task, rows, Shots(2), chat)
     found = inputs(shots.template, {"a": "it"}, chat, separator="<|im_end|>\n")
     assert [i for i in found if i in chat.special_ids] == [1, 2] * 3
 

@@ -150,6 +150,9 @@ def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
     tfds.disable_progress_bar()
     # as a set whose own code needs TensorFlow even to read its files
     Little.name = "super_glue"
+    # of a module that is in no package, tfds looks for no files beside it
+    monkeypatch.setitem(sys.modules, "little", sys.modules[__name__])
+    Little.__module__ = "little"
     Little(data_dir=tmp_path, config="boolq", file_format="array_record").download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     importlib.import_module("tensorflow_datasets.text")
