@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A random T5 1.1 with logits of order 1: (config, parameters)."""
-    return TINY, jax.jit(t5.init_params, static_argnums=0)(TINY, jax.random.key(0))
+    """A random T5 1.1 with logits of order 1: (model, parameters)."""
+    return t5.T5Model(TINY), jax.jit(t5.init_params, static_argnums=0)(TINY, jax.random.key(0))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from jaxprompt.models.decoder import decoder
-from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.decoder.config import DecoderConfig
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = (
@@ -36,8 +36,8 @@ def make_bpe() -> tokenizers.Tokenizer:
     return inner
 
 
-def config_of(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
+def config_of(vocabulary: int) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=vocabulary, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64,
         num_layers=2, tied=True, rope_theta=10_000.0, pad_id=2, eos_id=2,
     )  # fmt: skip

@@ -33,20 +33,20 @@ def prompts(count):
 
 
 @functools.cache
-def trainer(config, method="prompt-tuning", name="adafactor-t5x", rate=0.3, mesh=None):
+def trainer(model, method="prompt-tuning", name="adafactor-t5x", rate=0.3, mesh=None):
     """An optimizer and its compiled step, shared by the tests."""
     optimizer = per_prompt(TrainConfig(optimizer=name, learning_rate=rate))
-    return optimizer, make_train_step(config, METHODS[method], optimizer, mesh=mesh, z_loss=1e-4)
+    return optimizer, make_train_step(model, METHODS[method], optimizer, mesh=mesh, z_loss=1e-4)
 
 
 def concatenated(*batches):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
-def run(model, batches, start, *, method="prompt-tuning", put=lambda b: b, **settings):
+def run(tuned, batches, start, *, method="prompt-tuning", put=lambda b: b, **settings):
     """The state after a step on each batch, and the last losses."""
-    config, params = model
-    optimizer, step = trainer(config, method, **settings)
+    model, params = tuned
+    optimizer, step = trainer(model, method, **settings)
     state = init_state(METHODS[method], optimizer, params, start)
     for batch in batches:
         parts = batch if isinstance(batch, list) else [batch]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxprompt.data.layout import BatchLayout
+
 AnyArray = Any  # NumPy's until a batch is put on a mesh, then jax's
 
 # Few shapes mean few compilations; beyond 384 the steps grow, so that at most a quarter is padding
@@ -38,15 +40,6 @@ def with_member(example: Example, member: int, vocabulary: int, length: int) -> 
     ids = example.inputs
     shifted = np.where(ids < vocabulary, ids, ids + member * length)
     return example._replace(inputs=shifted.astype(np.int32), member=member)
-
-
-class Widths(NamedTuple):
-    """How wide batches of examples become: what a family of backbones wants (``models``)."""
-
-    lead: int = 0  # so many ids at the start of every row cost nothing
-    fine: bool = False  # steps of 16 up to 256: more shapes to compile, fewer wasted positions
-    shared: int = 1  # so many examples at most share a row, each is answered in a row of its own
-    packed: int = 0  # and none of them is longer than this
 
 
 class Room(NamedTuple):
@@ -91,14 +84,14 @@ class Batch(NamedTuple):
     dropout_seed: Int[AnyArray, " R"] | None = None  # of each row of targets; None: no dropout
 
 
-def round_input_length(length: int, widths: Widths = Widths()) -> int:
+def round_input_length(length: int, widths: BatchLayout = BatchLayout()) -> int:
     """The smallest length of the fixed set that holds ``length`` (multiples of 512 at the top)."""
-    length -= widths.lead
-    fine = range(16, 257, 16) if widths.fine else ()
+    length -= widths.shared_prefix_length
+    fine = range(16, 257, 16) if widths.fine_buckets else ()
     for size in (*fine, *INPUT_LENGTHS):
         if length <= size:
-            return widths.lead + size
-    return widths.lead + -(-length // 512) * 512
+            return widths.shared_prefix_length + size
+    return widths.shared_prefix_length + -(-length // 512) * 512
 
 
 def round_target_length(length: int) -> int:
@@ -129,7 +122,7 @@ def make_batch(
     rows: int | None = None,
     input_length: int | None = None,
     target_length: int | None = None,
-    widths: Widths = Widths(),
+    widths: BatchLayout = BatchLayout(),
 ) -> Batch:
     """One example a row, padded; rows after the last example are empty.
 
@@ -149,7 +142,7 @@ def pack_batch(
     rows: int | None = None,
     input_length: int | None = None,
     target_length: int | None = None,
-    widths: Widths = Widths(),
+    widths: BatchLayout = BatchLayout(),
 ) -> Batch:
     """Several examples a row, as segments 1, 2, ... that do not see each other.
 
@@ -323,7 +316,7 @@ def packed_rows(
     *,
     parts: int,
     devices: int,
-    widths: Widths,
+    widths: BatchLayout,
     target_length: int | Sequence[int],
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
     """``parts`` batches of a row for each of ``devices``, which are filled with examples.
@@ -334,15 +327,18 @@ def packed_rows(
     that ``widths`` does not allow.
     """
     lengths = [len(example.inputs) for example in examples]
-    if max(lengths) > widths.packed:
-        raise ValueError(f"An example has {max(lengths)} ids, more than {widths.packed}.")
-    groups = balance_rows(lengths, parts * devices, widths.shared)
+    if max(lengths) > widths.max_packed_length:
+        raise ValueError(
+            f"An example has {max(lengths)} ids, more than {widths.max_packed_length}."
+        )
+    most = widths.examples_per_row
+    groups = balance_rows(lengths, parts * devices, most)
     width = max(sum(lengths[i] for i in group) for group in groups)
     width = -(-width // 64) * 64
     none = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
     for first in range(0, len(groups), devices):
         own = groups[first : first + devices]
-        numbers = np.array([[*group, *[-1] * (widths.shared - len(group))] for group in own])
+        numbers = np.array([[*group, *[-1] * (most - len(group))] for group in own])
         answers = [none if i < 0 else examples[i]._replace(inputs=none.inputs)
                    for i in numbers.flat]  # fmt: skip
         depth = _least(target_length, answers)
@@ -367,7 +363,7 @@ def micro_batches(
     *,
     rows: int,
     target_length: int | Sequence[int] | None = None,
-    widths: Widths = Widths(),
+    widths: BatchLayout = BatchLayout(),
     devices: int = 1,
     room: Room = Room(),
 ) -> list[Batch]:
@@ -383,7 +379,7 @@ def micro_batches(
     would else be its rows.
     """
     lengths = target_length or round_target_length(max(len(e.targets) for e in examples))
-    if widths.shared > 1:
+    if widths.examples_per_row > 1:
         parts = len(examples) // rows
         batches = packed_rows(
             examples, parts=parts, devices=devices, widths=widths, target_length=lengths
@@ -427,7 +423,7 @@ def training_batches(
     start: int = 0,
     window: int = 0,
     rows: int | None = None,
-    widths: Widths = Widths(),
+    widths: BatchLayout = BatchLayout(),
     devices: int = 1,
     room: Room = Room(),
     own: Callable[[Example, int], Example] = lambda example, prompt: example,

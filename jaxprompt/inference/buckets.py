@@ -15,12 +15,12 @@ from jaxprompt.data.batches import (
     Batch,
     Example,
     Room,
-    Widths,
     make_batch,
     round_input_length,
     round_target_length,
     target_lengths,
 )
+from jaxprompt.data.layout import BatchLayout
 
 
 class BatchLimits(NamedTuple):
@@ -64,7 +64,7 @@ def fitting_rows(count: int, width: int, depth: int, limits: BatchLimits) -> int
 
 
 def inference_batches(
-    examples: Sequence[Example], limits: BatchLimits, widths: Widths = Widths()
+    examples: Sequence[Example], limits: BatchLimits, widths: BatchLayout = BatchLayout()
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " R"]]]:
     """Batches of examples of similar lengths, longest first.
 

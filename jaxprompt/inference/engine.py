@@ -41,7 +41,7 @@ def ignore_progress(rows: int) -> None:
 class Program(NamedTuple):
     """What is computed for each row of a batch.
 
-    ``function(params, prompts, config, inputs, segments, *operands, **settings)`` returns one
+    ``function(params, prompts, model, inputs, segments, *operands, **settings)`` returns one
     result a row; with ``teacher_forced`` it takes targets and their segments before ``operands``.
     """
 
@@ -57,7 +57,7 @@ class Engine(NamedTuple):
 
     params: registry.Params
     bank: Float[Array, "K P D"] | None
-    config: registry.Config
+    model: registry.Model
     mesh: Mesh | None = None  # rows go over its data axes; None: to the default device
 
     @property
@@ -115,11 +115,11 @@ class Engine(NamedTuple):
         return np.stack(results)
 
     def compile(
-        self, program: Program, prompts: registry.Prompts, config: registry.Config
+        self, program: Program, prompts: registry.Prompts, model: registry.Model
     ) -> Callable[[Batch], jax.Array]:
         """The program as a function of a batch; compiled when a shape is first seen."""
         compiled = _compiled(
-            self.mesh, program.function, program.teacher_forced, config, program.settings
+            self.mesh, program.function, program.teacher_forced, model, program.settings
         )
         params = quantization.view_as_uint16(self.params)
         shared = (prompts, *program.operands)
@@ -134,37 +134,37 @@ class Engine(NamedTuple):
         self, program: Program, examples: Sequence[Example], batch_size: int, pack: bool
     ) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """The numbers of the examples of each batch, and its results on the devices."""
-        config = registry.with_shared_prefix(
-            self.config, [example.inputs for example in examples], self.prompt_length
+        model = registry.with_shared_prefix(
+            self.model, [example.inputs for example in examples], self.prompt_length
         )
-        prompts = _prepare(self.params, self.bank, config)
-        config, batches = self._batches(config, program.logits, examples, batch_size, pack)
-        compiled = self.compile(program, prompts, config)
+        prompts = _prepare(self.params, self.bank, model)
+        model, batches = self._batches(model, program.logits, examples, batch_size, pack)
+        compiled = self.compile(program, prompts, model)
         for batch, numbers in batches:
             yield numbers, compiled(batch)
 
     def _batches(
-        self, config: registry.Config, logits: int, examples: Sequence[Example], most: int,
+        self, model: registry.Model, logits: int, examples: Sequence[Example], most: int,
         pack: bool,
-    ) -> tuple[registry.Config, Iterator[tuple[Batch, np.ndarray]]]:  # fmt: skip
+    ) -> tuple[registry.Model, Iterator[tuple[Batch, np.ndarray]]]:  # fmt: skip
         devices = parallel.num_batch_shards(self.mesh)
         rows = -(-most // devices) * devices  # filled with empty rows
         if pack:
             lengths = [len(example.inputs) for example in examples]
             if len(examples) >= FEWEST_PACKED and _count_widths(lengths) >= FEWEST_LENGTHS:
                 packed, per_batch = registry.plan_microbatches(
-                    config, lengths, batch_size=rows, devices=devices, depth=logits,
+                    model, lengths, batch_size=rows, devices=devices, depth=logits,
                     most_widths=6,  # without a gradient they compile in half the time
                 )  # fmt: skip
-                if packed is not config:
+                if packed is not model:
                     depth = round_target_length(max(len(e.targets) for e in examples))
                     return packed, packed_rows(
                         examples, parts=-(-len(examples) // per_batch), devices=devices,
-                        widths=registry.widths(packed), target_length=depth,
+                        widths=packed.layout, target_length=depth,
                     )  # fmt: skip
-        room = registry.room(config, devices, training=False)
+        room = registry.room(model.config, devices, training=False)
         limits = BatchLimits(rows, devices, room, logits)
-        return config, inference_batches(examples, limits, registry.widths(config))
+        return model, inference_batches(examples, limits, model.layout)
 
 
 def _count_widths(lengths: Sequence[int]) -> int:
@@ -183,19 +183,20 @@ def num_compilations() -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(mesh, function, teacher_forced, config, settings):
+def _compiled(mesh, function, teacher_forced, model, settings):
+    placed = model.on(parallel.place_in(mesh))
+
     def of_rows(params, shared, batch):
         _traces.append(function)  # runs while jax traces, which is once for each program
         prompts, *operands = shared
         rows = batch.inputs, batch.segments
         if teacher_forced:
             rows += batch.targets, batch.target_segments
-        return function(params, prompts, config, *rows, *operands, **dict(settings))
+        return function(params, prompts, placed, *rows, *operands, **dict(settings))
 
-    axes = registry.model_for(config).logical_axes(config)
-    return jax.jit(parallel.shard_over_batch(of_rows, mesh, axes))
+    return jax.jit(parallel.shard_over_batch(of_rows, mesh, model.logical_axes()))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _prepare(params, bank, config):
-    return registry.model_for(config).prepare(params, bank, config)
+@functools.partial(jax.jit, static_argnames=("model",))
+def _prepare(params, bank, model):
+    return model.prepare(params, bank)

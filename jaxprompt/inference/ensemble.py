@@ -48,7 +48,7 @@ def ensemble_engine(sessions: Sequence[Session]) -> Engine:
             f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}; "
             "leave out those of another length."
         )
-    if len({(id(s.backbone.params), s.backbone.config) for s in sessions}) > 1:
+    if len({(id(s.backbone.params), s.backbone.model) for s in sessions}) > 1:
         raise UserError(
             "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
             "with the same Backbone, and leave out prompts tuned with another model.attention."

@@ -35,11 +35,11 @@ def generation_program(task: TaskConfig) -> Program:
     return Program(greedy, settings=(("length", task.max_target_length),))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"))
+@functools.partial(jax.jit, static_argnames=("model", "length"))
 def greedy(
     params: registry.Params,
     prompts: registry.Prompts,
-    config: registry.Config,
+    model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
     length: int,
@@ -49,9 +49,9 @@ def greedy(
     A row of which a logit is no finite number is -1 throughout.
     One compiled loop with a key/value cache that stops as soon as every row has ended.
     """
-    model, batch = registry.model_for(config), inputs.shape[0]
-    reading = model.read(params, prompts, config, inputs, segments)
-    first, cache = model.start(params, config, reading, length)
+    config, batch = model.config, inputs.shape[0]
+    prefill = model.prefill(params, prompts, inputs, segments)
+    first, cache = model.init_decode(params, prefill, length)
 
     def unfinished(state):
         index, _, _, ended, _, _ = state
@@ -59,7 +59,7 @@ def greedy(
 
     def step(state):
         index, ids, output, ended, lost, cache = state
-        logits, cache = model.step(params, prompts, config, cache, ids, index)
+        logits, cache = model.decode_step(params, prompts, cache, ids, index)
         lost |= ~ended & ~_finite(logits)
         best = _most_likely(logits)
         best = jnp.where(ended, config.pad_id, best)
@@ -116,11 +116,11 @@ class _Candidates(NamedTuple):
 _NEVER = -1e30
 
 
-@functools.partial(jax.jit, static_argnames=("config", "search"))
+@functools.partial(jax.jit, static_argnames=("model", "search"))
 def beam(
     params: registry.Params,
     prompts: registry.Prompts,
-    config: registry.Config,
+    model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
     search: BeamSearch,
@@ -132,9 +132,9 @@ def beam(
     hypothesis that has not ended counts only where none has. Inputs are read once, and the loop
     stops as soon as no hypothesis of any row can still become its best.
     """
-    model = registry.model_for(config)
-    reading = model.read(params, prompts, config, inputs, segments)
-    first, cache = model.start(params, config, reading, search.length)
+    config = model.config
+    prefill = model.prefill(params, prompts, inputs, segments)
+    first, cache = model.init_decode(params, prefill, search.length)
     empty = ~jnp.any(segments > 0, axis=1)  # such rows generate nothing
 
     def unfinished(state: _Beams):
@@ -144,17 +144,17 @@ def beam(
         return (state.index < search.length) & jnp.any(going)
 
     def step(state: _Beams):
-        logits, cache = model.step(params, prompts, config, state.cache, state.ids, state.index)
+        logits, cache = model.decode_step(params, prompts, state.cache, state.ids, state.index)
         finite = jnp.all(_finite(logits).reshape(-1, search.beams), axis=1)
         candidates = _continue(state, logits, search.beams)
         ends = candidates.ids == config.eos_id
         ended, ended_score = _best_ended(state, candidates, ends, search)
         live, live_scores, ids, rows = _keep_live(candidates, ends, search.beams)
         lost = state.lost | (~finite & ~empty)
-        cache = model.reorder(cache, rows)
+        cache = model.gather_beams(cache, rows)
         return _Beams(state.index + 1, live, live_scores, ended, ended_score, ids, lost, cache)
 
-    cache = model.repeat(cache, search.beams)
+    cache = model.tile_cache(cache, search.beams)
     state = jax.lax.while_loop(unfinished, step, _start(first, cache, empty, search, config.pad_id))
     ids = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
     ids = jnp.where(state.lost[:, None], -1, ids)

@@ -6,7 +6,6 @@ A task without labels is answered by generation, greedy or with beams. So is a t
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,11 +93,11 @@ def _generate(
     """Generated texts. A text that spells a label is that label."""
     legal = label_of(task, tokenizer)
     # the id that ended targets in tuning; a chat model's config may name several
-    engine = engine._replace(config=replace(engine.config, eos_id=tokenizer.eos_id))
+    engine = engine._replace(model=engine.model.with_config(eos_id=tokenizer.eos_id))
     program = generation_program(task)
     ids = engine.run(program, examples, batch_size=batch_size, progress=progress)
     lost = np.flatnonzero((ids < 0).any(axis=1))
-    ids[lost] = engine.config.eos_id
+    ids[lost] = engine.model.config.eos_id
     texts = map(tokenizer.decode, ids)
     return Predictions([legal.get(text, text) for text in texts], None, lost.tolist())
 
@@ -116,7 +115,7 @@ def predict_per_prompt(
 
     All prompts share the same batches: an example is there once for each prompt.
     """
-    vocabulary, length = engine.config.vocab_size, engine.prompt_length
+    vocabulary, length = engine.model.config.vocab_size, engine.prompt_length
     repeated = [
         with_member(example, k, vocabulary, length)
         for k in range(engine.num_prompts)

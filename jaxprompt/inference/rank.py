@@ -30,11 +30,11 @@ def label_ids(
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("model",))
 def label_log_likelihoods(
     params: registry.Params,
     prompts: registry.Prompts,
-    config: registry.Config,
+    model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
     labels: LabelTrees,
@@ -42,10 +42,9 @@ def label_log_likelihoods(
     """log p(label | input) of C candidate targets, each ending in EOS, for each row.
 
     The input is read once, and what several labels begin with is read once for all of them. Where
-    examples share rows, there are ``widths(config).shared`` times B results.
+    examples share rows, there are ``layout.examples_per_row`` times B results.
     """
-    model = registry.model_for(config)
-    reading = model.read(params, prompts, config, inputs, segments)
+    prefill = model.prefill(params, prompts, inputs, segments)
     (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
     size = -(-count // groups)
 
@@ -55,7 +54,7 @@ def label_log_likelihoods(
 
     def score(group):
         tree, nodes, tokens = group
-        logits = model.answer_logits(params, prompts, config, reading, tree)
+        logits = model.score_tree(params, prompts, prefill, tree)
         scores = logits[:, nodes, jnp.maximum(tokens, 0)]
         scores -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
         return jnp.sum(scores * (tokens >= 0), axis=-1)

@@ -34,19 +34,18 @@ def log_likelihoods(
     return engine.run(program, examples, batch_size=batch_size, progress=progress)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("model",))
 def log_likelihood(
     params: registry.Params,
     prompts: registry.Prompts,
-    config: registry.Config,
+    model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
     targets: Int[Array, "R T"],
     target_segments: Int[Array, "R T"],
 ) -> Float[Array, " R"]:
     """log p(target | input) of each row: the sum over its target ids, EOS included."""
-    model = registry.model_for(config)
-    logits = model.logits(params, prompts, config, inputs, segments, targets, target_segments)
+    logits = model.logits(params, prompts, inputs, segments, targets, target_segments)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     each = picked - jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum(each * (target_segments > 0), axis=-1)

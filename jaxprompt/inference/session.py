@@ -66,14 +66,14 @@ def open_session(
     loaded = _load(backbone, recorded.get("source"), dtype, weights)
     bank = None
     if prompt is not None:
-        config = registry.with_attention(loaded.config, _attention(prompt))
-        loaded = loaded._replace(config=config)
+        model = registry.with_attention(loaded.model, _attention(prompt))
+        loaded = loaded._replace(model=model)
         check_pair(prompt, loaded, any_backbone)
         bank = jnp.asarray(prompt.vectors)[None]
     source = tokenizer or recorded.get("tokenizer") or loaded.path
     words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
     words = words.for_table(loaded.config.vocab_size)
-    engine = Engine(loaded.params, bank, loaded.config, loaded.mesh)
+    engine = Engine(loaded.params, bank, loaded.model, loaded.mesh)
     return Session(loaded, words, prompt, engine)
 
 

@@ -1,18 +1,18 @@
 """Linen modules that every family is built from, and the spelling of scan and rematerialisation.
 
-This is the one file that knows that spelling. A ``config`` here is any family's: frozen, hashable,
-with the fields that the module reads.
+This is the one file that knows that spelling.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxprompt.data.virtual_tokens import embed
+from jaxprompt.models.base import Model, ModelConfig, Params, Runtime
 from jaxprompt.models.ops import layers
 from jaxprompt.models.ops.dropout import Noise
 from jaxprompt.runtime import parallel
@@ -55,44 +55,48 @@ class DropKeys(nn.Module):
 
 
 class Mlp(nn.Module):
-    config: Any
+    model: Model
 
     @nn.compact
     def __call__(self, x, noise):
-        c = self.config
-        width = c.d_model // parallel.fsdp_size()
+        c, runtime = self.model.config, self.model.runtime
+        width = c.d_model // runtime.place.fsdp
         wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
-        project = functools.partial(layers.dense, "bsd,df->bsf", mixed=c.mixed)
+        project = functools.partial(layers.dense, "bsd,df->bsf", runtime=runtime)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = layers.gate(project(x, wi_0), project(x, wi_1), c.activation, c.mixed)
+            hidden = layers.gate(project(x, wi_0), project(x, wi_1), c.activation, runtime.mixed)
         else:
             hidden = layers.ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
-        hidden = parallel.shard_activation(Dropout(c.dropout)(hidden, noise), None, "mlp")
+        hidden = Dropout(runtime.dropout)(hidden, noise)
+        hidden = parallel.shard_activation(hidden, runtime.place, None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
-        return layers.dense("bsf,fd->bsd", hidden, wo, c.mixed)
+        return layers.dense("bsf,fd->bsd", hidden, wo, runtime)
 
 
 class TokenEmbedder(nn.Module):
-    config: Any
+    model: Model
 
     def setup(self):
-        c = self.config
+        c = self.model.config
         normal = nn.initializers.normal(1.0)
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
 
     def __call__(self, ids, bank):
-        table = self.embedding.astype(self.config.activations)
-        return parallel.shard_activation(embed(ids, table, bank))
+        table = self.embedding.astype(self.model.runtime.activations)
+        return parallel.shard_activation(embed(ids, table, bank), self.model.runtime.place)
 
 
-def abstract(init: Callable[[Any, jax.Array], Any], config: Any, dtype: str) -> Any:
+C = TypeVar("C", bound=ModelConfig)
+
+
+def abstract(init: Callable[[C, jax.Array], Params], config: C, dtype: str) -> Params:
     """Shapes and dtypes of the parameters that ``init`` would make, without allocating any."""
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
-def named_axes(names: dict[str, tuple[str, ...]], shapes: Any) -> Any:
+def named_axes(names: dict[str, tuple[str, ...]], shapes: Params) -> Params:
     """Axes of every parameter by the last part of its path; stacked leaves start with "layers"."""
 
     def name(path, leaf):
@@ -102,19 +106,19 @@ def named_axes(names: dict[str, tuple[str, ...]], shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(name, shapes)
 
 
-def stacked(layer: type[nn.Module], config: Any, depth: int, in_axes: Any) -> Any:
+def stacked(layer: type[nn.Module], runtime: Runtime, depth: int, in_axes: Any) -> Any:
     """The class of ``depth`` layers scanned over axis 0 of their parameters.
 
     ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for
     all layers (``nn.broadcast``). Unrolled, it is the same scan: one parameter tree for both.
     """
     # in a loop nothing can be merged; unrolled, the compiler would undo the rematerialisation
-    layer = nn.remat(layer, prevent_cse=bool(config.unroll)) if config.remat else layer
+    layer = nn.remat(layer, prevent_cse=runtime.unroll) if runtime.remat else layer
     return nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
-        unroll=depth if config.unroll else 1,
+        unroll=depth if runtime.unroll else 1,
     )

@@ -1,4 +1,4 @@
-"""What the dtype of a config means, for every family, and bfloat16 that is kept for later."""
+"""The dtype of a run, and bfloat16 numbers that are stored as their bits."""
 
 from typing import TypeVar
 
@@ -22,25 +22,6 @@ def resolve_config(config: AnyConfig) -> AnyConfig:
     """The run with the dtype that it has on this backend: what is kept of it names one."""
     model = config.model.model_copy(update={"dtype": resolve_dtype(config.model.dtype)})
     return config.model_copy(update={"model": model})
-
-
-class Precision:
-    """float32; bfloat16 (activations and products; parameters are cast at use); or mixed: float32,
-    but the operands of matrix products are rounded to bfloat16, with float32 sums and results (in
-    decoder-only models not those of attention).
-    """
-
-    dtype: str
-
-    @property
-    def mixed(self) -> bool:
-        """Whether products with weights have bfloat16 operands and float32 results."""
-        return self.dtype == "mixed"
-
-    @property
-    def activations(self) -> str:
-        """dtype of what flows between the products."""
-        return "float32" if self.mixed else self.dtype
 
 
 def to_bits(x: Float[Array, "..."]) -> UInt16[Array, "..."]:

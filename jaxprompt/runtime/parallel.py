@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,17 @@ from jaxprompt.runtime.devices import available
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 # axes that rows of a batch go over
 ROWS = ("data", "fsdp")
+
+
+class Place(NamedTuple):
+    """Where in a mesh a computation is. Layers need it to gather weights and shard activations."""
+
+    tensor: int = 1  # devices that share heads, MLP and vocabulary
+    fsdp: int = 1  # devices of which each holds a part of every weight, along the model dimension
+    trained: bool = False  # whether the weights have gradients
+
+
+SINGLE = Place()  # one device has everything, or the compiler alone divides it
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
@@ -162,6 +172,16 @@ def num_batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def place_in(mesh: Mesh | None, *, divided: bool = True, trained: bool = False) -> Place:
+    """The place of a function that ``shard_over_batch`` runs on ``mesh``.
+
+    divided: whether the function's parameters have logical axes, by which ``fsdp`` divides them.
+    """
+    if mesh is None or mesh.size == 1:
+        return SINGLE
+    return Place(mesh.shape["tensor"], mesh.shape["fsdp"] if divided else 1, trained)
+
+
 def shard_over_batch(
     work: Callable[[Any, Any, Any], Any],
     mesh: Mesh | None,
@@ -182,28 +202,23 @@ def shard_over_batch(
     ``params``, which ``axes`` then makes of them. Their parts are put together by ``work`` itself,
     and the gradient of a part is a sum over the devices of ``fsdp``.
     """
-    own = lambda found: jax.tree.map(lambda x: x[None], found) if stacked else found
+    own = lambda result: jax.tree.map(lambda x: x[None], result) if stacked else result
     if mesh is None or mesh.size == 1:
         return lambda params, shared, rows: own(work(params, shared, rows))
-    parts = 1 if axes is None else mesh.shape["fsdp"]
-    place = _Place(mesh.shape["tensor"], parts, results is not None)
+    place = place_in(mesh, divided=axes is not None, trained=results is not None)
 
     def mine(params, shared, rows):
-        told = _PLACE.set(place)
-        try:
-            params = params if results else gather_params(params, axes)
-            found = work(params, shared, rows)
-        finally:
-            _PLACE.reset(told)
-        return own(found)
+        params = params if results else gather_params(params, axes, place)
+        return own(work(params, shared, rows))
 
     def everywhere(params, shared, rows):
         specs, out = PartitionSpec(), PartitionSpec(ROWS)
         if results:
             specs = _along(axes(params), ROWS)  # pyright: ignore[reportOptionalCall]
             out = stacked_specs(results(specs))
-        elif parts > 1:
-            specs = map_with_axes(lambda x, of: _spec(x.shape, of, {"fsdp": parts}), params, axes)
+        elif place.fsdp > 1:
+            sizes = {"fsdp": place.fsdp}
+            specs = map_with_axes(lambda x, of: _spec(x.shape, of, sizes), params, axes)
         return jax.shard_map(
             mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
             out_specs=out,
@@ -213,13 +228,13 @@ def shard_over_batch(
     return everywhere
 
 
-def gather_params(params: Any, axes: Any) -> Any:
+def gather_params(params: Any, axes: Any, place: "Place") -> Any:
     """Parameters of which this device has parts, those that are in no layer whole."""
 
     def one(x, of):
-        return x if of[0] == "layers" or "embed" not in of else all_gather_fsdp(x, of)
+        return x if of[0] == "layers" or "embed" not in of else all_gather_fsdp(x, of, place)
 
-    return map_with_axes(one, params, axes) if fsdp_size() > 1 else params
+    return map_with_axes(one, params, axes) if place.fsdp > 1 else params
 
 
 def _along(specs: Any, names: Sequence[str]) -> Any:
@@ -234,7 +249,7 @@ def _adding(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def stacked_specs(specs: Any) -> Any:
-    """Those of what ``over_rows`` stacks, by those of the results."""
+    """Those of what ``shard_over_batch`` stacks, by those of the results."""
     stack = lambda spec: PartitionSpec(_adding(spec), *spec)
     return jax.tree.map(stack, specs, is_leaf=_is_spec)
 
@@ -248,12 +263,12 @@ def _own_axes(mesh: Mesh) -> set[str]:
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of what ``over_rows`` has stacked."""
+    """The sharding of what ``shard_over_batch`` has stacked."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def psum_over_batch(results: Any, mesh: Mesh | None, specs: Any = None) -> Any:
-    """What ``over_rows`` has stacked, added up, on every device or spread as ``specs`` say."""
+    """The sum of what ``shard_over_batch`` stacks, on every device or spread as ``specs`` say."""
     own = lambda found: jax.tree.map(lambda x: x[0], found)
     if mesh is None or mesh.size == 1:
         return own(results)
@@ -272,7 +287,7 @@ def psum_over_batch(results: Any, mesh: Mesh | None, specs: Any = None) -> Any:
 
 
 def stacked_zeros(like: Any, mesh: Mesh, specs: Any) -> Any:
-    """Zeros of what ``over_rows`` stacks of results like these."""
+    """Zeros of what ``shard_over_batch`` stacks of results like these."""
 
     def zeros(x, spec, stacked):
         count = math.prod(mesh.shape[name] for name in _adding(spec))
@@ -282,56 +297,34 @@ def stacked_zeros(like: Any, mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(zeros, like, specs, stacked_specs(specs))
 
 
-class _Place(NamedTuple):
-    """Where a computation within ``over_rows`` is."""
-
-    tensor: int = 1  # devices that share the products of a batch's rows
-    parts: int = 1  # of a layer's weights, of which it has one
-    trained: bool = False  # the weights have gradients
-
-
-_ALONE = _Place()
-_PLACE: ContextVar[_Place] = ContextVar("_PLACE", default=_ALONE)
-
-
-def fsdp_size() -> int:
-    """In how many parts, one a device, the weights of each layer are along the model dimension."""
-    return _PLACE.get().parts
-
-
-def trained() -> bool:
-    """Whether the weights of which a device has a part have gradients."""
-    return _PLACE.get().trained
-
-
-def all_gather_fsdp(weight: Any, axes: Sequence[str | None]) -> Any:
+def all_gather_fsdp(weight: Any, axes: Sequence[str | None], place: Place) -> Any:
     """A weight of these logical axes, with what other devices of ``fsdp`` hold."""
-    return jax.tree.map(functools.partial(_whole, axes=axes), weight)
+    return jax.tree.map(functools.partial(_gather_array, axes=axes, place=place), weight)
 
 
-def _whole(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def _gather_array(weight: jax.Array, axes: Sequence[str | None], place: Place) -> jax.Array:
     along = [RULES.get(str(axis)) for axis in axes]
     if weight.shape[along.index("fsdp")] == 1:  # scales that all parts share
         return weight
     gather = functools.partial(
         jax.lax.all_gather, axis_name="fsdp", axis=along.index("fsdp"), tiled=True
     )
-    if _PLACE.get().tensor == 1:
+    if place.tensor == 1:
         return gather(weight)
     # by each of those that share heads, MLP and vocabulary: the compiler would put together all of
     # it everywhere
-    spec = _spec(weight.shape, axes, {"tensor": _PLACE.get().tensor})
+    spec = _spec(weight.shape, axes, {"tensor": place.tensor})
     return jax.shard_map(
         gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False
     )(weight)
 
 
-def shard_activation(x: jax.Array, *axes: str | None) -> jax.Array:
+def shard_activation(x: jax.Array, place: Place, *axes: str | None) -> jax.Array:
     """An activation of rows, split over ``tensor`` as its logical axes after the first ask.
 
     Without this the compiler could follow the weights instead, and send activations around.
     """
-    if _PLACE.get().tensor == 1:
+    if place.tensor == 1:
         return x
     spec = [None if RULES.get(str(axis)) == "fsdp" else RULES.get(str(axis)) for axis in axes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *spec))

@@ -24,7 +24,7 @@ from jaxprompt.training.trial import Trial
 class Evaluator(NamedTuple):
     """Answers rows with a backbone and prompts. It writes nothing."""
 
-    config: registry.Config
+    model: registry.Model
     mesh: Mesh
     tokenizer: Tokenizer
     batch_size: int
@@ -85,7 +85,7 @@ class Evaluator(NamedTuple):
 
     def _measured(self, params, bank, task: TaskConfig, split: Split):
         """Pairs of metrics and the numbers of the rows whose scores are not finite."""
-        engine = Engine(params, bank, self.config, self.mesh)
+        engine = Engine(params, bank, self.model, self.mesh)
         with self.signals.free():
             answers = predict_per_prompt(
                 engine, task, split.examples, self.tokenizer, batch_size=self.batch_size

@@ -20,12 +20,6 @@ from jaxprompt.training.datasets import read_splits
 
 Inputs = dict[str, Any]  # "rows/TASK/train", "backbone/fingerprint" and so on -> JSON
 
-# how a backbone is computed, which the settings and the devices say
-_COMPUTED = {
-    "dtype", "dropout", "unroll", "remat", "rows_in_turn", "flash", "packed", "shared", "leading",
-    "attention",
-}  # fmt: skip
-
 
 def digest_of(parts: Iterable[Any]) -> str:
     """How many ``parts`` (JSON) there are, and the SHA-256 of them in their order."""
@@ -36,10 +30,9 @@ def digest_of(parts: Iterable[Any]) -> str:
     return f"{count} with SHA-256 {digest.hexdigest()[:32]}"
 
 
-def of_backbone(config: registry.Config, fingerprint: str) -> Inputs:
+def of_backbone(config: registry.ModelConfig, fingerprint: str) -> Inputs:
     """The weights, and all of the shape and the constants that change what they compute."""
-    shape = dataclasses.asdict(config)
-    kept = {f"backbone/{name}": x for name, x in shape.items() if name not in _COMPUTED}
+    kept = {f"backbone/{name}": x for name, x in dataclasses.asdict(config).items()}
     kept["backbone/fingerprint"] = fingerprint
     return json.loads(json.dumps(kept))  # as it comes back from a file
 

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -100,8 +99,8 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
 def _parameters(shape: registry.Config) -> list[Any]:
     """Paths and shapes of all parameters, and their logical axes: the same for all layouts."""
     model = registry.model_for(shape)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params(shape))
-    names = jax.tree.leaves(model.logical_axes(shape), is_leaf=lambda x: isinstance(x, tuple))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params())
+    names = jax.tree.leaves(model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple))
     return list(zip(leaves, names, strict=True))
 
 
@@ -112,14 +111,14 @@ class Weights(NamedTuple):
     others: int  # embedding and head
 
     @classmethod
-    def of(cls, shape: registry.Config, layout: Layout, small: str | None = None) -> "Weights":
+    def of(cls, model: registry.FamilyModel, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small`` is ``model.quantization``."""
         total = {True: 0, False: 0}
-        for (path, leaf), named in _parameters(replace(shape, remat=False, flash="")):
+        for (path, leaf), named in _parameters(model.config):
             axes = {parallel.RULES.get(str(name)) for name in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
-            size = 2 if rounded_at_load(path[-1].key, shape, False) else 4
-            size = 2 if shape.activations == "bfloat16" else size
+            size = 2 if rounded_at_load(path[-1].key, model.runtime, False) else 4
+            size = 2 if model.runtime.activations == "bfloat16" else size
             if small is not None and path[-1].key in quantization.MATMUL_WEIGHTS:
                 size = quantization.bytes_each(small, named, leaf.shape)
             total[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
@@ -127,23 +126,24 @@ class Weights(NamedTuple):
 
 
 def needs(
-    shape: registry.Config, work: Work, layout: Layout, small: str | None = None
+    model: registry.FamilyModel, work: Work, layout: Layout, small: str | None = None
 ) -> tuple[dict[str, int], int]:
     """Bytes that a device holds, by part, and that it receives in a step beside the prompts'."""
-    cost, held = registry.cost(shape), Weights.of(shape, layout, small)
-    parts = {"weights": sum(held), **cost.activations(shape, work, layout.tensor)}
+    cost, held = registry.cost(model.config), Weights.of(model, layout, small)
+    assert cost is not None, "plan_of refuses families that are not counted"
+    parts = {"weights": sum(held), **cost.activations(model, work, layout.tensor)}
     gathered = 0
     if small is not None:  # a layer as it is used, and the head
-        dense = Weights.of(shape, layout)
-        parts["in_work"] += dense.layers * layout.fsdp // cost.depth(shape)
+        dense = Weights.of(model, layout)
+        parts["in_work"] += dense.layers * layout.fsdp // cost.depth(model.config)
         parts["in_work"] += dense.others * layout.fsdp // 2
     if layout.fsdp > 1:
         # in one piece are the head, and a layer while the next one is on its way
-        parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(shape)
-        parts["in_work"] += held.others * layout.fsdp // (1 if shape.tied else 2)
+        parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(model.config)
+        parts["in_work"] += held.others * layout.fsdp // (1 if model.config.tied else 2)
         # each layer is put together forward and backward
         gathered = (2 * held.layers + held.others) * (layout.fsdp - 1)
-    return parts, work.parts * (gathered + cost.shared(shape, work, layout.tensor))
+    return parts, work.parts * (gathered + cost.shared(model, work, layout.tensor))
 
 
 class Machine(NamedTuple):
@@ -179,6 +179,7 @@ class Workload(NamedTuple):
     """What each step of a run computes, however it is spread."""
 
     shape: registry.Config
+    dtype: str  # that it is computed in
     inputs: int  # positions of the longest row, prompt included
     targets: int
     flash: str  # the attention kernel, or ""
@@ -203,10 +204,10 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
             f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
             "on T5; measure a run of a few steps instead."
         )
-    shape = replace(shape, dtype=precision.resolve_dtype(config.model.dtype, machine.cpu))
-    flash = flash_attention.kernel(config.model.flash, shape.dtype, None, machine.backend)
+    dtype = precision.resolve_dtype(config.model.dtype, machine.cpu)
+    flash = flash_attention.kernel(config.model.flash, dtype, None, machine.backend)
     flops = cost.flops(shape, config.train.batch_size * len(members), inputs, targets)
-    return Workload(shape, inputs, targets, flash, flops, state_bytes(config, shape))
+    return Workload(shape, dtype, inputs, targets, flash, flops, state_bytes(config, shape))
 
 
 def _candidate(
@@ -214,14 +215,15 @@ def _candidate(
 ) -> dict[str, Any]:
     """Bytes and times of a step in one layout, as a row of the report."""
     one_tensor = layout.tensor == 1
-    shape = replace(
-        workload.shape,
+    runtime = registry.Runtime(
+        dtype=workload.dtype,
         remat=layout.remat,
-        rows_in_turn=machine.cpu and one_tensor,
+        per_example_attention=machine.cpu and one_tensor,
         flash=workload.flash,
     )
+    model = registry.model_for(workload.shape, runtime)
     work = work_of(config, layout, workload.inputs, workload.targets, machine.cpu)
-    held, sent = needs(shape, work, layout, config.model.quantization)
+    held, sent = needs(model, work, layout, config.model.quantization)
     parts = {"weights": held.pop("weights"), "state": workload.state, **held}
     total = sum(parts.values())
     seconds = {}
@@ -309,7 +311,7 @@ def _memory_here() -> float:
 def state_bytes(config: RunConfig, shape: registry.Config) -> int:
     """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
     method, optimizer = METHODS[config.method], per_prompt(config.train)
-    params = registry.model_for(shape).abstract_params(shape)
+    params = registry.model_for(shape).abstract_params()
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     def alone(member: RunConfig) -> int:

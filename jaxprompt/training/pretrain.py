@@ -19,6 +19,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.data.batches import Batch, make_batch, random_stream
+from jaxprompt.data.layout import BatchLayout
 from jaxprompt.data.text import (
     Stream,
     Streams,
@@ -35,6 +36,7 @@ from jaxprompt.inference import generate
 from jaxprompt.methods.base import lent
 from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.models import precision
+from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints import hub
 from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
 from jaxprompt.models.injection import Injection
@@ -92,12 +94,13 @@ def prepare(
     check_files(config)
     mesh, settings = parallel.make_mesh(config.mesh), config.train
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
-    shape, params, loaded = _start(config, mesh, reporter)
+    model, params, loaded = _start(config, mesh, reporter)
     tokenizer_path = _tokenizer_place(config, run.path, run.open, reporter)
     tokenizer = load_tokenizer(tokenizer_path)
     processes.assert_equal_across_processes("tokenizer", tokenizer.identity())
-    if shape is None:
-        shape = _shape(config, tokenizer.ids, mesh)
+    if model is None:
+        model = _model(config, tokenizer.ids, mesh)
+    shape = model.config
     tokenizer = tokenizer.for_table(shape.vocab_size)
     run.open()  # tokens are written there
     for warning in schedule_warnings(settings):
@@ -118,7 +121,7 @@ def prepare(
         reporter=reporter,
         signals=signals,
         mesh=mesh,
-        shape=shape,
+        model=model,
         params=params,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
@@ -143,7 +146,7 @@ class Pretraining:
     reporter: Reporter
     signals: Signals
     mesh: Mesh
-    shape: t5.T5Config
+    model: t5.T5Model
     params: t5.Params | None
     tokenizer: Tokenizer
     tokenizer_path: str
@@ -168,7 +171,7 @@ class Pretraining:
         """The state before step 0, and its held-out loss."""
         self.run.open_metrics(-1)
         state = first_state(
-            self._first_trainables(), PRETRAINING, self.optimizer, self.shape, self.mesh
+            self._first_trainables(), PRETRAINING, self.optimizer, self.model, self.mesh
         )
         progress = Progress.of_trials([0], tokens=0, inputs=self.inputs)
         self._log_scores(state, progress)
@@ -177,8 +180,8 @@ class Pretraining:
     def _first_trainables(self) -> Any:
         seed, params = self.config.train.seed, self.params
         self.params = None  # the trainables are a copy, and need the memory
-        params = params or _new(self.shape, seed, self.mesh)
-        bank = _virtual(self.config, params, self.tokenizer, self.shape.d_model)
+        params = params or _new(self.model.config, seed, self.mesh)
+        bank = _virtual(self.config, params, self.tokenizer, self.model.config.d_model)
         return PRETRAINING.init(params, bank, PromptConfig(), seed)
 
     def check(self, progress: Progress) -> None:
@@ -191,15 +194,15 @@ class Pretraining:
     def abstract_state(self, progress: Progress) -> TrainState:
         """Shapes, dtypes and shardings of a state, of which nothing is allocated."""
         self.params = None  # what is restored needs their memory
-        like = _state_shapes(self.config, self.shape, self.optimizer)
-        return parallel.with_sharding(like, shardings(like, PRETRAINING, self.shape, self.mesh))
+        like = _state_shapes(self.config, self.model.config, self.optimizer)
+        return parallel.with_sharding(like, shardings(like, PRETRAINING, self.model, self.mesh))
 
     # -- steps
 
     def steps(self, progress: Progress) -> Steps:
         """The compiled step and the batches from this step on."""
         step = make_train_step(
-            self.shape,
+            self.model,
             PRETRAINING,
             self.optimizer,
             mesh=self.mesh,
@@ -229,7 +232,7 @@ class Pretraining:
         if self.scored is None or self.scored[0] != step:
             with lent(state.tree["model"]) as params, self.signals.free():
                 bank = state.tree.get("prompt")
-                scores = held_out_scores(params, bank, self.checks, self.shape, self.mesh)
+                scores = held_out_scores(params, bank, self.checks, self.model, self.mesh)
             self.scored = step, scores
         return self.scored[1]
 
@@ -238,7 +241,7 @@ class Pretraining:
     def before_checkpoint(self, state: TrainState, progress: Progress) -> None:
         """Write the backbone. A result of fewer steps tells of the one that is replaced."""
         self.run.remove_result()
-        save_model(self.run.path, self.shape, state, self.tokenizer_path)
+        save_model(self.run.path, self.model, state, self.tokenizer_path)
         self.saved = progress.step
 
     def after_checkpoint(self, progress: Progress) -> None:
@@ -254,7 +257,7 @@ class Pretraining:
         step = int(state.step)
         if self.saved != step:
             self.run.remove_result()
-            save_model(self.run.path, self.shape, state, self.tokenizer_path)
+            save_model(self.run.path, self.model, state, self.tokenizer_path)
         self._scores(state, step)
         return state._replace(tree={"model": state.tree["model"]}, optimizer=None)
 
@@ -264,7 +267,7 @@ class Pretraining:
         scores = self.scored[1]
         with lent(state.tree["model"]) as params:
             samples = fill_in(
-                self.config, self.shape, params, self.streams, self.tokenizer, self.mesh
+                self.config, self.model, params, self.streams, self.tokenizer, self.mesh
             )
             size = sum(x.size for x in jax.tree.leaves(params))
             digest = fingerprint(params)
@@ -299,8 +302,8 @@ def _mean_loss(scores: dict[str, Metrics]) -> float:
 
 def _start(
     config: PretrainConfig, mesh: Mesh, reporter
-) -> tuple[t5.T5Config | None, t5.Params | None, str | None]:
-    """The backbone that a run starts from, if it starts from one: shape, weights, fingerprint."""
+) -> tuple[t5.T5Model | None, t5.Params | None, str | None]:
+    """The backbone that a run starts from, if it starts from one: model, weights, fingerprint."""
     if config.start is None:
         return None, None, None
     reporter.say(f"loading {config.start}")
@@ -308,36 +311,37 @@ def _start(
     backbone = load_backbone(
         config.start, mesh=mesh, dropout=model.dropout, unroll=model.unroll, remat=model.remat
     )
-    if not isinstance(backbone.config, t5.T5Config):
+    if not isinstance(backbone.model, t5.T5Model):
         raise UserError(
             f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
             "a T5, or tune that model with method: model-tuning."
         )
-    shape = dataclasses.replace(backbone.config, **_chosen(config, mesh))
-    return shape, backbone.params, backbone.fingerprint
+    own = backbone.model.with_runtime(dtype=config.model.dtype, flash=_flash(config, mesh))
+    return own.with_layout(packed_widths=_widths(config)), backbone.params, backbone.fingerprint
 
 
-def _shape(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Config:
+def _model(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Model:
     """A T5 1.1 for a vocabulary of ``pieces``, rounded up to a multiple of 128."""
     model = config.model
     shape = t5.T5Config(
         vocab_size=-(-pieces // 128) * 128,
         **config.shape.model_dump(),
-        dropout=model.dropout,
-        unroll=bool(model.unroll),
-        remat=model.remat,
-        rows_in_turn=parallel.whole_rows_on_cpu(mesh),
-        **_chosen(config, mesh),
     )
     check = lambda x, of: parallel.check_divides(mesh, of, x.shape, "the new backbone")
     parallel.map_with_axes(check, t5.abstract_params(shape), t5.logical_axes(shape))
-    return shape
+    runtime = Runtime(
+        dtype=str(model.dtype),
+        dropout=model.dropout,
+        unroll=bool(model.unroll),
+        remat=model.remat,
+        per_example_attention=parallel.whole_rows_on_cpu(mesh),
+        flash=_flash(config, mesh),
+    )
+    return t5.T5Model(shape, runtime, BatchLayout(packed_widths=_widths(config)))
 
 
-def _chosen(config: PretrainConfig, mesh: Mesh) -> dict[str, Any]:
-    dtype, packed = config.model.dtype, _widths(config)
-    flash = flash_attention.kernel(config.model.flash, str(dtype), mesh)
-    return {"dtype": dtype, "flash": flash, "packed": packed}
+def _flash(config: PretrainConfig, mesh: Mesh) -> str:
+    return flash_attention.kernel(config.model.flash, str(config.model.dtype), mesh)
 
 
 def _widths(config: PretrainConfig) -> tuple[int, ...]:
@@ -436,11 +440,11 @@ def held_out_scores(
     params: t5.Params,
     bank: Float[Array, "1 P D"] | None,
     checks: dict[str, list[Batch]],
-    config: t5.T5Config,
+    model: t5.T5Model,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, float]]:
     """Loss in nats a target token, perplexity, share of right tokens and their number by set."""
-    scores, sums = {}, _sums(config, mesh)
+    scores, sums = {}, _sums(model, mesh)
     put = lambda batch: batch if mesh is None else parallel.put_batch(batch, mesh)
     for name, batches in checks.items():
         parts = [np.asarray(sums(params, bank, put(batch))) for batch in batches]
@@ -455,21 +459,22 @@ def held_out_scores(
 
 
 @functools.lru_cache(maxsize=8)
-def _sums(config: t5.T5Config, mesh: Mesh | None) -> Callable[..., Float[Array, " 3"]]:
+def _sums(model: t5.T5Model, mesh: Mesh | None) -> Callable[..., Float[Array, " 3"]]:
     """Sums over target tokens of negative log-likelihood, of correct ones, and of ones."""
+    placed = model.on(parallel.place_in(mesh))
 
     def of_rows(params, bank, batch):
         weights = (batch.target_segments > 0).astype(jnp.float32)
         flat = batch._replace(weights=weights, dropout_seed=None)
-        _, losses = batch_losses(params, Injection(bank), config, flat, num_members=1)
+        _, losses = batch_losses(params, Injection(bank), placed, flat, num_members=1)
         count = jnp.sum(flat.weights)
         return jnp.stack([losses.loss[0] * count, losses.accuracy[0] * count, count])
 
-    everywhere = parallel.shard_over_batch(of_rows, mesh, t5.logical_axes(config), stacked=True)
+    everywhere = parallel.shard_over_batch(of_rows, mesh, model.logical_axes(), stacked=True)
     return jax.jit(lambda *args: parallel.psum_over_batch(everywhere(*args), mesh))
 
 
-def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: str) -> None:
+def save_model(folder: Path, model: t5.T5Model, state: TrainState, tokenizer: str) -> None:
     """Write the backbone as a Hugging Face directory with its tokenizer, complete or not at all.
 
     All processes call it, and the first one writes.
@@ -479,7 +484,8 @@ def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: s
         return
 
     def write(path: Path) -> None:
-        save_hf(path, shape, jax.tree.map(lambda x: x[0], weights))
+        rate = model.runtime.dropout
+        save_hf(path, model.config, jax.tree.map(lambda x: x[0], weights), dropout=rate)
         if Path(tokenizer).is_dir():
             copy_tokenizer(tokenizer, path)
         else:  # a hub id
@@ -490,7 +496,7 @@ def save_model(folder: Path, shape: t5.T5Config, state: TrainState, tokenizer: s
 
 def fill_in(
     config: PretrainConfig,
-    shape: t5.T5Config,
+    model: t5.T5Model,
     params: t5.Params,
     streams: Streams,
     tokenizer: Tokenizer,
@@ -512,7 +518,7 @@ def fill_in(
         parallel.device_put_global(np.asarray(x), parallel.replicated(mesh))
         for x in (batch.inputs, batch.segments)
     )
-    written = generate.greedy(params, None, shape, inputs, segments, config.target_length)
+    written = generate.greedy(params, None, model, inputs, segments, config.target_length)
     return [
         {
             "held_out": stream.name,

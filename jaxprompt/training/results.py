@@ -99,7 +99,8 @@ def save_tuned(
         return
 
     def write(path: Path) -> None:
-        save_hf(path, backbone.config, jax.tree.map(lambda x: x[0], weights))
+        rate = backbone.model.runtime.dropout
+        save_hf(path, backbone.config, jax.tree.map(lambda x: x[0], weights), dropout=rate)
         copy_tokenizer(backbone.path, path)
         (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -58,7 +58,7 @@ class StepSums(NamedTuple):
 def batch_losses(
     params: registry.Params,
     injection: Injection,
-    config: registry.Config,
+    model: registry.Model,
     batch: Batch,
     *,
     num_members: int,
@@ -71,22 +71,21 @@ def batch_losses(
     There is dropout if the batch has dropout seeds.
     """
     loss = cross_entropy(z_loss)
-    objective, sums = _summed_losses(params, injection, config, batch, num_members, loss)
+    objective, sums = _summed_losses(params, injection, model, batch, num_members, loss)
     return jnp.sum(objective / jnp.maximum(sums.num_tokens, 1.0)), sums.means()
 
 
 def _summed_losses(
-    params: registry.Params, injection: Injection, config: registry.Config, batch: Batch,
+    params: registry.Params, injection: Injection, model: registry.Model, batch: Batch,
     num_members: int, loss: Loss,
 ) -> tuple[Float[Array, " K"], LossSums]:  # fmt: skip
     """The objective of each member and what is reported, as sums over target tokens."""
     batch = jax.tree.map(jnp.asarray, batch)
-    model = registry.model_for(config)
     params = params if injection.params is None else injection.params
-    prepared = model.prepare(params, injection.embeddings, config)
+    prepared = model.prepare(params, injection.embeddings)
     logits = model.logits(
-        params, prepared, config, batch.inputs, batch.segments, batch.targets,
-        batch.target_segments, batch.dropout_seed,
+        params, prepared, batch.inputs, batch.segments, batch.targets, batch.target_segments,
+        batch.dropout_seed,
     )  # fmt: skip
     return loss(logits, batch, num_members)
 
@@ -133,19 +132,21 @@ class StepFunctions:
 
     def __init__(
         self,
-        config: registry.Config,
+        model: registry.Model,
         method: Method,
         optimizer: optax.GradientTransformation,
         loss: Loss,
         mesh: Mesh | None,
     ):
         self.method = method
-        self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
+        self._model, self._optimizer, self._loss, self._mesh = model, optimizer, loss, mesh
         # the devices that share the weights that are trained, if they do
         shares = not method.frozen and parallel.divides_weights(mesh)
         self._shared_by = mesh if shares else None
         divided = method.frozen or shares
-        self._axes = registry.model_for(config).logical_axes(config) if divided else None
+        self._axes = model.logical_axes() if divided else None
+        self._place = parallel.place_in(mesh, divided=divided, trained=shares)
+        self._placed = model.on(self._place)  # for what each device computes of its own rows
 
     def single_step(
         self, state: TrainState, params: registry.Params, batch: Batch
@@ -167,13 +168,13 @@ class StepFunctions:
         trainables = optax.apply_updates(state.tree, updates)
         state = TrainState(state.step + 1, trainables, opt_state)
         if self._shared_by is not None:
-            spread = shardings(state, self.method, self._config, self._shared_by)
+            spread = shardings(state, self.method, self._model, self._shared_by)
             state = jax.lax.with_sharding_constraint(state, spread)
         return state, sums.losses.means()
 
     def _sums_of_rows(self, params, trainables: Trainables, batch: Batch) -> StepSums:
         """The sums of the rows that one device has."""
-        if self._config.dropout > 0 and batch.dropout_seed is None:
+        if self._model.runtime.dropout > 0 and batch.dropout_seed is None:
             raise ValueError(
                 "A batch without dropout seeds has no dropout; give its examples some."
             )
@@ -181,10 +182,10 @@ class StepFunctions:
         def objective(trainables):
             injection = inject(self.method, trainables, params)
             if self._shared_by is not None:
-                whole = parallel.gather_params(injection.params, self._axes)
+                whole = parallel.gather_params(injection.params, self._axes, self._place)
                 injection = injection._replace(params=whole)
             each, sums = _summed_losses(
-                params, injection, self._config, batch, num_members(trainables), self._loss
+                params, injection, self._placed, batch, num_members(trainables), self._loss
             )
             return jnp.sum(each), sums
 
@@ -229,11 +230,11 @@ class StepFunctions:
         """How the sums are spread, where devices share what is trained; else None."""
         if self._shared_by is None:
             return None
-        return _specs_of_sums(_specs(trainables, self._config, self._shared_by))
+        return _specs_of_sums(_specs(trainables, self._model, self._shared_by))
 
 
 def make_train_step(
-    config: registry.Config,
+    model: registry.Model,
     method: Method,
     optimizer: optax.GradientTransformation,
     *,
@@ -250,10 +251,10 @@ def make_train_step(
     needs no random state.
 
     Raises:
-        ValueError: for a batch without dropout seeds, where the config has dropout.
+        ValueError: for a batch without dropout seeds, where the model has dropout.
     """
     loss = cross_entropy(z_loss)
-    return TrainStep(StepFunctions(config, method, optimizer, loss, mesh))
+    return TrainStep(StepFunctions(model, method, optimizer, loss, mesh))
 
 
 def _specs_of_sums(specs: Any) -> Any:
@@ -261,28 +262,27 @@ def _specs_of_sums(specs: Any) -> Any:
     return StepSums(specs, LossSums(everywhere, everywhere, everywhere))
 
 
-def _specs(tree: Any, config: registry.Config, mesh: Mesh) -> Any:
-    model = registry.model_for(config)
-    known = model.abstract_params(config), model.logical_axes(config)
+def _specs(tree: Any, model: registry.Model, mesh: Mesh) -> Any:
+    known = model.abstract_params(), model.logical_axes()
     return parallel.specs_of(mesh, tree, parallel.trained_axes(tree, *known))
 
 
-def shardings(state: Any, method: Method, config: registry.Config, mesh: Mesh) -> Any:
+def shardings(state: Any, method: Method, model: registry.Model, mesh: Mesh) -> Any:
     """Where each array of a state is: prompts on every device, a whole model as ``RULES`` say."""
     if method.frozen or not parallel.divides_weights(mesh):
         return jax.tree.map(lambda x: parallel.replicated(mesh), state)
-    return parallel.named_shardings(mesh, _specs(state, config, mesh))
+    return parallel.named_shardings(mesh, _specs(state, model, mesh))
 
 
 def first_state(
     tree: Any, method: Method, optimizer: optax.GradientTransformation,
-    config: registry.Config, mesh: Mesh,
+    model: registry.Model, mesh: Mesh,
 ) -> TrainState:  # fmt: skip
     """The state before step 0 of a tree, on the devices of ``mesh``."""
     if method.frozen:
         state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
         return jax.device_put(state, parallel.replicated(mesh))
-    place = lambda some: shardings(some, method, config, mesh)
+    place = lambda some: shardings(some, method, model, mesh)
     tree = jax.tree.map(parallel.moved, tree, place(tree))
     moments = jax.eval_shape(optimizer.init, tree)
     # no device ever has more than its part

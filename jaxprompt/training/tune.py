@@ -119,9 +119,7 @@ def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals
         tokenizer=tokenizer,
         rows=rows,
         trials=trials,
-        evaluator=Evaluator(
-            backbone.config, mesh, tokenizer, config.train.eval_batch_size, signals
-        ),
+        evaluator=Evaluator(backbone.model, mesh, tokenizer, config.train.eval_batch_size, signals),
         all_inputs=reads,
         starts=prompts,
         shapes=jax.eval_shape(lambda: prompts or starts(backbone.params)),
@@ -253,7 +251,7 @@ class Tuning:
             stack_trainables([trainables[number] for number in progress.active]),
             self.method,
             self._optimizer(progress),
-            self.backbone.config,
+            self.backbone.model,
             self.mesh,
         )
         self.run.checkpoints.save(0, state, progress.to_json())
@@ -314,7 +312,7 @@ class Tuning:
             return TrainState(jax.numpy.int32(0), tree, optimizer.init(tree))
 
         like = jax.eval_shape(begin, self.shapes)
-        places = shardings(like, self.method, self.backbone.config, self.mesh)
+        places = shardings(like, self.method, self.backbone.model, self.mesh)
         return parallel.with_sharding(like, places)
 
     def _optimizer(self, progress: Progress) -> optax.GradientTransformation:
@@ -334,7 +332,7 @@ class Tuning:
         unique = {id(each): each for each in examples}.values()
         inputs = [example.inputs for each in unique for example in each]
         model, micro = registry.plan_microbatches(
-            registry.with_shared_prefix(self.backbone.config, inputs, length),
+            registry.with_shared_prefix(self.backbone.model, inputs, length),
             [len(ids) for ids in inputs],
             batch_size=settings.batch_size * len(active),
             devices=devices,
@@ -354,11 +352,11 @@ class Tuning:
             start=progress.step,
             window=settings.length_bucketing_window,
             rows=micro,
-            widths=registry.widths(model),
+            widths=model.layout,
             devices=devices,
             room=Room()
             if settings.micro_batch_size
-            else registry.room(model, devices, training=True),
+            else registry.room(model.config, devices, training=True),
             own=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
         )
         return Steps(step, self.backbone.params, batches, self.mesh)

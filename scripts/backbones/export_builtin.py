@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer = load_tokenizer(backbone.path)
     streams = open_streams(config, tokenizer, backbone.config.vocab_size, args.run / "tokens")
     text = {n: b for n, b in held_out_batches(config, streams).items() if "pairs/" not in n}
-    before, after = (held_out_scores(b.params, None, text, b.config) for b in (backbone, rounded))
+    before, after = (held_out_scores(b.params, None, text, b.model) for b in (backbone, rounded))
     changes = {name: after[name]["loss"] - before[name]["loss"] for name in before}
     worst = max(changes.values(), key=abs)
     print(json.dumps({"fingerprint": rounded.fingerprint, "largest_change_of_loss": worst}))

@@ -57,7 +57,7 @@ def job(name: str, dtype: str, path: str):
         method, settings, frozen = METHODS["prompt-tuning"], TrainConfig(), backbone.params
         batch, prompts = random_batch(rows, 64, 4, PROMPT), np.ones((1, PROMPT, width), np.float32)
     optimizer = per_prompt(settings)
-    step = make_train_step(backbone.config, method, optimizer)
+    step = make_train_step(backbone.model, method, optimizer)
     held = [init_state(method, optimizer, backbone.params, prompts)]
 
     def run() -> float:

@@ -102,7 +102,7 @@ def compiled(backbone: Backbone, point: Point) -> tuple[Callable[[], float], dic
     """A function that takes a step and tells its seconds, and the memory that a step asks for."""
     vocabulary, width = backbone.params["token_embedder"]["embedding"].shape
     optimizer = per_prompt(SETTINGS)
-    step = make_train_step(backbone.config, METHOD, optimizer)
+    step = make_train_step(backbone.model, METHOD, optimizer)
     start = np.ones((point.prompts, point.vectors, width), np.float32)
     batch = random_batch(
         vocabulary, point.text + point.vectors, TARGETS, point.vectors,

@@ -16,7 +16,6 @@ timed: bytes that a device receives in a step, where all-reduce and the others g
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -106,19 +105,21 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
             f"{config.backbone!r} is none of the released T5 1.1, whose shape is known."
         )
     dtype = precision.resolve_dtype(config.model.dtype, cpu=False)
-    numerics = {"dtype": dtype, "dropout": config.model.dropout}
-    unroll = bool(config.model.unroll)
-    shape = dataclasses.replace(shape, remat=config.model.remat, unroll=unroll, **numerics)
+    runtime = registry.Runtime(
+        dtype=dtype, dropout=config.model.dropout, unroll=bool(config.model.unroll),
+        remat=config.model.remat,
+    )  # fmt: skip
+    model = registry.model_for(shape, runtime)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size
     parallel.check_batch_size(size, mesh, "train.batch_size")
-    model, method, length = registry.model_for(shape), METHODS[config.method], config.prompt.length
+    method, length = METHODS[config.method], config.prompt.length
     kept = "bfloat16" if dtype == "bfloat16" else "float32"
     place = parallel.parameter_sharding(mesh)
     params = jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(axes)),
-        model.abstract_params(shape, kept),
-        model.logical_axes(shape),
+        model.abstract_params(kept),
+        model.logical_axes(),
     )
     optimizer = per_prompt(config.train)
     start = np.zeros((1, method.num_start_vectors(config.prompt), shape.d_model), np.float32)
@@ -135,12 +136,12 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
     wide, narrow = length + options.inputs, options.targets
     each = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
     batch = Batch(*map(array, (wide, wide, narrow, narrow)), each, array(narrow, jnp.float32), each)
-    step = make_train_step(shape, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
+    step = make_train_step(model, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
 
     begun = time.monotonic()
     lowered = jax.jit(step, donate_argnums=0).lower(state, params, [batch])
     # counted unrolled, and before it is split: in a loop a layer's FLOPs would count once
-    flat = dataclasses.replace(shape, unroll=True)
+    flat = model.with_runtime(unroll=True)
     counted = make_train_step(flat, method, optimizer, z_loss=config.train.z_loss)
     flops = jax.jit(counted).lower(state, params, [batch]).cost_analysis()["flops"]
     print(f"{devices} devices: lowered; compiling", file=sys.stderr, flush=True)

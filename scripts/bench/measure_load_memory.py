@@ -58,7 +58,7 @@ def write_random(name: str, folder: Path) -> None:
             part[:] = rng.standard_normal(part.shape, np.float32)
         return out.reshape(x.shape)
 
-    params = jax.tree.map(draw, registry.model_for(config).abstract_params(config))
+    params = jax.tree.map(draw, registry.model_for(config).abstract_params())
     save_hf(folder, config, params, max_shard_bytes=10**9)
 
 

@@ -3,7 +3,6 @@
 Pallas's is interpreted, and lowered for a TPU; what cuDNN's is asked for is computed by XLA.
 """
 
-import dataclasses
 import functools
 import types
 
@@ -19,7 +18,6 @@ from jaxprompt.config.schema import MeshConfig
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.ops import layers
 from jaxprompt.models.ops.attention import flash_attention
-from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 
 # lengths of the segments of each row, of 160 positions, which no block of a kernel divides
@@ -89,9 +87,7 @@ def test_an_encoder_with_it_encodes_the_same(kernels, tmp_path, kernel, monkeypa
     b = load_backbone(str(make_backbone(tmp_path)), dtype="mixed")
     segments = segments_of(ALONE)
     ids = jnp.where(segments > 0, jnp.arange(160) % 20 + 3, 0)
-    encode = lambda **changed: t5.encode(
-        b.params, None, dataclasses.replace(b.config, **changed), ids, segments
-    )
+    encode = lambda **changed: b.model.with_runtime(**changed).encode(b.params, None, ids, segments)
     used, attend = [], flash_attention.attention
     monkeypatch.setattr(
         flash_attention, "attention", lambda *args: used.append(args[-1].kernel) or attend(*args)

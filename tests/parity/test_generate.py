@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.inference.predict import predict, refuse_lost
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.ops.layers import shift_right
-from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 
 
@@ -31,22 +29,22 @@ def inputs(seed=0, rows=3):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def teacher_forced(params, config, ids, segments, targets):
+def teacher_forced(params, model, ids, segments, targets):
     ones = jnp.ones_like(targets)
-    encoded = t5.encode(params, None, config, ids, segments)
-    return t5.decode(params, None, config, encoded, segments, shift_right(targets, ones, 0), ones)
+    encoded = model.prefill(params, None, ids, segments)
+    return model.decode(params, None, encoded, shift_right(targets, ones, 0), ones)
 
 
 def test_greedy_ids_are_the_argmax_under_teacher_forcing(tiny):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
-    out = np.asarray(generate.greedy(params, None, config, ids, segments, 8))
-    best = np.asarray(jnp.argmax(teacher_forced(params, config, ids, segments, out), -1))
+    out = np.asarray(generate.greedy(params, None, model, ids, segments, 8))
+    best = np.asarray(jnp.argmax(teacher_forced(params, model, ids, segments, out), -1))
     for row in range(3):
-        end = np.flatnonzero(out[row] == config.eos_id)
+        end = np.flatnonzero(out[row] == model.config.eos_id)
         stop = end[0] + 1 if len(end) else 8
         np.testing.assert_array_equal(out[row, :stop], best[row, :stop])
-        assert (out[row, stop:] == config.pad_id).all()
+        assert (out[row, stop:] == model.config.pad_id).all()
 
 
 def test_the_most_likely_word_is_the_first_of_equals_and_always_a_word():
@@ -56,19 +54,19 @@ def test_the_most_likely_word_is_the_first_of_equals_and_always_a_word():
 
 def test_generation_ends_at_eos_and_early(tiny):
     """With an EOS that always wins the loop must stop after one step and leave padding."""
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
-    first = int(generate.greedy(params, None, config, ids, segments, 4)[0, 0])
-    eos = dataclasses.replace(config, eos_id=first)
+    first = int(generate.greedy(params, None, model, ids, segments, 4)[0, 0])
+    eos = model.with_config(eos_id=first)
     out = np.asarray(generate.greedy(params, None, eos, ids, segments, 4))
     assert out[0].tolist() == [first, 0, 0, 0]
 
 
 def test_an_empty_row_says_nothing(tiny):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
     segments[2] = 0
-    out = np.asarray(generate.greedy(params, None, config, ids * segments, segments, 4))
+    out = np.asarray(generate.greedy(params, None, model, ids * segments, segments, 4))
     assert (out[2] == 0).all() and (out[0] != 0).any()
 
 
@@ -80,21 +78,21 @@ def lost_head(params):
 @pytest.mark.parametrize("beams", [None, 3])
 def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
     """One NaN among the words is enough, and rows that are empty or sound are as they were."""
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
     segments[2] = 0
 
     def generated(params, bank=None):
-        given = params, bank, config, ids * segments, segments
+        given = params, bank, model, ids * segments, segments
         if beams:
             return np.asarray(generate.beam(*given, BeamSearch(4, beams)))
         return np.asarray(generate.greedy(*given, 4))
 
     assert (generated(params) >= 0).all()
     found = generated(lost_head(params))
-    assert (found[:2] == -1).all() and (found[2] == config.pad_id).all()
-    bank = jnp.zeros((2, 1, config.d_model)).at[1].set(jnp.nan)
-    ids[0, 0], ids[1, 0] = config.vocab_size, config.vocab_size + 1
+    assert (found[:2] == -1).all() and (found[2] == model.config.pad_id).all()
+    bank = jnp.zeros((2, 1, model.config.d_model)).at[1].set(jnp.nan)
+    ids[0, 0], ids[1, 0] = model.config.vocab_size, model.config.vocab_size + 1
     found = generated(params, bank)
     assert (found[0] >= 0).all() and (found[1] == -1).all()
 
@@ -105,25 +103,25 @@ WORDS: Any = SimpleNamespace(
 )  # fmt: skip
 
 
-def asked(params, config, task, count=5, mesh=None):
+def asked(params, model, task, count=5, mesh=None):
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
-    engine = Engine(params, None, config, mesh)
+    engine = Engine(params, None, model, mesh)
     return predict(engine, task, rows, WORDS, batch_size=4)
 
 
 @pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
 def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, monkeypatch):
     monkeypatch.setattr(predicting, "label_of", lambda task, tokenizer: {})
-    config, params = tiny
+    model, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
                       max_target_length=4)  # fmt: skip
-    assert not asked(params, config, task).lost
-    found = asked(lost_head(params), config, task)
+    assert not asked(params, model, task).lost
+    found = asked(lost_head(params), model, task)
     assert list(found.lost) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
     with pytest.raises(UserError, match="m gives scores that are not finite numbers for 5 of 5"):
         refuse_lost(found.lost, 5, "m")
-    none = asked(params, config, task, count=0)
+    none = asked(params, model, task, count=0)
     assert none.predictions == [] and not none.lost
     assert none.scores is None or none.scores.shape == (0, 2)
 
@@ -142,7 +140,7 @@ def counting(batches, shapes):
 @pytest.mark.parametrize("decoding", ["rank", "greedy", "beam"])
 def test_other_rows_of_the_same_sizes_compile_nothing(tiny, decoding, monkeypatch):
     monkeypatch.setattr(predicting, "label_of", lambda task, tokenizer: {})
-    config, params = tiny
+    model, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
                       max_target_length=3)  # fmt: skip
     rng = np.random.default_rng(0)
@@ -151,7 +149,7 @@ def test_other_rows_of_the_same_sizes_compile_nothing(tiny, decoding, monkeypatc
         none = np.zeros(0, np.int32)
         return [Example(rng.integers(3, 61, n).astype(np.int32), none) for n in lengths]
 
-    engine = Engine(params, None, config)
+    engine = Engine(params, None, model)
     run = lambda rows: predict(engine, task, rows, WORDS, batch_size=8)
     run(rows(9, 20, 40))
     compiled = num_compilations()
@@ -168,24 +166,24 @@ def test_one_row_is_computed_as_one_row(tiny, monkeypatch):
     """Not as a full batch; of several devices each has one."""
     shapes = []
     monkeypatch.setattr(engines, "inference_batches", counting(engines.inference_batches, shapes))
-    config, params = tiny
+    model, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"])
-    alone = asked(params, config, task, count=1)
+    alone = asked(params, model, task, count=1)
     mesh = parallel.make_mesh(MeshConfig(data=2), jax.devices()[:2])
     placed = jax.device_put(params, parallel.replicated(mesh))
-    over_two = asked(placed, config, task, count=1, mesh=mesh)
-    among = asked(params, config, task, count=3)
+    over_two = asked(placed, model, task, count=1, mesh=mesh)
+    among = asked(params, model, task, count=3)
     assert shapes == [(1, 32), (2, 32), (4, 32)]
     for other in (over_two, among):
         np.testing.assert_allclose(other.scores[:1], alone.scores, rtol=1e-5)
 
 
 def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
-    config, params = tiny
+    model, params = tiny
     rng = np.random.default_rng(0)
     ids = lambda count: rng.integers(3, 61, count).astype(np.int32)
     rows = [Example(ids(n), ids(t)) for n, t in [(9, 3), (30, 40), (5, 2), (70, 4)]]
-    engine = Engine(params, None, config)
+    engine = Engine(params, None, model)
     together = score.log_likelihoods(engine, rows, batch_size=64)
     alone = [score.log_likelihoods(engine, [row], batch_size=1)[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
@@ -196,28 +194,28 @@ def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
 
 @pytest.mark.parametrize("count", [6, 19])
 def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny, count):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
     some = [[7, 1, -1], [9, 11, 1], [30, 1, -1], [1, -1, -1], [9, 1, -1], [9, 11, 1]]
     labels = np.array(some if count == 6 else some * 3 + some[:1], np.int32)
     trees = label_trees(labels)
-    scores = np.asarray(rank.label_log_likelihoods(params, None, config, ids, segments, trees))
+    scores = np.asarray(rank.label_log_likelihoods(params, None, model, ids, segments, trees))
     assert scores.shape == (3, count)
     for number, label in enumerate(labels[:6]):
         marks = np.tile((label >= 0).astype(np.int32), (3, 1))
         targets = np.tile(np.maximum(label, 0), (3, 1))
-        alone = score.log_likelihood(params, None, config, ids, segments, targets, marks)
+        alone = score.log_likelihood(params, None, model, ids, segments, targets, marks)
         for again in range(number, count, 6):
             np.testing.assert_allclose(scores[:, again], alone, rtol=1e-5)
 
 
 def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs()
     targets = np.array([[7, 8, 1], [9, 1, 0], [5, 6, 1]], np.int32)
     marks = (targets > 0).astype(np.int32)
-    got = score.log_likelihood(params, None, config, ids, segments, targets, marks)
-    logits = np.asarray(teacher_forced(params, config, ids, segments, targets), np.float64)
+    got = score.log_likelihood(params, None, model, ids, segments, targets, marks)
+    logits = np.asarray(teacher_forced(params, model, ids, segments, targets), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate((3, 2, 3)):
         expected = sum(logp[row, i, targets[row, i]] for i in range(length))
@@ -226,7 +224,7 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypatch):
-    config, params = dataclasses.replace(tiny[0], rows_in_turn=True), tiny[1]
+    model, params = tiny[0].with_runtime(per_example_attention=True), tiny[1]
     rng, words = np.random.default_rng(0), [[7, 1], [9, 11, 1], [30, 1]]
     examples = [
         Example(rng.integers(3, 61, length).astype(np.int32), np.array(words[length % 3], np.int32))
@@ -240,21 +238,21 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     tokenizer = SimpleNamespace(encode_targets=lambda labels, separator: words)
     shapes = []
 
-    def answers(config, **settings):
-        engine = Engine(params, None, config, mesh)
+    def answers(model, **settings):
+        engine = Engine(params, None, model, mesh)
         return predict(engine, task, examples, tokenizer, batch_size=16, **settings)
 
     for name in ("inference_batches", "packed_rows"):
         monkeypatch.setattr(engines, name, counting(getattr(engines, name), shapes))
-    shared = answers(config, pack=True)
+    shared = answers(model, pack=True)
     assert len(set(shapes)) == 1 and shapes[0][0] == devices
-    for alone in (answers(config), answers(tiny[0], pack=True)):
+    for alone in (answers(model), answers(tiny[0], pack=True)):
         np.testing.assert_allclose(shared.scores, alone.scores, rtol=1e-5)
         assert shared.predictions == alone.predictions
     assert len(set(shapes)) > 5
 
 
-def searched(params, config, ids, segments, length, beams, alpha):
+def searched(params, model, ids, segments, length, beams, alpha):
     """Beam search of one row as it is defined, without a cache."""
     worth = lambda value, count: value / ((5 + count) / 6) ** alpha
     live, ended = [(0.0, [])], []
@@ -263,37 +261,37 @@ def searched(params, config, ids, segments, length, beams, alpha):
         for value, words in live:
             targets = np.full((1, length), 3, np.int32)
             targets[0, : len(words)] = words
-            row = teacher_forced(params, config, ids, segments, targets)[0, step]
+            row = teacher_forced(params, model, ids, segments, targets)[0, step]
             logp = np.asarray(jax.nn.log_softmax(row))
             candidates += [(value + float(logp[v]), [*words, v]) for v in range(len(logp))]
         candidates.sort(key=lambda found: -found[0])
         for value, words in candidates[:beams]:
-            if words[-1] == config.eos_id:
+            if words[-1] == model.config.eos_id:
                 ended.append((worth(value, step + 1), words))
-        live = [found for found in candidates if found[1][-1] != config.eos_id][:beams]
+        live = [found for found in candidates if found[1][-1] != model.config.eos_id][:beams]
     return max(ended or live)[1]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
 def test_beams_are_searched_as_defined(tiny, alpha):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs(seed=3)
-    greedy = np.asarray(generate.greedy(params, None, config, ids, segments, 5))
-    config = dataclasses.replace(config, eos_id=int(greedy[0, 1]))  # so that answers end
-    found = generate.beam(params, None, config, ids, segments, BeamSearch(5, 3, alpha))
+    greedy = np.asarray(generate.greedy(params, None, model, ids, segments, 5))
+    model = model.with_config(eos_id=int(greedy[0, 1]))  # so that answers end
+    found = generate.beam(params, None, model, ids, segments, BeamSearch(5, 3, alpha))
     for row in range(3):
         one = slice(row, row + 1)
-        best = searched(params, config, ids[one], segments[one], 5, 3, alpha)
-        assert np.asarray(found[row]).tolist() == best + [config.pad_id] * (5 - len(best))
+        best = searched(params, model, ids[one], segments[one], 5, 3, alpha)
+        assert np.asarray(found[row]).tolist() == best + [model.config.pad_id] * (5 - len(best))
 
 
 def test_one_beam_without_a_penalty_is_greedy(tiny):
-    config, params = tiny
+    model, params = tiny
     ids, segments = inputs(rows=5)
     segments[4] = 0
-    first = int(generate.greedy(params, None, config, ids, segments, 8)[0, 1])
-    config = dataclasses.replace(config, eos_id=first)  # so that a row ends early
-    given = params, None, config, ids * segments, segments
+    first = int(generate.greedy(params, None, model, ids, segments, 8)[0, 1])
+    model = model.with_config(eos_id=first)  # so that a row ends early
+    given = params, None, model, ids * segments, segments
     expected = np.asarray(generate.greedy(*given, 8))
     np.testing.assert_array_equal(generate.beam(*given, BeamSearch(8, 1, 0.0)), expected)
-    assert (expected[0] == config.pad_id).any() and not expected[4].any()
+    assert (expected[0] == model.config.pad_id).any() and not expected[4].any()

@@ -164,7 +164,7 @@ def test_a_prompt_is_used_with_the_attention_it_was_tuned_with(made, tmp_path, a
     values["prompt"]["length"] = 8
     result = train(parse(RunConfig, values))
     session = api.open_session(result["prompt"])
-    assert session.backbone.config.attention == attention
+    assert session.backbone.model.runtime.attention == attention
     assert api.evaluate(session)["metrics"]["accuracy"] == result["value"]
     given = api.open_session(result["prompt"], load_backbone(str(made[0])))
     for one, other in zip(*(api.predict(s, make_rows(4)) for s in (given, session)), strict=True):

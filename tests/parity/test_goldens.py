@@ -10,7 +10,6 @@ from helpers import GOLDENS
 
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.models.t5.t5 import decode, encode
 
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
@@ -28,18 +27,18 @@ def backbone(name, unroll):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def logits_of(params, bank, config, inputs, segments, decoder_inputs):
-    encoded = encode(params, bank, config, inputs, segments)
+def logits_of(params, bank, model, inputs, segments, decoder_inputs):
+    encoded = model.prefill(params, bank, inputs, segments)
     ones = jnp.ones_like(decoder_inputs)
-    return decode(params, bank, config, encoded, segments, decoder_inputs, ones)
+    return model.decode(params, bank, encoded, decoder_inputs, ones)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def gradient_of(bank, params, config, inputs, segments, decoder_inputs, targets):
+def gradient_of(bank, params, model, inputs, segments, decoder_inputs, targets):
     """Gradient of the cross-entropy summed over the target tokens."""
 
     def loss(bank):
-        logits = logits_of(params, bank, config, inputs, segments, decoder_inputs)
+        logits = logits_of(params, bank, model, inputs, segments, decoder_inputs)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
         return -jnp.sum(chosen[..., 0] * (targets > 0))
 
@@ -66,7 +65,7 @@ def test_all_seven_families_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_pytorch(name, unroll):
     b, g = backbone(name, unroll), golden(name)
-    found = logits_of(b.params, None, b.config, g["inputs"], g["mask"], g["decoder_inputs"])
+    found = logits_of(b.params, None, b.model, g["inputs"], g["mask"], g["decoder_inputs"])
     assert found.dtype == jnp.float32
     assert relative(found, g["logits"]) < LOGITS
 
@@ -77,9 +76,9 @@ def test_prompt_gradient_equals_pytorch(name, unroll):
     b, g = backbone(name, unroll), golden(name)
     inputs, segments = with_prompt(b.config, g)
     bank = jnp.asarray(g["prompt"])[None]
-    found = logits_of(b.params, bank, b.config, inputs, segments, g["decoder_inputs"])
+    found = logits_of(b.params, bank, b.model, inputs, segments, g["decoder_inputs"])
     assert relative(found, g["prompt_logits"]) < LOGITS
-    arguments = b.params, b.config, inputs, segments, g["decoder_inputs"], g["targets"]
+    arguments = b.params, b.model, inputs, segments, g["decoder_inputs"], g["targets"]
     gradient, expected = np.asarray(gradient_of(bank, *arguments))[0], g["prompt_gradient"]
     assert np.linalg.norm(gradient - expected) < GRADIENT * np.linalg.norm(expected)
 
@@ -89,7 +88,7 @@ def test_greedy_tokens_equal_pytorch(name):
     """Teacher forcing on the generated ids predicts each next one, up to the end of the row."""
     b, g = backbone(name, False), golden(name)
     before, after = g["generated"][:, :-1], g["generated"][:, 1:]
-    logits = logits_of(b.params, None, b.config, g["inputs"], g["mask"], before)
+    logits = logits_of(b.params, None, b.model, g["inputs"], g["mask"], before)
     ended = np.cumsum(before == b.config.eos_id, axis=1) > 0
     assert np.array_equal(np.where(ended, 0, np.argmax(logits, axis=-1)), after)
 

@@ -1,7 +1,6 @@
 """Decoder-only models: PyTorch's values, and the invariants that every way of reading must keep."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +44,20 @@ def examples_of(g, virtual=()):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def logits_of(params, bank, config, batch):
-    prompts = decoder.prepare(params, bank, config)
-    return decoder.logits(
-        params, prompts, config, batch.inputs, batch.segments, batch.targets,
+def logits_of(params, bank, model, batch):
+    prompts = model.prepare(params, bank)
+    return model.logits(
+        params, prompts, batch.inputs, batch.segments, batch.targets,
         batch.target_segments,
     )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def gradient_of(params, bank, config, batch):
+def gradient_of(params, bank, model, batch):
     """Of the cross-entropy summed over the target tokens."""
 
     def loss(bank):
-        scores = jax.nn.log_softmax(logits_of(params, bank, config, batch))
+        scores = jax.nn.log_softmax(logits_of(params, bank, model, batch))
         chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(chosen * batch.weights)
 
@@ -78,8 +77,8 @@ def with_prompt(b, g):
     """A batch with the prompt in front of every row, its bank, and the config that knows it."""
     virtual = virtual_ids(b.config.vocab_size, len(g["prompt"]))
     examples = examples_of(g, virtual)
-    config = registry.with_shared_prefix(b.config, [e.inputs for e in examples], len(virtual))
-    return make_batch(examples), jnp.asarray(g["prompt"])[None], config
+    model = registry.with_shared_prefix(b.model, [e.inputs for e in examples], len(virtual))
+    return make_batch(examples), jnp.asarray(g["prompt"])[None], model
 
 
 def test_all_layouts_are_there():
@@ -90,7 +89,7 @@ def test_all_layouts_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_pytorch(name, unroll):
     b, g = backbone(name, unroll), golden(name)
-    found = logits_of(b.params, None, b.config, make_batch(examples_of(g)))
+    found = logits_of(b.params, None, b.model, make_batch(examples_of(g)))
     assert found.dtype == jnp.float32
     assert compared(found, g, "logits") < LOGITS
 
@@ -99,12 +98,12 @@ def test_logits_equal_pytorch(name, unroll):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradient_with_a_prompt_equal_pytorch(name, shared):
     b, g = backbone(name), golden(name)
-    batch, bank, config = with_prompt(b, g)
-    assert config.leading == len(g["prompt"])
-    config = config if shared else b.config
-    found = logits_of(b.params, bank, config, batch)
+    batch, bank, model = with_prompt(b, g)
+    assert model.layout.shared_prefix_length == len(g["prompt"])
+    model = model if shared else b.model
+    found = logits_of(b.params, bank, model, batch)
     assert compared(found, g, "prompt_logits") < LOGITS
-    gradient = np.asarray(gradient_of(b.params, bank, config, batch))[0]
+    gradient = np.asarray(gradient_of(b.params, bank, model, batch))[0]
     expected = g["prompt_gradient"]
     assert np.linalg.norm(gradient - expected) < GRADIENT * np.linalg.norm(expected)
 
@@ -113,7 +112,7 @@ def test_logits_and_gradient_with_a_prompt_equal_pytorch(name, shared):
 def test_greedy_tokens_equal_pytorch(name):
     b, g = backbone(name), golden(name)
     batch = make_batch(examples_of(g))
-    arguments = b.params, decoder.Prompts(None), b.config, batch.inputs, batch.segments
+    arguments = b.params, decoder.Prompts(None), b.model, batch.inputs, batch.segments
     found = np.asarray(generate.greedy(*arguments, g["generated"].shape[1]))
     expected = np.where(g["generated"] < 0, b.config.pad_id, g["generated"])
     assert np.array_equal(found, expected)
@@ -126,13 +125,13 @@ def test_beams_of_a_batch_are_those_of_its_rows(name):
 
     def search(rows, beams):
         ids, segments = batch.inputs[rows], batch.segments[rows]
-        arguments = b.params, decoder.Prompts(None), b.config, ids, segments
+        arguments = b.params, decoder.Prompts(None), b.model, ids, segments
         return np.asarray(generate.beam(*arguments, BeamSearch(6, beams, 0.0)))
 
     together, count = search(slice(None), 3), len(batch.inputs)
     alone = [search(slice(row, row + 1), 3)[0] for row in range(count)]
     np.testing.assert_array_equal(together, np.stack(alone))
-    arguments = b.params, decoder.Prompts(None), b.config, batch.inputs, batch.segments
+    arguments = b.params, decoder.Prompts(None), b.model, batch.inputs, batch.segments
     np.testing.assert_array_equal(search(slice(None), 1), generate.greedy(*arguments, 6))
 
 
@@ -142,10 +141,10 @@ def test_beams_of_a_batch_are_those_of_its_rows(name):
 def test_reading_then_answering_equals_one_pass(name, attention, shared):
     """One pass, answers to what was read, and the cached loop give the same logits."""
     b, g = backbone(name, attention=attention), golden(name)
-    batch, bank, config = with_prompt(b, g)
-    assert (config.leading > 0) == (attention != "prefix")
-    config = config if shared else b.config
-    whole = logits_of(b.params, bank, config, batch)
+    batch, bank, model = with_prompt(b, g)
+    assert (model.layout.shared_prefix_length > 0) == (attention != "prefix")
+    model = model if shared else b.model
+    whole = logits_of(b.params, bank, model, batch)
 
     valid = batch.target_segments > 0
     labels = label_trees(np.where(valid, batch.targets, -1))  # those of all rows, for each
@@ -153,13 +152,13 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
 
     @jax.jit
     def in_two():
-        prompts = decoder.prepare(b.params, bank, config)
-        reading = decoder.read(b.params, prompts, config, batch.inputs, batch.segments)
-        answered = decoder.answer_logits(b.params, prompts, config, reading, tree)
-        ids, cache = decoder.start(b.params, config, reading, batch.targets.shape[1])
+        prompts = model.prepare(b.params, bank)
+        prefill = model.prefill(b.params, prompts, batch.inputs, batch.segments)
+        answered = model.score_tree(b.params, prompts, prefill, tree)
+        ids, cache = model.init_decode(b.params, prefill, batch.targets.shape[1])
         steps = []
         for index in range(batch.targets.shape[1]):
-            scores, cache = decoder.step(b.params, prompts, config, cache, ids, jnp.int32(index))
+            scores, cache = model.decode_step(b.params, prompts, cache, ids, jnp.int32(index))
             steps.append(scores)
             ids = jnp.asarray(batch.targets)[:, index]
         return answered, jnp.stack(steps, axis=1)
@@ -176,8 +175,8 @@ def test_attention_over_the_prompt_and_the_input_is_a_choice():
     found = {}
     for attention in ("causal", "prompt", "prefix"):
         b = backbone("smollm2", attention=attention)
-        batch, bank, config = with_prompt(b, g)
-        found[attention] = np.asarray(logits_of(b.params, bank, config, batch))
+        batch, bank, model = with_prompt(b, g)
+        found[attention] = np.asarray(logits_of(b.params, bank, model, batch))
     valid = batch.target_segments > 0
     for one, other in (("causal", "prompt"), ("causal", "prefix"), ("prompt", "prefix")):
         assert relative(found[one][valid], found[other][valid]) > 1e-3
@@ -188,9 +187,9 @@ def test_packed_rows_equal_rows_of_their_own():
     virtual = virtual_ids(b.config.vocab_size, len(g["prompt"]))
     examples = examples_of(g, virtual)
     bank = jnp.asarray(g["prompt"])[None]
-    alone = logits_of(b.params, bank, b.config, make_batch(examples))
+    alone = logits_of(b.params, bank, b.model, make_batch(examples))
     packed = pack_batch([examples])
-    found = np.asarray(logits_of(b.params, bank, b.config, packed))[0]
+    found = np.asarray(logits_of(b.params, bank, b.model, packed))[0]
     start = 0
     for row, example in enumerate(examples):
         size = len(example.targets)
@@ -209,41 +208,43 @@ def test_a_batch_may_mix_prompts_that_lead_their_rows():
         Example(np.concatenate([virtual_ids(b.config.vocab_size, length, k), e.inputs]), e.targets)
         for k, e in zip(owners, texts, strict=True)
     ]
-    config = registry.with_shared_prefix(b.config, [e.inputs for e in rows], length)
-    assert config.leading == length
-    mixed = np.asarray(logits_of(b.params, jnp.asarray(banks), config, make_batch(rows)))
+    model = registry.with_shared_prefix(b.model, [e.inputs for e in rows], length)
+    assert model.layout.shared_prefix_length == length
+    mixed = np.asarray(logits_of(b.params, jnp.asarray(banks), model, make_batch(rows)))
     front = virtual_ids(b.config.vocab_size, length)
     for row, (owner, example) in enumerate(zip(owners, texts, strict=True)):
         single = make_batch([example._replace(inputs=np.concatenate([front, example.inputs]))])
-        alone = logits_of(b.params, jnp.asarray(banks[owner : owner + 1]), config, single)
+        alone = logits_of(b.params, jnp.asarray(banks[owner : owner + 1]), model, single)
         size = len(example.targets)
         assert relative(mixed[row, :size], np.asarray(alone)[0, :size]) < LOGITS
 
 
 def test_what_leads_is_looked_up_in_the_ids():
-    config = backbone("llama").config
-    front, other = (virtual_ids(config.vocab_size, 4, prompt=k) for k in (0, 1))
+    model = backbone("llama").model
+    front, other = (virtual_ids(model.config.vocab_size, 4, prompt=k) for k in (0, 1))
     text = np.array([7, 8], np.int32)
 
     def leading(*inputs):
-        return registry.with_shared_prefix(config, [np.concatenate(i) for i in inputs], 4).leading
+        return registry.with_shared_prefix(
+            model, [np.concatenate(i) for i in inputs], 4
+        ).layout.shared_prefix_length
 
     assert leading((front, text), (other, text)) == 4
     assert leading((front, text), (text, front)) == 0  # not in front
     assert leading((front, text), (front,)) == 0  # no text to answer from
     assert leading((front[1:], other[:1], text)) == 0  # parts of two prompts
     assert leading((front, text, front[:1])) == 0  # and one more vector later
-    assert registry.with_shared_prefix(config, [], 4).leading == 0
-    prefix = replace(config, attention="prefix")
-    assert registry.with_shared_prefix(prefix, [np.concatenate([front, text])], 4).leading == 0
+    assert registry.with_shared_prefix(model, [], 4).layout.shared_prefix_length == 0
+    prefix = model.with_runtime(attention="prefix")
+    assert registry.with_shared_prefix(prefix, [np.concatenate([front, text])], 4) == prefix
 
 
 def test_labels_are_scored_as_if_each_were_the_target():
     b, g = backbone("smollm2"), golden("smollm2")
-    batch, bank, config = with_prompt(b, g)
+    batch, bank, model = with_prompt(b, g)
     labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
-    prompts = decoder.prepare(b.params, bank, config)
-    where = b.params, prompts, config, batch.inputs, batch.segments
+    prompts = model.prepare(b.params, bank)
+    where = b.params, prompts, model, batch.inputs, batch.segments
     found = np.asarray(rank.label_log_likelihoods(*where, label_trees(labels)))
     for column, label in enumerate(labels):
         targets = np.tile(np.maximum(label, 0), (len(found), 1))
@@ -266,34 +267,34 @@ def test_saved_weights_are_read_back_bit_by_bit(name, tmp_path):
 def test_lower_precision_stays_near(dtype):
     g = golden("llama")
     b = load_backbone(str(GOLDENS_CAUSAL / "llama"), dtype=dtype, unroll=True)
-    batch, bank, config = with_prompt(b, g)
-    found = logits_of(b.params, bank, config, batch)
+    batch, bank, model = with_prompt(b, g)
+    found = logits_of(b.params, bank, model, batch)
     assert found.dtype == jnp.float32
     assert 1e-5 < compared(found, g, "prompt_logits") < 0.05
-    assert np.isfinite(np.asarray(gradient_of(b.params, bank, config, batch))).all()
+    assert np.isfinite(np.asarray(gradient_of(b.params, bank, model, batch))).all()
 
 
 def test_logical_axes_name_every_axis():
     for name in NAMES:
-        config = backbone(name).config
-        shapes, axes = decoder.abstract_params(config), decoder.logical_axes(config)
+        model = backbone(name).model
+        shapes, axes = model.abstract_params(), model.logical_axes()
         jax.tree.map(lambda s, a: (_ for _ in ()).throw(AssertionError) if len(s.shape) != len(a)
                      else None, shapes, axes, is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
 
 
 def test_the_train_objective_is_the_same_whether_the_prompt_is_shared():
     b, g = backbone("smollm2"), golden("smollm2")
-    batch, bank, config = with_prompt(b, g)
+    batch, bank, model = with_prompt(b, g)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def objective(bank, config):
+    def objective(bank, model):
         return jax.value_and_grad(
             lambda x: batch_losses(
-                b.params, Injection(x), config, batch, num_members=1, z_loss=1e-4
+                b.params, Injection(x), model, batch, num_members=1, z_loss=1e-4
             )[0]
         )(bank)
 
-    (one, grad_one), (other, grad_other) = objective(bank, config), objective(bank, b.config)
+    (one, grad_one), (other, grad_other) = objective(bank, model), objective(bank, b.model)
     assert np.isclose(one, other, rtol=1e-5)
     assert np.linalg.norm(grad_one - grad_other) < GRADIENT * np.linalg.norm(grad_one)
 
@@ -305,8 +306,8 @@ def test_sharded_over_devices_it_is_the_same_function(shape):
     b, g = backbone("llama"), golden("llama")
     placed = load_backbone(str(GOLDENS_CAUSAL / "llama"), unroll=True, mesh=mesh)
     assert placed.fingerprint == b.fingerprint
-    batch, bank, config = with_prompt(b, g)
+    batch, bank, model = with_prompt(b, g)
     batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)  # four rows
-    alone = np.asarray(gradient_of(b.params, bank, config, batch))
-    spread = gradient_of(placed.params, bank, config, parallel.put_batch(batch, mesh))
+    alone = np.asarray(gradient_of(b.params, bank, model, batch))
+    spread = gradient_of(placed.params, bank, model, parallel.put_batch(batch, mesh))
     assert np.linalg.norm(np.asarray(spread) - alone) < GRADIENT * np.linalg.norm(alone)

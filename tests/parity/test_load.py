@@ -47,8 +47,8 @@ def test_the_tree_is_the_models(name):
         b = load_backbone(str(GOLDENS / name), dtype=dtype, dropout=0.1, unroll=True, remat=True)
         expected = t5.abstract_params(b.config, dtype)
         assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), b.params) == expected
-        assert (b.config.dtype, b.config.dropout) == (dtype, 0.1)
-        assert b.config.unroll and b.config.remat
+        assert (b.model.runtime.dtype, b.model.runtime.dropout) == (dtype, 0.1)
+        assert b.model.runtime.unroll and b.model.runtime.remat
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(b.params))
 
 
@@ -61,7 +61,7 @@ def test_dtypes_agree_and_share_a_fingerprint(name):
     assert half.fingerprint == full.fingerprint == fingerprint(jax.device_get(full.params))
     trained = load_backbone(str(GOLDENS / name), dtype="mixed", trainable=True)
     assert_same(trained.params, full.params)
-    assert trained.config.dtype == "mixed" and trained.config.activations == "float32"
+    assert trained.model.runtime.dtype == "mixed" and trained.model.runtime.activations == "float32"
 
 
 @pytest.mark.parametrize("name", [NAMES[0], NAMES[-1]])
@@ -77,9 +77,8 @@ def test_frozen_operands_are_rounded_once_where_they_would_be_at_every_use(name)
     assert kinds["embedding"] == kinds["scale"] == kinds["relative_bias"] == "float32"
     assert kinds["query"] == kinds["wo"] == "bfloat16"
     ids = jnp.arange(3, 9).reshape(2, 3)
-    run = jax.jit(t5.logits, static_argnames="config")
     one = jnp.ones_like(ids)
-    a, b = (run(x.params, None, x.config, ids, one, ids, one) for x in (trained, frozen))
+    a, b = (jax.jit(x.model.logits)(x.params, None, ids, one, ids, one) for x in (trained, frozen))
     np.testing.assert_array_equal(a, b)
 
 

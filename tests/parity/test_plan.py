@@ -1,6 +1,5 @@
 """What a step needs, counted from shapes, against what the compiler says that it takes."""
 
-import dataclasses
 import importlib
 
 import jax
@@ -15,6 +14,7 @@ from jaxprompt.config.schema import MeshConfig, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.batches import Batch
 from jaxprompt.methods.registry import METHODS
+from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints.load import rounded_at_load
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.work import Work
@@ -41,7 +41,7 @@ SHAPES = {
     ),
     "mixed": t5.T5Config(
         vocab_size=4096, d_model=512, num_heads=6, head_dim=64, d_ff=1024,
-        num_encoder_layers=8, num_decoder_layers=8, dtype="mixed",
+        num_encoder_layers=8, num_decoder_layers=8,
     ),
     "wide": t5.T5Config(
         vocab_size=4096, d_model=768, num_heads=12, head_dim=64, d_ff=2048,
@@ -50,7 +50,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def compiled(shape, work, layout, prompt=20):
+def compiled(model, work, layout, prompt=20):
     """The compiled step of a layout's devices."""
     mesh = parallel.make_mesh(
         MeshConfig(data=layout.data, fsdp=layout.fsdp, tensor=layout.tensor),
@@ -63,14 +63,12 @@ def compiled(shape, work, layout, prompt=20):
     def held(path, leaf, axes):
         """As ``load_backbone`` rounds a weight and ``in_bits`` gives it to a step."""
         kind = leaf.dtype
-        if rounded_at_load(path[-1].key, shape, False):
+        if rounded_at_load(path[-1].key, model.runtime, False):
             kind = np.uint16 if axes[0] == "layers" else jnp.bfloat16
         return array(leaf.shape, kind, sharding=place(axes))
 
-    params = jax.tree_util.tree_map_with_path(
-        held, t5.abstract_params(shape), t5.logical_axes(shape)
-    )
-    start = np.zeros((1, prompt, shape.d_model), np.float32)
+    params = jax.tree_util.tree_map_with_path(held, model.abstract_params(), model.logical_axes())
+    start = np.zeros((1, prompt, model.config.d_model), np.float32)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start), params)
     state = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=everywhere), state)
     rows = NamedSharding(mesh, PartitionSpec(parallel.ROWS))
@@ -78,7 +76,7 @@ def compiled(shape, work, layout, prompt=20):
     one = lambda width, kind=np.int32: array((size, width), kind, sharding=rows)
     member = array((size,), np.int32, sharding=rows)
     batch = Batch(*map(one, (wide, wide, deep, deep)), member, one(deep, np.float32))
-    step = make_train_step(shape, method, optimizer, mesh=mesh)
+    step = make_train_step(model, method, optimizer, mesh=mesh)
     return jax.jit(step, donate_argnums=0).lower(state, params, [batch]).compile()
 
 
@@ -93,11 +91,13 @@ def bytes_of(program):
     ("name", "rows", "inputs"), [("small", 4, 256), ("small", 16, 96), ("wide", 8, 192)]
 )
 def test_bytes_are_those_of_the_compiled_step(name, rows, inputs, in_turn, remat):
-    shape = dataclasses.replace(SHAPES[name], remat=remat, rows_in_turn=in_turn)
+    dtype = "mixed" if name == "mixed" else "float32"
+    runtime = Runtime(dtype=dtype, remat=remat, per_example_attention=in_turn)
+    model = t5.T5Model(SHAPES[name], runtime)
     work, layout = Work(rows, 1, inputs, 4), Layout(1, 1, 1, remat)
-    counted = sum(plan.Weights.of(shape, layout))
-    counted += sum(cost.activations(shape, work, 1).values())
-    assert counted == pytest.approx(bytes_of(compiled(shape, work, layout)), rel=WITHIN)
+    counted = sum(plan.Weights.of(model, layout))
+    counted += sum(cost.activations(model, work, 1).values())
+    assert counted == pytest.approx(bytes_of(compiled(model, work, layout)), rel=WITHIN)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -109,16 +109,16 @@ def test_bytes_of_a_mixed_step_on_a_cpu(remat):
 def test_bytes_of_each_device_and_what_it_receives(layout, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     collectives = importlib.import_module("cost_step").collectives
-    shape, work, layout = SHAPES["small"], Work(4, 1, 256, 4), Layout(*layout, False)
-    parts, sent = plan.needs(shape, work, layout)
-    program = compiled(shape, work, layout)
+    model, work, layout = t5.T5Model(SHAPES["small"]), Work(4, 1, 256, 4), Layout(*layout, False)
+    parts, sent = plan.needs(model, work, layout)
+    program = compiled(model, work, layout)
     assert sum(parts.values()) == pytest.approx(bytes_of(program), rel=WITHIN)
     # in the program a layer is there once, in a loop over all
-    once = plan.Weights.of(shape, layout).others * (layout.fsdp - 1)
-    once += cost.shared(dataclasses.replace(shape, num_encoder_layers=0, num_decoder_layers=0),
-                           work, layout.tensor)  # fmt: skip
+    once = plan.Weights.of(model, layout).others * (layout.fsdp - 1)
+    without_layers = model.with_config(num_encoder_layers=0, num_decoder_layers=0)
+    once += cost.shared(without_layers, work, layout.tensor)
     received = sum(one.received for one in collectives(program.as_text())) - once
-    assert sent == pytest.approx(once + shape.num_encoder_layers * received, rel=WITHIN)
+    assert sent == pytest.approx(once + model.config.num_encoder_layers * received, rel=WITHIN)
 
 
 def test_layouts_divide_rows_widths_and_the_model():

@@ -12,9 +12,8 @@ from helpers_step import P, V, examples, run
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import make_batch
-from jaxprompt.models import registry
+from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.models.decoder import decoder
 from jaxprompt.models.ops import layers, quantization
 from jaxprompt.models.t5 import t5
 from jaxprompt.models.work import Work
@@ -69,8 +68,10 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     stored = quantization.quantize(weight, ("embed", "heads", "kv"), kind)
     plain = quantization.dequantize(stored, jnp.float32)
 
+    runtime = Runtime(dtype="mixed" if mixed else "float32")
+
     def loss(x, weight):
-        return jnp.sum(jnp.sin(layers.dense("bsd,dnh->bsnh", x, weight, mixed)))
+        return jnp.sum(jnp.sin(layers.dense("bsd,dnh->bsnh", x, weight, runtime)))
 
     for one, other in zip(
         jax.value_and_grad(loss)(x, stored), jax.value_and_grad(loss)(x, plain), strict=True
@@ -93,14 +94,14 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
             for e in examples(8)]  # fmt: skip
     start = np.random.default_rng(2).normal(size=(1, P, 64)).astype(np.float32)
     batches = [[make_batch(rows)]] * 2
-    alone, losses = run((small.config, small.params), batches, start)
+    alone, losses = run((small.model, small.params), batches, start)
     spread, _ = run(
-        (placed.config, placed.params), batches, start, mesh=placed.mesh,
+        (placed.model, placed.params), batches, start, mesh=placed.mesh,
         put=lambda batch: parallel.put_batch(batch, placed.mesh),
     )  # fmt: skip
     # two steps through four layers of width 64, forward and backward
     assert_same_sums(spread.tree["prompt"], alone.tree["prompt"], 64 * 4 * 2 * 2)
-    exact, other = run((plain.config, plain.params), batches, start)
+    exact, other = run((plain.model, plain.params), batches, start)
     assert 0 < abs(float(losses.loss[0] - other.loss[0])) < 0.3
 
 
@@ -109,8 +110,8 @@ def test_decoder_only_models_are_stored_so_too():
     one, found = np.ones_like(ids), []
     for weights in (None, "int8"):
         b = load_backbone(str(GOLDENS_CAUSAL / "llama"), quantization=weights)
-        prompts = decoder.prepare(b.params, None, b.config)
-        found.append(decoder.logits(b.params, prompts, b.config, ids, one, ids[:, :3], one[:, :3]))
+        prompts = b.model.prepare(b.params, None)
+        found.append(b.model.logits(b.params, prompts, ids, one, ids[:, :3], one[:, :3]))
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
     assert 0 < error < 0.05
 
@@ -146,8 +147,8 @@ def test_without_qwix_a_sentence_says_what_to_install(folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", quantization.BITS)
 def test_plan_counts_their_bytes(folder, kind):
-    config = load_backbone(str(folder)).config
-    parts, _ = plan.needs(config, Work(2, 1, 8, 4), plan.Layout(1, 1, 1, False), kind)
+    model = load_backbone(str(folder)).model
+    parts, _ = plan.needs(model, Work(2, 1, 8, 4), plan.Layout(1, 1, 1, False), kind)
     params = load_backbone(str(folder), quantization=kind).params
     leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
     plain = sum(x.nbytes for x in leaves if isinstance(x, jax.Array))
@@ -173,8 +174,8 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
     where = lambda x: [s.data.unsafe_buffer_pointer() for s in x.addressable_shards]
     assert where(bits) == where(weight)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 6)), jnp.float32)
-    for mixed in (False, True):
-        product = lambda x, w, mixed=mixed: layers.dense("bsd,df->bsf", x, w[1], mixed)
+    for runtime in (Runtime(), Runtime(dtype="mixed")):
+        product = lambda x, w, runtime=runtime: layers.dense("bsd,df->bsf", x, w[1], runtime)
         of = lambda w, product=product: jax.value_and_grad(lambda x: (product(x, w) ** 2).sum())(x)
         jax.tree.map(np.testing.assert_array_equal, of(weight), of(bits))
 
@@ -190,10 +191,9 @@ def test_a_model_in_bits_is_that_model(name, dtype):
     assert "uint16" in found and len(found) > 1
     ids = jnp.arange(1, 13).reshape(2, 6)
     ones, targets = jnp.ones_like(ids), ids[:, :3]
-    of = registry.model_for(b.config)
 
     def logits(params):
-        prompts = of.prepare(params, None, b.config)
-        return of.logits(params, prompts, b.config, ids, ones, targets, jnp.ones_like(targets))
+        prompts = b.model.prepare(params, None)
+        return b.model.logits(params, prompts, ids, ones, targets, jnp.ones_like(targets))
 
     np.testing.assert_array_equal(logits(bits), logits(b.params))

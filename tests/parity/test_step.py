@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import re
 
@@ -13,7 +12,8 @@ from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Room, make_batch, micro_batches, pack_batch
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
-from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.base import Model
+from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
@@ -25,11 +25,17 @@ from jaxprompt.training.step import (
 )
 
 
+def sharing(model):
+    """The model for batches whose rows up to six examples share."""
+    model = model.with_runtime(per_example_attention=True)
+    return model.with_layout(packed_widths=(5, 9, 16), examples_per_row=6)
+
+
 def test_the_gradient_equals_finite_differences(tiny):
-    config, params = tiny
+    model, params = tiny
     batch = make_batch(examples(3))
     loss = jax.jit(
-        lambda b: batch_losses(params, Injection(b), config, batch, num_members=1, z_loss=1e-4)[0]
+        lambda b: batch_losses(params, Injection(b), model, batch, num_members=1, z_loss=1e-4)[0]
     )
     bank = jnp.asarray(prompts(1))
     direction = jax.random.normal(jax.random.key(1), bank.shape)
@@ -40,16 +46,16 @@ def test_the_gradient_equals_finite_differences(tiny):
 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(tiny):
-    config, params = tiny
+    model, params = tiny
     before = jax.tree.map(np.array, params)
     ids = jnp.asarray(make_batch([e._replace(inputs=e.inputs[P:]) for e in examples(4)]).inputs)
-    output = np.array(jax.jit(lambda p: t5.encode(p, None, config, ids, (ids > 0) * 1))(params))
+    output = np.array(jax.jit(lambda p: model.encode(p, None, ids, (ids > 0) * 1))(params))
     batch = make_batch(examples(8))
     first = float(run(tiny, [batch], prompts(1))[1].loss[0])
     last = float(run(tiny, [batch] * 60, prompts(1))[1].loss[0])
     assert last < 0.8 * first
     jax.tree.map(np.testing.assert_array_equal, before, params)
-    again = np.array(jax.jit(lambda p: t5.encode(p, None, config, ids, (ids > 0) * 1))(params))
+    again = np.array(jax.jit(lambda p: model.encode(p, None, ids, (ids > 0) * 1))(params))
     np.testing.assert_array_equal(output, again)
 
 
@@ -57,7 +63,7 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(tiny):
 def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropout):
     """Three prompts with batches of different sizes in one step, against three runs."""
     counts, starts = (2, 5, 3), prompts(3)
-    tiny = dataclasses.replace(tiny[0], dropout=dropout), tiny[1]
+    tiny = tiny[0].with_runtime(dropout=dropout), tiny[1]
     together = [
         concatenated(*(
             make_batch(examples(n, member=k, seed=s), input_length=32, target_length=4)
@@ -80,11 +86,11 @@ def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropou
 
 
 def test_a_packed_batch_has_the_loss_and_gradient_of_its_unpacked_rows(tiny):
-    config, params = tiny
+    model, params = tiny
     rows = examples(4)
     value = jax.jit(
         jax.value_and_grad(
-            lambda bank, batch: batch_losses(params, Injection(bank), config, batch, num_members=1)[
+            lambda bank, batch: batch_losses(params, Injection(bank), model, batch, num_members=1)[
                 0
             ]
         )
@@ -99,7 +105,7 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_unpacked_rows(tiny):
 @pytest.mark.parametrize("method", ["prompt-tuning", "model-tuning"])
 def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dropout):
     """Two prompts of very different shares."""
-    config = dataclasses.replace(tiny[0], dropout=dropout)
+    model = tiny[0].with_runtime(dropout=dropout)
     whole = method == "model-tuning"
     rows = [*examples(6), *([] if whole else examples(2, member=1))]
     if whole:
@@ -109,7 +115,7 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
     assert len({b.inputs.shape for b in parts}) <= 2 and len(parts) == len(rows) // 2
     start = np.zeros((1, 0, D), np.float32) if whole else prompts(2)
     settings = {"method": method, "name": "adamw", "rate": 0.01}
-    a, b = (run((config, tiny[1]), [batches], start, **settings) for batches in (plain, parts))
+    a, b = (run((model, tiny[1]), [batches], start, **settings) for batches in (plain, parts))
     np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=1e-5)
     # Adam's first step is the gradient's sign: its moments show the gradient itself
     same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
@@ -120,19 +126,19 @@ def test_a_step_on_micro_batches_equals_one_on_the_whole_batch(tiny, method, dro
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_batch(tiny, shared):
     """One target of 20 tokens; its part is cut again, into rows of which some are empty."""
-    config = dataclasses.replace(tiny[0], dropout=0.2)
+    model = tiny[0].with_runtime(dropout=0.2)
     rows = [*examples(4), *examples(3, member=1)]
     long = np.random.default_rng(0).integers(3, V, 20).astype(np.int32)
     rows.insert(2, examples(5)[4]._replace(targets=long))
-    ours, more = config, {"room": Room(targets=60)}
+    ours, more = model, {"room": Room(targets=60)}
     if shared:
-        ours = dataclasses.replace(config, rows_in_turn=True, packed=(5, 9, 16), shared=6)
-        more = {"widths": registry.widths(ours)}
+        ours = sharing(model)
+        more = {"widths": ours.layout}
     parts = micro_batches(rows, rows=4, target_length=(4, 20), **more)
     depths = [(len(part.inputs), part.targets.shape[1]) for part in parts]
     assert sorted(depths) == ([(1, 4), (1, 20)] if shared else [(2, 20), (2, 20), (4, 4)])
     settings = {"name": "adamw", "rate": 0.01}
-    a = run((config, tiny[1]), [make_batch(rows, target_length=20)], prompts(2), **settings)
+    a = run((model, tiny[1]), [make_batch(rows, target_length=20)], prompts(2), **settings)
     b = run((ours, tiny[1]), [parts], prompts(2), **settings)
     np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=1e-5)
     # Adam's first step is the gradient's sign: its moments show the gradient itself
@@ -146,21 +152,19 @@ def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_bat
 def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devices, dropout):
     """Two prompts of different shares; full fine-tuning has gradients for the relative bias."""
     whole = method == "model-tuning"
-    tiny = dataclasses.replace(tiny[0], dropout=dropout), tiny[1]
+    tiny = tiny[0].with_runtime(dropout=dropout), tiny[1]
     rows = examples(8) if whole else [*examples(5), *examples(3, member=1)]
     if whole:
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
-    config = dataclasses.replace(tiny[0], rows_in_turn=True, packed=(5, 9, 16), shared=6)
-    parts = micro_batches(
-        rows, rows=4, target_length=4, widths=registry.widths(config), devices=devices
-    )
+    model = sharing(tiny[0])
+    parts = micro_batches(rows, rows=4, target_length=4, widths=model.layout, devices=devices)
     assert [b.inputs.shape for b in parts] == [(devices, 64)] * 2 and len(parts[0].targets) >= 4
     mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     start = np.zeros((1, 0, D), np.float32) if whole else prompts(2)
     settings = {"method": method, "name": "adamw", "rate": 0.01}
     a = run(tiny, [make_batch(rows, target_length=4)], start, **settings)
     params = jax.device_put(tiny[1], parallel.replicated(mesh))
-    b = run((config, params), [parts], start, put=lambda b: parallel.put_batch(b, mesh),
+    b = run((model, params), [parts], start, put=lambda b: parallel.put_batch(b, mesh),
             mesh=mesh, **settings)  # fmt: skip
     np.testing.assert_allclose(a[1].loss, b[1].loss, rtol=1e-5)
     np.testing.assert_array_equal(a[1].accuracy, b[1].accuracy)
@@ -172,20 +176,20 @@ def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devic
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (2, 2, 1)])
 def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
-    config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4)
-    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
+    model = tiny[0].with_config(vocab_size=60, num_heads=4)
+    params = jax.jit(t5.init_params, static_argnums=0)(model.config, jax.random.key(0))
     rows = [e._replace(inputs=np.where(e.inputs >= V, e.inputs - 1, np.minimum(e.inputs, 59)),
                        targets=np.minimum(e.targets, 59)) for e in examples(8)]  # fmt: skip
     batches = [[make_batch(rows), make_batch(rows[:4])]] * 3
-    single, _ = run((config, params), batches, prompts(1))
+    single, _ = run((model, params), batches, prompts(1))
     mesh = parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     rule = parallel.parameter_sharding(mesh)
-    axes = t5.logical_axes(config)
+    axes = model.logical_axes()
     if by_rows and shape[1:] == (1, 1):
-        config = dataclasses.replace(config, rows_in_turn=True)
+        model = model.with_runtime(per_example_attention=True)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, rule(a)), params, axes)
     sharded, _ = run(
-        (config, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh),
+        (model, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh),
         mesh=mesh if by_rows else None,
     )  # fmt: skip
     np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
@@ -194,19 +198,19 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
 @pytest.mark.parametrize(("shape", "name"), [((2, 2, 1), "adafactor"), ((1, 2, 2), "adamw")])
 def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
     """Each holds its part of weights and moments, and the step's outcome stays what it was."""
-    config = dataclasses.replace(tiny[0], vocab_size=60, num_heads=4, dropout=0.1)
-    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
+    model = tiny[0].with_config(vocab_size=60, num_heads=4).with_runtime(dropout=0.1)
+    params = jax.jit(t5.init_params, static_argnums=0)(model.config, jax.random.key(0))
     rows = [e._replace(inputs=np.minimum(e.inputs[P:], 59), targets=np.minimum(e.targets, 59))
             for e in examples(8)]  # fmt: skip
     batches = [[make_batch(rows)], [make_batch(rows), make_batch(rows[:4])]]
     start = np.zeros((1, 0, D), np.float32)
     settings = {"method": "model-tuning", "name": name, "rate": 1e-3}
-    alone, losses = run((config, params), batches, start, **settings)
+    alone, losses = run((model, params), batches, start, **settings)
 
     method, mesh = METHODS["model-tuning"], make_mesh(shape)
-    optimizer, step = trainer(config, mesh=mesh, **settings)
-    state = first_state(method.init(params, start, None, 0), method, optimizer, config, mesh)
-    place = shardings(state, method, config, mesh)
+    optimizer, step = trainer(model, mesh=mesh, **settings)
+    state = first_state(method.init(params, start, None, 0), method, optimizer, model, mesh)
+    place = shardings(state, method, model, mesh)
     for batch in batches:
         state, found = step(state, {}, parallel.put_batch(batch, mesh))
         for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(place), strict=True):
@@ -227,23 +231,23 @@ def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
 
 @pytest.mark.parametrize("kind", ["decoder-only", "tied, mixed and rematerialised"])
 def test_the_gradient_of_a_shared_model_is_that_of_one_device(tiny, kind):
-    config: registry.Config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=60, d_model=D, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, num_layers=2,
         qkv_bias=True,
     )  # fmt: skip
+    model: Model = registry.model_for(config)
     if kind != "decoder-only":
-        config = dataclasses.replace(
-            tiny[0], vocab_size=60, num_heads=4, tied=True, dtype="mixed", remat=True
-        )
-    params = registry.model_for(config).init_params(config, jax.random.key(0))
+        model = tiny[0].with_config(vocab_size=60, num_heads=4, tied=True)
+        model = model.with_runtime(dtype="mixed", remat=True)
+    params = model.init_params(jax.random.key(0))
     rows = [e._replace(inputs=np.minimum(e.inputs[P:], 59), targets=np.minimum(e.targets, 59))
             for e in examples(4)]  # fmt: skip
     start, batch = np.zeros((1, 0, D), np.float32), make_batch(rows)
     settings = {"method": "model-tuning", "name": "adamw", "rate": 1e-3}
-    alone, losses = run((config, params), [batch], start, **settings)
+    alone, losses = run((model, params), [batch], start, **settings)
     method, mesh = METHODS["model-tuning"], make_mesh((1, 2, 2))
-    optimizer, step = trainer(config, mesh=mesh, **settings)
-    state = first_state(method.init(params, start, None, 0), method, optimizer, config, mesh)
+    optimizer, step = trainer(model, mesh=mesh, **settings)
+    state = first_state(method.init(params, start, None, 0), method, optimizer, model, mesh)
     state, found = step(state, {}, [parallel.put_batch(batch, mesh)])
     np.testing.assert_allclose(found.loss, losses.loss, rtol=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (alone.optimizer, state.optimizer)), strict=True):
@@ -256,9 +260,9 @@ def make_mesh(shape):
 
 def test_devices_send_each_other_sums_of_the_prompts_alone(tiny):
     """All that leaves a device of the data axis: a gradient and three numbers for each prompt."""
-    config, params = tiny
+    model, params = tiny
     mesh = parallel.make_mesh(MeshConfig(data=4, tensor=1))
-    optimizer, step = trainer(config, mesh=mesh)
+    optimizer, step = trainer(model, mesh=mesh)
     start = prompts(2)
     state = init_state(METHODS["prompt-tuning"], optimizer, params, start)
     state, placed = jax.device_put((state, params), parallel.replicated(mesh))
@@ -276,7 +280,7 @@ def test_devices_send_each_other_sums_of_the_prompts_alone(tiny):
 
 
 def test_model_tuning_changes_a_copy(tiny):
-    config, params = tiny
+    model, params = tiny
     before = jax.tree.map(np.array, params)
     plain = [e._replace(inputs=e.inputs[P:]) for e in examples(6)]
     batches = [make_batch(plain)] * 10
@@ -290,17 +294,17 @@ def test_model_tuning_changes_a_copy(tiny):
 
 
 def test_dropout_is_a_function_of_the_batch(tiny):
-    config = dataclasses.replace(tiny[0], dropout=0.2)
+    model = tiny[0].with_runtime(dropout=0.2)
     batches = [make_batch(examples(4))] * 3
     tuned = lambda *model: np.asarray(run(model, batches, prompts(1))[0].tree["prompt"])
-    a = tuned(config, tiny[1])
-    np.testing.assert_array_equal(a, tuned(config, tiny[1]))
+    a = tuned(model, tiny[1])
+    np.testing.assert_array_equal(a, tuned(model, tiny[1]))
     assert np.abs(a - tuned(*tiny)).max() > 1e-3
     batches = [make_batch([e._replace(dropout_seed=e.dropout_seed + 1) for e in examples(4)])] * 3
-    assert np.abs(a - tuned(config, tiny[1])).max() > 1e-3
+    assert np.abs(a - tuned(model, tiny[1])).max() > 1e-3
     batches = [make_batch([e._replace(dropout_seed=None) for e in examples(4)])]
     with pytest.raises(ValueError, match="without dropout seeds"):
-        tuned(config, tiny[1])
+        tuned(model, tiny[1])
 
 
 def test_meshes_that_cannot_be():

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import math
 
@@ -18,21 +17,22 @@ VARIANTS = {
     "1.1": {},
     "1.0": {"gated": False, "activation": "relu", "tied": True, "scale_output": True},
     "umT5": {"per_layer_bias": True},
-    "mixed": {"dtype": "mixed"},
+    "mixed": {},
 }
 
 
 def make(tiny, name):
-    config = dataclasses.replace(tiny[0], **VARIANTS[name])
-    params = jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(1))
-    return config, params
+    model = tiny[0].with_config(**VARIANTS[name])
+    model = model.with_runtime(dtype="mixed" if name == "mixed" else "float32")
+    params = jax.jit(t5.init_params, static_argnums=0)(model.config, jax.random.key(1))
+    return model, params
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def forward(params, bank, config, inputs, segments, targets, target_segments):
-    encoded = t5.encode(params, bank, config, inputs, segments)
-    decoder_inputs = shift_right(targets, target_segments, config.decoder_start_id)
-    return t5.decode(params, bank, config, encoded, segments, decoder_inputs, target_segments)
+def forward(params, bank, model, inputs, segments, targets, target_segments):
+    encoded = t5.Encoded(model.encode(params, bank, inputs, segments), segments)
+    decoder_inputs = shift_right(targets, target_segments, model.config.decoder_start_id)
+    return model.decode(params, bank, encoded, decoder_inputs, target_segments)
 
 
 def batch(seed=0, virtual=4):
@@ -50,16 +50,15 @@ def bank(prompts=1):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_teacher_forcing(tiny, name):
-    config, params = make(tiny, name)
+    model, params = make(tiny, name)
     inputs, segments, targets, target_segments = batch()
     target_segments = np.ones_like(target_segments)
-    whole = forward(params, bank(), config, inputs, segments, targets, target_segments)
-    encoded = t5.encode(params, bank(), config, inputs, segments)
-    cache = t5.init_cache(params, config, encoded, 6)
-    step = jax.jit(functools.partial(t5.decode_step, params, bank(), config))
+    whole = forward(params, bank(), model, inputs, segments, targets, target_segments)
+    cache = model.init_decode(params, model.prefill(params, bank(), inputs, segments), 6)[1]
+    step = jax.jit(functools.partial(model.decode_step, params, bank()))
     ids = shift_right(jnp.asarray(targets), jnp.asarray(target_segments), 0)
     for index in range(6):
-        logits, cache = step(cache, segments, ids[:, index], jnp.int32(index))
+        logits, cache = step(cache, ids[:, index], jnp.int32(index))
         np.testing.assert_allclose(logits, whole[:, index], rtol=1e-4, atol=1e-5)
 
 
@@ -67,29 +66,29 @@ def test_cached_decoding_equals_teacher_forcing(tiny, name):
 def test_how_layers_and_rows_take_turns_changes_nothing(tiny, name, monkeypatch):
     """Unrolled, rematerialised, and attention a row at a time."""
     monkeypatch.setattr(per_example, "LOGITS_AT_ONCE", 1)
-    config, params = make(tiny, name)
-    plain = forward(params, bank(), config, *batch())
-    other = dataclasses.replace(config, unroll=True, remat=True, rows_in_turn=True)
+    model, params = make(tiny, name)
+    plain = forward(params, bank(), model, *batch())
+    other = model.with_runtime(unroll=True, remat=True, per_example_attention=True)
     # through five layers of width 16
     assert_same_sums(plain, forward(params, bank(), other, *batch()), 16 * 5)
-    assert jax.tree.structure(t5.abstract_params(other)) == jax.tree.structure(params)
+    assert jax.tree.structure(other.abstract_params()) == jax.tree.structure(params)
 
 
 def test_packed_rows_equal_rows_of_their_own(tiny):
     """Two examples with a prompt each in one row, against one example a row."""
-    config, params = tiny
+    model, params = tiny
     prompts = bank(prompts=2)
     first, second = [61, 62, 63, 64, 9, 8, 1], [65, 66, 67, 68, 7, 1]
     answers = [4, 1], [5, 6, 1]
     alone = [
         forward(
-            params, prompts, config, np.array([ids]), np.ones((1, len(ids)), int),
+            params, prompts, model, np.array([ids]), np.ones((1, len(ids)), int),
             np.array([answer]), np.ones((1, len(answer)), int),
         )[0]
         for ids, answer in zip((first, second), answers, strict=True)
     ]  # fmt: skip
     packed = forward(
-        params, prompts, config,
+        params, prompts, model,
         np.array([first + second + [0, 0]]), np.array([[1] * 7 + [2] * 6 + [0] * 2]),
         np.array([answers[0] + answers[1] + [0]]), np.array([[1] * 2 + [2] * 3 + [0]]),
     )[0]  # fmt: skip
@@ -98,12 +97,12 @@ def test_packed_rows_equal_rows_of_their_own(tiny):
 
 
 def test_padding_changes_nothing(tiny):
-    config, params = tiny
+    model, params = tiny
     inputs, segments, targets, target_segments = batch()
     pad = lambda x: np.pad(x, ((0, 0), (0, 5)))
-    short = forward(params, bank(), config, inputs, segments, targets, target_segments)
+    short = forward(params, bank(), model, inputs, segments, targets, target_segments)
     long = forward(
-        params, bank(), config, pad(inputs), pad(segments), pad(targets), pad(target_segments)
+        params, bank(), model, pad(inputs), pad(segments), pad(targets), pad(target_segments)
     )
     real = target_segments > 0
     np.testing.assert_allclose(
@@ -112,27 +111,27 @@ def test_padding_changes_nothing(tiny):
 
 
 def test_rows_with_different_prompts_do_not_see_each_other(tiny):
-    config, params = tiny
+    model, params = tiny
     inputs, segments, targets, target_segments = batch(virtual=0)
     inputs[0, :4], inputs[1, :4] = range(61, 65), range(65, 69)
     prompts = bank(prompts=2)
-    both = forward(params, prompts, config, inputs, segments, targets, target_segments)
+    both = forward(params, prompts, model, inputs, segments, targets, target_segments)
     changed = prompts.at[1].add(1.0)
-    other = forward(params, changed, config, inputs, segments, targets, target_segments)
+    other = forward(params, changed, model, inputs, segments, targets, target_segments)
     np.testing.assert_array_equal(both[0], other[0])
     assert np.abs(np.asarray(both[1] - other[1])).max() > 1e-3
 
 
 def test_the_head_has_no_column_for_virtual_tokens(tiny):
-    config, params = tiny
-    assert forward(params, bank(), config, *batch()).shape[-1] == config.vocab_size
+    model, params = tiny
+    assert forward(params, bank(), model, *batch()).shape[-1] == model.config.vocab_size
 
 
 def test_dropout_needs_noise_and_is_a_function_of_it(tiny):
-    config, params = dataclasses.replace(tiny[0], dropout=0.3), tiny[1]
+    model, params = tiny[0].with_runtime(dropout=0.3), tiny[1]
     inputs, segments, _, _ = batch()
     run = lambda *noise: np.asarray(
-        t5.encode(params, bank(), config, inputs, segments, jnp.array(noise) if noise else None)
+        model.encode(params, bank(), inputs, segments, jnp.array(noise) if noise else None)
     )
     np.testing.assert_array_equal(run(), forward_encoder(tiny, inputs, segments))
     first, second = run(1, 2, 3), run(2, 1, 1)
@@ -144,7 +143,7 @@ def test_dropout_needs_noise_and_is_a_function_of_it(tiny):
 
 
 def forward_encoder(model, inputs, segments):
-    return t5.encode(model[1], bank(), model[0], inputs, segments)
+    return model[0].encode(model[1], bank(), inputs, segments)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -178,17 +177,17 @@ def test_dropout_of_shared_rows_is_that_of_rows_of_one_example():
 
 def test_every_parameter_has_logical_axes_of_its_rank(tiny):
     for name in VARIANTS:
-        config = dataclasses.replace(tiny[0], **VARIANTS[name])
-        shapes, axes = t5.abstract_params(config), t5.logical_axes(config)
+        model = tiny[0].with_config(**VARIANTS[name])
+        shapes, axes = model.abstract_params(), model.logical_axes()
         ranks = jax.tree.map(lambda s, a: len(s.shape) == len(a), shapes, axes)
         assert all(jax.tree.leaves(ranks))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 def test_lower_precision_stays_close_and_returns_float32(tiny, dtype):
-    config, params = tiny
-    half = dataclasses.replace(config, dtype=dtype)
-    exact, rough = (forward(params, bank(), c, *batch()) for c in (config, half))
+    model, params = tiny
+    half = model.with_runtime(dtype=dtype)
+    exact, rough = (forward(params, bank(), c, *batch()) for c in (model, half))
     assert rough.dtype == jnp.float32
     error = np.abs(np.asarray(exact - rough)).max() / np.abs(np.asarray(exact)).max()
     assert 1e-5 < error < (0.05 if dtype == "bfloat16" else 0.02)
@@ -197,12 +196,12 @@ def test_lower_precision_stays_close_and_returns_float32(tiny, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtype):
     """Its two inputs of norms, query, key and value, and the two halves of the gate."""
-    config = dataclasses.replace(tiny[0], dtype=dtype, rows_in_turn=True)
-    layer, rows, length = t5.EncoderLayer(config), 2, 24
+    model = tiny[0].with_runtime(dtype=dtype, per_example_attention=True)
+    layer, rows, length = t5.EncoderLayer(model), 2, 24
     mask = layers.additive(jnp.ones((rows, 1, length, length), bool))
-    bias = jnp.zeros((1, config.num_heads, length, length))
+    bias = jnp.zeros((1, model.config.num_heads, length, length))
     shared = t5.Shared(jnp.arange(length), jnp.arange(length), mask, bias)
-    x = jnp.ones((rows, length, config.d_model))
+    x = jnp.ones((rows, length, model.config.d_model))
     params = layer.init(jax.random.key(0), x, shared)
     _, back = jax.vjp(lambda x: layer.apply(params, x, shared)[0], x)
     per_position = [
@@ -210,5 +209,5 @@ def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtyp
         for leaf in jax.tree.leaves(back)
         if leaf.shape[:2] == (rows, length) or leaf.shape[1:3] == (rows, length)
     ]
-    inner = config.num_heads * config.head_dim
-    assert sum(per_position) <= 2 * config.d_model + 3 * inner + 2 * config.d_ff + 8
+    inner = model.config.num_heads * model.config.head_dim
+    assert sum(per_position) <= 2 * model.config.d_model + 3 * inner + 2 * model.config.d_ff + 8

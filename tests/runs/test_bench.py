@@ -1,6 +1,5 @@
 """The benchmark against PEFT: what of it needs neither torch nor an idle machine."""
 
-import dataclasses
 import importlib
 import io
 import json
@@ -17,7 +16,8 @@ from helpers import SCRIPTS, make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.data.batches import Widths, length_sorted_microbatches
+from jaxprompt.data.batches import length_sorted_microbatches
+from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import step
@@ -190,10 +190,10 @@ def test_our_step_gets_micro_batches(script):
     step = lambda state, params, given: (given, params)
     mesh = ours.parallel.make_mesh(MeshConfig(data=2), ours.jax.devices()[:2])
     take = lambda widths: ours.take_step(step, None, None, examples, 2, widths, mesh)
-    given, _, shapes = take(Widths())
+    given, _, shapes = take(BatchLayout())
     assert [batch.inputs.shape for batch in given] == shapes == [(2, 64), (2, 32)]
     assert (given[1].inputs > 0).sum(axis=1).tolist() == [5, 3]
-    assert take(Widths(shared=2, packed=64))[2] == [(2, 64), (2, 64)]
+    assert take(BatchLayout(examples_per_row=2, packed_widths=(64,)))[2] == [(2, 64), (2, 64)]
 
 
 # ---- time to accuracy
@@ -268,7 +268,8 @@ def products(jaxpr):
 def test_the_operations_of_a_step_are_those_of_its_products(script, tiny, gated):
     bench = script("bench_step")
     activation = "gelu" if gated else "relu"
-    config = dataclasses.replace(tiny[0], gated=gated, activation=activation, head_dim=16)
+    model = tiny[0].with_config(gated=gated, activation=activation, head_dim=16)
+    config = model.config
     point = bench.Point("tiny", text=24, rows=3, vectors=8, prompts=2)
     params = t5.abstract_params(config)
     width = point.text + point.vectors
@@ -277,7 +278,7 @@ def test_the_operations_of_a_step_are_those_of_its_products(script, tiny, gated)
     )
 
     def loss(bank, params):
-        return step.batch_losses(params, Injection(bank), config, batch, num_members=2)[0]
+        return step.batch_losses(params, Injection(bank), model, batch, num_members=2)[0]
 
     bank = jnp.zeros((2, point.vectors, config.d_model))
     program = jax.make_jaxpr(jax.grad(loss))(bank, params)

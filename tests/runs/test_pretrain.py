@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import Killer, metrics, write_rows
+from helpers import CONFIG, Killer, metrics, write_rows
 from helpers_text import pretrain_config, word_tokenizer
 from PIL import Image
 
@@ -166,7 +166,7 @@ def test_the_model_is_a_backbone_with_its_tokenizer(uninterrupted, values):
 def test_every_parameter_and_virtual_token_is_trained(uninterrupted, values):
     trained = weights(uninterrupted[0])
     start = module._init(
-        module._shape(config(values, uninterrupted[0]), 153, MAKE_MESH()),
+        module._model(config(values, uninterrupted[0]), 153, MAKE_MESH()).config,
         jax.random.key(0),
     )
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, start)
@@ -402,9 +402,9 @@ def test_a_trained_tokenizer_is_trained_once_and_again_for_other_settings(
 def test_the_tokenizer_of_a_hub_id_stands_beside_the_weights(values, tmp_path, monkeypatch):
     mine = load_tokenizer(values["tokenizer"])
     monkeypatch.setattr(module, "load_tokenizer", lambda place: mine)
-    monkeypatch.setattr(module, "save_hf", lambda *_: None)
+    monkeypatch.setattr(module, "save_hf", lambda *_, **__: None)
     state = type("State", (), {"tree": {"model": {}}})
-    module.save_model(tmp_path, None, state, "somebody/tokenizer")
+    module.save_model(tmp_path, t5.T5Model(CONFIG), state, "somebody/tokenizer")
     assert load_tokenizer(tmp_path / "model").fingerprint() == mine.fingerprint()
 
 

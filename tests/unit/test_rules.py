@@ -11,8 +11,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES, MOST_PARAMETERS, MOST_ANYS, MOST_MODULES = 60, 7, 360, 5
 # functions that break a rule and wait to be mended; none may be added
 KNOWN = {
-    "load_backbone", "training_batches", "plan_microbatches", "decode", "logits",
-    "_attend", "_attend_forward", "_forward",
+    "load_backbone", "training_batches", "plan_microbatches", "_attend", "_attend_forward",
+    "_forward",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from jaxprompt.models.checkpoints.metadata import (
     read_number,
     read_size,
 )
-from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.decoder.config import DecoderConfig
 
 _ARCHITECTURES = ("llama", "qwen2")
 _IDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id")
@@ -45,7 +45,7 @@ _BLOCK = {
 }
 
 
-def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """Config and unread tensors, under their Hugging Face names.
 
     What a key means, and what its absence means, is what llama.cpp makes of it (llama-model.cpp),
@@ -68,7 +68,7 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     rows = tensors["model.embed_tokens.weight"].shape[0]
     _refuse(path, facts, kind, {"head_dim": size, "rows": rows})
     eos = read_id(path, facts, _IDS[0], 2, rows=rows)
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=rows,
         d_model=width,
         num_heads=heads,

@@ -17,7 +17,7 @@ from jaxprompt.models.checkpoints.metadata import (
     read_number,
     read_size,
 )
-from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.decoder.config import DecoderConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # SmolLM2 is a llama
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,8 +25,8 @@ _BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # that older versions saved
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 
 
-def config_from_json(path: Path, *, tied: bool) -> LlamaConfig:
-    """LlamaConfig from a config.json of transformers 4 or 5; ``tied``: the checkpoint has no head.
+def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
+    """A config.json of transformers 4 or 5 as ours; ``tied``: the checkpoint has no head.
 
     Raises UserError for what this model cannot express, such as a kind of rotary scaling.
     """
@@ -47,7 +47,7 @@ def config_from_json(path: Path, *, tied: bool) -> LlamaConfig:
     eos = read_id(path, raw, "eos_token_id", 2, rows=rows)
     # -1 was the first Llamas' way to say that they have no token for padding
     nothing = {"pad_token_id": None} if raw.get("pad_token_id") == -1 else {}
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=rows,
         d_model=width,
         num_heads=heads,
@@ -124,7 +124,7 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]
     return theta, scaling
 
 
-def config_to_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+def config_to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back."""
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
     kinds = {0: "default", 1: "linear", 4: "llama3"}
@@ -158,7 +158,7 @@ def config_to_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def leaves(config: LlamaConfig) -> list[Leaf]:
+def leaves(config: DecoderConfig) -> list[Leaf]:
     """Every leaf of the parameter tree with the torch names that fill it."""
     found = [
         Leaf(("token_embedder", "embedding"), "VD", (Piece(_EMBEDDING, "V D"),)),

@@ -124,7 +124,7 @@ def _projection(path: Path, name: Any) -> tuple[bool, str]:
     return gated, _ACTIVATIONS[function]
 
 
-def config_to_json(config: T5Config, dtype: str) -> dict[str, Any]:
+def config_to_json(config: T5Config, dtype: str, dropout: float = 0.0) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back.
 
     tie_word_embeddings is true where the head is the embedding, and where the output is scaled:
@@ -148,7 +148,7 @@ def config_to_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "relative_attention_max_distance": config.max_distance,
         "feed_forward_proj": projection,
         "layer_norm_epsilon": config.norm_eps,
-        "dropout_rate": config.dropout,
+        "dropout_rate": dropout,
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,

@@ -40,7 +40,7 @@ from jaxprompt.models.checkpoints.leaf import (
 )
 from jaxprompt.models.checkpoints.metadata import told
 from jaxprompt.models.checkpoints.safetensors import Output, write_sharded
-from jaxprompt.models.decoder.config import LlamaConfig
+from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.ops.quantization import BITS, MATMUL_WEIGHTS, check_installed, quantize
 from jaxprompt.models.t5.config import T5Config, released
@@ -54,13 +54,18 @@ _SAMPLES = 4096
 class Backbone(NamedTuple):
     """A frozen model: nothing ever writes ``params``."""
 
-    config: registry.Config
+    model: registry.FamilyModel
     params: Params
     source: str  # as the user named it
     fingerprint: str
     path: Path | str  # directory or GGUF file with the tokenizer, or the source where there is none
     mesh: Mesh | None = None  # that it is spread over
     float16: str = ""  # the fingerprint of a copy of this model in float16
+
+    @property
+    def config(self) -> registry.Config:
+        """What the checkpoint says of the model."""
+        return self.model.config
 
 
 def load_backbone(
@@ -102,23 +107,23 @@ def load_backbone(
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported, use one of {', '.join(LOAD_DTYPES)}")
     location = hub.resolve(name)
-    found, tensors, leaves = _open(location, None if config is None else Path(expanded(config)))
-    settings = replace(found, dtype=dtype, unroll=bool(unroll), remat=remat)
-    if isinstance(settings, T5Config):
+    own, tensors, leaves = _open(location, None if config is None else Path(expanded(config)))
+    runtime = registry.Runtime(dtype=dtype, unroll=bool(unroll), remat=remat)
+    if isinstance(own, T5Config):
         kernel = flash_attention.kernel(flash, dtype, mesh)
-        in_turn = parallel.whole_rows_on_cpu(mesh)
-        settings = replace(settings, rows_in_turn=in_turn, flash=kernel)
+        per_example = parallel.whole_rows_on_cpu(mesh)
+        runtime = replace(runtime, per_example_attention=per_example, flash=kernel)
     elif flash:
         raise UserError(
             f"model.flash is on, and {name} is decoder-only; flash kernels are there for the "
             "encoder of a T5, leave the key out."
         )
-    settings = _with_choices(settings, name, dropout, attention)
-    sizes = _sizes(settings)
+    model = registry.model_for(own, _with_choices(own, runtime, name, dropout, attention))
+    sizes = _sizes(own)
     if quantization is not None:
         _check_quantization(quantization, trainable)
     place = None if mesh is None else parallel.parameter_sharding(mesh)
-    axes = registry.model_for(settings).logical_axes(settings)
+    axes = model.logical_axes()
     if mesh is not None:
         for leaf in leaves:
             shape = _shape_of(leaf, sizes)
@@ -132,16 +137,16 @@ def load_backbone(
         for parent in parents:
             node = node.setdefault(parent, {})
         small = quantization is not None and last in MATMUL_WEIGHTS
-        rounded = rounded_at_load(last, settings, trainable) and not small
-        dtype = "bfloat16" if rounded else settings.activations
+        rounded = rounded_at_load(last, model.runtime, trainable) and not small
+        dtype = "bfloat16" if rounded else model.runtime.activations
         array = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
         if small:
             samples[leaf.path] = array.shape, _sample([array])[0]
             array = _small(array, _at(axes, leaf.path), str(quantization), mesh)
         node[last] = array
     path = name if location.startswith("gs://") else Path(location)
-    own, half = _fingerprints(params, samples)
-    return Backbone(settings, params, name, own, path, mesh, half)
+    fingerprint, half = _fingerprints(params, samples)
+    return Backbone(model, params, name, fingerprint, path, mesh, half)
 
 
 def same_model(backbone: Backbone, recorded: Mapping[str, Any]) -> bool:
@@ -155,9 +160,9 @@ def same_model(backbone: Backbone, recorded: Mapping[str, Any]) -> bool:
     return any(each in named for each in (backbone.fingerprint, backbone.float16) if each)
 
 
-def rounded_at_load(name: str, config: registry.Config, trainable: bool) -> bool:
+def rounded_at_load(name: str, runtime: registry.Runtime, trainable: bool) -> bool:
     """Whether a parameter of that name is kept in bfloat16 although activations are float32."""
-    return config.mixed and not trainable and name in MATMUL_WEIGHTS
+    return runtime.mixed and not trainable and name in MATMUL_WEIGHTS
 
 
 def _check_quantization(kind: str, trainable: bool) -> None:
@@ -186,22 +191,23 @@ def open_config(name: str) -> registry.Config:
 
 
 def _with_choices(
-    config: registry.Config, name: str, dropout: float, attention: str
-) -> registry.Config:
-    """The config with what only one of the families lets a user choose."""
-    if isinstance(config, LlamaConfig):
+    config: registry.Config, runtime: registry.Runtime, name: str, dropout: float,
+    attention: str,
+) -> registry.Runtime:  # fmt: skip
+    """The runtime with what only one of the families lets a user choose."""
+    if isinstance(config, DecoderConfig):
         if dropout:
             raise UserError(
                 f"model.dropout is {dropout}, and {name} is decoder-only: such models have none, "
                 "set it to 0"
             )
-        return replace(config, attention=attention)
+        return replace(runtime, attention=attention)
     if attention != "causal":
         raise UserError(
             f"model.attention is {attention!r}, and {name} has an encoder, which sees all of its "
             "input; leave the key out"
         )
-    return replace(config, dropout=dropout)
+    return replace(runtime, dropout=dropout)
 
 
 def _open(
@@ -255,7 +261,7 @@ def _opened(
 
 def _sizes(config: registry.Config) -> dict[str, int]:
     """Sizes of the axis letters; depths under the names of their stacks."""
-    if isinstance(config, LlamaConfig):
+    if isinstance(config, DecoderConfig):
         return {
             "V": config.vocab_size,
             "D": config.d_model,
@@ -407,6 +413,7 @@ def save_hf(
     *,
     int8: bool = False,
     max_shard_bytes: int = 5 * 10**9,
+    dropout: float = 0.0,
 ) -> None:
     """Write config.json and safetensors that transformers reads, in the dtype of ``params``.
 
@@ -414,13 +421,17 @@ def save_hf(
     is not part of the parameters: copy its files beside them. An mT5 is saved as the T5 1.1 that it
     is; transformers 5 scales the output of every umT5, there its logits are d_model**-0.5 of ours.
     With ``int8`` matrices are stored as in ``int8.py``, which transformers does not read.
+    dropout: the rate that a T5's config.json names, for those who train it further.
     """
     directory = Path(expanded(path))
     directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(config, LlamaConfig):
+    if isinstance(config, DecoderConfig):
         leaves, describe = hf_decoder.leaves(config), partial(hf_decoder.config_to_json, config)
     else:
-        leaves, describe = hf_t5.leaves(config), partial(hf_t5.config_to_json, config)
+        leaves, describe = (
+            hf_t5.leaves(config),
+            partial(hf_t5.config_to_json, config, dropout=dropout),
+        )
     outputs = [out for leaf in leaves for out in _outputs(leaf, config, params)]
     dtype = outputs[0].dtype.name
     if int8:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprompt.models.base import Runtime
 from jaxprompt.models.ops.attention import per_example
 from jaxprompt.models.ops.attention.per_example import Segments
 from jaxprompt.models.ops.quantization import dequantize, is_quantized
@@ -46,50 +47,52 @@ def matmul(
 
 
 def dense(
-    spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], mixed: bool = False
+    spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], runtime: Runtime = Runtime()
 ) -> Float[Array, "..."]:
-    """``product`` of activations with a weight: d is the model's dimension, n heads, f the MLP's.
+    """``matmul`` of activations with a weight: d is the model's dimension, n heads, f the MLP's.
 
-    A weight of which this device has a part (``parallel.over_rows``), or a frozen one that is
-    stored in fewer bits (``small_weights``), is made ready for the product, and again for the
-    backward pass instead of kept.
+    Where this device holds a part of the weight (``runtime.place``), or the frozen weight is
+    quantized, the weight is gathered and dequantized for the product, and again for the backward
+    pass: it is never kept.
     """
-    if parallel.fsdp_size() == 1 and not is_quantized(weight):
-        return matmul(spec, x, weight, mixed)
-    if parallel.trained():
-        ready = lambda x, weight: matmul(spec, x, _ready(spec, weight, x.dtype), mixed)
-        return jax.checkpoint(ready)(x, weight)
-    return _product_with_stored(spec, x, weight, mixed)
+    if runtime.place.fsdp == 1 and not is_quantized(weight):
+        return matmul(spec, x, weight, runtime.mixed)
+    if runtime.place.trained:
+        return jax.checkpoint(functools.partial(_dense_stored, spec, runtime=runtime))(x, weight)
+    return _dense_frozen(spec, x, weight, runtime)
 
 
 _AXES = {"d": "embed", "n": "heads", "f": "mlp"}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product_with_stored(spec, x, stored, mixed):
-    return matmul(spec, x, _ready(spec, stored, x.dtype), mixed)
+def _dense_stored(spec, x, stored, runtime):
+    return matmul(spec, x, _full_weight(spec, stored, x.dtype, runtime), runtime.mixed)
 
 
-def _ready(spec, stored, dtype):
-    if parallel.fsdp_size() > 1:
+_dense_frozen = jax.custom_vjp(_dense_stored, nondiff_argnums=(0, 3))
+
+
+def _full_weight(spec, stored, dtype, runtime):
+    if runtime.place.fsdp > 1:
         axes = [_AXES.get(letter) for letter in re.split(",|->", spec)[1]]
-        stored = parallel.all_gather_fsdp(stored, axes)
+        stored = parallel.all_gather_fsdp(stored, axes, runtime.place)
     return dequantize(stored, dtype) if is_quantized(stored) else stored
 
 
-def _product_with_stored_forward(spec, x, stored, mixed):
-    return _product_with_stored(spec, x, stored, mixed), stored
+def _dense_frozen_forward(spec, x, stored, runtime):
+    return _dense_frozen(spec, x, stored, runtime), stored
 
 
-def _product_with_stored_backward(spec, mixed, stored, cotangent):
+def _dense_frozen_backward(spec, runtime, stored, cotangent):
     # unrolled, the compiler would else keep what the forward pass has made
     stored, cotangent = jax.lax.optimization_barrier((stored, cotangent))
     first, second, result = re.split(",|->", spec)
     back = f"{result},{second}->{first}"
-    return matmul(back, cotangent, _ready(spec, stored, cotangent.dtype), mixed), None
+    weight = _full_weight(spec, stored, cotangent.dtype, runtime)
+    return matmul(back, cotangent, weight, runtime.mixed), None
 
 
-_product_with_stored.defvjp(_product_with_stored_forward, _product_with_stored_backward)
+_dense_frozen.defvjp(_dense_frozen_forward, _dense_frozen_backward)
 
 
 def _of_heads(spec: str) -> bool:
@@ -328,8 +331,7 @@ def attention_to(
     encoded: Float[Array, "B S D"],
     seen: Float[Array, "#B 1 #T S"] | Segments,
     keep: Float[Array, "B S N"] | None = None,
-    *,
-    mixed: bool = False,
+    runtime: Runtime = Runtime(),
 ) -> Float[Array, "R T N H"]:
     """``attention`` to what is encoded, for few queries: no token is projected to key or value.
 
@@ -340,14 +342,16 @@ def attention_to(
     """
     rows, length, heads, _ = query.shape
     flat = lambda x: x.reshape(rows, length * heads, -1)
-    asked = flat(dense("btnh,dnh->btnd", query, key_kernel, mixed))
+    asked = flat(dense("btnh,dnh->btnd", query, key_kernel, runtime))
     if isinstance(seen, Segments):
         one = encoded[:, :, None]
-        found = per_example.attention(asked[:, :, None], one, one, None, seen, keep, mixed=mixed)
+        found = per_example.attention(
+            asked[:, :, None], one, one, None, seen, keep, mixed=runtime.mixed
+        )
     else:
-        found = _attention_to(asked, encoded, seen, keep, (rows, length, heads), mixed)
+        found = _attention_to(asked, encoded, seen, keep, (rows, length, heads), runtime.mixed)
     found = found.reshape(rows, length, heads, -1)
-    return dense("btnd,dnh->btnh", found, value_kernel, mixed)
+    return dense("btnd,dnh->btnh", found, value_kernel, runtime)
 
 
 def _attention_to(asked, encoded, mask, keep, shape, mixed):

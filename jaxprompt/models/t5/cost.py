@@ -1,10 +1,11 @@
 """What a step of prompt tuning costs on T5, counted from its shape."""
 
 from jaxprompt.models.t5.config import T5Config
+from jaxprompt.models.t5.t5 import T5Model
 from jaxprompt.models.work import Work
 
 
-def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
+def activations(model: T5Model, work: Work, ways: int) -> dict[str, int]:
     """Bytes of a device that a step holds beside weights and state: kept, and in work at most.
 
     ways: devices that share heads, MLP and vocabulary.
@@ -15,26 +16,29 @@ def activations(shape: T5Config, work: Work, ways: int) -> dict[str, int]:
     one layer's MLP or attention. With mixed precision the gate's inputs are kept in bfloat16, and
     q, k and v where rows are attended to in turn.
     """
-    size = 2 if shape.dtype == "bfloat16" else 4
+    shape, runtime = model.config, model.runtime
+    size = 2 if runtime.dtype == "bfloat16" else 4
     wide = (2 if shape.gated else 1) * shape.d_ff // ways
     inner = shape.num_heads * shape.head_dim // ways
     heads, positions = max(shape.num_heads // ways, 1), work.rows * work.inputs
-    looked_at = 0 if shape.rows_in_turn or shape.flash else positions * heads * work.inputs
-    half = lambda does: 2 if shape.mixed and does else size
+    looked_at = positions * heads * work.inputs
+    if runtime.per_example_attention or runtime.flash:
+        looked_at = 0
+    half = lambda does: 2 if runtime.mixed and does else size
     of_a_layer = positions * (
         2 * shape.d_model * size
-        + 3 * inner * half(shape.rows_in_turn)
+        + 3 * inner * half(runtime.per_example_attention)
         + wide * half(shape.gated)
     )  # fmt: skip
     of_a_layer += looked_at * 8
-    depth = shape.num_encoder_layers
-    if shape.remat:
-        kept = depth * positions * shape.d_model * size + of_a_layer
+    layers = shape.num_encoder_layers
+    if runtime.remat:
+        kept = layers * positions * shape.d_model * size + of_a_layer
     else:
-        kept = depth * of_a_layer
+        kept = layers * of_a_layer
     in_work = positions * max(2 * wide, 4 * inner) * size + 2 * positions * shape.d_model * 4
     in_work += 2 * looked_at * 4
-    if shape.flash == "pallas":  # the bias's gradient of each row
+    if runtime.flash == "pallas":  # the bias's gradient of each row
         in_work += positions * heads * work.inputs * 4
     head = 3 * work.rows * work.targets * (shape.vocab_size // ways) * 4
     bias = heads * work.inputs**2 * 4
@@ -46,14 +50,15 @@ def depth(shape: T5Config) -> int:
     return shape.num_encoder_layers + shape.num_decoder_layers
 
 
-def shared(shape: T5Config, work: Work, ways: int) -> int:
+def shared(model: T5Model, work: Work, ways: int) -> int:
     """Bytes that a device receives for a part of a batch where ``ways`` share heads and MLP.
 
     What is looked up and what each of an attention and an MLP puts out is summed around a ring,
     again where that is rematerialised; backward, the gradient of what each of its products reads.
     """
-    size = 2 if shape.dtype == "bfloat16" else 4
-    again, mlp = 2 if shape.remat else 1, 2 if shape.gated else 1
+    shape, runtime = model.config, model.runtime
+    size = 2 if runtime.dtype == "bfloat16" else 4
+    again, mlp = 2 if runtime.remat else 1, 2 if shape.gated else 1
     encoder = shape.num_encoder_layers * work.inputs * (2 * again + 3 + mlp)
     # of the inputs, cross-attention's queries alone
     decoder = shape.num_decoder_layers * work.targets * (3 * again + 4 + mlp)

@@ -1,10 +1,10 @@
 """The T5 family in one ``flax.linen`` module: T5 1.0, 1.1, LM-adapted, Flan, mT5, ByT5, umT5.
 
-Modules own parameters, ``layers.py`` has the maths, and the functions at the end are what the rest
-of the package calls; the last ones are those that every family has (``models/registry.py``). The
-parameters are a plain pytree outside the module, layers stacked on axis 0.
+Modules own parameters, ``ops`` has the maths, and ``T5Model`` at the end is what the rest of the
+package calls. The parameters are a plain pytree outside the module, layers stacked on axis 0.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.models import blocks
+from jaxprompt.models.base import Model, Params
 from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops import dropout, layers
@@ -20,55 +21,55 @@ from jaxprompt.models.ops.attention import flash_attention, per_example
 from jaxprompt.models.ops.attention.per_example import Segments
 from jaxprompt.models.ops.dropout import Noise
 from jaxprompt.models.t5.config import AXES, T5Config
-from jaxprompt.runtime.parallel import fsdp_size, shard_activation
-
-Params = dict[str, Any]
+from jaxprompt.runtime.parallel import shard_activation
 
 
 class Attention(nn.Module):
     """Projections of one attention; ``mix`` joins them with the maths."""
 
-    config: T5Config
+    model: "T5Model"
 
     def setup(self):
-        c, width = self.config, self.config.d_model // fsdp_size()
+        c, runtime = self.model.config, self.model.runtime
+        width = c.d_model // runtime.place.fsdp
         into, out = (width, c.num_heads, c.head_dim), (c.num_heads, c.head_dim, width)
         normal = nn.initializers.normal
         self.query = self.param("query", normal((c.d_model * c.head_dim) ** -0.5), into)
         self.key = self.param("key", normal(c.d_model**-0.5), into)
         self.value = self.param("value", normal(c.d_model**-0.5), into)
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
-        self.drop_keys = blocks.DropKeys(c.dropout, c.num_heads)
+        self.drop_keys = blocks.DropKeys(runtime.dropout, c.num_heads)
 
     def keys_values(self, x):
         return self._project(x, self.key), self._project(x, self.value)
 
     def _project(self, x, kernel):
-        found = layers.dense("bsd,dnh->bsnh", x, kernel, self.config.mixed)
-        return shard_activation(found, None, "heads", None)
+        runtime = self.model.runtime
+        y = layers.dense("bsd,dnh->bsnh", x, kernel, runtime)
+        return shard_activation(y, runtime.place, None, "heads", None)
 
     def mix(self, x, key, value, bias, seen, noise):
-        c, query = self.config, self._project(x, self.query)
+        runtime, query = self.model.runtime, self._project(x, self.query)
         keep = self.drop_keys(noise, x.dtype)
         if keep is not None:  # a dropped weight is a dropped value
             value = value * keep[..., None]
         if isinstance(seen, Segments):
-            y = per_example.attention(query, key, value, bias, seen, mixed=c.mixed)
+            y = per_example.attention(query, key, value, bias, seen, mixed=runtime.mixed)
         elif isinstance(seen, flash_attention.Rows):
             y = flash_attention.attention(query, key, value, bias, seen)
         else:
-            y = layers.attention(query, key, value, bias, seen, mixed=c.mixed)
-        return layers.dense("btnh,nhd->btd", y, self.out, c.mixed)
+            y = layers.attention(query, key, value, bias, seen, mixed=runtime.mixed)
+        return layers.dense("btnh,nhd->btd", y, self.out, runtime)
 
     def mix_with(self, x, encoded, seen, noise):
         """The same to what is encoded, without keys and values where that is less work."""
-        c = self.config
-        if x.shape[1] >= c.head_dim // 2:
+        runtime = self.model.runtime
+        if x.shape[1] >= self.model.config.head_dim // 2:
             return self.mix(x, *self.keys_values(encoded), None, seen, noise)
         query = self._project(x, self.query)
         keep = self.drop_keys(noise, x.dtype)
-        y = layers.attention_to(query, self.key, self.value, encoded, seen, keep, mixed=c.mixed)
-        return layers.dense("btnh,nhd->btd", y, self.out, c.mixed)
+        y = layers.attention_to(query, self.key, self.value, encoded, seen, keep, runtime)
+        return layers.dense("btnh,nhd->btd", y, self.out, runtime)
 
 
 class Shared(NamedTuple):
@@ -105,43 +106,44 @@ def _bias(table, queries, keys, c, bidirectional):
 
 
 class EncoderLayer(nn.Module):
-    config: T5Config
+    model: "T5Model"
 
     def setup(self):
-        c = self.config
+        c = self.model.config
         self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
-        self.attention, self.mlp = Attention(c), Mlp(c)
-        self.dropout = blocks.Dropout(c.dropout)
+        self.attention, self.mlp = Attention(self.model), Mlp(self.model)
+        self.dropout = blocks.Dropout(self.model.runtime.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
     def __call__(self, x, shared: Shared):
         bias = shared.bias
         if bias is None:
-            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, True)
+            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.model.config, True)
         y, noise = self.attention_norm(x), shared.noise
         key, value = self.attention.keys_values(y)
         y = self.attention.mix(y, key, value, bias, shared.seen, noise)
         x = x + self.dropout(y, noise)
-        return shard_activation(x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)), None
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)
+        return shard_activation(x, self.model.runtime.place), None
 
 
 class DecoderLayer(nn.Module):
-    config: T5Config
+    model: "T5Model"
 
     def setup(self):
-        c = self.config
+        c, model = self.model.config, self.model
         self.self_attention_norm, self.cross_attention_norm = Norm(c.norm_eps), Norm(c.norm_eps)
-        self.self_attention, self.cross_attention = Attention(c), Attention(c)
-        self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(c)
-        self.dropout = blocks.Dropout(c.dropout)
+        self.self_attention, self.cross_attention = Attention(model), Attention(model)
+        self.mlp_norm, self.mlp = Norm(c.norm_eps), Mlp(model)
+        self.dropout = blocks.Dropout(model.runtime.dropout)
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
     def __call__(self, x, cache: LayerCache | None, shared: Shared):
         bias = shared.bias
         if bias is None:
-            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.config, False)
+            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.model.config, False)
         y, noise = self.self_attention_norm(x), shared.noise
         key, value = self.self_attention.keys_values(y)
         if cache is not None:
@@ -160,30 +162,32 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y, noise)
         written = None if cache is None else (key, value)
         x = x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)
-        return shard_activation(x), written
+        return shard_activation(x, self.model.runtime.place), written
 
 
 class Stack(nn.Module):
     """Scanned layers, final norm and, where the layers share one, the relative bias."""
 
-    config: T5Config
+    model: "T5Model"
     layer: type[nn.Module]
     depth: int
 
     def setup(self):
-        c = self.config
+        c = self.model.config
         inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
-        self.layers = stacked(self.layer, c, self.depth, inputs)(c)
+        layers_of = stacked(self.layer, self.model.runtime, self.depth, inputs)
+        self.layers = layers_of(self.model)
         self.final_norm = Norm(c.norm_eps)
-        self.dropout = blocks.Dropout(c.dropout)
+        self.dropout = blocks.Dropout(self.model.runtime.dropout)
         if not c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
     def __call__(self, x, shared: Shared, cache: LayerCache | None = None):
         bidirectional = self.layer is EncoderLayer
-        if not self.config.per_layer_bias:
+        config = self.model.config
+        if not config.per_layer_bias:
             table = self.relative_bias
-            bias = _bias(table, shared.queries, shared.keys, self.config, bidirectional)
+            bias = _bias(table, shared.queries, shared.keys, config, bidirectional)
             shared = shared._replace(bias=bias)
         x = self.dropout(x, shared.noise)
         x, written = self.layers(x, shared) if bidirectional else self.layers(x, cache, shared)
@@ -191,24 +195,25 @@ class Stack(nn.Module):
 
 
 class T5(nn.Module):
-    config: T5Config
+    model: "T5Model"
 
     def setup(self):
-        c = self.config
-        self.token_embedder = TokenEmbedder(c)
-        self.encoder = Stack(c, EncoderLayer, c.num_encoder_layers)
-        self.decoder = Stack(c, DecoderLayer, c.num_decoder_layers)
+        c, model = self.model.config, self.model
+        self.token_embedder = TokenEmbedder(model)
+        self.encoder = Stack(model, EncoderLayer, c.num_encoder_layers)
+        self.decoder = Stack(model, DecoderLayer, c.num_decoder_layers)
         if not c.tied:
             init = nn.initializers.normal(c.d_model**-0.5)
             self.head = self.param("head", init, (c.d_model, c.vocab_size))
 
     def encode(self, inputs, segments, bank, noise=None):
-        c, (rows, width) = self.config, inputs.shape
-        many = rows * c.num_heads * width**2 > per_example.LOGITS_AT_ONCE
-        if c.flash:
-            seen = flash_attention.rows(segments, c.flash, packed=bool(c.packed))
-        elif c.rows_in_turn and (c.packed or many):
-            seen = per_example.find(segments, c.packed)
+        runtime, packed_widths = self.model.runtime, self.model.layout.packed_widths
+        rows, width = inputs.shape
+        many = rows * self.model.config.num_heads * width**2 > per_example.LOGITS_AT_ONCE
+        if runtime.flash:
+            seen = flash_attention.rows(segments, runtime.flash, packed=bool(packed_widths))
+        elif runtime.per_example_attention and (packed_widths or many):
+            seen = per_example.find(segments, packed_widths)
             width = seen.widths[-1]
         else:
             seen = layers.additive(layers.segment_mask(segments, segments))
@@ -221,7 +226,9 @@ class T5(nn.Module):
         offsets = jnp.arange(decoder_inputs.shape[1]) if tree is None else tree.depths
         before = offsets[None, :] <= offsets[:, None] if tree is None else tree.seen
         seen = layers.additive(layers.segment_mask(target_segments, target_segments) & before)
-        of_inputs = layers.seen_of_inputs(target_segments, input_segments, self.config.packed)
+        of_inputs = layers.seen_of_inputs(
+            target_segments, input_segments, self.model.layout.packed_widths
+        )
         shared = Shared(offsets, offsets, seen, encoded=encoded, seen_of_inputs=of_inputs)
         if noise is not None:
             pair = dropout.of_rows(noise, len(offsets)), dropout.of_inputs(noise, input_segments)
@@ -237,11 +244,11 @@ class T5(nn.Module):
         return self.logits(y)[:, 0], written
 
     def logits(self, y):
-        if self.config.scale_output:
-            y = y * self.config.d_model**-0.5
-        tied = self.config.tied
-        table = self.token_embedder.embedding if tied else self.head
-        return layers.head(y, table, self.config.mixed, tied)
+        c = self.model.config
+        if c.scale_output:
+            y = y * c.d_model**-0.5
+        table = self.token_embedder.embedding if c.tied else self.head
+        return layers.head(y, table, self.model.runtime.mixed, c.tied)
 
     def __call__(self, inputs, segments, targets):
         encoded = self.encode(inputs, segments, None)
@@ -251,7 +258,7 @@ class T5(nn.Module):
 def init_params(config: T5Config, key: jax.Array) -> Params:
     """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
     ids = jnp.ones((1, 2), jnp.int32)
-    variables: Any = T5(config).init({"params": key}, ids, ids, ids)
+    variables: Any = T5(T5Model(config)).init({"params": key}, ids, ids, ids)
     return variables["params"]
 
 
@@ -265,138 +272,118 @@ def logical_axes(config: T5Config) -> dict[str, Any]:
     return named_axes(AXES, abstract_params(config))
 
 
-def _apply(params, config, method, *args) -> Any:
-    rngs = {"dropout": jax.random.key(0)}  # every layer's own stream; what varies is the noise
-    return T5(config).apply({"params": params}, *args, rngs=rngs, method=method)
+class Encoded(NamedTuple):
+    """Inputs that have been encoded once and may be answered many times."""
 
-
-def encode(
-    params: Params,
-    bank: Float[Array, "K P D"] | None,
-    config: T5Config,
-    inputs: Int[Array, "B S"],
-    segments: Int[Array, "B S"],
-    noise: Int[Array, " R"] | None = None,
-) -> Float[Array, "B S D"]:
-    """Encoder output for ids that may be virtual; segment 0 is padding.
-
-    noise: what dropout is drawn from, see ``pipeline.Batch``; None: none is.
-    """
-    return _apply(params, config, "encode", inputs, segments, bank, noise)
-
-
-def decode(
-    params: Params,
-    bank: Float[Array, "K P D"] | None,
-    config: T5Config,
-    encoded: Float[Array, "B S D"],
-    segments: Int[Array, "B S"],
-    decoder_inputs: Int[Array, "R T"],
-    target_segments: Int[Array, "R T"],
-    noise: Int[Array, " R"] | None = None,
-    tree: Tree | None = None,
-) -> Float[Array, "R T V"]:
-    """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
-
-    R is B or, where each segment is answered in a row of its own, G x B (``pipeline.Batch``).
-    The head has V columns, so no virtual id can ever be predicted. tree: the targets are its nodes,
-    and not one token after another.
-    """
-    args = encoded, segments, decoder_inputs, target_segments, bank, noise, tree
-    return _apply(params, config, "decode", *args)
-
-
-def init_cache(
-    params: Params, config: T5Config, encoded: Float[Array, "B S D"], length: int
-) -> LayerCache:
-    """An empty cache for ``length`` decoder positions, with the cross-attention's half filled in.
-
-    One product over the stacked kernels gives all layers at once.
-    """
-    kernels = params["decoder"]["layers"]["cross_attention"]
-    cross_key, cross_value = (
-        layers.dense("bsd,ldnh->lbsnh", encoded, kernels[name], config.mixed)
-        for name in ("key", "value")
-    )
-    depth, batch = config.num_decoder_layers, encoded.shape[0]
-    empty = jnp.zeros((depth, batch, length, config.num_heads, config.head_dim), encoded.dtype)
-    return LayerCache(empty, empty, cross_key, cross_value)
-
-
-def decode_step(
-    params: Params,
-    bank: Float[Array, "K P D"] | None,
-    config: T5Config,
-    cache: LayerCache,
-    segments: Int[Array, "B S"],
-    ids: Int[Array, " B"],
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "B V"], LayerCache]:
-    """One decoder position: logits after ``ids`` at ``index``, and the cache with it filled."""
-    args = cache, segments, ids, index, bank
-    logits, (key, value) = _apply(params, config, "decode_step", *args)
-    return logits, cache._replace(self_key=key, self_value=value)
-
-
-class Reading(NamedTuple):
-    """Inputs that have been read once and may be answered many times."""
-
-    encoded: Float[Array, "B S D"]
+    hidden: Float[Array, "B S D"]
     segments: Int[Array, "B S"]
 
 
-def prepare(
-    params: Params, bank: Float[Array, "K P D"] | None, config: T5Config
-) -> Float[Array, "K P D"] | None:
-    """The bank itself: in an encoder every activation depends on the text."""
-    return bank
+class DecodeCache(NamedTuple):
+    """What the decoder keeps between two tokens."""
+
+    layers: LayerCache
+    segments: Int[Array, "B S"]  # of the inputs
 
 
-def logits(
-    params, prompts, config: T5Config, inputs, segments, targets, target_segments, noise=None
-) -> Float[Array, "B T V"]:
-    """Teacher-forced logits of the targets, see ``models/registry.py``."""
-    encoded = encode(params, prompts, config, inputs, segments, noise)
-    shifted = layers.shift_right(targets, target_segments, config.decoder_start_id)
-    return decode(params, prompts, config, encoded, segments, shifted, target_segments, noise)
+@dataclasses.dataclass(frozen=True)
+class T5Model(Model):
+    """A T5: see ``Model`` for what every family does."""
 
+    config: T5Config
 
-def read(params, prompts, config: T5Config, inputs, segments) -> Reading:
-    """Encode the inputs."""
-    return Reading(encode(params, prompts, config, inputs, segments), segments)
+    def init_params(self, key: jax.Array) -> Params:
+        return init_params(self.config, key)
 
+    def abstract_params(self, dtype: str = "float32") -> Params:
+        return abstract_params(self.config, dtype)
 
-def answer_logits(
-    params, prompts, config: T5Config, reading: Reading, tree: Tree
-) -> Float[Array, "R n V"]:
-    """Logits after each beginning of an answer to inputs already read, R of them."""
-    rows = len(reading.segments) * config.shared
-    ids = jnp.where(tree.ids < 0, config.decoder_start_id, tree.ids)
-    ids = jnp.broadcast_to(ids, (rows, len(ids)))
-    return decode(params, prompts, config, *reading, ids, jnp.ones_like(ids), None, tree)
+    def logical_axes(self) -> dict[str, Any]:
+        return logical_axes(self.config)
 
+    def _apply(self, params: Params, method: str, *args: Any) -> Any:
+        rngs = {"dropout": jax.random.key(0)}  # a stream for each layer; a batch's seeds vary
+        return T5(self).apply({"params": params}, *args, rngs=rngs, method=method)
 
-def start(params, config: T5Config, reading: Reading, length: int):
-    """The ids that generation begins with, and the cache for ``length`` positions."""
-    ids = jnp.full(reading.segments.shape[:1], config.decoder_start_id, jnp.int32)
-    return ids, (init_cache(params, config, reading.encoded, length), reading.segments)
+    def encode(
+        self,
+        params: Params,
+        bank: Float[Array, "K P D"] | None,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        dropout_seed: Int[Array, " R"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Encoder output for ids that may be virtual; segment 0 is padding."""
+        return self._apply(params, "encode", inputs, segments, bank, dropout_seed)
 
+    def decode(
+        self,
+        params: Params,
+        bank: Float[Array, "K P D"] | None,
+        encoded: Encoded,
+        decoder_inputs: Int[Array, "R T"],
+        target_segments: Int[Array, "R T"],
+        dropout_seed: Int[Array, " R"] | None = None,
+        tree: Tree | None = None,
+    ) -> Float[Array, "R T V"]:
+        """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
 
-def step(params, prompts, config: T5Config, cache, ids, index):
-    """Logits after ``ids`` at position ``index``, and the cache with it filled."""
-    inner, segments = cache
-    logits, inner = decode_step(params, prompts, config, inner, segments, ids, index)
-    return logits, (inner, segments)
+        R is B or, where each segment is answered in a row of its own, G x B (``data.batches``).
+        tree: the targets are its nodes, and not one token after another.
+        """
+        hidden, segments = encoded
+        args = hidden, segments, decoder_inputs, target_segments, bank, dropout_seed, tree
+        return self._apply(params, "decode", *args)
 
+    def prepare(self, params, bank):
+        """The bank itself: in an encoder every activation depends on the text."""
+        return bank
 
-def repeat(cache, times: int):
-    """A cache in which each row stands so many times, one after another."""
-    inner = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache[0])
-    return inner, jnp.repeat(cache[1], times, axis=0)
+    def logits(
+        self, params, prompts, inputs, segments, targets, target_segments, dropout_seed=None
+    ):
+        hidden = self.encode(params, prompts, inputs, segments, dropout_seed)
+        shifted = layers.shift_right(targets, target_segments, self.config.decoder_start_id)
+        encoded = Encoded(hidden, segments)
+        return self.decode(params, prompts, encoded, shifted, target_segments, dropout_seed)
 
+    def prefill(self, params, prompts, inputs, segments) -> Encoded:
+        return Encoded(self.encode(params, prompts, inputs, segments), segments)
 
-def reorder(cache, rows: Int[Array, " B"]):
-    """What was decoded for these rows in the places of all; what is encoded stays."""
-    inner, segments = cache
-    written = {k: jnp.take(getattr(inner, k), rows, axis=1) for k in ("self_key", "self_value")}
-    return inner._replace(**written), segments
+    def score_tree(self, params, prompts, prefill: Encoded, tree: Tree):
+        rows = len(prefill.segments) * self.layout.examples_per_row
+        ids = jnp.where(tree.ids < 0, self.config.decoder_start_id, tree.ids)
+        ids = jnp.broadcast_to(ids, (rows, len(ids)))
+        return self.decode(params, prompts, prefill, ids, jnp.ones_like(ids), None, tree)
+
+    def init_decode(self, params, prefill: Encoded, length: int):
+        """The start id of every row, and a cache with the half of cross-attention filled in.
+
+        One product over the stacked kernels gives all layers at once.
+        """
+        c, (hidden, segments) = self.config, prefill
+        kernels = params["decoder"]["layers"]["cross_attention"]
+        cross_key, cross_value = (
+            layers.dense("bsd,ldnh->lbsnh", hidden, kernels[name], self.runtime)
+            for name in ("key", "value")
+        )
+        batch = len(segments)
+        shape = c.num_decoder_layers, batch, length, c.num_heads, c.head_dim
+        empty = jnp.zeros(shape, hidden.dtype)
+        ids = jnp.full((batch,), c.decoder_start_id, jnp.int32)
+        return ids, DecodeCache(LayerCache(empty, empty, cross_key, cross_value), segments)
+
+    def decode_step(self, params, prompts, cache: DecodeCache, ids, index):
+        args = *cache, ids, index, prompts
+        logits, (key, value) = self._apply(params, "decode_step", *args)
+        written = cache.layers._replace(self_key=key, self_value=value)
+        return logits, cache._replace(layers=written)
+
+    def tile_cache(self, cache: DecodeCache, times: int) -> DecodeCache:
+        inner = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache.layers)
+        return DecodeCache(inner, jnp.repeat(cache.segments, times, axis=0))
+
+    def gather_beams(self, cache: DecodeCache, rows: Int[Array, " B"]) -> DecodeCache:
+        inner = cache.layers
+        keys, values = (jnp.take(x, rows, axis=1) for x in (inner.self_key, inner.self_value))
+        return cache._replace(layers=inner._replace(self_key=keys, self_value=values))

@@ -114,16 +114,16 @@ class Ours:
         drawn = [with_noise(self.examples(backbone, rows), rng) for rows in given.batches[size]]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
-        config, many = registry.plan_microbatches(
-            backbone.config, lengths, batch_size=job["batch_size"],
+        model, many = registry.plan_microbatches(
+            backbone.model, lengths, batch_size=job["batch_size"],
             devices=parallel.num_batch_shards(self.mesh), share=job["micro"],
         )  # fmt: skip
-        rows = rows if config is backbone.config else many
+        rows = rows if model is backbone.model else many
         if key not in self.steps:
-            self.steps[key] = make_train_step(config, METHOD, optimizer, mesh=self.mesh, z_loss=0.0)
+            self.steps[key] = make_train_step(model, METHOD, optimizer, mesh=self.mesh, z_loss=0.0)
         state = init_state(METHOD, optimizer, backbone.params, self.vectors(backbone))
         state = jax.device_put(state, parallel.replicated(self.mesh))
-        widths, found = registry.widths(config), {"seconds": [], "losses": [], "shapes": []}
+        widths, found = model.layout, {"seconds": [], "losses": [], "shapes": []}
         for examples in drawn[:steps]:
             began = time.perf_counter()
             state, losses, shapes = take_step(
@@ -142,7 +142,7 @@ class Ours:
         )
         examples = self.examples(backbone, self.start().questions)
         bank = jnp.asarray(self.vectors(backbone))
-        engine = Engine(backbone.params, bank, backbone.config, self.mesh)
+        engine = Engine(backbone.params, bank, backbone.model, self.mesh)
         began = time.perf_counter()
         answers = predict(
             engine, task, examples, Words(), batch_size=job["batch_size"], pack=True  # type: ignore[arg-type]

@@ -53,14 +53,14 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
     """Vectors after training, and each step's time and loss (the first of a shape compiles)."""
     method, optimizer = METHODS["prompt-tuning"], per_prompt(settings)
     state = init_state(method, optimizer, backbone.params, start[None])
-    config = registry.with_shared_prefix(backbone.config, [e.inputs for e in examples], length)
-    step = make_train_step(config, method, optimizer, z_loss=settings.z_loss)
+    model = registry.with_shared_prefix(backbone.model, [e.inputs for e in examples], length)
+    step = make_train_step(model, method, optimizer, z_loss=settings.z_loss)
     depth = round_target_length(max(len(e.targets) for e in examples))
     times, losses, seen = [], [], set()
     for number, chosen in enumerate(indices):
         began = time.perf_counter()
         drawn = [examples[i] for i in chosen]
-        batch = make_batch(drawn, target_length=depth, widths=registry.widths(config))
+        batch = make_batch(drawn, target_length=depth, widths=model.layout)
         state, found = step(state, backbone.params, [batch])
         losses.append(float(found.loss[0]))
         compiles = batch.inputs.shape not in seen

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from jaxprompt.data import batches as pipeline
 from jaxprompt.data.batches import (
     Example,
     Room,
-    Widths,
     balance_rows,
     batch_indices,
     dropout_seeds,
@@ -29,6 +29,7 @@ from jaxprompt.data.batches import (
     target_lengths,
     training_batches,
 )
+from jaxprompt.data.layout import BatchLayout
 
 
 def example(inputs, targets):
@@ -201,7 +202,7 @@ def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
 
 def test_shared_rows_are_this():
     examples = [example(range(1, n + 1), [n, 1]) for n in (40, 30, 50, 20)]
-    widths = Widths(shared=3, packed=50)
+    widths = BatchLayout(examples_per_row=3, packed_widths=(50,))
     (one, first), (two, second) = packed_rows(
         examples, parts=2, devices=1, widths=widths, target_length=4
     )
@@ -219,7 +220,7 @@ def test_shared_rows_are_this():
     [whole] = micro_batches(examples, rows=4, widths=widths, devices=2)
     assert whole.inputs.shape == (2, 128) and whole.targets.shape == (6, 4)
     with pytest.raises(ValueError, match="50 ids, more than 49"):
-        next(packed_rows(examples, parts=1, devices=1, widths=widths._replace(packed=49),
+        next(packed_rows(examples, parts=1, devices=1, widths=replace(widths, packed_widths=(49,)),
                          target_length=4))  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
 
 def test_micro_batches_of_shared_rows_are_as_deep_as_their_own_targets():
     rows = [example([9] * 60, [7] * 3) for _ in range(7)] + [example([9] * 60, [7] * 50)]
-    widths = Widths(shared=4, packed=64)
+    widths = BatchLayout(examples_per_row=4, packed_widths=(64,))
     parts = micro_batches(rows, rows=4, target_length=(4, 50), widths=widths)
     assert sorted(part.targets.shape for part in parts) == [(4, 4), (4, 50)]
 
@@ -311,13 +312,13 @@ def test_lengths_are_rounded_after_a_prompt_that_costs_nothing():
     """With 100 vectors in front, texts of up to 32 ids take 132 columns and not 160."""
     rows = [example(range(1, 101 + n), [1]) for n in (3, 32)]
     assert make_batch(rows).inputs.shape == (2, 160)
-    widths = Widths(lead=100)
+    widths = BatchLayout(shared_prefix_length=100)
     batch = make_batch(rows, widths=widths)
     assert batch.inputs.shape == (2, 132)
     assert (batch.segments.sum(axis=1) == [103, 132]).all()
 
 
 def test_fine_widths_are_multiples_of_sixteen():
-    widths = Widths(lead=20, fine=True)
+    widths = BatchLayout(shared_prefix_length=20, fine_buckets=True)
     found = [round_input_length(20 + n, widths) - 20 for n in (1, 16, 17, 40, 256, 257, 1025)]
     assert found == [16, 16, 32, 48, 256, 288, 1536]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers_data import random_examples
 
-from jaxprompt.data.batches import Example, Room, Widths
+from jaxprompt.data.batches import Example, Room
+from jaxprompt.data.layout import BatchLayout
 from jaxprompt.inference.buckets import (
     BatchLimits,
     fitting_rows,
@@ -72,7 +73,9 @@ def test_one_long_target_makes_one_batch_deep():
 
 def test_a_prompt_that_costs_nothing_is_no_part_of_the_length():
     rows = [example(range(1, 101 + n), [1]) for n in (3, 32)]
-    (batch, _), *rest = inference_batches(rows, BatchLimits(2), Widths(lead=100))
+    (batch, _), *rest = inference_batches(
+        rows, BatchLimits(2), BatchLayout(shared_prefix_length=100)
+    )
     assert batch.inputs.shape == (2, 132) and not rest
 
 

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.data.virtual_tokens import embed, virtual_ids
-from jaxprompt.models.t5 import t5
 
 
 def test_ids_follow_the_layout():
@@ -29,9 +28,9 @@ def test_bank_stays_float32_and_the_result_has_the_dtype_of_the_table():
 
 
 def test_a_virtual_token_with_the_row_of_a_word_is_the_word(tiny):
-    config, params = tiny
+    model, params = tiny
     words = jnp.array([[5, 9, 17, 33, 1]])
     bank = params["token_embedder"]["embedding"][jnp.array([9, 33])][None]
     virtual = jnp.array([[5, 61, 17, 62, 1]])
-    run = jax.jit(lambda ids, bank: t5.encode(params, bank, config, ids, jnp.ones_like(ids)))
+    run = jax.jit(lambda ids, bank: model.encode(params, bank, ids, jnp.ones_like(ids)))
     np.testing.assert_array_equal(run(words, None), run(virtual, bank))

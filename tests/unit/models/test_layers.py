@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprompt.models.base import Runtime
 from jaxprompt.models.ops import layers
 
 
@@ -102,7 +103,8 @@ def _attended(form, mixed=False):
     @jax.jit
     def value(query, encoded, kernels):
         if form == "to":
-            y = layers.attention_to(query, *kernels, encoded, mask, keep, mixed=mixed)
+            runtime = Runtime(dtype="mixed" if mixed else "float32")
+            y = layers.attention_to(query, *kernels, encoded, mask, keep, runtime=runtime)
         else:
             key, val = (layers.matmul("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
             val = val * keep[..., None]

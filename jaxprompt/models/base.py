@@ -1,0 +1,181 @@
+"""What a model is: a configuration, a way to compute it, and a layout of its batches.
+
+The three parts know nothing of each other. ``Model`` holds them together, and is the interface
+through which the rest of the package uses every family of backbones. Batches are the same for all
+families: inputs (which carry the virtual tokens) and the targets that answer them. A family decides
+by itself whether an encoder reads the inputs, or they are the beginning of one sequence.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxprompt.data.layout import BatchLayout
+from jaxprompt.models.label_tree import Tree
+from jaxprompt.runtime.parallel import SINGLE, Place
+
+Params = dict[str, Any]
+Prompts = Any  # what ``Model.prepare`` returns: each family has its own type
+Prefill = Any  # what ``Model.prefill`` returns
+Cache = Any  # what ``Model.init_decode`` returns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a checkpoint says of its model; each family adds its own fields. Hashable."""
+
+    family: ClassVar[str]
+
+    vocab_size: int  # V, rows of the embedding table
+    d_model: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    gated: bool = True  # the MLP has wi_0 (activated) times wi_1, else a single wi
+    activation: str = "gelu"  # relu | gelu (tanh form) | silu
+    tied: bool = False  # the head is the embedding table transposed
+    norm_eps: float = 1e-6
+    pad_id: int = 0
+    eos_id: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model is computed. Frozen and hashable.
+
+    dtype is float32; bfloat16 (activations and products; parameters are cast at use); or mixed:
+    float32, but the operands of matrix products are rounded to bfloat16, with float32 sums and
+    results (in decoder-only models not those of attention).
+    """
+
+    dtype: str = "float32"
+    dropout: float = 0.0  # applied only where a batch has dropout seeds
+    unroll: bool = False  # unroll the scan over layers; the parameter tree stays the same
+    remat: bool = False  # recompute each layer in the backward pass
+    per_example_attention: bool = False  # one example after another: fast on CPUs
+    flash: str = ""  # the kernel of an encoder's attention, of flash_attention.py; "": none
+    # which tokens a decoder-only model attends to. causal: the earlier ones; prompt: the vectors of
+    # a prompt also attend to each other; prefix: all of the input attends to itself (prefix LM)
+    attention: str = "causal"
+    place: Place = SINGLE  # the part of a mesh that this computation is in
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products with weights have bfloat16 operands and float32 results."""
+        return self.dtype == "mixed"
+
+    @property
+    def activations(self) -> str:
+        """The dtype of the arrays between the products."""
+        return "float32" if self.mixed else self.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A configuration with its runtime and layout: the static argument of compiled functions.
+
+    All methods are pure functions of their arguments.
+    """
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+    layout: BatchLayout = BatchLayout()
+
+    def with_config(self, **changes: Any) -> Self:
+        """The model with these fields of its configuration changed."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def with_runtime(self, **changes: Any) -> Self:
+        """The model with these fields of its runtime changed."""
+        return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
+
+    def with_layout(self, **changes: Any) -> Self:
+        """The model with these fields of its batch layout changed."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **changes))
+
+    def on(self, place: Place) -> Self:
+        """The model within ``place``, for a function given to ``parallel.shard_over_batch``."""
+        return self.with_runtime(place=place)
+
+    def init_params(self, key: jax.Array) -> Params:
+        """Random float32 parameters."""
+        raise NotImplementedError
+
+    def abstract_params(self, dtype: str = "float32") -> Params:
+        """Shapes and dtypes of all parameters; nothing is allocated."""
+        raise NotImplementedError
+
+    def logical_axes(self) -> dict[str, Any]:
+        """The names of the axes of every parameter; those of stacked layers start with "layers"."""
+        raise NotImplementedError
+
+    def prepare(self, params: Params, bank: Float[Array, "K P D"] | None) -> Prompts:
+        """What batches need of the prompts, computed once however many rows use them."""
+        raise NotImplementedError
+
+    def logits(
+        self,
+        params: Params,
+        prompts: Prompts,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        targets: Int[Array, "R T"],
+        target_segments: Int[Array, "R T"],
+        dropout_seed: Int[Array, " R"] | None = None,
+    ) -> Float[Array, "R T V"]:
+        """Float32 logits of every target token given the input and the target tokens before it.
+
+        A target segment answers the input segment of the same number; segment 0 is padding. There
+        are V columns, so no virtual token can ever be predicted. R is B or, where examples share
+        rows, ``layout.examples_per_row`` times B. dropout_seed: None for no dropout.
+        """
+        raise NotImplementedError
+
+    def prefill(
+        self,
+        params: Params,
+        prompts: Prompts,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Prefill:
+        """Read the inputs once, so that they can be answered any number of times."""
+        raise NotImplementedError
+
+    def score_tree(
+        self, params: Params, prompts: Prompts, prefill: Prefill, tree: Tree
+    ) -> Float[Array, "R n V"]:
+        """Float32 logits after each of the n beginnings of an answer in ``tree``.
+
+        R is B or, where examples share rows, ``layout.examples_per_row`` times B.
+        """
+        raise NotImplementedError
+
+    def init_decode(
+        self, params: Params, prefill: Prefill, length: int
+    ) -> tuple[Int[Array, " B"], Cache]:
+        """The ids that generation begins with, and an empty cache for ``length`` tokens."""
+        raise NotImplementedError
+
+    def decode_step(
+        self,
+        params: Params,
+        prompts: Prompts,
+        cache: Cache,
+        ids: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after ``ids`` at position ``index`` of the answer, and the cache filled there."""
+        raise NotImplementedError
+
+    def tile_cache(self, cache: Cache, times: int) -> Cache:
+        """A cache in which each row is repeated ``times`` times, one after another."""
+        raise NotImplementedError
+
+    def gather_beams(self, cache: Cache, rows: Int[Array, " B"]) -> Cache:
+        """A cache whose row i has the tokens that were written for row ``rows[i]``.
+
+        The inputs stay where they are: beams of one row share them.
+        """
+        raise NotImplementedError
