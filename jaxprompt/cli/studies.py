@@ -65,7 +65,7 @@ def reproduce(
     if study == "report":
         page = write_report(output)
     else:
-        plans = _plans(study, overrides or [], options)
+        page, plans = None, _plans(study, overrides or [], options)
         try:
             for plan in plans:
                 say(f"== {plan.study}: {STUDIES[plan.study].title}")

@@ -97,7 +97,7 @@ class PretrainOptimization(Optimization):
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=0.01, description="Peak learning rate."
     )
-    optimizer: Literal["adafactor", "adamw"] = Field(
+    optimizer: Literal["adafactor", "adamw"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="adafactor", description="The optimizer."
     )
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = Field(

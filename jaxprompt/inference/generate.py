@@ -94,7 +94,7 @@ def _most_likely(logits):
 class _Beams(NamedTuple):
     """The hypotheses of every row: K that go on, and the best that has ended."""
 
-    index: Int[Array, ""]
+    position: Int[Array, ""]
     live: Int[Array, "B K T"]
     live_scores: Float[Array, "B K"]  # log p
     ended: Int[Array, "B T"]
@@ -141,10 +141,10 @@ def beam(
         # log p only falls, and the longest hypotheses are divided by most
         hope = search.worth(jnp.max(state.live_scores, axis=1), search.length)
         going = (hope > state.ended_score) & ~state.lost
-        return (state.index < search.length) & jnp.any(going)
+        return (state.position < search.length) & jnp.any(going)
 
     def step(state: _Beams):
-        logits, cache = model.decode_step(params, prompts, state.cache, state.ids, state.index)
+        logits, cache = model.decode_step(params, prompts, state.cache, state.ids, state.position)
         finite = jnp.all(_finite(logits).reshape(-1, search.beams), axis=1)
         candidates = _continue(state, logits, search.beams)
         ends = candidates.ids == config.eos_id
@@ -152,7 +152,7 @@ def beam(
         live, live_scores, ids, rows = _keep_live(candidates, ends, search.beams)
         lost = state.lost | (~finite & ~empty)
         cache = model.gather_beams(cache, rows)
-        return _Beams(state.index + 1, live, live_scores, ended, ended_score, ids, lost, cache)
+        return _Beams(state.position + 1, live, live_scores, ended, ended_score, ids, lost, cache)
 
     cache = model.tile_cache(cache, search.beams)
     state = jax.lax.while_loop(unfinished, step, _start(first, cache, empty, search, config.pad_id))
@@ -192,7 +192,7 @@ def _continue(state: _Beams, logits: Float[Array, "rows V"], beams: int) -> _Can
     scores, chosen = jax.lax.top_k(scores, 2 * beams)
     origin, ids = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
     texts = jnp.take_along_axis(state.live, origin[:, :, None], axis=1)
-    texts = jax.lax.dynamic_update_index_in_dim(texts, ids, state.index, axis=2)
+    texts = jax.lax.dynamic_update_index_in_dim(texts, ids, state.position, axis=2)
     return _Candidates(scores, texts, origin, ids)
 
 
@@ -203,7 +203,7 @@ def _best_ended(
     # a hypothesis that ends must be among the best K, or it would not have been continued either
     ending = ends & (jnp.arange(2 * search.beams) < search.beams)
     ending &= candidates.scores > _NEVER / 2
-    values = jnp.where(ending, search.worth(candidates.scores, state.index + 1), _NEVER)
+    values = jnp.where(ending, search.worth(candidates.scores, state.position + 1), _NEVER)
     best = jnp.argmax(values, axis=1)[:, None]
     score = jnp.take_along_axis(values, best, axis=1)[:, 0]
     text = jnp.take_along_axis(candidates.texts, best[:, :, None], axis=1)[:, 0]

@@ -110,7 +110,7 @@ def hard_prompt(
 class Shots(NamedTuple):
     """Answered training rows that stand before each question."""
 
-    count: int
+    num_shots: int
     seed: int = 0
 
 
@@ -120,7 +120,7 @@ def few_shot(
     """The task's template after answered training rows, measured on all of ``rows``."""
     start = time.monotonic()
     task = with_shots(task, training, shots, session.tokenizer)
-    scores = {"steps": 0, "shots": shots.count} | measured(session, task, rows)
+    scores = {"steps": 0, "shots": shots.num_shots} | measured(session, task, rows)
     return scores | {"seconds": round(time.monotonic() - start, 3)}, task
 
 
@@ -141,12 +141,12 @@ def with_shots(task: TaskConfig, rows: Rows, shots: Shots, words: Tokenizer) -> 
     texts = {int(i): to_text(task, rows[i]) for i in order[:2000]}
     short = {i: pair for i, pair in texts.items() if len(words.encode(pair[0])) <= 48} or texts
     chosen: dict[int, tuple[str, str]] = {}
-    for label in itertools.islice(itertools.cycle(task.labels or [None]), shots.count):
+    for label in itertools.islice(itertools.cycle(task.labels or [None]), shots.num_shots):
         left = (i for i, pair in short.items() if pair not in chosen.values())
         row = next((i for i in left if label in (short[i][1], None)), None)
         if row is None:
             raise UserError(
-                f"{shots.count} shots: too few short rows of label {label!r}; ask for fewer."
+                f"{shots.num_shots} shots: too few short rows of label {label!r}; ask for fewer."
             )
         chosen[row] = short[row]
     space = "" if task.separator[-1:].isspace() else " "

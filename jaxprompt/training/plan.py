@@ -149,7 +149,7 @@ def needs(
 class Machine(NamedTuple):
     """The devices that a plan is for."""
 
-    count: int
+    num_devices: int
     kind: str  # of DEVICES, or "cpu", whose speed is not known
     device: Device
     memory: float  # GiB of one device
@@ -232,7 +232,7 @@ def _candidate(
         flops = sum(workload.flops.values()) * (4 / 3 if layout.remat else 1)
         read = 2 * work.parts * parts["weights"] * layout.fsdp
         seconds = {
-            "arithmetic": flops / machine.count / (device.tflops * 1e12),
+            "arithmetic": flops / machine.num_devices / (device.tflops * 1e12),
             "reading weights": read / (device.bandwidth * 1e9),
             "what devices send": sent / (device.link * 1e9),
         }

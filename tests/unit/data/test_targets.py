@@ -31,6 +31,13 @@ def t5(tmp_path_factory):
 class Settings:
     eos_id: int = 1
 
+    @property
+    def config(self):
+        return self
+
+    def with_config(self, **changes):
+        return dataclasses.replace(self, **changes)
+
 
 def mine(**changes):
     return TaskConfig(name="t", template="{text}", **changes)

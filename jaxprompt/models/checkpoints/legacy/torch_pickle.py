@@ -60,7 +60,7 @@ class Global(NamedTuple):
 class Storage(NamedTuple):
     dtype: np.dtype
     offset: int  # of the values, in the file
-    count: int
+    size: int  # values that it holds
 
 
 class Strided(NamedTuple):
@@ -169,9 +169,9 @@ def _rebuild_tensor(args: tuple) -> Strided:
     if len(shape) > _MAX_RANK:
         raise _Malformed(f"a tensor has {len(shape)} axes")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if math.prod(shape) > 0 and last >= storage.count:
+    if math.prod(shape) > 0 and last >= storage.size:
         raise _Malformed("a tensor reaches beyond its storage")
-    if math.prod(shape) > storage.count:  # by strides of 0: a small file of any number of values
+    if math.prod(shape) > storage.size:  # by strides of 0: a small file of any number of values
         raise _Malformed("a tensor has more values than its storage")
     return Strided(storage, offset, shape, strides)
 
