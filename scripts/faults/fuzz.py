@@ -31,7 +31,7 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests")]
+sys.path[:0] = [str(HERE), *(str(HERE.parents[1] / x) for x in ("tests", "tests/parity"))]
 
 # inputs of each kind in 2,000
 SHARES = {"configs": 500, "rows": 450, "weights": 450, "prompts": 350, "checkpoints": 250}

@@ -37,7 +37,7 @@ def test_they_are_asked_for_where_that_helps(tmp_path, policy, told, expected):
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from jaxprompt import memory
+from jaxprompt.runtime import memory
 print("started", flush=True)
 memory.start_again_with_huge_pages(Path(sys.argv[1]))
 print(json.dumps([sys.argv[1:], os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.flags.dev_mode]))

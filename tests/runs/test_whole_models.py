@@ -133,7 +133,7 @@ def test_a_run_on_shared_weights_goes_on_bit_identically_from_parts(
     shared, backbone, tmp_path, monkeypatch
 ):
     fetched, fetch, restore, seen = [], processes.fetch, Checkpoints.restore, []
-    monkeypatch.setattr(parallel, "fetch", lambda x: fetched.append(size_of(x)) or fetch(x))
+    monkeypatch.setattr(processes, "fetch", lambda x: fetched.append(size_of(x)) or fetch(x))
     monkeypatch.setattr(
         Checkpoints, "restore", lambda self, like: seen.append(restore(self, like)) or seen[0]
     )
