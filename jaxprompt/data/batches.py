@@ -387,19 +387,19 @@ def micro_batches(
         return [batch for batch, _ in batches]
     depth_of = [_least(lengths, [example]) for example in examples]
     sizes = [(depth, len(e.inputs)) for depth, e in zip(depth_of, examples, strict=True)]
-    found = []
+    batches = []
     for part in length_sorted_microbatches(sizes, rows):
         depth = depth_of[part[0]]
         width = round_input_length(max(len(examples[i].inputs) for i in part), widths)
         fitting = room.rows(rows, width, depth, devices)
-        found += [
+        batches += [
             make_batch(
                 [examples[i] for i in part[first : first + fitting]],
                 rows=fitting, input_length=width, target_length=depth,
             )
             for first in range(0, len(part), fitting)
         ]  # fmt: skip
-    return found
+    return batches
 
 
 def micro_rows(
@@ -415,44 +415,60 @@ def micro_rows(
     return max([n for n in divisors if n * mean <= positions], default=divisors[0])
 
 
+class Draw(NamedTuple):
+    """Which examples the batches of a run have."""
+
+    batch_size: int  # examples of each member
+    seeds: Sequence[int]  # of each member
+    window: int = 0  # see ``batch_indices``
+
+
+class Cut(NamedTuple):
+    """How a batch is cut into micro-batches, see ``micro_batches``."""
+
+    rows: int | None = None  # of a micro-batch; None: the batch is one
+    layout: BatchLayout = BatchLayout()
+    devices: int = 1
+    room: Room = Room()
+
+
 def training_batches(
     examples: Sequence[Sequence[Example]],
+    draw: Draw,
+    cut: Cut = Cut(),
     *,
-    batch_size: int,
-    seeds: Sequence[int],
     start: int = 0,
-    window: int = 0,
-    rows: int | None = None,
-    widths: BatchLayout = BatchLayout(),
-    devices: int = 1,
-    room: Room = Room(),
-    own: Callable[[Example, int], Example] = lambda example, prompt: example,
+    relabel: Callable[[Example, int], Example] = lambda example, member: example,
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
 
-    Each as micro-batches of ``rows`` rows (None: one of all). Prompt k has the batches that its
-    ``examples`` and ``seeds[k]`` give, as if alone, and ``own(example, k)`` makes an example its.
+    Args:
+        examples: those of each member; members may have the same sequence.
+        draw: member k has the batches that its examples and ``draw.seeds[k]`` give, as if alone.
+        cut: each batch comes as its micro-batches.
+        start: the number of the first batch.
+        relabel: ``relabel(example, k)`` makes an example one of member k.
     """
     import grain
 
-    given = {id(each): each for each in examples}  # prompts may have the same
-    lengths = {key: np.array([len(e.inputs) for e in each]) for key, each in given.items()}
+    unique = {id(each): each for each in examples}
+    lengths = {key: np.array([len(e.inputs) for e in each]) for key, each in unique.items()}
     # as long as the longest of all in a bucket: as few shapes as there are buckets
-    depths = target_lengths([len(e.targets) for each in given.values() for e in each])
-    order_of = order_cache(len(seeds))
+    depths = target_lengths([len(e.targets) for each in unique.values() for e in each])
+    order_of = order_cache(len(draw.seeds))
 
     def batch(step: int) -> list[Batch]:
         chosen: list[Example] = []
-        for prompt, (seed, mine) in enumerate(zip(seeds, examples, strict=True)):
-            drawn = batch_indices(
-                lengths[id(mine)], batch_size=batch_size, seed=seed, step=start + int(step),
-                window=window, order_of=order_of,
+        for member, (seed, own) in enumerate(zip(draw.seeds, examples, strict=True)):
+            numbers = batch_indices(
+                lengths[id(own)], batch_size=draw.batch_size, seed=seed, step=start + int(step),
+                window=draw.window, order_of=order_of,
             )  # fmt: skip
-            mine = [own(mine[i], prompt) for i in drawn]
-            chosen += with_noise(mine, random_stream(seed, start + int(step)))
+            drawn = [relabel(own[i], member) for i in numbers]
+            chosen += with_noise(drawn, random_stream(seed, start + int(step)))
         return micro_batches(
-            chosen, rows=rows or len(chosen), target_length=depths, widths=widths,
-            devices=devices, room=room,
+            chosen, rows=cut.rows or len(chosen), target_length=depths, widths=cut.layout,
+            devices=cut.devices, room=cut.room,
         )  # fmt: skip
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)

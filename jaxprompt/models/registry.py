@@ -100,15 +100,18 @@ def plan_microbatches(
     batch_size: int,
     devices: int,
     rows: int | None = None,
-    share: bool = True,
     most_widths: int = 4,
     depth: int = 1,
 ) -> tuple[AnyModel, int]:
     """The model for batches of examples of ``lengths``, and the rows of their micro-batches.
 
-    Examples share rows where that is faster and ``share`` allows it. rows: None for as many as
-    suit the data and the device. most_widths: that attention is compiled for, each for itself.
-    depth: tokens of the longest target.
+    Examples share rows where that is faster.
+
+    Args:
+        rows: None for as many as suit the data and the device.
+        most_widths: attention is compiled for so many widths of examples that share rows, each for
+            itself; 0: no examples share rows.
+        depth: tokens of the longest target.
     """
 
     def fitting(positions: int) -> int:
@@ -119,7 +122,7 @@ def plan_microbatches(
 
     many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
     shared = model
-    if share:
+    if most_widths:
         shared = _sharing_rows(model, lengths, many // devices, most_widths, depth)
     return (model, few) if shared is model else (shared, many)
 

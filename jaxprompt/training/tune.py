@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.data.batches import Room, training_batches, with_member
+from jaxprompt.data.batches import Cut, Draw, Room, training_batches, with_member
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
@@ -339,25 +339,28 @@ class Tuning:
             rows=settings.micro_batch_size,
             depth=max(len(example.targets) for each in unique for example in each),
             # with a window, rows have hardly any padding and their total lengths differ
-            share=settings.length_bucketing_window == 0,
+            most_widths=4 if settings.length_bucketing_window == 0 else 0,
         )
         optimizer = self._optimizer(progress)
         step = make_train_step(
             model, self.method, optimizer, mesh=self.mesh, z_loss=settings.z_loss
         )
+        # rows that the user asks for are not cut again
+        room = (
+            Room()
+            if settings.micro_batch_size
+            else registry.room(model.config, devices, training=True)
+        )
         batches = training_batches(
             examples,
-            batch_size=settings.batch_size,
-            seeds=[trial.config.train.seed for trial in active],
+            Draw(
+                settings.batch_size,
+                [trial.config.train.seed for trial in active],
+                settings.length_bucketing_window,
+            ),
+            Cut(micro, model.layout, devices, room),
             start=progress.step,
-            window=settings.length_bucketing_window,
-            rows=micro,
-            widths=model.layout,
-            devices=devices,
-            room=Room()
-            if settings.micro_batch_size
-            else registry.room(model.config, devices, training=True),
-            own=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
+            relabel=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
         )
         return Steps(step, self.backbone.params, batches, self.mesh)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,25 +109,37 @@ def load_backbone(
     location = hub.resolve(name)
     own, tensors, leaves = _open(location, None if config is None else Path(expanded(config)))
     runtime = registry.Runtime(dtype=dtype, unroll=bool(unroll), remat=remat)
-    if isinstance(own, T5Config):
-        kernel = flash_attention.kernel(flash, dtype, mesh)
-        per_example = parallel.whole_rows_on_cpu(mesh)
-        runtime = replace(runtime, per_example_attention=per_example, flash=kernel)
-    elif flash:
-        raise UserError(
-            f"model.flash is on, and {name} is decoder-only; flash kernels are there for the "
-            "encoder of a T5, leave the key out."
-        )
+    runtime = _with_kernels(own, runtime, name, mesh, flash)
     model = registry.model_for(own, _with_choices(own, runtime, name, dropout, attention))
-    sizes = _sizes(own)
     if quantization is not None:
         _check_quantization(quantization, trainable)
-    place = None if mesh is None else parallel.parameter_sharding(mesh)
-    axes = model.logical_axes()
-    if mesh is not None:
+    params, samples = _load_params(
+        model, leaves, tensors, _Storing(name, mesh, trainable, quantization)
+    )
+    path = name if location.startswith("gs://") else Path(location)
+    fingerprint, half = _fingerprints(params, samples)
+    return Backbone(model, params, name, fingerprint, path, mesh, half)
+
+
+class _Storing(NamedTuple):
+    """In which form weights are kept, and on which devices."""
+
+    name: str  # of the backbone, for errors
+    mesh: Mesh | None
+    trainable: bool
+    quantization: str | None
+
+
+def _load_params(
+    model: registry.FamilyModel, leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], to: _Storing
+) -> tuple[Params, dict[tuple[str, ...], Any]]:
+    """The weights, read one after another, and samples of those that are quantized."""
+    axes, sizes = model.logical_axes(), _sizes(model.config)
+    place = None if to.mesh is None else parallel.parameter_sharding(to.mesh)
+    if to.mesh is not None:
         for leaf in leaves:
             shape = _shape_of(leaf, sizes)
-            parallel.check_divides(mesh, _at(axes, leaf.path), shape, name)
+            parallel.check_divides(to.mesh, _at(axes, leaf.path), shape, to.name)
     params: Params = {}
     samples = {}
     for leaf in leaves:
@@ -136,17 +148,15 @@ def load_backbone(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        small = quantization is not None and last in MATMUL_WEIGHTS
-        rounded = rounded_at_load(last, model.runtime, trainable) and not small
+        small = to.quantization is not None and last in MATMUL_WEIGHTS
+        rounded = rounded_at_load(last, model.runtime, to.trainable) and not small
         dtype = "bfloat16" if rounded else model.runtime.activations
         array = _load_leaf(leaf, tensors, sizes, DTYPES[dtype], rule)
         if small:
             samples[leaf.path] = array.shape, _sample([array])[0]
-            array = _small(array, _at(axes, leaf.path), str(quantization), mesh)
+            array = _small(array, _at(axes, leaf.path), str(to.quantization), to.mesh)
         node[last] = array
-    path = name if location.startswith("gs://") else Path(location)
-    fingerprint, half = _fingerprints(params, samples)
-    return Backbone(model, params, name, fingerprint, path, mesh, half)
+    return params, samples
 
 
 def same_model(backbone: Backbone, recorded: Mapping[str, Any]) -> bool:
@@ -188,6 +198,22 @@ def _small(array: jax.Array, axes: tuple[str, ...], kind: str, mesh: Mesh | None
 def open_config(name: str) -> registry.Config:
     """The shape of a backbone, of which no weight is read; released T5 1.1 need not be there."""
     return released(name) or _open(hub.resolve(name), None)[0]
+
+
+def _with_kernels(
+    config: registry.Config, runtime: registry.Runtime, name: str, mesh: Mesh | None, flash: bool
+) -> registry.Runtime:
+    """The runtime with the kernels of attention that the family has on these devices."""
+    if isinstance(config, T5Config):
+        kernel = flash_attention.kernel(flash, runtime.dtype, mesh)
+        per_example = parallel.whole_rows_on_cpu(mesh)
+        return replace(runtime, per_example_attention=per_example, flash=kernel)
+    if flash:
+        raise UserError(
+            f"model.flash is on, and {name} is decoder-only; flash kernels are there for the "
+            "encoder of a T5, leave the key out."
+        )
+    return runtime
 
 
 def _with_choices(

@@ -11,6 +11,8 @@ from helpers_data import random_examples
 
 from jaxprompt.data import batches as pipeline
 from jaxprompt.data.batches import (
+    Cut,
+    Draw,
     Example,
     Room,
     balance_rows,
@@ -161,10 +163,10 @@ def test_fewer_rows_than_a_batch_are_repeated():
 @pytest.mark.parametrize("window", [0, 3])
 def test_resuming_continues_the_very_same_batches(window):
     examples = random_examples(50)
-    options = {"batch_size": 8, "seeds": [3], "window": window}
-    whole = list(itertools.islice(training_batches([examples], **options), 20))
+    draw = Draw(8, [3], window)
+    whole = list(itertools.islice(training_batches([examples], draw), 20))
     for start in (0, 1, 7, 13):
-        resumed = itertools.islice(training_batches([examples], start=start, **options), 6)
+        resumed = itertools.islice(training_batches([examples], draw, start=start), 6)
         for one, two in zip(whole[start : start + 6], resumed, strict=True):
             assert_equal(one[0], two[0])
 
@@ -173,10 +175,9 @@ def test_training_batches_are_those_of_batch_indices():
     examples = random_examples(50)
     lengths = np.array([len(e.inputs) for e in examples])
     longest = max(len(e.targets) for e in examples)
-    options = {"batch_size": 8, "seeds": [3], "window": 2}
+    draw = Draw(8, [3], 2)
     whole, parts = (
-        itertools.islice(training_batches([examples], rows=rows, **options), 9)
-        for rows in (None, 4)
+        itertools.islice(training_batches([examples], draw, Cut(rows)), 9) for rows in (None, 4)
     )
     for step, ([batch], (longer, shorter)) in enumerate(zip(whole, parts, strict=True)):
         chosen = batch_indices(lengths, batch_size=8, seed=3, step=step, window=2)
@@ -270,7 +271,7 @@ def test_micro_batches_of_shared_rows_are_as_deep_as_their_own_targets():
 
 def test_training_batches_are_deep_only_where_a_long_target_is():
     rows = [example([i, 1], [7, 1]) for i in range(31)] + [example([31, 1], [7] * 200)]
-    batches = training_batches([rows], batch_size=8, seeds=[0], rows=4)
+    batches = training_batches([rows], Draw(8, [0]), Cut(4))
     epoch = [part for step in itertools.islice(batches, 4) for part in step]
     depths = Counter(part.targets.shape[1] for part in epoch)
     assert depths == {2: 7, 200: 1} and sum(part.weights.sum() for part in epoch) == 31 * 2 + 200
