@@ -53,9 +53,12 @@ class Program(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A frozen backbone with a bank of K prompts, and the devices that rows go to."""
+    """A frozen backbone with a bank of K prompts, and the devices that rows go to.
 
-    params: registry.Params
+    ``make_engine`` makes it.
+    """
+
+    params: registry.Params  # as compiled programs take them, see ``quantization.view_as_uint16``
     bank: Float[Array, "K P D"] | None
     model: registry.Model
     mesh: Mesh | None = None  # rows go over its data axes; None: to the default device
@@ -121,12 +124,11 @@ class Engine(NamedTuple):
         compiled = _compiled(
             self.mesh, program.function, program.teacher_forced, model, program.settings
         )
-        params = quantization.view_as_uint16(self.params)
         shared = (prompts, *program.operands)
 
         def run(batch: Batch) -> jax.Array:
             placed = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
-            return compiled(params, shared, placed)
+            return compiled(self.params, shared, placed)
 
         return run
 
@@ -165,6 +167,16 @@ class Engine(NamedTuple):
         room = registry.room(model.config, devices, training=False)
         limits = BatchLimits(rows, devices, room, logits)
         return model, inference_batches(examples, limits, model.layout)
+
+
+def make_engine(
+    params: registry.Params,
+    bank: Float[Array, "K P D"] | None,
+    model: registry.Model,
+    mesh: Mesh | None = None,
+) -> Engine:
+    """The engine of these weights. What programs ask of the weights is done here, once."""
+    return Engine(quantization.view_as_uint16(params), bank, model, mesh)
 
 
 def _count_widths(lengths: Sequence[int]) -> int:

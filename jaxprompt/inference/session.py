@@ -10,7 +10,7 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.engine import Engine, make_engine
 from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
@@ -42,6 +42,7 @@ def open_session(
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     weights: str | None = None,
     any_backbone: bool = False,
 ) -> Session:
@@ -52,7 +53,8 @@ def open_session(
         backbone: a name, a path or a loaded backbone; None: the one that the prompt records.
         tokenizer: None: the one that the prompt records, else the one beside the weights.
         dtype: of the weights, see ``load_backbone``.
-        weights: how the weights are stored, see ``load_backbone``.
+        quantization: how the weights are stored, see ``load_backbone``.
+        weights: the old name of ``quantization``.
         any_backbone: allow other weights of the same width than those that the prompt records.
 
     Raises:
@@ -63,7 +65,7 @@ def open_session(
     elif prompt is not None:  # made in Python
         prompt = checked_prompt(prompt)
     recorded = {} if prompt is None else prompt.metadata.get("backbone", {})
-    loaded = _load(backbone, recorded.get("source"), dtype, weights)
+    loaded = _load(backbone, recorded.get("source"), dtype, quantization, weights)
     bank = None
     if prompt is not None:
         model = registry.with_attention(loaded.model, _attention(prompt))
@@ -73,7 +75,7 @@ def open_session(
     source = tokenizer or recorded.get("tokenizer") or loaded.path
     words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
     words = words.for_table(loaded.config.vocab_size)
-    engine = Engine(loaded.params, bank, loaded.model, loaded.mesh)
+    engine = make_engine(loaded.params, bank, loaded.model, loaded.mesh)
     return Session(loaded, words, prompt, engine)
 
 
@@ -86,6 +88,7 @@ def _load(
     backbone: str | Path | Backbone | None,
     recorded: str | None,
     dtype: str | None,
+    quantization: str | None,
     weights: str | None,
 ) -> Backbone:
     if isinstance(backbone, Path):
@@ -100,7 +103,10 @@ def _load(
         )
     if isinstance(backbone, Backbone):
         return backbone
-    return load_backbone(backbone, dtype=dtype, quantization=weights, mesh=parallel.make_mesh())
+    return load_backbone(
+        backbone, dtype=dtype, quantization=quantization, weights=weights,
+        mesh=parallel.make_mesh(),
+    )  # fmt: skip
 
 
 def _attention(prompt: Prompt) -> str:

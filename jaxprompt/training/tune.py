@@ -69,13 +69,13 @@ from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
 def inputs_of_files(config: RunConfig) -> inputs.Inputs:
     """Digests of the rows of a run, as far as they are in files that are there."""
     digests: inputs.Inputs = {}
-    for task in _tasks(config).values():
+    for task in _by_name(tasks_of(config.members())).values():
         digests |= inputs.of_files(task, config.train.max_eval_examples)
     return digests
 
 
-def _tasks(config: RunConfig) -> dict[str, TaskConfig]:
-    return {task.name: task for task in tasks_of(config.members())}
+def _by_name(tasks: Sequence[TaskConfig]) -> dict[str, TaskConfig]:
+    return {task.name: task for task in tasks}
 
 
 def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals) -> "Tuning":
@@ -86,10 +86,11 @@ def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals
     """
     method, mesh = METHODS[config.method], _make_mesh(config)
     # before the backbone, which may take minutes to load: most mistakes are in the data
-    limit = config.train.max_eval_examples
-    rows = {name: read_splits(task, limit) for name, task in _tasks(config).items()}
+    limit, member_tasks = config.train.max_eval_examples, tasks_of(config.members())
+    tasks = _by_name(member_tasks)
+    rows = {name: read_splits(task, limit) for name, task in tasks.items()}
     backbone, tokenizer = _load(config, mesh, reporter)
-    datasets = _build_datasets(config, rows, tokenizer, backbone.config.vocab_size)
+    datasets = _build_datasets(config, member_tasks, rows, tokenizer, backbone.config.vocab_size)
     digests = [
         split.digest()
         for dataset in {id(dataset): dataset for dataset in datasets}.values()
@@ -99,7 +100,7 @@ def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals
     _describe_rows(rows, reporter)
     reads = inputs.of_backbone(backbone.config, backbone.fingerprint)
     reads["tokenizer"] = tokenizer.fingerprint()
-    for name, task in _tasks(config).items():
+    for name, task in tasks.items():
         reads |= inputs.of_rows(task, rows[name])
     trials = make_trials(config, datasets)
     for warning in _warnings(config, trials, tokenizer, mesh):
@@ -156,18 +157,22 @@ def _load(config: RunConfig, mesh: Mesh, reporter: Reporter) -> tuple[Backbone, 
 
 
 def _build_datasets(
-    config: RunConfig, rows: Mapping[str, Rows], tokenizer: Tokenizer, vocabulary: int
-) -> list[TaskDataset]:
-    """The dataset of each member; members with one task and prompt length share it."""
+    config: RunConfig, tasks: Sequence[TaskConfig], rows: Mapping[str, Rows],
+    tokenizer: Tokenizer, vocabulary: int,
+) -> list[TaskDataset]:  # fmt: skip
+    """The dataset of each member; members with one task and prompt length share it.
+
+    tasks: of each member.
+    """
     members = config.members()
     uses_prompt = METHODS[config.method].uses_prompt
     keys = [
         (task.name, member.prompt.length if uses_prompt else 0)
-        for member, task in zip(members, tasks_of(members), strict=True)
+        for member, task in zip(members, tasks, strict=True)
     ]
-    tasks = _tasks(config)
+    by_name = _by_name(tasks)
     built = {
-        (name, length): build_dataset(tasks[name], rows[name], tokenizer, length, vocabulary)
+        (name, length): build_dataset(by_name[name], rows[name], tokenizer, length, vocabulary)
         for name, length in dict.fromkeys(keys)
     }
     return [built[key] for key in keys]

@@ -13,7 +13,7 @@ from jaxprompt.data.batches import Example
 from jaxprompt.inference import engine as engines
 from jaxprompt.inference import generate, rank, score
 from jaxprompt.inference import predict as predicting
-from jaxprompt.inference.engine import Engine, num_compilations
+from jaxprompt.inference.engine import make_engine, num_compilations
 from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.inference.predict import predict, refuse_lost
 from jaxprompt.models.label_tree import label_trees
@@ -106,7 +106,7 @@ WORDS: Any = SimpleNamespace(
 def asked(params, model, task, count=5, mesh=None):
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
-    engine = Engine(params, None, model, mesh)
+    engine = make_engine(params, None, model, mesh)
     return predict(engine, task, rows, WORDS, batch_size=4)
 
 
@@ -149,7 +149,7 @@ def test_other_rows_of_the_same_sizes_compile_nothing(tiny, decoding, monkeypatc
         none = np.zeros(0, np.int32)
         return [Example(rng.integers(3, 61, n).astype(np.int32), none) for n in lengths]
 
-    engine = Engine(params, None, model)
+    engine = make_engine(params, None, model)
     run = lambda rows: predict(engine, task, rows, WORDS, batch_size=8)
     run(rows(9, 20, 40))
     compiled = num_compilations()
@@ -183,7 +183,7 @@ def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
     rng = np.random.default_rng(0)
     ids = lambda count: rng.integers(3, 61, count).astype(np.int32)
     rows = [Example(ids(n), ids(t)) for n, t in [(9, 3), (30, 40), (5, 2), (70, 4)]]
-    engine = Engine(params, None, model)
+    engine = make_engine(params, None, model)
     together = score.log_likelihoods(engine, rows, batch_size=64)
     alone = [score.log_likelihoods(engine, [row], batch_size=1)[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
@@ -239,7 +239,7 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     shapes = []
 
     def answers(model, **settings):
-        engine = Engine(params, None, model, mesh)
+        engine = make_engine(params, None, model, mesh)
         return predict(engine, task, examples, tokenizer, batch_size=16, **settings)
 
     for name in ("inference_batches", "packed_rows"):

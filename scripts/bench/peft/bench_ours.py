@@ -17,7 +17,7 @@ from bench_tools import LABELS, Row, Start, resident, serve
 from jaxprompt.config.schema import TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example, micro_batches, with_noise
 from jaxprompt.data.virtual_tokens import virtual_ids
-from jaxprompt.inference.engine import Engine
+from jaxprompt.inference.engine import make_engine
 from jaxprompt.inference.predict import predict
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
@@ -142,7 +142,7 @@ class Ours:
         )
         examples = self.examples(backbone, self.start().questions)
         bank = jnp.asarray(self.vectors(backbone))
-        engine = Engine(backbone.params, bank, backbone.model, self.mesh)
+        engine = make_engine(backbone.params, bank, backbone.model, self.mesh)
         began = time.perf_counter()
         answers = predict(
             engine, task, examples, Words(), batch_size=job["batch_size"], pack=True  # type: ignore[arg-type]
