@@ -18,6 +18,7 @@ from jaxprompt.config.overrides import read_yaml
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.references import references
+from jaxprompt.data.rows import separator_hint
 from jaxprompt.data.sources import Row, read_rows
 from jaxprompt.data.tasks.registry import TASKS, resolve_task
 from jaxprompt.data.templates import as_text
@@ -278,7 +279,8 @@ def _guess_label(
         )
     raise UserError(
         f"{origin} has no column that looks like a label: few values that come back in many rows; "
-        f"it has {listed(map(repr, columns))}; name one with --label."
+        f"it has {listed(map(repr, columns))}{separator_hint(list(columns))}; name one with "
+        "--label."
     )
 
 

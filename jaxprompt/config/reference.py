@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.names import FOREIGN, RENAMED
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import RunConfig, TaskConfig
 
@@ -65,6 +66,9 @@ def find(name: str, schema: type[BaseModel] = RunConfig) -> list[Setting]:
     chosen = [s for s in every if s.key == name or s.key.startswith(f"{name}.")]
     chosen = chosen or [s for s in every if s.key.rpartition(".")[2] == name]
     if not chosen:
+        known = FOREIGN.get(name.rpartition(".")[2]) or RENAMED.get(name)
+        if known is not None:
+            raise UserError(f"There is no setting {shown(name)}; it is called {known!r} here.")
         sections = dict.fromkeys(s.key.partition(".")[0] for s in every)
         raise UserError(
             f"There is no setting {shown(name)}; name one, or one of {', '.join(sections)}."

@@ -152,3 +152,11 @@ def test_a_column_with_empty_cells_is_no_text_unless_it_is_the_only_one(tmp_path
     data = tmp_path / "data.csv"
     with pytest.raises(UserError, match="'subject' of .* is empty in 1 of 60 rows, first in row 8"):
         draft(Asked(data, tmp_path / "other.yaml", text=["subject"]))
+
+
+def test_a_file_with_another_separator_is_told_so(tmp_path):
+    data = tmp_path / "data.csv"
+    rows = [f"sentence number {i};{WORDS[i % 3]}" for i in range(60)]
+    data.write_text("\n".join(["text;label", *rows]) + "\n")
+    with pytest.raises(UserError, match="look separated by ';'"):
+        draft(Asked(data, tmp_path / "my.yaml"))

@@ -107,3 +107,12 @@ def test_every_config_is_in_the_document_and_no_link_is_dead():
 def test_the_document_tells_old_names():
     text = DOCUMENT.read_text(encoding="utf-8")
     assert all(f"| `{old}` | `{new}` |" in text for old, new in RENAMED.items())
+
+
+@pytest.mark.parametrize(
+    "name, here",
+    [("train.lr", "train.learning_rate"), ("train.eval_rows", "train.max_eval_examples")],
+)
+def test_a_setting_of_another_library_or_an_old_name_is_told_its_name_here(name, here):
+    with pytest.raises(UserError, match=f"it is called '{here}' here"):
+        find(name)
