@@ -92,8 +92,13 @@ C = TypeVar("C", bound=ModelConfig)
 
 def abstract(init: Callable[[C, jax.Array], Params], config: C, dtype: str) -> Params:
     """Shapes and dtypes of the parameters that ``init`` would make, without allocating any."""
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _shapes(init, config))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(init, config):
+    # the whole model is traced for its shapes, and they are asked for many times in a run
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
 def named_axes(names: dict[str, tuple[str, ...]], shapes: Params) -> Params:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -186,13 +186,21 @@ def _check_quantization(kind: str, trainable: bool) -> None:
 
 
 def _small(array: jax.Array, axes: tuple[str, ...], kind: str, mesh: Mesh | None) -> Any:
+    return _quantizer(array.shape, axes, kind, mesh)(array)
+
+
+@functools.lru_cache(maxsize=64)
+def _quantizer(
+    shape: tuple[int, ...], axes: tuple[str, ...], kind: str, mesh: Mesh | None
+) -> Callable[[jax.Array], Any]:
+    """``quantize``, compiled once for all leaves of that shape."""
     parts = 1 if mesh is None else mesh.shape["fsdp"]
     quantise = functools.partial(quantize, axes=axes, kind=kind, parts=parts)
     if mesh is None:
-        return jax.jit(quantise)(array)
+        return jax.jit(quantise)
     place = lambda x: parallel.part_sharding(mesh, x.shape, axes)
-    shardings = jax.tree.map(place, jax.eval_shape(quantise, array))
-    return jax.jit(quantise, out_shardings=shardings)(array)
+    stored = jax.eval_shape(quantise, jax.ShapeDtypeStruct(shape, np.float32))
+    return jax.jit(quantise, out_shardings=jax.tree.map(place, stored))
 
 
 def open_config(name: str) -> registry.Config:
