@@ -16,25 +16,23 @@ from typing import TYPE_CHECKING
 from jaxprompt import moved
 
 if TYPE_CHECKING:
-    from jaxprompt.api import evaluate, inspect, open_session, predict, score
+    from jaxprompt.api import evaluate, inspect, open_session, predict, score, train
     from jaxprompt.config.errors import UserError
     from jaxprompt.config.overrides import load_config
     from jaxprompt.config.schema import RunConfig, TaskConfig
     from jaxprompt.methods.artefact import Prompt, load_prompt, save_peft, save_prompt
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.load import Backbone, load_backbone
-    from jaxprompt.training.loop import train
     from jaxprompt.training.metric_log import NullReporter, Reporter
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score"),
+    "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score", "train"),
     "jaxprompt.config": ("RunConfig", "TaskConfig", "UserError", "load_config"),
     "jaxprompt.models.checkpoints.export": ("save_backbone",),
     "jaxprompt.models.checkpoints.load": ("Backbone", "load_backbone"),
     "jaxprompt.methods.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
-    "jaxprompt.training.loop": ("train",),
     "jaxprompt.training.metric_log": ("NullReporter", "Reporter"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,25 +1,41 @@
-"""Using tuned prompts: load, evaluate, predict, score, inspect. The command line calls these."""
+"""Tuning prompts and using them: train, evaluate, predict, score, inspect.
 
-import itertools
+Rows may be in files or in memory (``data/memory.py``). The command line calls these functions, too.
+"""
+
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.overrides import load_config
 from jaxprompt.config.paths import expanded
-from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.batches import Example
 from jaxprompt.data.examples import tokenize
+from jaxprompt.data.holdout import FEWEST_ROWS, hold_out
+from jaxprompt.data.memory import (
+    SPLITS,
+    Data,
+    RowsLike,
+    check_rows,
+    held,
+    rows_in_memory,
+    splits_in_memory,
+)
 from jaxprompt.data.references import Reference, references
+from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.targets import as_written, label_warnings
-from jaxprompt.data.tasks.registry import class_words
+from jaxprompt.data.tasks.registry import class_words, resolve_task
 from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.tasks.splits import read_split
+from jaxprompt.data.templates import columns_of
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.analysis import PromptReport, summarize
@@ -43,19 +59,114 @@ from jaxprompt.inference.session import (
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.processes import on_process_zero
 
+if TYPE_CHECKING:
+    from jaxprompt.runtime.signals import Signals
+    from jaxprompt.training.metric_log import Reporter
+
 __all__ = [
     "EvaluationOptions", "PredictOptions", "Session", "answer_form", "check_pair", "check_pairs",
-    "check_rows", "evaluate", "evaluate_ensemble", "inspect", "open_session", "predict",
-    "predict_rows", "prompt_task", "rows_of", "score",
+    "evaluate", "evaluate_ensemble", "inspect", "open_session", "predict",
+    "predict_rows", "prompt_task", "rows_of", "score", "train",
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
-Rows = Sequence[dict[str, Any]]
 Result = dict[str, Any]  # JSON
 
 
 def _warned(text: str) -> None:
     warnings.warn(text, stacklevel=2)
+
+
+def train(
+    config: RunConfig | str | Path | Mapping[str, object],
+    reporter: "Reporter | None" = None,
+    signals: "Signals | None" = None,
+    *,
+    data: Data | None = None,
+) -> Result:
+    """Tune the prompts of ``config``, or go on with that.
+
+    Killed at any moment and called again, it ends with a bit-identical prompt.
+
+    Args:
+        config: what to tune and the output directory: the path of a YAML file, a mapping with the
+            same keys, or what ``load_config`` returns.
+        reporter: hears lines of text and of every step; None: a progress bar where standard error
+            is a terminal or in a notebook, else nothing; ``NullReporter()``: nothing.
+        signals: those that end the run at a step that is saved.
+        data: rows instead of those that the task names: a list of mappings, a pandas data frame, a
+            ``datasets.Dataset``, or a mapping of train, validation and perhaps test to one of
+            these. Rows without splits are cut into three, the same in every call.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        UserError: a mistake in ``config`` or ``data``, or the output holds a run with others.
+        Interrupted: one of ``signals`` came. The state is saved.
+    """
+    from jaxprompt.training import loop  # which using a prompt does not need
+
+    config = _as_config(config)
+    if data is None:
+        return loop.train(config, reporter, signals)
+    with _with_rows(config, data) as run:
+        return loop.train(run, reporter, signals)
+
+
+def _as_config(config: object) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    if isinstance(config, Mapping):
+        return parse(RunConfig, dict(config))
+    raise UserError(
+        f"A config is {shown(config)}; give the path of a YAML file, a mapping with its keys, or "
+        "what load_config returns."
+    )
+
+
+@contextlib.contextmanager
+def _with_rows(config: RunConfig, data: Data) -> Iterator[RunConfig]:
+    """The config of a run whose task reads rows in memory, as long as the block lasts."""
+    if "task" in config.prompt.population:
+        raise UserError(
+            "data holds the rows of one task, and prompt.population.task names several; leave one "
+            "of them out."
+        )
+    task = {"name": config.task} if isinstance(config.task, str) else dict(config.task)
+    if isinstance(data, Mapping):
+        splits = splits_in_memory(data)
+        missing = [name for name in ("train", "validation") if name not in splits]
+        if missing:
+            raise UserError(
+                f"data has no {missing[0]} rows; give {{'train': rows, 'validation': rows}}, or "
+                "rows alone, which are cut into both."
+            )
+    else:
+        splits = _cut(resolve_task(task), rows_in_memory(data, "data"))
+    names = {name: name if name in splits else None for name in SPLITS}
+    with held(splits) as source:
+        yield config.model_copy(update={"task": task | {"source": source} | names})
+
+
+def _cut(task: TaskConfig, rows: Rows) -> dict[str, list[Row]]:
+    """The rows of each split, of which no two share a text."""
+    advice = "give {'train': rows, 'validation': rows}."
+    if task.rule is not None:
+        raise UserError(f"Rows of task {task.name!r} are not cut into splits; {advice}")
+    if len(rows) < FEWEST_ROWS:
+        raise UserError(
+            f"data has {len(rows)} rows, too few to cut validation rows off; give at least "
+            f"{FEWEST_ROWS}, or {advice}"
+        )
+    parts = hold_out(rows, columns_of(task.template), columns_of(task.target), SPLITS)
+    if not all(parts.values()):
+        raise UserError(
+            f"data has too few rows of each label to cut validation and test rows off; {advice}"
+        )
+    return parts
 
 
 @dataclass(frozen=True)
@@ -119,29 +230,9 @@ def _inputs(
     )  # fmt: skip
 
 
-def check_rows(rows: object, origin: str | None = None) -> None:
-    """Refuse what is no sequence of mappings from column names to values.
-
-    A string, a mapping and a pandas data frame are sequences of other things.
-    """
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Sized):
-        wrong = [rows]
-    elif not isinstance(rows, Iterable):
-        wrong = [rows]
-    else:  # the first row of a data set on disk tells enough
-        some = rows if isinstance(rows, list | tuple) else itertools.islice(rows, 1)
-        wrong = [row for row in some if not isinstance(row, Mapping)]
-    if wrong:
-        raise UserError(
-            f"Rows{f' of {origin}' if origin else ''} are mappings, of column names to values, "
-            f"such as [{{'text': 'a sentence'}}] with the columns of the task's template; one is "
-            f"{shown(wrong[0])}."
-        )
-
-
 def predict(
     prompt: PromptLike,
-    rows: Rows,
+    rows: RowsLike,
     *,
     backbone: str | Path | Backbone | None = None,
     task: TaskLike = None,
@@ -157,7 +248,8 @@ def predict(
     Args:
         prompt: a folder or file, a loaded prompt, None for the bare backbone, or a ``Session``,
             which loads the backbone only once.
-        rows: mappings of column names to values.
+        rows: a list of mappings of column names to values, a pandas data frame, or a
+            ``datasets.Dataset``.
         backbone: None: the one that the prompt records.
         task: None: the one that the prompt records.
         batch_size: rows at a time, at most.
@@ -166,10 +258,9 @@ def predict(
     """
     session = as_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
-    check_rows(rows)
-    rows = apply_rule(chosen, rows, training=False)
+    asked = apply_rule(chosen, rows_in_memory(rows), training=False)
     options = PredictOptions(batch_size, progress=progress, warn=warn)
-    return rows_of(chosen, predict_rows(session, chosen, rows, options))
+    return rows_of(chosen, predict_rows(session, chosen, asked, options))
 
 
 def answer_form(task: TaskConfig) -> Result:
@@ -196,7 +287,7 @@ class EvaluationOptions(TypedDict):
     """Keyword arguments of ``evaluate`` and ``evaluate_ensemble``.
 
     task: None: the one that the prompt records.
-    data: a file with the task's columns, instead of a split.
+    data: a file with the task's columns, instead of a split; or rows, as for ``train``.
     split: train, validation or test.
     batch_size: rows at a time, at most.
     progress: hears how many rows each batch had.
@@ -204,7 +295,7 @@ class EvaluationOptions(TypedDict):
     """
 
     task: NotRequired[TaskLike]
-    data: NotRequired[str | Rows | None]  # a file, or rows
+    data: NotRequired[str | Path | Data | None]
     split: NotRequired[str]
     batch_size: NotRequired[int]
     progress: NotRequired[Progress]
@@ -259,7 +350,7 @@ class _Evaluation:
     """The values of ``EvaluationOptions`` with their defaults."""
 
     task: TaskLike = None
-    data: str | Rows | None = None
+    data: str | Path | Data | None = None
     split: str = "validation"
     batch_size: int = 64
     progress: Progress = ignore_progress
@@ -296,13 +387,13 @@ def _questions(session: Session, given: _Evaluation) -> _Questions:
         raise UserError(f"The split is {shown(split)}; give train, validation or test.")
     task = prompt_task(session.prompt, given.task)
     check_metrics(task)
-    if data is None or isinstance(data, str):
-        rows = read_split(task, split, data)
-        origin = data if data is not None else getattr(task, split)
+    if data is None:
+        rows, origin = read_split(task, split), getattr(task, split)
+    elif isinstance(data, str | Path):
+        rows, origin = read_split(task, split, str(data)), str(data)
     else:
-        check_rows(data)
         origin = "the given rows"
-        rows = apply_rule(task, data, training=False, origin=origin)
+        rows = apply_rule(task, _rows_of_split(data, split), training=False, origin=origin)
     if not rows:
         raise UserError(f"{origin} holds no rows that task {task.name!r} can judge.")
     written = as_written(task, references(task, rows, origin), session.tokenizer)
@@ -316,6 +407,16 @@ def _questions(session: Session, given: _Evaluation) -> _Questions:
         "prompt_length": session.length,
     }
     return _Questions(task, rows, origin, written.references, facts, odd)
+
+
+def _rows_of_split(data: Data, split: str) -> Rows:
+    """The rows, or those of one split where there are several."""
+    if not isinstance(data, Mapping):
+        return rows_in_memory(data)
+    splits = splits_in_memory(data)
+    if split not in splits:
+        raise UserError(f"data has no {split} rows; it has {listed(splits)}.")
+    return splits[split]
 
 
 def evaluate_ensemble(sessions: Sequence[Session], **options: Unpack[EvaluationOptions]) -> Result:

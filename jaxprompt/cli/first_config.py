@@ -4,7 +4,6 @@ The guesses follow simple rules that a person can check, and each is told with i
 rules do not settle is refused with a sentence that names the option which does.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -17,14 +16,13 @@ from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.overrides import read_yaml
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.data.holdout import FEWEST_ROWS, MOST_LABELS, hold_out
 from jaxprompt.data.references import references
-from jaxprompt.data.rows import separator_hint
-from jaxprompt.data.sources import Row, read_rows
+from jaxprompt.data.rows import Row, Rows, separator_hint
+from jaxprompt.data.sources import read_rows
 from jaxprompt.data.tasks.registry import TASKS, resolve_task
 from jaxprompt.data.templates import as_text
 from jaxprompt.runtime.files import check_output, write_atomically
-
-Rows = Sequence[Row]
 
 LABEL_NAMES = (
     "label", "labels", "class", "category", "target", "answer", "intent", "sentiment", "topic",
@@ -34,13 +32,9 @@ TEXT_NAMES = (
     "text", "sentence", "question", "content", "review", "message", "body", "input", "document",
     "comment", "tweet", "utterance", "gloss", "description", "title", "subject",
 )  # fmt: skip
-MOST_LABELS = 100  # different values of a column that is still taken for classes
 LABEL_WORDS = 6  # words of the longest label
 LOOKED_AT = 2000  # rows from which columns are judged
-FEWEST_ROWS = 12  # of a file that is split
 MOST_TOKENS = 256  # of a row: longer ones take long on a small machine
-HELD_OUT = 0.1  # share of the rows that go to validation, and to test
-MOST_HELD_OUT = 1000  # rows of each
 NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
@@ -413,34 +407,8 @@ def place_rows(asked: Asked, rows: Rows, columns: Columns) -> Files:
 def split_rows(
     rows: Rows, columns: Columns, names: Sequence[str], origin: str
 ) -> dict[str, list[Row]]:
-    """Disjoint parts of the rows: most for training, a share of each label for the others.
-
-    Rows of one text stay together, so that no text is in two parts. Which part a text goes to is
-    decided by its SHA-256, so that the order of the file and other rows hardly matter.
-    """
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        text = json.dumps([str(row.get(name)) for name in columns.text])
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        groups.setdefault(digest, []).append(number)
-    by_label: dict[str, list[str]] = {}
-    for digest in sorted(groups):
-        by_label.setdefault(str(rows[groups[digest][0]].get(columns.label)), []).append(digest)
-    if len(by_label) > MOST_LABELS:  # answers are written freely: shares of all rows
-        by_label = {"": sorted(groups)}
-    share = min(HELD_OUT, MOST_HELD_OUT / len(rows))
-    part_of: dict[int, str] = {}
-    for digests in by_label.values():
-        held_out = max(1, round(share * len(digests)))
-        if len(digests) < len(names):  # too few texts of this label
-            held_out = 0
-        for place, digest in enumerate(digests):
-            turn = place // held_out + 1 if held_out else len(names)
-            name = names[turn] if turn < len(names) else names[0]
-            part_of |= dict.fromkeys(groups[digest], name)
-    parts: dict[str, list[Row]] = {name: [] for name in names}
-    for number, row in enumerate(rows):
-        parts[part_of[number]].append(row)
+    """Parts of the rows as ``hold_out`` makes them. Raises UserError where one is empty."""
+    parts = hold_out(rows, columns.text, [columns.label], names)
     for name, some in parts.items():
         if not some:
             raise UserError(

@@ -9,6 +9,7 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.data.csv_file import read_csv
 from jaxprompt.data.json_lines import read_jsonl
+from jaxprompt.data.memory import held_rows
 from jaxprompt.data.parquet_file import read_parquet
 from jaxprompt.data.rows import Row, Rows, plain_value
 
@@ -33,6 +34,8 @@ def read_rows(source: str | None, split: str, *, empty: bool = False) -> Rows:
         rows = _read_file(Path(expanded(split)))
     elif kind == "builtin" and colon:
         rows = _read_packaged(name, split)
+    elif kind == "memory" and name:
+        rows = held_rows(name, split)
     elif kind == "folder" and name:
         rows = _read_folder(Path(expanded(name)), split)
     elif kind == "hf" and colon:

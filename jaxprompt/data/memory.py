@@ -1,0 +1,140 @@
+"""Rows that a Python program holds: which kinds there are, and how a run reads them by name.
+
+The name of such rows is the digest of what they hold, as in ``memory:5f1c...``. It stands in the
+settings of a run, so that a run which is resumed with other rows is refused like one with other
+settings, and a name can never mean other rows.
+"""
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, runtime_checkable
+
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.data.rows import Row, Rows, plain_value
+
+SPLITS = ("train", "validation", "test")
+
+# what is held now, by digest: as often as somebody holds it
+_HELD: dict[str, list[Mapping[str, Rows]]] = {}
+
+
+@runtime_checkable
+class DataFrame(Protocol):
+    """What is used of a pandas data frame; pandas itself is not needed."""
+
+    columns: Any
+
+    def astype(self, dtype: type) -> Any: ...
+
+    def notna(self) -> Any: ...
+
+
+RowsLike = Sequence[Row] | DataFrame  # a list, a datasets.Dataset, a data frame
+Data = RowsLike | Mapping[str, RowsLike]  # rows, or the rows of each split
+
+
+def rows_in_memory(rows: object, origin: str | None = None) -> Rows:
+    """Rows of any kind as a sequence of mappings from column names to values.
+
+    Args:
+        rows: A list of mappings, a pandas data frame or a ``datasets.Dataset``. Missing values of a
+            data frame (NaN, NA, NaT) become None.
+        origin: What errors call the rows.
+
+    Raises:
+        UserError: They are of another kind, or a column has a name that is not text.
+    """
+    if isinstance(rows, DataFrame):
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    check_rows(rows, origin)
+    assert isinstance(rows, Sequence | Iterable)
+    if not isinstance(rows, list | tuple):
+        return rows  # pyright: ignore[reportReturnType]  # a data set on disk is read row by row
+    return [{key: plain_value(value) for key, value in row.items()} for row in rows]
+
+
+def check_rows(rows: object, origin: str | None = None) -> None:
+    """Refuse what is no sequence of mappings from column names to values.
+
+    A string and a mapping are sequences of other things.
+    """
+    of = f" of {origin}" if origin else ""
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Sized):
+        wrong = [rows]
+    elif not isinstance(rows, Iterable):
+        wrong = [rows]
+    else:  # the first row of a data set on disk tells enough
+        some = rows if isinstance(rows, list | tuple) else list(itertools.islice(rows, 1))
+        wrong = [row for row in some if not isinstance(row, Mapping)]
+        names = (name for row in some if isinstance(row, Mapping) for name in row)
+        name = next((name for name in names if not isinstance(name, str)), "")
+        if name != "" and not wrong:
+            raise UserError(
+                f"Rows{of} have a column {shown(name)}; names of columns are text: rename it."
+            )
+    if wrong:
+        raise UserError(
+            f"Rows{of} are mappings, of column names to values, such as [{{'text': 'a sentence'}}] "
+            f"with the columns of the task's template; one is {shown(wrong[0])}."
+        )
+
+
+def splits_in_memory(data: Mapping[str, object]) -> dict[str, Rows]:
+    """The rows of each split of a mapping such as ``{"train": rows, "validation": rows}``.
+
+    Splits that are None are left out.
+
+    Raises:
+        UserError: A key is no split, or rows are of another kind, or there are none.
+    """
+    if not data or not data.keys() <= set(SPLITS):
+        raise UserError(
+            f"data is a mapping with the keys {listed(map(repr, data)) or '(none)'}; give rows, or "
+            "a mapping of train, validation and test to rows."
+        )
+    splits = {
+        name: rows_in_memory(data[name], f"the {name} data")
+        for name in SPLITS
+        if data.get(name) is not None
+    }
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise UserError(f"The {name} data holds no rows; give some, or leave the split out.")
+    return splits
+
+
+def digest_of(splits: Mapping[str, Rows]) -> str:
+    """SHA-256 of all values of all splits. The order of columns does not matter."""
+    digest = hashlib.sha256()
+    for name, rows in sorted(splits.items()):
+        digest.update(f"{name} {len(rows)}\n".encode())
+        for row in rows:
+            text = repr([(key, plain_value(row[key])) for key in sorted(row)])
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def held(splits: Mapping[str, Rows]) -> Iterator[str]:
+    """The source that ``read_rows`` reads these rows from, until the block ends."""
+    name = digest_of(splits)
+    _HELD.setdefault(name, []).append(splits)
+    try:
+        yield f"memory:{name}"
+    finally:
+        _HELD[name].pop()
+        if not _HELD[name]:
+            del _HELD[name]
+
+
+def held_rows(name: str, split: str) -> Rows:
+    """The rows of a split of what is held under this digest."""
+    holders = _HELD.get(name)
+    if not holders:
+        raise UserError(
+            f"The {split} rows were given to jp.train by a Python program (memory:{name[:12]}...), "
+            "and are not on disk; give them again, as data=, or name a file."
+        )
+    return holders[-1][split]
