@@ -37,6 +37,7 @@ FOREIGN = {
     "max_eval_samples": "train.max_eval_examples",
     "save_steps": "train.checkpoint_every",
     "checkpoint_period": "train.checkpoint_every",
+    "report_to": "train.trackers",
     "save_total_limit": "train.keep",
     "early_stopping_patience": "train.patience",
     "num_virtual_tokens": "prompt.length",

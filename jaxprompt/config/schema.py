@@ -344,6 +344,13 @@ class Optimization(Schema):
     checkpoint_every: Positive = Field(default=1000, description="Steps between checkpoints.")
     keep: Positive = Field(default=2, description="Checkpoints that are kept.")
     tensorboard: bool = Field(default=True, description="Writes curves for TensorBoard.")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        default=[],
+        description=(
+            "Services that get the metrics too. Weights & Biases and MLflow take servers and "
+            "projects from variables of their own (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...)."
+        ),
+    )
 
 
 class TrainConfig(Optimization):

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, throughput and a reporter."""
+"""What a run tells while it goes on: metrics.jsonl, trackers, throughput and a reporter."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from jaxprompt.losses import Losses
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.training.divergence import check_members
 from jaxprompt.training.progress import Progress
+from jaxprompt.training.trackers import Tracker
 from jaxprompt.training.trial import MetricName
 
 Metrics = dict[str, float]
@@ -25,9 +26,14 @@ LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
 
 class MetricWriter:
-    """Appends to ``metrics.jsonl`` and TensorBoard; rows after ``step`` of a killed run go.
+    """Appends to ``metrics.jsonl`` and passes rows on to trackers.
 
-    Of several processes the first one alone writes. ``say`` hears of damaged lines.
+    Of several processes the first one alone writes.
+
+    Args:
+        step: rows after it, which a killed run has left, go; -1: all rows.
+        trackers: opens the trackers of a run that goes on from a step.
+        say: hears of damaged lines.
     """
 
     def __init__(
@@ -35,16 +41,16 @@ class MetricWriter:
         folder: Path,
         step: int,
         *,
-        tensorboard: bool,
+        trackers: Callable[[int], Sequence[Tracker]] = lambda step: (),
         say: Callable[[str], None] = lambda text: None,
     ):
-        self.folder, self.tensorboard, self._say = folder, tensorboard, say
+        self.folder, self._open_trackers, self._say = folder, trackers, say
         self._writes = jax.process_index() == 0
         self._open(step)
 
     def _open(self, step: int) -> None:
         self.rows: list[Row] = []
-        self._file = self._board = None
+        self._file, self._trackers = None, ()
         if not self._writes:
             return
         path = self.folder / "metrics.jsonl"
@@ -54,11 +60,7 @@ class MetricWriter:
         self.rows = [row for row in rows if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
-        if self.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            purge = step + 1 if step >= 0 else None
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        self._trackers = self._open_trackers(step)
 
     def write(self, row: Row) -> None:
         """Add a row; it has a ``step``, and every other number becomes a curve.
@@ -70,9 +72,9 @@ class MetricWriter:
             return
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        metrics = {name: value for name, value in row.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.write(row["step"], metrics)
 
     def rows_of(self, prefix: str) -> list[Row]:
         """The rows so far with keys of this prefix alone, without it."""
@@ -89,9 +91,10 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        for file in (self._file, self._board):
-            if file is not None:
-                file.close()
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _read_rows(path: Path) -> tuple[list[Row], int]:

@@ -23,18 +23,20 @@ from jaxprompt.runtime.lock import LOCK, locked
 from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import CHECKSUMS, Checkpoints, checkpoint_folders
 from jaxprompt.training.metric_log import MetricWriter
+from jaxprompt.training.trackers import IDS, TrackedRun, Tracker, check_installed, open_trackers
 
 # all that a run writes
 RUN_FILES = frozenset((
     LOCK, "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "damaged", "result.json",
     "curves.png", "losses.png", "samples.jsonl", "tokenizer", "tokens", "prompt", "model", "tasks",
-    "population", "population.md",
+    "population", "population.md", IDS, "wandb",
 ))  # fmt: skip
 
 # settings that a run may change when it goes on
 RESUMABLE_SETTINGS = {
     "output",
     "train.tensorboard",
+    "train.trackers",
     "train.keep",
     "train.eval_batch_size",
     "mesh.data",
@@ -262,6 +264,7 @@ class RunDir:
         """
         result = processes.on_process_zero(lambda: load_result(self.config))
         if not result:
+            processes.on_process_zero(lambda: check_installed(self.config.train.trackers))
             return None
         inputs.check_inputs(self.path, result.get("inputs"), known_inputs())
         self._say(
@@ -288,9 +291,13 @@ class RunDir:
 
     def open_metrics(self, step: int) -> None:
         """Rows after ``step``, which a killed run has left, go; -1: all rows."""
-        tensorboard = self.config.train.tensorboard
-        self.metrics = MetricWriter(self.path, step, tensorboard=tensorboard, say=self._say)
+        self.metrics = MetricWriter(self.path, step, trackers=self._trackers, say=self._say)
         self._open.callback(self.metrics.close)
+
+    def _trackers(self, step: int) -> list[Tracker]:
+        train = self.config.train
+        names = ["tensorboard"] * train.tensorboard + list(train.trackers)
+        return open_trackers(names, TrackedRun(self.path, _settings(self.config), step), self._say)
 
     def oldest_checkpoint(self) -> int | None:
         """The step of the oldest checkpoint that is kept."""

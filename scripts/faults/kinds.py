@@ -474,7 +474,7 @@ def _open_parts(config: Any, run: Path) -> None:
         step = saved.latest_step()
         if step is not None:
             saved.progress()
-            MetricWriter(run, 4, tensorboard=False).close()
+            MetricWriter(run, 4).close()
 
 
 def _good_rows(run: Path) -> list[str]:

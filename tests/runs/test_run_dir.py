@@ -216,7 +216,7 @@ def test_no_row_after_a_damaged_line_is_lost(tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_bytes(text)
     said = []
-    book = MetricWriter(tmp_path, 3, tensorboard=False, say=said.append)
+    book = MetricWriter(tmp_path, 3, say=said.append)
     book.write({"step": 4, "loss": 0.5})
     book.close()
     assert metrics(tmp_path) == [*rows[:3], {"step": 4, "loss": 0.5}]

@@ -125,6 +125,14 @@ def test_a_run_from_its_start_to_its_end(tmp_path):
     assert run(config(tmp_path)) == []  # a complete run is not prepared again
 
 
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_prepared(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (told,) = run(config(tmp_path, trackers=["wandb"]))
+    assert "run: pip install wandb" in told and not (tmp_path / "run").exists()
+
+
 def test_more_steps_go_on_from_the_newest_checkpoint(tmp_path):
     run(config(tmp_path, steps=3))
     assert run(config(tmp_path)) == [
