@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class WandB:
     """
 
     def __init__(self, run: TrackedRun):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -98,33 +99,30 @@ class MLflow:
     """
 
     def __init__(self, run: TrackedRun):
-        import mlflow
+        import mlflow.entities  # pyright: ignore[reportMissingImports]
 
-        self._client = mlflow.MlflowClient()
+        self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
         self._id = _recorded_id(run.folder, "mlflow", lambda: self._begin(run))
         self._client.update_run(self._id, status="RUNNING")
 
     def _begin(self, run: TrackedRun) -> str:
         """The id of a new run, which has the settings as its parameters."""
-        from mlflow.entities import Param
-
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(name)
         place = self._client.create_experiment(name) if known is None else known.experiment_id
         begun = self._client.create_run(place, run_name=run.folder.name).info.run_id
-        values = [Param(key, str(value)[:500]) for key, value in run.settings.items()]
+        values = [
+            self._entities.Param(key, str(value)[:500]) for key, value in run.settings.items()
+        ]
         for some in _batches(values, 100):  # of one request, at most
             self._client.log_batch(begun, params=some)
         return begun
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A point of each curve."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
+        now = int(1000 * time.time())
         values = [
-            Metric(re.sub(r"[^\w./ -]", "_", name), value, now, step)
+            self._entities.Metric(re.sub(r"[^\w./ -]", "_", name), value, now, step)
             for name, value in metrics.items()
         ]
         for some in _batches(values, 1000):  # of one request, at most

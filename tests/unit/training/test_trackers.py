@@ -83,11 +83,12 @@ def wandb(monkeypatch):
 def mlflow(monkeypatch):
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     library = MLflow()
-    module(monkeypatch, "mlflow", MlflowClient=lambda: library)
-    entity = lambda *values: values
-    module(monkeypatch, "mlflow.entities", Metric=entity, Param=entity)
-    module(monkeypatch, "mlflow.utils")
-    module(monkeypatch, "mlflow.utils.time", get_current_time_millis=lambda: 5)
+    entities = module(
+        monkeypatch, "mlflow.entities",
+        Metric=lambda key, value, timestamp, step: (key, value, step),
+        Param=lambda key, value: (key, value),
+    )  # fmt: skip
+    module(monkeypatch, "mlflow", MlflowClient=lambda: library, entities=entities)
     return library
 
 
@@ -127,7 +128,7 @@ def test_a_run_that_goes_on_is_the_same_run_of_mlflow(mlflow, tmp_path):
     writer(tmp_path / "run", ["mlflow"], step=3).close()
     assert mlflow.of("create") == [["place of jaxprompt", "run"]]
     assert mlflow.of("params") == [["7", [("train.steps", "4"), ("task.labels", "['yes', 'no']")]]]
-    assert mlflow.of("metrics") == [["7", [("prompt0/loss", 1.5, 5, 3), ("a_b", 2.0, 5, 3)]]]
+    assert mlflow.of("metrics") == [["7", [("prompt0/loss", 1.5, 3), ("a_b", 2.0, 3)]]]
     assert mlflow.of("update") == [["7", "RUNNING"]] * 2 and mlflow.told[-1] == ("terminated", "7")
 
 
