@@ -14,8 +14,9 @@ import numpy as np
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, is_count
 from jaxprompt.config.pretrain import PairSource, PretrainConfig, TextSource
-from jaxprompt.data.batches import Batch, Example, dropout_seeds, pack_batch, random_stream
+from jaxprompt.data.batches import Batch, Example, pack_batch
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
+from jaxprompt.data.sampling import dropout_seeds, random_stream
 from jaxprompt.data.sources import check_file, read_rows
 from jaxprompt.data.templates import as_text
 from jaxprompt.data.token_cache import Ragged, tokenized

@@ -11,16 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxprompt.data.batches import (
-    Batch,
-    Example,
+from jaxprompt.data.batches import Batch, Example, make_batch
+from jaxprompt.data.layout import (
+    BatchLayout,
     Room,
-    make_batch,
     round_input_length,
     round_target_length,
     target_lengths,
 )
-from jaxprompt.data.layout import BatchLayout
 
 
 class BatchLimits(NamedTuple):

@@ -15,13 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.data.batches import (
-    Batch,
-    Example,
-    packed_rows,
-    round_input_length,
-    round_target_length,
-)
+from jaxprompt.data.batches import Batch, Example
+from jaxprompt.data.layout import round_input_length, round_target_length
+from jaxprompt.data.microbatches import packed_rows
 from jaxprompt.inference.buckets import BatchLimits, inference_batches
 from jaxprompt.models import registry
 from jaxprompt.models.ops import quantization
@@ -162,7 +158,7 @@ class Engine(NamedTuple):
                     depth = round_target_length(max(len(e.targets) for e in examples))
                     return packed, packed_rows(
                         examples, parts=-(-len(examples) // per_batch), devices=devices,
-                        widths=packed.layout, target_length=depth,
+                        layout=packed.layout, target_length=depth,
                     )  # fmt: skip
         room = registry.room(model.config, devices, training=False)
         limits = BatchLimits(rows, devices, room, logits)

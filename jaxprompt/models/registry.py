@@ -7,7 +7,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from jaxprompt.data.batches import Room, micro_rows
+from jaxprompt.data.layout import Room
+from jaxprompt.data.microbatches import micro_rows
 from jaxprompt.models.base import Cache as Cache
 from jaxprompt.models.base import Model as Model
 from jaxprompt.models.base import ModelConfig as ModelConfig

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
-from jaxprompt.data.batches import round_target_length
+from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import precision, registry

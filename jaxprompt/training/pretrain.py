@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import PromptConfig
-from jaxprompt.data.batches import Batch, make_batch, random_stream
+from jaxprompt.data.batches import Batch, make_batch
 from jaxprompt.data.layout import BatchLayout
+from jaxprompt.data.sampling import random_stream
 from jaxprompt.data.text import (
     Stream,
     Streams,

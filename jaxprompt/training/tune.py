@@ -14,7 +14,10 @@ from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.data.batches import Cut, Draw, Room, training_batches, with_member
+from jaxprompt.data.batches import with_member
+from jaxprompt.data.layout import Room
+from jaxprompt.data.microbatches import Cut
+from jaxprompt.data.sampling import Draw, training_batches
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt

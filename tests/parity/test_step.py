@@ -9,7 +9,9 @@ from helpers_step import D, P, V, concatenated, examples, prompts, run, trainer
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.data.batches import Room, make_batch, micro_batches, pack_batch
+from jaxprompt.data.batches import make_batch, pack_batch
+from jaxprompt.data.layout import Room
+from jaxprompt.data.microbatches import micro_batches
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.base import Model
@@ -133,7 +135,7 @@ def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_bat
     ours, more = model, {"room": Room(targets=60)}
     if shared:
         ours = sharing(model)
-        more = {"widths": ours.layout}
+        more = {"layout": ours.layout}
     parts = micro_batches(rows, rows=4, target_length=(4, 20), **more)
     depths = [(len(part.inputs), part.targets.shape[1]) for part in parts]
     assert sorted(depths) == ([(1, 4), (1, 20)] if shared else [(2, 20), (2, 20), (4, 4)])
@@ -157,7 +159,7 @@ def test_a_step_on_shared_rows_equals_one_on_the_whole_batch(tiny, method, devic
     if whole:
         rows = [e._replace(inputs=e.inputs[P:]) for e in rows]
     model = sharing(tiny[0])
-    parts = micro_batches(rows, rows=4, target_length=4, widths=model.layout, devices=devices)
+    parts = micro_batches(rows, rows=4, target_length=4, layout=model.layout, devices=devices)
     assert [b.inputs.shape for b in parts] == [(devices, 64)] * 2 and len(parts[0].targets) >= 4
     mesh = parallel.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     start = np.zeros((1, 0, D), np.float32) if whole else prompts(2)

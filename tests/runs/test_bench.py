@@ -16,8 +16,8 @@ from helpers import SCRIPTS, make_backbone, run_values
 from jax.extend.core import jaxprs_in_params
 
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.data.batches import length_sorted_microbatches
 from jaxprompt.data.layout import BatchLayout
+from jaxprompt.data.microbatches import length_sorted_microbatches
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import step

@@ -15,7 +15,9 @@ import numpy as np
 from bench_tools import LABELS, Row, Start, resident, serve
 
 from jaxprompt.config.schema import TaskConfig, TrainConfig
-from jaxprompt.data.batches import Example, micro_batches, with_noise
+from jaxprompt.data.batches import Example
+from jaxprompt.data.microbatches import micro_batches
+from jaxprompt.data.sampling import with_dropout_seeds
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.inference.engine import make_engine
 from jaxprompt.inference.predict import predict
@@ -37,7 +39,7 @@ def take_step(step, state, params, examples, rows, widths, mesh):
         examples,
         rows=rows,
         target_length=DEPTH,
-        widths=widths,
+        layout=widths,
         devices=parallel.num_batch_shards(mesh),
     )
     state, losses = step(state, params, parallel.put_batch(batches, mesh))
@@ -111,7 +113,9 @@ class Ours:
             (job["dtype"], job["dropout"], job["attention"], size),
         )
         rng = np.random.default_rng(0)
-        drawn = [with_noise(self.examples(backbone, rows), rng) for rows in given.batches[size]]
+        drawn = [
+            with_dropout_seeds(self.examples(backbone, rows), rng) for rows in given.batches[size]
+        ]
         rows = len(given.splits[size][0][0]) if job["micro"] else job["batch_size"]
         lengths = [len(example.inputs) for examples in drawn for example in examples]
         model, many = registry.plan_microbatches(

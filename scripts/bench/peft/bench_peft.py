@@ -43,7 +43,7 @@ from bench_tools import (
 from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.data.batches import length_sorted_microbatches, micro_rows
+from jaxprompt.data.microbatches import length_sorted_microbatches, micro_rows
 from jaxprompt.models.checkpoints.load import save_hf
 from jaxprompt.models.t5 import t5
 from jaxprompt.models.t5.config import released

@@ -24,9 +24,11 @@ from peft_tools import comparing, peft_parser
 from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import PromptConfig, TaskConfig, TrainConfig
-from jaxprompt.data.batches import batch_indices, make_batch, round_target_length
+from jaxprompt.data.batches import make_batch
 from jaxprompt.data.examples import tokenize
+from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.references import references
+from jaxprompt.data.sampling import batch_indices
 from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
@@ -60,7 +62,7 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
     for number, chosen in enumerate(indices):
         began = time.perf_counter()
         drawn = [examples[i] for i in chosen]
-        batch = make_batch(drawn, target_length=depth, widths=model.layout)
+        batch = make_batch(drawn, target_length=depth, layout=model.layout)
         state, found = step(state, backbone.params, [batch])
         losses.append(float(found.loss[0]))
         compiles = batch.inputs.shape not in seen

@@ -13,7 +13,8 @@ from helpers_text import pretrain_config, word_tokenizer
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import TextSource
 from jaxprompt.data import text
-from jaxprompt.data.batches import Example, random_stream
+from jaxprompt.data.batches import Example
+from jaxprompt.data.sampling import random_stream
 from jaxprompt.data.text import (
     Stream,
     open_streams,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers_data import random_examples
 
-from jaxprompt.data.batches import Example, Room
-from jaxprompt.data.layout import BatchLayout
+from jaxprompt.data.batches import Example
+from jaxprompt.data.layout import BatchLayout, Room
 from jaxprompt.inference.buckets import (
     BatchLimits,
     fitting_rows,
