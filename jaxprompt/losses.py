@@ -5,7 +5,7 @@ its own target tokens, whatever else shares its batches.
 """
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class LossSums(NamedTuple):
         return Losses(self.loss / num_tokens, self.correct / num_tokens)
 
 
+@runtime_checkable
 class Loss(Protocol):
     """What a step minimises, for a batch with examples of ``num_members`` members."""
 

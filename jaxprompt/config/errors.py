@@ -3,7 +3,6 @@
 import itertools
 import reprlib
 from collections.abc import Iterable
-from typing import Any
 
 
 class UserError(ValueError):
@@ -27,7 +26,7 @@ class _Bounded(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxlong, self.maxother = 4, 160, 60, 160
         self.maxtuple = self.maxlist = self.maxdict = self.maxset = 20
 
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
         if level <= 0 and x:
             return "{...}"
         items = [
@@ -40,7 +39,7 @@ class _Bounded(reprlib.Repr):
 _BOUNDED = _Bounded()
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """``repr(value)`` for an error message, cut to some hundreds of characters.
 
     The work is bounded too: of a value that would print a billion words only a few are visited.
@@ -55,7 +54,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-40:]}"
 
 
-def listed(names: Iterable[Any], most: int = 30) -> str:
+def listed(names: Iterable[object], most: int = 30) -> str:
     """Names for an error message, separated by commas; of many the first ones and their number.
 
     >>> listed(["a", "b"]), listed("abcd", most=2)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import (
     BaseModel,
@@ -15,9 +14,10 @@ from jaxprompt.config.names import current_key, current_names
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Value, Values
 
 
-def read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Value:
     """Parse YAML (1.2 scalars) without executing anything; ``where`` names the text in errors."""
     try:
         return yaml12.load(text)
@@ -26,7 +26,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML: {problem}.") from None
 
 
-def override_value(text: str, key: str) -> Any:
+def override_value(text: str, key: str) -> Value:
     """What stands behind ``key=`` on a command line: a number, a list, else the text as typed.
 
     Lists and mappings are written as in YAML, ``[yes, no]`` and ``{name: boolq}``; in quotes of
@@ -55,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(RunConfig, read_config(path, overrides))
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Values:
     """The values of a YAML file with ``key=value`` overrides applied, not yet validated."""
     path = Path(expanded(path))
     if not path.is_file():
@@ -83,7 +83,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return values
 
 
-def set_value(values: dict[str, Any], override: str) -> None:
+def set_value(values: Values, override: str) -> None:
     """Apply ``key=value``; a key is a path such as ``train.steps`` or ``text.0.train``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -92,7 +92,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         )
     key = current_key(key)
     *parents, last = key.split(".")
-    inside: Any = values
+    inside: Value = values
     for depth, parent in enumerate(parents):
         place = _place(inside, parent, key)
         inner = inside[place] if isinstance(place, int) else inside.get(place)
@@ -107,7 +107,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
     inside[_place(inside, last, key)] = override_value(text, key)
 
 
-def _place(inside: dict[str, Any] | list[Any], part: str, key: str) -> str | int:
+def _place(inside: Values | list[Value], part: str, key: str) -> str | int:
     """A key of a mapping, or the number of a list's item."""
     if isinstance(inside, dict):
         return part

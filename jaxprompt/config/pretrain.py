@@ -1,6 +1,6 @@
 """The schema of a pre-training run: text, pairs, shape, tokenizer, objectives."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -180,7 +180,7 @@ class PretrainConfig(Schema):
     )
 
     @model_validator(mode="after")
-    def _has_what_it_reads(self) -> Self:
+    def _has_what_it_reads(self) -> "PretrainConfig":
         for objective in self.objectives:
             kind = "pairs" if objective == "pairs" else "text"
             if not getattr(self, kind):
@@ -197,7 +197,7 @@ class PretrainConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _has_one_tokenizer(self) -> Self:
+    def _has_one_tokenizer(self) -> "PretrainConfig":
         if self.start is None and self.tokenizer is None:
             raise ValueError(
                 "a new backbone needs a tokenizer; name one, or give tokenizer.vocabulary to train "
@@ -210,7 +210,7 @@ class PretrainConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _lengths_fit(self) -> Self:
+    def _lengths_fit(self) -> "PretrainConfig":
         longest = max(self.virtual.lengths) if self.virtual else 0
         if longest > self.input_length - 2:
             raise ValueError(

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.names import current_section
 from jaxprompt.config.paths import PathText, expanded
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Value, Values
 
 # steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
@@ -148,7 +149,7 @@ class TaskConfig(Schema):
     max_target_length: Size = Field(default=64, description="Tokens of a target, with EOS.")
 
     @model_validator(mode="after")
-    def _can_be_answered(self) -> Self:
+    def _can_be_answered(self) -> "TaskConfig":
         labels = self.labels
         if labels is not None and (not labels or len({x.strip() for x in labels}) < len(labels)):
             raise ValueError(
@@ -263,7 +264,7 @@ class PromptConfig(Schema):
         default=False,
         description="Cuts or repeats the vectors of `prompt.file` where its length differs.",
     )
-    population: dict[PopulationKey, list[Any]] = Field(
+    population: dict[PopulationKey, list[Value]] = Field(
         default={},
         description=(
             "Lists of values; a prompt for each combination is trained in one step, each as if it "
@@ -283,13 +284,13 @@ class PromptConfig(Schema):
     @field_validator("population")
     @classmethod
     def _paths_are_expanded(
-        cls, grid: dict[PopulationKey, list[Any]]
-    ) -> dict[PopulationKey, list[Any]]:
+        cls, grid: dict[PopulationKey, list[Value]]
+    ) -> dict[PopulationKey, list[Value]]:
         files = [expanded(x) if isinstance(x, str) else x for x in grid.get("file", [])]
         return {**grid, "file": files} if "file" in grid else grid
 
     @model_validator(mode="after")
-    def _start_is_named(self) -> Self:
+    def _start_is_named(self) -> "PromptConfig":
         if self.init in ("text", "file") and not getattr(self, self.init):
             raise ValueError(f"init={self.init} needs prompt.{self.init}; give it")
         return self
@@ -400,7 +401,7 @@ class TrainConfig(Optimization):
     )
 
     @model_validator(mode="after")
-    def _micro_batches_are_full(self) -> Self:
+    def _micro_batches_are_full(self) -> "TrainConfig":
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size is {self.micro_batch_size}, which does not divide "
@@ -439,7 +440,7 @@ class RunConfig(Schema):
     tokenizer: PathText | None = Field(
         default=None, description="Hub id or directory. null: the one beside the weights."
     )
-    task: str | dict[str, Any] = Field(
+    task: str | Values = Field(
         description=(
             "Name of a task (`jaxprompt tasks`), or a mapping: a registered `name` with keys to "
             "change, or a task of your own with `name` and `template`."
@@ -464,14 +465,14 @@ class RunConfig(Schema):
     )
 
     @model_validator(mode="after")
-    def _start_has_enough_rows(self) -> Self:
+    def _start_has_enough_rows(self) -> "RunConfig":
         inits = [self.prompt.init, *self.prompt.population.get("init", [])]
         if self.method == "superposition-prompt-tuning" and "file" in inits:
             raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 
     @model_validator(mode="after")
-    def _halving_can_be(self) -> Self:
+    def _halving_can_be(self) -> "RunConfig":
         every = self.train.successive_halving_every
         if not every:
             return self
@@ -488,7 +489,7 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _population_can_be(self) -> Self:
+    def _population_can_be(self) -> "RunConfig":
         grid = self.prompt.population
         if not grid:
             return self
@@ -507,7 +508,7 @@ class RunConfig(Schema):
                 raise ValueError(f"prompt.population: {str(error).rstrip('.')}") from None
         return self
 
-    def choices(self) -> list[dict[str, Any]]:
+    def choices(self) -> list[Values]:
         """What tells the prompts of a population apart; of a lone prompt nothing does."""
         grid = self.prompt.population
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
@@ -516,7 +517,7 @@ class RunConfig(Schema):
         """The run of each prompt of a population, as if it were alone; of a lone prompt this."""
         return [self._member(choice) for choice in self.choices()]
 
-    def _member(self, choice: Mapping[str, Any]) -> "RunConfig":
+    def _member(self, choice: Mapping[str, Value]) -> "RunConfig":
         optimization = {k: v for k, v in choice.items() if k in ("seed", "learning_rate")}
         start = {k: v for k, v in choice.items() if k not in ("task", *optimization)}
         alone = {"successive_halving_every": None}

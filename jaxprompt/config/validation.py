@@ -4,12 +4,10 @@ import difflib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.names import FOREIGN
@@ -17,7 +15,7 @@ from jaxprompt.config.names import FOREIGN
 T = TypeVar("T", bound=BaseModel)
 
 
-def parse(schema: type[T], values: Any, prefix: str = "") -> T:
+def parse(schema: type[T], values: object, prefix: str = "") -> T:
     """Validate ``values`` against ``schema``; a UserError names each key, its value and the fix."""
     try:
         return schema.model_validate(values)
@@ -25,9 +23,9 @@ def parse(schema: type[T], values: Any, prefix: str = "") -> T:
         raise UserError(_sentence(schema, error.errors(include_url=False), prefix)) from None
 
 
-def _sentence(schema: type[BaseModel], errors: Sequence[Any], prefix: str) -> str:
+def _sentence(schema: type[BaseModel], errors: Sequence[ErrorDetails], prefix: str) -> str:
     """All problems in one sentence, as many as a person reads."""
-    first: dict[str, tuple[str, Any]] = {}
+    first: dict[str, tuple[str, ErrorDetails]] = {}
     others: Counter[str] = Counter()
     seen: set[str] = set()
     for problem in errors:
@@ -68,14 +66,14 @@ _TEXTS = ("str", "function-after[expanded(), str]")
 _UNION = (*_TEXTS, "dict[str,any]", "TokenizerConfig", "[key]")
 
 
-def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
+def _problem(schema: type[BaseModel], key: str, problem: ErrorDetails) -> str:
     value, kind = problem["input"], problem["type"]
     if kind == "extra_forbidden":
         return f"Unknown config key {key!r}; {_hint(schema, problem['loc'])}"
     if kind == "missing":
         return f"The config lacks {key!r}; add it"
     if kind == "value_error":
-        return f"Config of {key.rstrip('.') or 'the run'!r}: {problem['ctx']['error']}"
+        return f"Config of {key.rstrip('.') or 'the run'!r}: {problem.get('ctx', {}).get('error')}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     if kind in _TEXT_WANTED:
         message = "input should be text; put it in quotes"
@@ -93,7 +91,7 @@ def _problem(schema: type[BaseModel], key: str, problem: Any) -> str:
     return f"Config key {key!r} is {shown(value)}: {message}"
 
 
-def _hint(schema: type[BaseModel], loc: Sequence[Any]) -> str:
+def _hint(schema: type[BaseModel], loc: Sequence[int | str]) -> str:
     """What a person who wrote an unknown key may have meant."""
     name, allowed = str(loc[-1])[:80], _fields(schema, loc[:-1])
     close = difflib.get_close_matches(name, allowed, n=1)
@@ -111,10 +109,10 @@ def _hint(schema: type[BaseModel], loc: Sequence[Any]) -> str:
     return f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
 
 
-def _fields(schema: Any, path: Sequence[Any]) -> list[str]:
+def _fields(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     for part in path:
         if part in schema.model_fields:  # else a place in a list, or a type of a union
             annotation = schema.model_fields[part].annotation
             types = (annotation, *get_args(annotation))
-            schema = next(t for t in types if hasattr(t, "model_fields"))
+            schema = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
     return list(schema.model_fields)

@@ -13,9 +13,10 @@ this file.
 
 import re
 from collections.abc import Hashable
-from typing import Any
 
 import yaml
+
+from jaxprompt.config.values import Value
 
 Error = yaml.YAMLError
 
@@ -41,10 +42,10 @@ class _Yaml12(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """YAML 1.2 has no merge keys: ``<<`` is a word."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Value]:
         if not isinstance(node, yaml.MappingNode):
             raise _wrong(node, "a mapping")
-        mapping: dict[Any, Any] = {}
+        mapping: dict[Hashable, Value] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
@@ -129,7 +130,7 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def load(text: str) -> Any:
+def load(text: str) -> Value:
     """Parse without executing anything.
 
     Raises:
@@ -145,7 +146,7 @@ def load(text: str) -> Any:
         raise Error(f"a value does not fit its tag ({type(error).__name__}: {error})") from None
 
 
-def load_flow(text: str) -> Any:
+def load_flow(text: str) -> Value:
     """What ``text`` means where it begins with a bracket, a brace or a quote.
 
     ``{text}`` is None's mapping to YAML and a template to everybody else: a mapping none of whose
@@ -159,7 +160,7 @@ def load_flow(text: str) -> Any:
     return text if bare and node.value else load(text)
 
 
-def scalar(text: str) -> Any:
+def scalar(text: str) -> Value:
     """A lone plain scalar: null, a truth value, a number, or else the text as it is."""
     loader, kept = _Yaml12(""), text.strip(" ")
     if text and not kept:
@@ -170,7 +171,7 @@ def scalar(text: str) -> Any:
     return text
 
 
-def _unshared(value: Any, left: list[int], depth: int = 0) -> Any:
+def _unshared(value: Value, left: list[int], depth: int = 0) -> Value:
     """A copy in which nothing stands twice, so that a change to one place is a change to one.
 
     left: how many more values there may be; aliases of aliases make billions of a few lines.
@@ -187,6 +188,6 @@ def _unshared(value: Any, left: list[int], depth: int = 0) -> Any:
     return value
 
 
-def dump(values: Any) -> str:
+def dump(values: Value) -> str:
     """Text that ``load`` (and a 1.1 reader) reads back to equal values, keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -81,7 +81,9 @@ def lookup(table: Float[Array, "V D"], ids: Sequence[int] | np.ndarray) -> Rows:
     return np.asarray(processes.fetch(table[np.asarray(ids, np.int32)])).astype(np.float32)
 
 
-def resized(rows: Rows, length: int, width: int, config: PromptConfig) -> Rows:
+def resized(
+    rows: Rows, length: int, width: int, config: PromptConfig
+) -> Float[np.ndarray, "{length} D"]:
     """Rows of a stored prompt for a new length: cut, or repeated from the start (opt-in)."""
     if rows.shape[1] != width:
         raise UserError(

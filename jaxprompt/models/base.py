@@ -7,7 +7,7 @@ by itself whether an encoder reads the inputs, or they are the beginning of one 
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -72,6 +72,9 @@ class Runtime:
         return "float32" if self.mixed else self.dtype
 
 
+M = TypeVar("M", bound="Model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A configuration with its runtime and layout: the static argument of compiled functions.
@@ -83,19 +86,19 @@ class Model:
     runtime: Runtime = Runtime()
     layout: BatchLayout = BatchLayout()
 
-    def with_config(self, **changes: Any) -> Self:
+    def with_config(self: M, **changes: Any) -> M:
         """The model with these fields of its configuration changed."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
-    def with_runtime(self, **changes: Any) -> Self:
+    def with_runtime(self: M, **changes: Any) -> M:
         """The model with these fields of its runtime changed."""
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
 
-    def with_layout(self, **changes: Any) -> Self:
+    def with_layout(self: M, **changes: Any) -> M:
         """The model with these fields of its batch layout changed."""
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **changes))
 
-    def on(self, place: Place) -> Self:
+    def on(self: M, place: Place) -> M:
         """The model within ``place``, for a function given to ``parallel.shard_over_batch``."""
         return self.with_runtime(place=place)
 

@@ -10,7 +10,7 @@ _MARKS = re.compile(r"[\\`*~\[\]|]|(?<!\w)_|_(?!\w)")
 _BLOCK = re.compile(r"^(\d*)(#+|[-+.)]|=+|-{2,})(?=\s|$)")
 
 
-def plain(text: str) -> str:
+def plain(text: object) -> str:
     """The text on one line, with nothing in it that is a mark of Markdown or of HTML.
 
     >>> plain("a|b *c* <i>")

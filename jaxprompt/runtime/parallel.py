@@ -3,21 +3,24 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.runtime.devices import available
+from jaxprompt.runtime.devices import Device, available
 
 # logical axis of a parameter -> mesh axis; what is not named is replicated
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 # axes that rows of a batch go over
 ROWS = ("data", "fsdp")
+
+T = TypeVar("T")  # arrays in any nesting, or what describes them
 
 
 class Place(NamedTuple):
@@ -31,7 +34,7 @@ class Place(NamedTuple):
 SINGLE = Place()  # one device has everything, or the compiler alone divides it
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Device] | None = None) -> Mesh:
     """A mesh with axes ``data``, ``fsdp`` and ``tensor``; a size of -1 takes what is left.
 
     Rows of a batch go over ``data`` and ``fsdp``. Devices of ``fsdp`` hold a part of each weight
@@ -76,7 +79,9 @@ def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str | None, ...]], NamedSh
     return lambda axes: NamedSharding(mesh, PartitionSpec(*(RULES.get(str(a)) for a in axes)))
 
 
-def map_with_axes(function: Callable[[Any, Any], Any], params: Any, axes: Any) -> Any:
+def map_with_axes(
+    function: Callable[[PyTree, PyTree], PyTree], params: PyTree, axes: PyTree
+) -> PyTree:
     """``function`` of each array of ``params`` and the logical axes of its parameter."""
     return jax.tree.map(lambda x, of: jax.tree.map(lambda y: function(y, of), x), params, axes,
                         is_leaf=lambda x: not isinstance(x, dict))  # fmt: skip
@@ -102,7 +107,7 @@ def _spec(
 _is_spec = lambda x: isinstance(x, PartitionSpec)
 
 
-def trained_axes(tree: Any, shapes: Any, axes: Any) -> Any:
+def trained_axes(tree: PyTree, shapes: PyTree, axes: PyTree) -> PyTree:
     """The logical axes of each array that a whole model is trained with: weights and moments.
 
     An array belongs to the parameter that its path ends with. It has axis K before that one's axes,
@@ -129,7 +134,7 @@ def trained_axes(tree: Any, shapes: Any, axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_array, tree)
 
 
-def specs_of(mesh: Mesh, tree: Any, axes: Any) -> Any:
+def specs_of(mesh: Mesh, tree: PyTree, axes: PyTree) -> PyTree:
     """How each array of these logical axes is spread over the devices, where it can be divided."""
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}
 
@@ -142,7 +147,7 @@ def specs_of(mesh: Mesh, tree: Any, axes: Any) -> Any:
     return jax.tree.map(spec, tree, axes)
 
 
-def named_shardings(mesh: Mesh, specs: Any) -> Any:
+def named_shardings(mesh: Mesh, specs: PyTree) -> PyTree:
     """Partition specs as shardings on ``mesh``."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
@@ -157,7 +162,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: T, mesh: Mesh) -> T:
     """Rows of a NumPy batch over the devices; each process places only the rows it holds.
 
     Every process computes the same global batch (a pure function of seed and step), so no host
@@ -183,13 +188,13 @@ def place_in(mesh: Mesh | None, *, divided: bool = True, trained: bool = False) 
 
 
 def shard_over_batch(
-    work: Callable[[Any, Any, Any], Any],
+    work: Callable[[PyTree, PyTree, PyTree], T],
     mesh: Mesh | None,
-    axes: Any = None,
+    axes: PyTree | None = None,
     *,
     stacked: bool = False,
-    results: Callable[[Any], Any] | None = None,
-) -> Callable[[Any, Any, Any], Any]:
+    results: Callable[[PyTree], PyTree] | None = None,
+) -> Callable[[PyTree, PyTree, PyTree], T]:
     """``work(params, shared, rows)`` of each device's own rows, by itself; results together.
 
     axes: the logical axes of ``params``, of which each device of ``fsdp`` holds its part. A layer
@@ -228,7 +233,7 @@ def shard_over_batch(
     return everywhere
 
 
-def gather_params(params: Any, axes: Any, place: "Place") -> Any:
+def gather_params(params: T, axes: PyTree, place: Place) -> T:
     """Parameters of which this device has parts, those that are in no layer whole."""
 
     def one(x, of):
@@ -237,7 +242,7 @@ def gather_params(params: Any, axes: Any, place: "Place") -> Any:
     return map_with_axes(one, params, axes) if place.fsdp > 1 else params
 
 
-def _along(specs: Any, names: Sequence[str]) -> Any:
+def _along(specs: PyTree, names: Sequence[str]) -> PyTree:
     """Partition specs with these axes of the mesh alone."""
     only = lambda spec: PartitionSpec(*(name if name in names else None for name in spec))
     return jax.tree.map(only, specs, is_leaf=_is_spec)
@@ -248,7 +253,7 @@ def _adding(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(name for name in ROWS if name not in spec)
 
 
-def stacked_specs(specs: Any) -> Any:
+def stacked_specs(specs: PyTree) -> PyTree:
     """Those of what ``shard_over_batch`` stacks, by those of the results."""
     stack = lambda spec: PartitionSpec(_adding(spec), *spec)
     return jax.tree.map(stack, specs, is_leaf=_is_spec)
@@ -267,7 +272,7 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def psum_over_batch(results: Any, mesh: Mesh | None, specs: Any = None) -> Any:
+def psum_over_batch(results: T, mesh: Mesh | None, specs: PyTree | None = None) -> T:
     """The sum of what ``shard_over_batch`` stacks, on every device or spread as ``specs`` say."""
     own = lambda found: jax.tree.map(lambda x: x[0], found)
     if mesh is None or mesh.size == 1:
@@ -286,7 +291,7 @@ def psum_over_batch(results: Any, mesh: Mesh | None, specs: Any = None) -> Any:
     )(results)  # fmt: skip
 
 
-def stacked_zeros(like: Any, mesh: Mesh, specs: Any) -> Any:
+def stacked_zeros(like: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
     """Zeros of what ``shard_over_batch`` stacks of results like these."""
 
     def zeros(x, spec, stacked):
@@ -297,7 +302,7 @@ def stacked_zeros(like: Any, mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(zeros, like, specs, stacked_specs(specs))
 
 
-def all_gather_fsdp(weight: Any, axes: Sequence[str | None], place: Place) -> Any:
+def all_gather_fsdp(weight: PyTree, axes: Sequence[str | None], place: Place) -> PyTree:
     """A weight of these logical axes, with what other devices of ``fsdp`` hold."""
     return jax.tree.map(functools.partial(_gather_array, axes=axes, place=place), weight)
 
@@ -356,12 +361,12 @@ def logits(cpu: bool | None = None) -> int:
     return 2**27 if cpu else 2**28
 
 
-def device_put_global(value: np.ndarray, sharding: Any) -> jax.Array:
+def device_put_global(value: np.ndarray, sharding: Sharding) -> jax.Array:
     """A NumPy array that every process holds, as one array over the devices of all of them."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def moved(x: jax.Array, sharding: Any) -> jax.Array:
+def moved(x: jax.Array, sharding: Sharding) -> jax.Array:
     """An array, over all devices or the same in each process, as one over devices of all."""
     if jax.process_count() > 1 and x.is_fully_addressable:
         # what device_put makes of it has no parts that can be read (jax 0.10)
@@ -369,7 +374,7 @@ def moved(x: jax.Array, sharding: Any) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
-def with_sharding(shapes: Any, shardings: Any) -> Any:
+def with_sharding(shapes: T, shardings: PyTree) -> T:
     """Shapes and dtypes of arrays as those of arrays over devices, each with its sharding."""
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, shapes, shardings)

@@ -54,10 +54,10 @@ def test_a_number_for_each_row_gives_the_bits_of_a_number_for_each_target():
 def test_members_that_share_a_row_own_their_own_segments():
     batch = pack_batch([EXAMPLES[:2], EXAMPLES[2:]])
     expected = [[1, 1, 0, 0, 0], [1, 2, 2, 2]]
-    members = np.asarray(target_members(batch))
+    members = target_members(batch)
     for row, own in enumerate(expected):
         assert members[row, : len(own)].tolist() == own
-    assert sum_by_member(batch.weights, members, K).tolist() == [3, 3, 3]
+    assert sum_by_member(jnp.asarray(batch.weights), members, K).tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("lost", range(3))

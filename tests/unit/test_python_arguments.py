@@ -10,6 +10,8 @@ from jaxprompt.data.sources import read_rows
 from jaxprompt.data.writers import write_rows
 from jaxprompt.methods.artefact import Prompt
 
+pytestmark = pytest.mark.no_type_check  # of what annotations forbid
+
 TASK = {"name": "mine", "template": "question : {text}", "labels": ["yes", "no"]}
 
 

@@ -1,5 +1,6 @@
 """Figures are drawn for the odd cases too, and show what they should."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -45,7 +46,9 @@ def test_curves_of_a_run_without_steps_are_drawn(drawn):
 @pytest.mark.parametrize("length", [1, 3])
 def test_nearest_words_stand_beside_each_vector(drawn, length):
     table = np.eye(8, dtype=np.float32)
-    report = summarize(table[:length], table, pieces=8, word=lambda i: f"word{i}$", count=3)
+    report = summarize(
+        table[:length], jnp.asarray(table), pieces=8, word=lambda i: f"word{i}$", count=3
+    )
     plots.draw_prompt(report, table[:length], drawn[1])
     words = texts_of(drawn[0][0])
     assert len(words) == length

@@ -498,6 +498,7 @@ def test_facts_is_the_old_name_of_metadata(saved):
         assert prompt.facts is prompt.metadata
 
 
+@pytest.mark.no_type_check
 @pytest.mark.parametrize("use", [save_prompt, save_peft])
 def test_a_path_that_is_none_is_refused(tmp_path, monkeypatch, use):
     monkeypatch.chdir(tmp_path)
