@@ -11,25 +11,27 @@ such pytrees, one for each length: no prompt is padded where it is trained.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.models.injection import Injection, Params
 
 # a dict of arrays [K, ...], or a tuple of such dicts where prompts have several lengths
-Trainables = Any
+Trainables: TypeAlias = PyTree
+
+T = TypeVar("T")
 
 
 def _prompt_length(config: PromptConfig) -> int:
     return config.length
 
 
-def _embeddings(trainables: Trainables, injection: Injection) -> dict[str, Any]:
+def _embeddings(trainables: Trainables, injection: Injection) -> dict[str, PyTree]:
     return {"prompt": injection.embeddings}
 
 
@@ -40,7 +42,8 @@ class Method(NamedTuple):
         which ``num_start_vectors(config)`` says R.
     inject: ``(trainables, params) -> Injection``, for trainables of prompts of one length; use
         ``jaxprompt.methods.base.inject``, which takes any.
-    export: ``(trainables, injection) -> arrays`` that an artefact stores, each [K, ...].
+    export: ``(trainables, injection) -> arrays [K, ...]`` that are saved. ``injection`` is what
+        ``inject`` has made of the trainables.
     uses_prompt: it tunes virtual tokens, and is stored as a prompt.
     frozen: the model's parameters stay as they are; else they are among the trainables.
     """
@@ -48,7 +51,7 @@ class Method(NamedTuple):
     init: Callable[[Params, Float[np.ndarray, "K R D"], PromptConfig, int], Trainables]
     inject: Callable[[Trainables, Params], Injection]
     num_start_vectors: Callable[[PromptConfig], int] = _prompt_length
-    export: Callable[[Trainables, Injection], dict[str, Any]] = _embeddings
+    export: Callable[[Trainables, Injection], dict[str, PyTree]] = _embeddings
     uses_prompt: bool = True
     frozen: bool = True
 
@@ -60,13 +63,14 @@ def inject(method: Method, trainables: Trainables, params: Params) -> Injection:
     """
     if not isinstance(trainables, tuple):
         return method.inject(trainables, params)
-    banks: list[Any] = [method.inject(group, params).embeddings for group in trainables]
+    injections = [method.inject(group, params) for group in trainables]
+    banks = [x.embeddings for x in injections if x.embeddings is not None]
     longest = max(bank.shape[1] for bank in banks)
     padded = [jnp.pad(bank, ((0, 0), (0, longest - bank.shape[1]), (0, 0))) for bank in banks]
     return Injection(jnp.concatenate(padded))
 
 
-def length_groups(value: Any, like: Trainables = None) -> tuple[Any, ...]:
+def length_groups(value: PyTree, like: Trainables | None = None) -> tuple[PyTree, ...]:
     """The part of each group of members whose prompts have one length.
 
     like: the trainables that ``value`` belongs to, as their gradient or optimizer state does; None
@@ -76,7 +80,7 @@ def length_groups(value: Any, like: Trainables = None) -> tuple[Any, ...]:
     return value if isinstance(grouped, tuple) else (value,)
 
 
-def join_groups(groups: Sequence[Any]) -> Any:
+def join_groups(groups: Sequence[T]) -> T | tuple[T, ...]:
     """The opposite of ``length_groups``: a lone group is not in a tuple."""
     return groups[0] if len(groups) == 1 else tuple(groups)
 
@@ -86,7 +90,9 @@ def num_members(trainables: Trainables) -> int:
     return sum(len(jax.tree.leaves(group)[0]) for group in length_groups(trainables))
 
 
-def split_by_group(values: Any, trainables: Trainables) -> list[Any]:
+def split_by_group(
+    values: Shaped[Array, "K ..."], trainables: Trainables
+) -> list[Shaped[Array, "_ ..."]]:
     """The part of ``values`` [K, ...] that belongs to each length group."""
     counts = list(map(num_members, length_groups(trainables)))
     ends = itertools.accumulate(counts)
@@ -94,7 +100,7 @@ def split_by_group(values: Any, trainables: Trainables) -> list[Any]:
 
 
 @contextlib.contextmanager
-def lent(trainables: Trainables) -> Iterator[Any]:
+def lent(trainables: Trainables) -> Iterator[Trainables]:
     """The trainables of a lone member without axis K, in the same memory, for a while.
 
     Within the context no array of ``trainables`` itself can be used; afterwards it has them back.
@@ -111,7 +117,7 @@ _without_members = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), dona
 _with_members = jax.jit(lambda tree: jax.tree.map(lambda x: x[None], tree), donate_argnums=0)
 
 
-def _give_back(tree: dict[str, Any], arrays: dict[str, Any]) -> None:
+def _give_back(tree: dict[str, PyTree], arrays: dict[str, PyTree]) -> None:
     for name, value in arrays.items():
         if isinstance(value, dict):
             _give_back(tree[name], value)

@@ -1,18 +1,16 @@
 """Methods that train the whole model: full fine-tuning, the paper's baseline, and pre-training."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.methods import prompt
 from jaxprompt.methods.base import Method
 from jaxprompt.models.injection import Injection, Params
 
-Model = dict[str, Any]  # parameters with axis K of one member
+Model = dict[str, PyTree]  # parameters with axis K of one member
 
 
 def init_model(
@@ -33,12 +31,12 @@ def inject_model(trainables: Model, params: Params) -> Injection:
 
 def _init_both(
     params: Params, start: Float[np.ndarray, "K P D"], config: PromptConfig, seed: int
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     vectors = prompt.init(params, start, config, seed) if start.size else {}
     return {"model": init_model(params, start, config, seed), **vectors}
 
 
-def _inject_both(trainables: dict[str, Any], params: Params) -> Injection:
+def _inject_both(trainables: dict[str, PyTree], params: Params) -> Injection:
     return Injection(trainables.get("prompt"), params=_alone(trainables["model"]))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: tree, optimizer and step. The only file that knows orbax.
+"""Checkpoints of a run: trainables, optimizer and step. The only file that knows orbax.
 
 The backbone is never copied: it is recorded by source and fingerprint in the run's files. The data
 position is the step, and random keys are pure functions of seed and step.
@@ -18,19 +18,29 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 from orbax.checkpoint import options
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.files import write_atomically
+from jaxprompt.training.step import TrainState
 
 CHECKSUMS = "sha256.json"  # the list of a checkpoint's files, which is written last
 UNFINISHED = f"it has no {CHECKSUMS}"
+
+
+class _Stored(NamedTuple):
+    """A ``TrainState`` with the names that its parts have in files."""
+
+    step: PyTree
+    tree: PyTree
+    optimizer: PyTree
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
@@ -54,13 +64,14 @@ class Checkpoints:
         self.path, self._keep, self._in_parts = path.absolute(), keep, in_parts
         self._latest = processes.on_process_zero(lambda: newest_good(self.path, say))
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, progress: dict[str, object]) -> None:
         """Write ``state`` (arrays) and ``progress`` (JSON); complete or absent, never half."""
         if self._latest == step:
             return
+        stored = _Stored(*state)
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(
-                state if self._in_parts else jax.tree.map(np.asarray, processes.fetch(state))
+                stored if self._in_parts else jax.tree.map(np.asarray, processes.fetch(stored))
             ),
             progress=ocp.args.JsonSave(progress),
         )
@@ -97,22 +108,24 @@ class Checkpoints:
         """Step of the newest good checkpoint."""
         return self._latest
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, object]:
         """The newest progress alone: it may say what shape the state has."""
         return processes.on_process_zero(lambda: self._load(False, progress=ocp.args.JsonRestore()))
 
-    def restore(self, like: Any) -> Any:
+    def restore(self, like: TrainState) -> TrainState:
         """The newest state, with the shapes, dtypes and shardings of ``like``.
 
         The devices may be others than those that it was saved from.
         """
         if self._in_parts:
             place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            state = self._load(True, state=ocp.args.StandardRestore(jax.tree.map(place, like)))
+            what = ocp.args.StandardRestore(jax.tree.map(place, _Stored(*like)))
+            state = TrainState(*self._load(True, state=what))
         else:
-            abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+            abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _Stored(*like))
             what = ocp.args.StandardRestore(abstract)
-            state = processes.broadcast_from_zero(lambda: self._load(False, state=what), abstract)
+            stored = processes.broadcast_from_zero(lambda: self._load(False, state=what), abstract)
+            state = TrainState(*stored)
         if int(state.step) != self._latest:
             raise UserError(
                 f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
@@ -124,7 +137,7 @@ class Checkpoints:
             lambda value, x: parallel.device_put_global(value, x.sharding), state, like
         )
 
-    def _load(self, by_all: bool, **what: Any) -> Any:
+    def _load(self, by_all: bool, **what: ocp.args.CheckpointArgs) -> PyTree:
         """The one part that is asked for."""
         try:
             with _orbax(by_all) as orbax:

@@ -33,12 +33,12 @@ class Split(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 of all ids and of what predictions are compared with, in their order."""
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for example, reference in zip(self.examples, self.references, strict=True):
             for ids in (example.inputs, example.targets):
-                told.update(b"%d " % len(ids) + np.asarray(ids, np.int64).tobytes())
-            told.update(repr(reference).encode("utf-8", "surrogatepass"))
-        return told.hexdigest()
+                digest.update(b"%d " % len(ids) + np.asarray(ids, np.int64).tobytes())
+            digest.update(repr(reference).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
 
 class TaskDataset(NamedTuple):
@@ -107,24 +107,24 @@ def build_split(
         origin=origin,
         note=heard.append,
     )
-    told = references(task, rows[name], origin)
+    known = references(task, rows[name], origin)
     what = f"{'training' if name == 'train' else name} targets of task {task.name!r}"
     if name == "train":  # nothing is compared with them
-        odd = unknown_targets(task, told, examples, tokenizer, what)
-        return Split(examples, told, heard[-1], odd)
-    judged = as_written(task, told, tokenizer, what)
+        odd = unknown_targets(task, known, examples, tokenizer, what)
+        return Split(examples, known, heard[-1], odd)
+    judged = as_written(task, known, tokenizer, what)
     return Split(examples, judged.references, heard[-1], judged.warnings)
 
 
 def truncation_warnings(given: TaskDataset) -> list[str]:
     """A sentence for each split of which rows have been cut."""
     splits = {"training": given.training, "validation": given.validation, "test": given.test}
-    told = (
+    warnings = (
         of_task(split.truncation, given.task, f"{name} rows of task {given.task.name!r}")
         for name, split in splits.items()
         if split is not None
     )
-    return [text for text in told if text is not None]
+    return [text for text in warnings if text is not None]
 
 
 def target_warnings(given: TaskDataset, tokenizer: Tokenizer) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from jaxprompt.training.step import TrainState, all_finite
 from jaxprompt.training.steps import Steps, num_tokens
 
 
+@runtime_checkable
 class Job(Protocol):
     """What is trained in a run, how, and what comes of it. The loop owns state and progress."""
 
@@ -116,8 +117,8 @@ def train(
         Interrupted: one of ``signals`` came. The state is saved.
     """
     config = precision.resolve_config(config)
-    with automatic(reporter, config.train.steps) as told:
-        return fit(config, TUNING, told, signals or Signals(install=False))
+    with automatic(reporter, config.train.steps) as chosen:
+        return fit(config, TUNING, chosen, signals or Signals(install=False))
 
 
 def fit(
@@ -207,7 +208,7 @@ def save(job: Job, state: TrainState, progress: Progress, log: StepLog) -> Progr
     Raises:
         Diverged: of some task, no trial is finite any more.
     """
-    lost = np.where(all_finite(state.tree), 0.0, math.nan)
+    lost = np.where(all_finite(state.trainables), 0.0, math.nan)
     check_members(progress.step, progress.active, lost, job.names)
     progress = replace(progress, seconds=log.clock.seconds())
     checkpoints = job.run.checkpoints

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -145,6 +145,7 @@ class Throughput:
         }
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """What a run tells the person who watches; ``cli/progress.py`` has one that draws a bar."""
 

@@ -318,6 +318,6 @@ def state_bytes(config: RunConfig, shape: registry.Config) -> int:
         start = np.zeros((1, method.num_start_vectors(member.prompt), shape.d_model), np.float32)
         begin = functools.partial(init_state, method, optimizer)
         state = jax.eval_shape(lambda p: begin(p, start, member.prompt), params)
-        return size(state) + size(state.tree)
+        return size(state) + size(state.trainables)
 
     return sum(map(alone, config.members()))

@@ -7,7 +7,6 @@ batches of its own seed, the gradient of its own mean and an optimizer that sees
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,12 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Example
 from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import join_groups, length_groups, num_members
+from jaxprompt.methods.base import Trainables, join_groups, length_groups, num_members
 from jaxprompt.methods.init import Vocabulary, initial_prompt
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import Backbone
@@ -31,8 +31,8 @@ from jaxprompt.training.trial import Trial, by_task, slot_order
 
 def init_trainables(
     member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer
-) -> Any:
-    """The tree [1, ...] that a prompt, or a whole model, starts from."""
+) -> Trainables:
+    """The trainables [1, ...] that a prompt, or a whole model, starts from."""
     method, table = METHODS[member.method], backbone.params["token_embedder"]["embedding"]
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
@@ -62,24 +62,24 @@ def init_trainables(
 
 def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) -> list[str]:
     """A sentence for each start from class labels that is not what its name says."""
-    told = []
+    warnings = []
     for member, task in zip(members, tasks, strict=True):
         method, count = METHODS[member.method], len(class_words(task))
         if not method.uses_prompt or member.prompt.init != "class_labels":
             continue
         rows = method.num_start_vectors(member.prompt)
         if not count:
-            told.append(
+            warnings.append(
                 f"prompt.init is class_labels and task {task.name!r} has none, so that all vectors "
                 "start from words drawn from the vocabulary; name some words in task.class_labels, "
                 "or set prompt.init=sampled_vocabulary"
             )
         elif count > rows:
-            told.append(
+            warnings.append(
                 f"task {task.name!r} has {count} class labels and the prompt {rows} vectors to "
                 f"start from them; the last {count - rows} are left out"
             )
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(warnings))
 
 
 LONG_PROMPT = 500  # the paper's longest has 150 vectors
@@ -97,30 +97,31 @@ def length_warnings(length: int, examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def stack_trainables(trees: Sequence[Any]) -> Any:
-    """The trees of prompts, [1, ...] each, as one tree [K, ...] for those of a length that follow
-    each other.
+def stack_trainables(members: Sequence[Trainables]) -> Trainables:
+    """The trainables of members, [1, ...] each, as one: [K, ...] for each length.
+
+    Members of one length must follow each other.
     """
-    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
-    groups = [list(group) for _, group in itertools.groupby(trees, shapes)]
+    shapes = lambda trainables: [x.shape for x in jax.tree.leaves(trainables)]
+    groups = [list(group) for _, group in itertools.groupby(members, shapes)]
     together = lambda *leaves: jnp.concatenate(leaves)
     # a whole model may be in a lone one: no copy
     return join_groups([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
 
 
-def keep_members(state: TrainState, places: Sequence[int]) -> TrainState:
-    """The state with the prompts at these places only."""
-    optimizers = length_groups(state.optimizer, like=state.tree)
+def keep_members(state: TrainState, slots: Sequence[int]) -> TrainState:
+    """The state with the members in these slots only."""
+    optimizers = length_groups(state.optimizer, like=state.trainables)
     kept, first = [], 0
-    for both in zip(length_groups(state.tree), optimizers, strict=True):
+    for both in zip(length_groups(state.trainables), optimizers, strict=True):
         last = first + num_members(both[0])
-        chosen = jnp.asarray([place - first for place in places if first <= place < last])
+        chosen = jnp.asarray([slot - first for slot in slots if first <= slot < last])
         if chosen.size:
             take = lambda x, chosen=chosen: jnp.take(x, chosen, axis=0)
             kept.append(jax.tree.map(take, both))
         first = last
-    tree, optimizer = (join_groups(parts) for parts in zip(*kept, strict=True))
-    return state._replace(tree=tree, optimizer=optimizer)
+    trainables, optimizer = (join_groups(parts) for parts in zip(*kept, strict=True))
+    return state._replace(trainables=trainables, optimizer=optimizer)
 
 
 def better_half(trials: Sequence[Trial], progress: Progress) -> list[Trial]:
@@ -142,8 +143,8 @@ def survivors(trials: Sequence[Trial], progress: Progress) -> tuple[int, ...]:
 
 
 def population_table(
-    choices: Sequence[dict[str, Any]], trials: Sequence[Trial], progress: Progress
-) -> list[dict[str, Any]]:
+    choices: Sequence[Values], trials: Sequence[Trial], progress: Progress
+) -> list[Values]:
     """A row for each trial: what it differs in, its best metric, and the step when it stopped.
 
     The metric is None where a trial never had a finite one.
@@ -162,7 +163,7 @@ def population_table(
     return rows
 
 
-def as_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
+def as_markdown(rows: Sequence[Values], metric: str) -> str:
     """The table, best prompt first, of each task."""
     names = list(rows[0])
     head = [metric if name == "value" else name for name in names]

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import PromptConfig
-from jaxprompt.data.batches import Batch, make_batch
+from jaxprompt.data.batches import Batch, Example, make_batch
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.data.sampling import random_stream
 from jaxprompt.data.text import (
@@ -34,7 +33,7 @@ from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluation.plots import draw_losses
 from jaxprompt.inference import generate
-from jaxprompt.methods.base import lent
+from jaxprompt.methods.base import Trainables, lent
 from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.models import precision
 from jaxprompt.models.base import Runtime
@@ -52,7 +51,7 @@ from jaxprompt.training.loop import Kind, fit
 from jaxprompt.training.metric_log import MetricName, Metrics, NullReporter, Reporter, StepLog
 from jaxprompt.training.optimizer import per_prompt, schedule_warnings
 from jaxprompt.training.progress import Progress
-from jaxprompt.training.run_dir import RunDir
+from jaxprompt.training.run_dir import Result, RunDir
 from jaxprompt.training.step import (
     TrainState,
     batch_losses,
@@ -71,7 +70,7 @@ _init = jax.jit(t5.init_params, static_argnums=0)
 
 def pretrain(
     config: PretrainConfig, reporter: Reporter | None = None, signals: Signals | None = None
-) -> dict[str, Any]:
+) -> Result:
     """Run or resume ``config`` in its output directory and return what ``result.json`` holds.
 
     The directory gets ``model`` (a Hugging Face directory with tokenizer, usable as a backbone),
@@ -178,7 +177,7 @@ class Pretraining:
         self._log_scores(state, progress)
         return state, progress
 
-    def _first_trainables(self) -> Any:
+    def _first_trainables(self) -> Trainables:
         seed, params = self.config.train.seed, self.params
         self.params = None  # the trainables are a copy, and need the memory
         params = params or _new(self.model.config, seed, self.mesh)
@@ -231,8 +230,8 @@ class Pretraining:
     def _scores(self, state: TrainState, step: int) -> dict[str, Metrics]:
         """The held-out scores of a step, which are computed once."""
         if self.scored is None or self.scored[0] != step:
-            with lent(state.tree["model"]) as params, self.signals.free():
-                bank = state.tree.get("prompt")
+            with lent(state.trainables["model"]) as params, self.signals.free():
+                bank = state.trainables.get("prompt")
                 scores = held_out_scores(params, bank, self.checks, self.model, self.mesh)
             self.scored = step, scores
         return self.scored[1]
@@ -260,13 +259,13 @@ class Pretraining:
             self.run.remove_result()
             save_model(self.run.path, self.model, state, self.tokenizer_path)
         self._scores(state, step)
-        return state._replace(tree={"model": state.tree["model"]}, optimizer=None)
+        return state._replace(trainables={"model": state.trainables["model"]}, optimizer=())
 
-    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> dict[str, Any]:
+    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> Result:
         """Let the model fill in blanks, draw the losses and write the result."""
         assert state is not None and self.scored is not None
         scores = self.scored[1]
-        with lent(state.tree["model"]) as params:
+        with lent(state.trainables["model"]) as params:
             samples = fill_in(
                 self.config, self.model, params, self.streams, self.tokenizer, self.mesh
             )
@@ -302,23 +301,27 @@ def _mean_loss(scores: dict[str, Metrics]) -> float:
 
 
 def _start(
-    config: PretrainConfig, mesh: Mesh, reporter
+    config: PretrainConfig, mesh: Mesh, reporter: Reporter
 ) -> tuple[t5.T5Model | None, t5.Params | None, str | None]:
     """The backbone that a run starts from, if it starts from one: model, weights, fingerprint."""
     if config.start is None:
         return None, None, None
     reporter.say(f"loading {config.start}")
-    model = config.model
+    settings = config.model
     backbone = load_backbone(
-        config.start, mesh=mesh, dropout=model.dropout, unroll=model.unroll, remat=model.remat
+        config.start,
+        mesh=mesh,
+        dropout=settings.dropout,
+        unroll=settings.unroll,
+        remat=settings.remat,
     )
     if not isinstance(backbone.model, t5.T5Model):
         raise UserError(
             f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
             "a T5, or tune that model with method: model-tuning."
         )
-    own = backbone.model.with_runtime(dtype=config.model.dtype, flash=_flash(config, mesh))
-    return own.with_layout(packed_widths=_widths(config)), backbone.params, backbone.fingerprint
+    model = backbone.model.with_runtime(dtype=config.model.dtype, flash=_flash(config, mesh))
+    return model.with_layout(packed_widths=_widths(config)), backbone.params, backbone.fingerprint
 
 
 def _model(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Model:
@@ -351,7 +354,7 @@ def _widths(config: PretrainConfig) -> tuple[int, ...]:
 
 
 def _tokenizer_place(
-    config: PretrainConfig, folder: Path, begin: Callable[[], None], reporter
+    config: PretrainConfig, folder: Path, begin: Callable[[], None], reporter: Reporter
 ) -> str:
     """Where the tokenizer is; one that the config asks to train is trained first, once."""
     if isinstance(config.tokenizer, str):
@@ -401,7 +404,9 @@ def _new(shape: t5.T5Config, seed: int, mesh: Mesh) -> t5.Params:
     return jax.jit(t5.init_params, static_argnums=0, out_shardings=place)(shape, key)
 
 
-def _state_shapes(config: PretrainConfig, shape: t5.T5Config, optimizer: Any) -> TrainState:
+def _state_shapes(
+    config: PretrainConfig, shape: t5.T5Config, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Shapes and dtypes of a state, of which nothing is allocated."""
     bank = np.zeros((1, _virtual_count(config), shape.d_model), np.float32)
     begin = functools.partial(init_state, PRETRAINING, optimizer)
@@ -449,11 +454,11 @@ def held_out_scores(
     put = lambda batch: batch if mesh is None else parallel.put_batch(batch, mesh)
     for name, batches in checks.items():
         parts = [np.asarray(sums(params, bank, put(batch))) for batch in batches]
-        nll, right, count = (float(x) for x in np.sum(parts, axis=0))
+        nll, correct, count = (float(x) for x in np.sum(parts, axis=0))
         scores[name] = {
             "loss": nll / count,
             "perplexity": math.exp(min(nll / count, 700)),
-            "token_accuracy": right / count,
+            "token_accuracy": correct / count,
             "tokens": int(count),
         }
     return scores
@@ -480,7 +485,7 @@ def save_model(folder: Path, model: t5.T5Model, state: TrainState, tokenizer: st
 
     All processes call it, and the first one writes.
     """
-    weights = processes.fetch_to_zero(state.tree["model"])
+    weights = processes.fetch_to_zero(PRETRAINING.export(state.trainables, Injection()))
     if jax.process_index() != 0:
         return
 
@@ -507,7 +512,7 @@ def fill_in(
 
     All processes call it: the weights may be over the devices of all.
     """
-    rows: list[tuple[Stream, Any]] = []
+    rows: list[tuple[Stream, Example]] = []
     for stream in streams.held_out:
         if not stream.name.startswith("pairs/"):
             rng = random_stream(HELD_OUT_SEED, 1_000_000)

@@ -9,14 +9,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import flax
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import PyTree
 
 import jaxprompt
 from jaxprompt.data.tokenizer import copy_tokenizer
@@ -30,10 +30,10 @@ from jaxprompt.training.progress import Progress, best_trial
 from jaxprompt.training.trial import Trial, by_task, slot_order
 
 
-def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Progress) -> dict:
+def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Progress) -> Metadata:
     """What the artefact of a trial says about itself, with its scores at this step."""
     config, shape, name = trial.config, backbone.config, trial.task.name
-    return {
+    metadata = {
         "backbone": {
             "source": config.backbone,
             "fingerprint": backbone.fingerprint,
@@ -62,47 +62,48 @@ def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Pr
             "untuned": (progress.untuned or {})[name],
         },
     }
+    return cast(Metadata, metadata)
 
 
 def note_test(folder: Path, scores: dict[str, float]) -> None:
     """Add the metrics of the test split to the artefact of a finished run."""
     if jax.process_index() == 0:
         prompt = load_prompt(folder)
-        save_prompt(folder, prompt._replace(metadata=prompt.metadata | {"test": scores}))
+        save_prompt(folder, prompt._replace(metadata={**prompt.metadata, "test": scores}))
 
 
 def save_tuned(
     folder: Path,
-    tree: Any,
-    bank: Float[Array, "1 P D"] | None,
+    arrays: Mapping[str, PyTree],
     backbone: Backbone,
-    facts: dict[str, Any],
+    metadata: Metadata,
     known: int = -1,
+    *,
+    prompt: bool,
 ) -> None:
     """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory.
 
     All processes call it, and the first one writes.
 
     Args:
-        tree: what was trained; of a whole model, with axis K of size 1.
-        bank: the prompt; None for a whole model.
+        arrays: what ``Method.export`` gives of one trial, with axis K of size 1.
+        prompt: whether that is a prompt; else it is a whole model.
         known: the step of what is there, if a checkpoint names it as the best: it is kept aside.
     """
-    weights = processes.fetch_to_zero(tree) if bank is None else None
+    weights = None if prompt else processes.fetch_to_zero(arrays)
     if jax.process_index() != 0:
         return
-    _put_aside(tuned_in(folder, bank is not None), known)
-    if bank is not None:
-        save_prompt(
-            folder / "prompt", Prompt(np.asarray(jax.device_get(bank))[0], cast(Metadata, facts))
-        )
+    _put_aside(tuned_in(folder, prompt), known)
+    if prompt:
+        vectors = np.asarray(jax.device_get(arrays["prompt"]))[0]
+        save_prompt(folder / "prompt", Prompt(vectors, metadata))
         return
 
     def write(path: Path) -> None:
         rate = backbone.model.runtime.dropout
         save_hf(path, backbone.config, jax.tree.map(lambda x: x[0], weights), dropout=rate)
         copy_tokenizer(backbone.path, path)
-        (path / "tuning.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (path / "tuning.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
     replace_directory(folder / "model", write, lambda old: (old / "tuning.json").is_file())
 

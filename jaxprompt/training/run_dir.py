@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import jax
 
@@ -16,6 +16,7 @@ from jaxprompt.config.overrides import dump_yaml, read_yaml
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import Optimization, RunConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Value, Values
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import PART, write_atomically
@@ -24,6 +25,9 @@ from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import CHECKSUMS, Checkpoints, checkpoint_folders
 from jaxprompt.training.metric_log import MetricWriter
 from jaxprompt.training.trackers import IDS, TrackedRun, Tracker, check_installed, open_trackers
+
+# what ``result.json`` holds; a run of several tasks has a ``tune.TaskResult`` of each in ``tasks``
+Result: TypeAlias = Values
 
 # all that a run writes
 RUN_FILES = frozenset((
@@ -45,7 +49,7 @@ RESUMABLE_SETTINGS = {
 }
 
 
-def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:
+def _settings(config: RunConfig | PretrainConfig) -> Values:
     """All settings by dotted key, tasks in full, so that two spellings of a run are equal."""
     values = config.model_dump(mode="json")
     grid = values.get("prompt", {}).get("population", {})
@@ -57,7 +61,7 @@ def _settings(config: RunConfig | PretrainConfig) -> dict[str, Any]:
     return _flat(values)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(values: Value, prefix: str = "") -> Values:
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
     return {
@@ -65,7 +69,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _read_settings(file: Path) -> dict[str, Any] | None:
+def _read_settings(file: Path) -> Values | None:
     """What ``config.yaml`` holds, not yet validated; None where it is not the file of a run."""
     try:
         values = read_yaml(file.read_text(encoding="utf-8"), str(file))
@@ -116,10 +120,10 @@ def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
     changed = [key for key in sorted({*old, *new} - free) if old.get(key) != new.get(key)]
     if not changed:
         return
-    told = [f"{k} was {shown(old.get(k))} and is {shown(new.get(k))}" for k in changed]
+    changes = [f"{k} was {shown(old.get(k))} and is {shown(new.get(k))}" for k in changed]
     if "train.cooldown_steps" in changed and done is not None:
-        told.append(f"a cool-down may change before it begins, and the run is at step {done}")
-    raise UserError(f"{folder} holds a run with other settings ({'; '.join(told)}); {advice}")
+        changes.append(f"a cool-down may change before it begins, and the run is at step {done}")
+    raise UserError(f"{folder} holds a run with other settings ({'; '.join(changes)}); {advice}")
 
 
 def check_run(config: RunConfig | PretrainConfig) -> Path:
@@ -133,8 +137,8 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     if file.is_file() and begun:
         _check_settings(folder, config)
     elif folder.exists():
-        own = RUN_FILES if file.is_file() and _read_settings(file) else {LOCK}
-        if not folder.is_dir() or _foreign(folder, own):
+        written = RUN_FILES if file.is_file() and _read_settings(file) else {LOCK}
+        if not folder.is_dir() or _foreign(folder, written):
             raise UserError(
                 f"Output {str(folder)!r} exists and is not a run; choose another output."
             )
@@ -147,10 +151,10 @@ def check_run(config: RunConfig | PretrainConfig) -> Path:
     return folder
 
 
-def _foreign(folder: Path, own: Collection[str]) -> list[str]:
-    """What is in a folder beside files of these names, and what a killed run was writing."""
+def _foreign(folder: Path, known: Collection[str]) -> list[str]:
+    """What is in a folder beside files of these names and what a killed run was writing."""
     names = (path.name for path in folder.iterdir())
-    return [name for name in names if name not in own and not PART.fullmatch(name)]
+    return [name for name in names if name not in known and not PART.fullmatch(name)]
 
 
 def clear_run(folder: Path) -> None:
@@ -163,7 +167,7 @@ def clear_run(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def load_result(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
+def load_result(config: RunConfig | PretrainConfig) -> Result | None:
     """What ``result.json`` holds, if the run is complete; else whether it may go on was checked.
 
     A damaged result counts as none: it follows from the last checkpoint.
@@ -181,7 +185,7 @@ def load_result(config: RunConfig | PretrainConfig) -> dict[str, Any] | None:
     return None
 
 
-def _read_result(folder: Path) -> dict[str, Any] | None:
+def _read_result(folder: Path) -> Result | None:
     """What ``result.json`` holds; None where there is none, or it is damaged."""
     try:
         value = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -194,7 +198,7 @@ _NUMBERS = ("rows", "majority", "untuned", "value", "trainable_parameters")
 _SCORES = ("loss", "perplexity", "token_accuracy", "tokens")
 
 
-def _is_result(result: dict[str, Any]) -> bool:
+def _is_result(result: Result) -> bool:
     """Whether it has what a run's result has, as far as anything reads it again."""
     has = lambda values, *names: (
         isinstance(values, dict)
@@ -254,7 +258,7 @@ class RunDir:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def finished(self, known_inputs: Callable[[], inputs.Inputs]) -> dict[str, Any] | None:
+    def finished(self, known_inputs: Callable[[], inputs.Inputs]) -> Result | None:
         """The result of a complete run; None for a run that begins or goes on.
 
         Args:
@@ -284,9 +288,8 @@ class RunDir:
 
     def open_checkpoints(self, *, in_parts: bool) -> None:
         """``in_parts``: for states as large as a model, see ``Checkpoints``."""
-        keep = self.config.train.keep
         self.checkpoints = Checkpoints(
-            self.path / "checkpoints", keep, self._say, in_parts=in_parts
+            self.path / "checkpoints", self.config.train.keep, self._say, in_parts=in_parts
         )
 
     def open_metrics(self, step: int) -> None:
@@ -308,7 +311,7 @@ class RunDir:
         if jax.process_index() == 0:
             (self.path / "result.json").unlink(missing_ok=True)
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Result) -> None:
         """Write ``result.json``, which marks the run as complete."""
         if jax.process_index() == 0:
             write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")

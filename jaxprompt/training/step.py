@@ -1,15 +1,15 @@
-"""The train step: pure, jitted once, over a mesh; gradients for the method's tree alone."""
+"""The train step: pure, jitted once, over a mesh; gradients for the method's trainables alone."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.data.batches import Batch
@@ -33,24 +33,24 @@ class TrainState(NamedTuple):
     """All that training changes: kilobytes for a prompt."""
 
     step: Int[Array, ""]
-    tree: Any
-    optimizer: Any
+    trainables: Trainables
+    optimizer: optax.OptState
 
 
 class StepSums(NamedTuple):
     """What adds up over the micro-batches of a step; the gradient is that of the summed loss."""
 
-    gradient: Any
+    gradient: Trainables
     losses: LossSums
 
-    def mean_gradient(self) -> Any:
+    def mean_gradient(self) -> Trainables:
         """The gradient of each member's mean over all of its target tokens."""
         num_tokens = jnp.maximum(self.losses.num_tokens, 1.0)
         share = lambda x, by: x / by.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
         groups = length_groups(self.gradient)
         mean = [
-            jax.tree.map(functools.partial(share, by=own), group)
-            for group, own in zip(groups, split_by_group(num_tokens, self.gradient), strict=True)
+            jax.tree.map(functools.partial(share, by=tokens), group)
+            for group, tokens in zip(groups, split_by_group(num_tokens, self.gradient), strict=True)
         ]
         return join_groups(mean)
 
@@ -113,9 +113,9 @@ class TrainStep:
             params = self._as_bits(params)
         if len(batches) == 1:
             return self._single_step(state, params, batches[0])
-        sums = self._zero_grads(state.tree)
+        sums = self._zero_grads(state.trainables)
         for batch in batches:
-            sums = self._accumulate(sums, state.tree, params, batch)
+            sums = self._accumulate(sums, state.trainables, params, batch)
         return self._apply_gradients(state, sums)
 
     def _as_bits(self, params: registry.Params) -> registry.Params:
@@ -152,7 +152,7 @@ class StepFunctions:
         self, state: TrainState, params: registry.Params, batch: Batch
     ) -> tuple[TrainState, Losses]:
         """A step on a batch that is in one piece."""
-        return self.apply_gradients(state, self._stacked_sums(params, state.tree, batch))
+        return self.apply_gradients(state, self._stacked_sums(params, state.trainables, batch))
 
     def accumulate(
         self, sums: StepSums, trainables: Trainables, params: registry.Params, batch: Batch
@@ -162,10 +162,10 @@ class StepFunctions:
 
     def apply_gradients(self, state: TrainState, sums: StepSums) -> tuple[TrainState, Losses]:
         """The state after the step that has these sums."""
-        sums = parallel.psum_over_batch(sums, self._mesh, self._specs(state.tree))
+        sums = parallel.psum_over_batch(sums, self._mesh, self._specs(state.trainables))
         gradient = sums.mean_gradient()
-        updates, opt_state = self._optimizer.update(gradient, state.optimizer, state.tree)
-        trainables = optax.apply_updates(state.tree, updates)
+        updates, opt_state = self._optimizer.update(gradient, state.optimizer, state.trainables)
+        trainables = optax.apply_updates(state.trainables, updates)
         state = TrainState(state.step + 1, trainables, opt_state)
         if self._shared_by is not None:
             spread = shardings(state, self.method, self._model, self._shared_by)
@@ -222,11 +222,11 @@ class StepFunctions:
         each = jnp.zeros((shards, num_members(trainables)))
         return StepSums(gradient, LossSums(each, each, each))
 
-    def zeros_sharding(self) -> Any:
+    def zeros_sharding(self) -> NamedSharding | None:
         """Where ``zero_grads`` are, if they do not say so themselves."""
         return None if self._shared_by else parallel.batch_sharding(self._mesh)
 
-    def _specs(self, trainables: Trainables) -> Any:
+    def _specs(self, trainables: Trainables) -> PyTree:
         """How the sums are spread, where devices share what is trained; else None."""
         if self._shared_by is None:
             return None
@@ -257,17 +257,18 @@ def make_train_step(
     return TrainStep(StepFunctions(model, method, optimizer, loss, mesh))
 
 
-def _specs_of_sums(specs: Any) -> Any:
-    everywhere: Any = PartitionSpec()
+def _specs_of_sums(specs: PyTree) -> PyTree:
+    """The partition specs of ``StepSums``, by those of the gradient."""
+    everywhere: PyTree = PartitionSpec()
     return StepSums(specs, LossSums(everywhere, everywhere, everywhere))
 
 
-def _specs(tree: Any, model: registry.Model, mesh: Mesh) -> Any:
+def _specs(tree: PyTree, model: registry.Model, mesh: Mesh) -> PyTree:
     known = model.abstract_params(), model.logical_axes()
     return parallel.specs_of(mesh, tree, parallel.trained_axes(tree, *known))
 
 
-def shardings(state: Any, method: Method, model: registry.Model, mesh: Mesh) -> Any:
+def shardings(state: PyTree, method: Method, model: registry.Model, mesh: Mesh) -> PyTree:
     """Where each array of a state is: prompts on every device, a whole model as ``RULES`` say."""
     if method.frozen or not parallel.divides_weights(mesh):
         return jax.tree.map(lambda x: parallel.replicated(mesh), state)
@@ -275,21 +276,20 @@ def shardings(state: Any, method: Method, model: registry.Model, mesh: Mesh) -> 
 
 
 def first_state(
-    tree: Any, method: Method, optimizer: optax.GradientTransformation,
+    trainables: Trainables, method: Method, optimizer: optax.GradientTransformation,
     model: registry.Model, mesh: Mesh,
 ) -> TrainState:  # fmt: skip
-    """The state before step 0 of a tree, on the devices of ``mesh``."""
+    """The state before step 0 of these trainables, on the devices of ``mesh``."""
     if method.frozen:
-        state = TrainState(jnp.int32(0), tree, optimizer.init(tree))
+        state = TrainState(jnp.int32(0), trainables, optimizer.init(trainables))
         return jax.device_put(state, parallel.replicated(mesh))
     place = lambda some: shardings(some, method, model, mesh)
-    tree = jax.tree.map(parallel.moved, tree, place(tree))
-    moments = jax.eval_shape(optimizer.init, tree)
+    trainables = jax.tree.map(parallel.moved, trainables, place(trainables))
+    moments = jax.eval_shape(optimizer.init, trainables)
     # no device ever has more than its part
-    moments = jax.jit(optimizer.init, out_shardings=place(moments))(tree)
-    return TrainState(
-        parallel.device_put_global(np.zeros((), np.int32), parallel.replicated(mesh)), tree, moments
-    )
+    moments = jax.jit(optimizer.init, out_shardings=place(moments))(trainables)
+    step = parallel.device_put_global(np.zeros((), np.int32), parallel.replicated(mesh))
+    return TrainState(step, trainables, moments)
 
 
 def all_finite(trainables: Trainables) -> Bool[np.ndarray, " K"]:
@@ -307,7 +307,7 @@ def init_state(
     method: Method,
     optimizer: optax.GradientTransformation,
     params: registry.Params,
-    start: Float[Any, "K R D"],
+    start: Float[np.ndarray, "K R D"],
     config: PromptConfig | None = None,
     *,
     seed: int = 0,
@@ -316,5 +316,5 @@ def init_state(
 
     start: R vectors of each member, as ``method.num_start_vectors(config)`` asks.
     """
-    tree = method.init(params, start, config or PromptConfig(), seed)
-    return TrainState(jnp.int32(0), tree, optimizer.init(tree))
+    trainables = method.init(params, start, config or PromptConfig(), seed)
+    return TrainState(jnp.int32(0), trainables, optimizer.init(trainables))

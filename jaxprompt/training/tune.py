@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
@@ -21,10 +22,11 @@ from jaxprompt.data.sampling import Draw, training_batches
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import Method, inject, lent
+from jaxprompt.methods.base import Method, Trainables, inject, lent
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.devices import crowding, describe
@@ -42,7 +44,14 @@ from jaxprompt.training.datasets import (
     truncation_warnings,
 )
 from jaxprompt.training.evaluator import Evaluator
-from jaxprompt.training.metric_log import MetricName, Metrics, Reporter, StepLog, log_scores
+from jaxprompt.training.metric_log import (
+    MetricName,
+    Metrics,
+    Reporter,
+    Row,
+    StepLog,
+    log_scores,
+)
 from jaxprompt.training.optimizer import per_prompt, schedule_warnings
 from jaxprompt.training.population import (
     as_markdown,
@@ -63,7 +72,7 @@ from jaxprompt.training.results import (
     save_tuned,
     tidy_best,
 )
-from jaxprompt.training.run_dir import RunDir
+from jaxprompt.training.run_dir import Result, RunDir
 from jaxprompt.training.step import TrainState, all_finite, first_state, make_train_step, shardings
 from jaxprompt.training.steps import Steps
 from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
@@ -204,10 +213,34 @@ def _warnings(
 
 def _starts(
     backbone: Backbone, trials: Sequence[Trial], tokenizer: Tokenizer, params: registry.Params
-) -> list[Any]:
+) -> list[Trainables]:
     """The trainables [1, ...] of each trial before step 0."""
     source = backbone._replace(params=params)
     return [init_trainables(trial.config, trial.task, source, tokenizer) for trial in trials]
+
+
+class TestResult(TypedDict, total=False):
+    """What ``result.json`` says of a task's test rows, where there are any."""
+
+    test_rows: int
+    test: Metrics
+    test_error: str  # why there are no metrics
+
+
+class TaskResult(TestResult):
+    """What ``result.json`` says of a task."""
+
+    task: str
+    method: str
+    metric: str  # the one that selects the best step
+    value: float  # of it, on validation rows
+    majority: float  # of always answering the commonest label
+    untuned: float  # of the backbone without tuning
+    rows: int  # validation rows
+    best_step: int
+    trainable_parameters: int
+    prompt: str | None  # the directory of the tuned prompt
+    model: str | None  # that of a tuned model
 
 
 @dataclass
@@ -230,8 +263,8 @@ class Tuning:
     trials: tuple[Trial, ...]
     evaluator: Evaluator
     all_inputs: inputs.Inputs
-    starts: list[Any] | None
-    shapes: list[Any]
+    starts: list[Trainables] | None
+    shapes: list[Trainables]
 
     @property
     def names(self) -> list[MetricName]:
@@ -269,7 +302,7 @@ class Tuning:
         """The metric of each task without tuning, and of always giving the commonest label."""
         untuned: Metrics = {}
         majority: Metrics = {}
-        row: dict[str, Any] = {"step": 0}
+        row: Row = {"step": 0}
         vocabulary = self.backbone.config.vocab_size
         for name, members in by_task(self.trials).items():
             task, prefix = members[0].task, members[0].prefix
@@ -283,7 +316,7 @@ class Tuning:
         self.run.metrics.write(row)
         return {"untuned": untuned, "majority": majority}
 
-    def _take_starts(self) -> list[Any]:
+    def _take_starts(self) -> list[Trainables]:
         params, starts = self.backbone.params, self.starts
         self.starts = None
         self._free_weights()
@@ -315,9 +348,9 @@ class Tuning:
         self._free_weights()
         optimizer = self._optimizer(progress)
 
-        def begin(shapes: list[Any]) -> TrainState:
-            tree = stack_trainables([shapes[number] for number in progress.active])
-            return TrainState(jax.numpy.int32(0), tree, optimizer.init(tree))
+        def begin(shapes: list[Trainables]) -> TrainState:
+            trainables = stack_trainables([shapes[number] for number in progress.active])
+            return TrainState(jax.numpy.int32(0), trainables, optimizer.init(trainables))
 
         like = jax.eval_shape(begin, self.shapes)
         places = shardings(like, self.method, self.backbone.model, self.mesh)
@@ -377,19 +410,21 @@ class Tuning:
     def evaluate(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Score the active trials, keep the best, and stop the worse half where that is due."""
         active = [self.trials[number] for number in progress.active]
-        bank = None
+        injection = Injection()
         if self.method.frozen:
-            bank = inject(self.method, state.tree, self.backbone.params).embeddings
-            scores = self.evaluator.validate(self.backbone.params, bank, active)
+            injection = inject(self.method, state.trainables, self.backbone.params)
+            scores = self.evaluator.validate(self.backbone.params, injection.embeddings, active)
         else:
-            with lent(state.tree) as params:
+            with lent(state.trainables) as params:
                 scores = self.evaluator.validate(params, None, active)
         # weights that are not finite may give finite metrics
-        finite = all_finite(state.tree) & np.isfinite([sum(metrics.values()) for metrics in scores])
+        total = [sum(metrics.values()) for metrics in scores]
+        finite = all_finite(state.trainables) & np.isfinite(total)
         ranked = [metrics[trial.metric] for trial, metrics in zip(active, scores, strict=True)]
         judgement = judge(progress, self.trials, ranked, finite.tolist())
         by_number = dict(zip(progress.active, scores, strict=True))
-        self._keep_best(state, bank, progress, judgement, by_number)
+        arrays = self.method.export(state.trainables, injection)
+        self._keep_best(arrays, progress, judgement, by_number)
         shown = [k for k, ok in zip(progress.active, finite, strict=True) if ok]
         log_scores(
             self.run.metrics,
@@ -402,17 +437,21 @@ class Tuning:
 
     def _keep_best(
         self,
-        state: TrainState,
-        bank: Any,
+        arrays: Mapping[str, PyTree],
         before: Progress,
         judgement: Judgement,
         scores: Mapping[int, Metrics],
     ) -> None:
-        """Save the trials that improved, and of each task the best."""
+        """Save the trials that improved, and of each task the best.
+
+        arrays: what the method exports of all active trials.
+        """
         on_disk, saved = kept_steps(self.trials, before), self.run.checkpoints.latest_step()
         for number in judgement.improved:
             trial, slot = self.trials[number], before.active.index(number)
-            prompt = None if bank is None else bank[slot : slot + 1, : trial.length]
+            chosen = arrays
+            if self.method.uses_prompt:
+                chosen = {k: x[slot : slot + 1, : trial.length] for k, x in arrays.items()}
             metadata = metadata_for(trial, self.backbone, scores[number], judgement.progress)
             folders = [trial.own_dir]
             if number in judgement.task_best:
@@ -424,7 +463,9 @@ class Tuning:
                 if saved is None or known > saved:  # no checkpoint names it
                     known = -1
                 self.run.remove_result()
-                save_tuned(folder, state.tree, prompt, self.backbone, metadata, known)
+                save_tuned(
+                    folder, chosen, self.backbone, metadata, known, prompt=self.method.uses_prompt
+                )
 
     def _halve(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """At the last step too: the run may get more of them."""
@@ -455,13 +496,11 @@ class Tuning:
         """Nothing of the state is needed at the end: a test takes what was saved as the best."""
         return None
 
-    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> dict[str, Any]:
+    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> Result:
         """Test the best prompt of each task, draw the curves and write the result."""
         tasks = by_task(self.trials)
         results = {name: self._task_result(members, progress) for name, members in tasks.items()}
-        result: dict[str, Any] = (
-            {"tasks": results} if len(tasks) > 1 else next(iter(results.values()))
-        )
+        result: Result = {"tasks": results} if len(tasks) > 1 else {**next(iter(results.values()))}
         seconds, settings = log.clock.seconds(), self.config.train
         result |= {
             "steps": progress.step,
@@ -486,7 +525,7 @@ class Tuning:
         self.run.write_result(result)
         return result
 
-    def _task_result(self, members: Sequence[Trial], progress: Progress) -> dict[str, Any]:
+    def _task_result(self, members: Sequence[Trial], progress: Progress) -> TaskResult:
         """What came of a task: its best trial, which is the one in ``task_dir``."""
         best = best_trial(progress, slot_order(members))
         folder, uses_prompt = best.task_dir, self.method.uses_prompt
@@ -496,7 +535,7 @@ class Tuning:
                 "so that nothing was saved as the best; lower train.learning_rate, or use "
                 "model.dtype=float32, in another output."
             )
-        result: dict[str, Any] = {
+        result: TaskResult = {
             "task": best.task.name,
             "method": self.config.method,
             "metric": best.metric,
@@ -508,14 +547,14 @@ class Tuning:
             "trainable_parameters": sum(x.size for x in jax.tree.leaves(self.shapes[best.number])),
             "prompt": str(folder / "prompt") if uses_prompt else None,
             "model": None if uses_prompt else str(folder / "model"),
+            **self._test(best),
         }
-        result |= self._test(best)
         if jax.process_index() == 0:
             rows = self.run.metrics.rows_of(best.prefix)
             draw_curves(rows, best.metric, result["majority"], folder / "curves.png")
         return result
 
-    def _test(self, best: Trial) -> dict[str, Any]:
+    def _test(self, best: Trial) -> TestResult:
         """The metrics of a task's best prompt on the test rows, where there are any.
 
         Scores that are not finite are reported, and do not cost the run its result.
@@ -533,7 +572,7 @@ class Tuning:
             note_test(Path(source), metrics)
         return {"test_rows": len(test.examples), "test": metrics}
 
-    def _load_best(self, best: Trial) -> tuple[registry.Params, Any, str]:
+    def _load_best(self, best: Trial) -> tuple[registry.Params, Float[Array, "1 P D"] | None, str]:
         """Parameters, bank and directory of what was saved as the best of a task."""
         if not self.method.uses_prompt:
             # asked of the first process, which has then written it

@@ -157,7 +157,7 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
     return {
         "backbone": config.backbone,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "trainable": sum(x.size for x in jax.tree.leaves(state.tree)),
+        "trainable": sum(x.size for x in jax.tree.leaves(state.trainables)),
         "mesh": dict(mesh.shape),
         "rows x tokens": [size, wide, narrow],
         "flops": flops,

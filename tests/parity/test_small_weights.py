@@ -100,7 +100,7 @@ def test_a_backbone_in_few_bits_is_recognised_and_the_same_on_any_mesh(folder, k
         put=lambda batch: parallel.put_batch(batch, placed.mesh),
     )  # fmt: skip
     # two steps through four layers of width 64, forward and backward
-    assert_same_sums(spread.tree["prompt"], alone.tree["prompt"], 64 * 4 * 2 * 2)
+    assert_same_sums(spread.trainables["prompt"], alone.trainables["prompt"], 64 * 4 * 2 * 2)
     exact, other = run((plain.model, plain.params), batches, start)
     assert 0 < abs(float(losses.loss[0] - other.loss[0])) < 0.3
 

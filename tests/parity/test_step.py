@@ -74,7 +74,7 @@ def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropou
         for s in range(4)
     ]  # fmt: skip
     settings = {"name": name, "rate": 0.05}
-    tree = run(tiny, together, starts, **settings)[0].tree["prompt"]
+    tree = run(tiny, together, starts, **settings)[0].trainables["prompt"]
     for k, n in enumerate(counts):
         alone = []
         for s in range(4):
@@ -83,7 +83,7 @@ def test_prompts_trained_together_equal_prompts_trained_alone(tiny, name, dropou
                 for e in examples(n, member=k, seed=s)
             ]
             alone.append(make_batch(own, rows=5, input_length=32, target_length=4))
-        single = run(tiny, alone, starts[k : k + 1], **settings)[0].tree["prompt"]
+        single = run(tiny, alone, starts[k : k + 1], **settings)[0].trainables["prompt"]
         np.testing.assert_allclose(tree[k], single[0], rtol=2e-4, atol=2e-4)
 
 
@@ -194,7 +194,9 @@ def test_a_sharded_step_equals_a_step_on_one_device(tiny, shape, by_rows):
         (model, placed), batches, prompts(1), put=lambda b: parallel.put_batch(b, mesh),
         mesh=mesh if by_rows else None,
     )  # fmt: skip
-    np.testing.assert_allclose(single.tree["prompt"], sharded.tree["prompt"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        single.trainables["prompt"], sharded.trainables["prompt"], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("shape", "name"), [((2, 2, 1), "adafactor"), ((1, 2, 2), "adamw")])
@@ -219,12 +221,14 @@ def test_a_model_that_devices_share_is_trained_as_on_one(tiny, shape, name):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
     np.testing.assert_allclose(found.loss, losses.loss, rtol=1e-5)
     # the sign of a gradient that is 0 but for rounding decides a step of Adam
-    for a, b in zip(jax.tree.leaves(alone.tree), jax.tree.leaves(state.tree), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(alone.trainables), jax.tree.leaves(state.trainables), strict=True
+    ):
         assert np.abs(a - b).max() < 1e-3 and np.abs(a - b).mean() < 1e-5
     near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     jax.tree.map(near, alone.optimizer, state.optimizer)
     parts = shape[1] * shape[2]
-    wi = state.tree["encoder"]["layers"]["mlp"]["wi_0"]
+    wi = state.trainables["encoder"]["layers"]["mlp"]["wi_0"]
     assert wi.addressable_shards[0].data.size == wi.size // parts
     held = lambda tree: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(tree))
     whole = sum(x.size for x in jax.tree.leaves(state))
@@ -292,13 +296,13 @@ def test_model_tuning_changes_a_copy(tiny):
     state, last = run(tiny, batches, none, **settings)
     assert float(last.loss[0]) < float(first.loss[0])
     jax.tree.map(np.testing.assert_array_equal, before, params)
-    assert jax.tree.structure(state.tree) == jax.tree.structure(params)
+    assert jax.tree.structure(state.trainables) == jax.tree.structure(params)
 
 
 def test_dropout_is_a_function_of_the_batch(tiny):
     model = tiny[0].with_runtime(dropout=0.2)
     batches = [make_batch(examples(4))] * 3
-    tuned = lambda *model: np.asarray(run(model, batches, prompts(1))[0].tree["prompt"])
+    tuned = lambda *model: np.asarray(run(model, batches, prompts(1))[0].trainables["prompt"])
     a = tuned(model, tiny[1])
     np.testing.assert_array_equal(a, tuned(model, tiny[1]))
     assert np.abs(a - tuned(*tiny)).max() > 1e-3

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.divergence import Diverged
 from jaxprompt.training.loop import train
 from jaxprompt.training.metric_log import NullReporter
+from jaxprompt.training.step import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +128,9 @@ def test_a_lock_is_dropped_and_does_not_outlive_its_owner(tmp_path):
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """As much of a TrainState as a checkpoint needs."""
-
-    step: Any
-    tree: Any
-
-
 def state(step):
     values = np.random.default_rng(step).normal(size=(2, 3, 4)).astype(np.float32)
-    return State(jnp.int32(step), {"prompt": jnp.asarray(values)})
+    return TrainState(jnp.int32(step), {"prompt": jnp.asarray(values)}, ())
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +183,7 @@ def test_a_damaged_checkpoint_is_never_used(saved, tmp_path, seed):
     assert bool(said) == differs and all("is not used" in text for text in said)
     found = checkpoints.restore(state(0))
     assert int(found.step) == expected == checkpoints.progress()["at"]
-    np.testing.assert_array_equal(found.tree["prompt"], state(expected).tree["prompt"])
+    np.testing.assert_array_equal(found.trainables["prompt"], state(expected).trainables["prompt"])
     # and the run goes on over the place of what was damaged
     checkpoints.save(20, state(21)._replace(step=jnp.int32(20)), {"at": 20})
     assert Checkpoints(folder, 3).latest_step() == 20

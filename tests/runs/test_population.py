@@ -228,10 +228,10 @@ def test_trees_of_one_length_stay_one_tree():
     assert num_members(both) == 4
     state = TrainState(jax.numpy.int32(0), both, tuple(t["prompt"] + 10 for t in both))
     kept = keep_members(state, [2, 3])
-    np.testing.assert_array_equal(kept.tree["prompt"][:, 0, 0], [2, 3])
+    np.testing.assert_array_equal(kept.trainables["prompt"][:, 0, 0], [2, 3])
     np.testing.assert_array_equal(kept.optimizer[:, 0, 0], [12, 13])
     kept = keep_members(state, [1, 2])
-    assert [t["prompt"][0, 0, 0] for t in kept.tree] == [1, 2]
+    assert [t["prompt"][0, 0, 0] for t in kept.trainables] == [1, 2]
 
 
 def test_a_start_from_words_that_are_not_there_is_warned_of(backbone, tmp_path):

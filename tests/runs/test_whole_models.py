@@ -172,16 +172,16 @@ def test_a_checkpoint_written_by_the_first_process_alone_is_read_in_parts(tmp_pa
     Checkpoints(tmp_path / "checkpoints", 2).save(3, state, {"at": 3})
     spec = PartitionSpec(None, "fsdp", "tensor")
     place = jax.tree.map(lambda x: parallel.replicated(mesh), state)
-    place = place._replace(tree={"w": NamedSharding(mesh, spec)})
+    place = place._replace(trainables={"w": NamedSharding(mesh, spec)})
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, in_parts=True)
     assert checkpoints.progress() == {"at": 3}
     found = checkpoints.restore(parallel.with_sharding(state, place))
-    assert found.tree["w"].sharding.spec == spec
-    assert found.tree["w"].addressable_shards[0].data.shape == (1, 2, 4)
+    assert found.trainables["w"].sharding.spec == spec
+    assert found.trainables["w"].addressable_shards[0].data.shape == (1, 2, 4)
     assert jax.tree.all(jax.tree.map(np.array_equal, found, state))
     checkpoints.save(4, found._replace(step=jnp.int32(4)), {"at": 4})
     again = Checkpoints(tmp_path / "checkpoints", 2).restore(state)
-    assert int(again.step) == 4 and np.array_equal(again.tree["w"], state.tree["w"])
+    assert int(again.step) == 4 and np.array_equal(again.trainables["w"], state.trainables["w"])
 
 
 def test_moments_are_shared_as_their_parameters_are():
@@ -196,7 +196,7 @@ def test_moments_are_shared_as_their_parameters_are():
     }
     found = parallel.trained_axes(State(array(), [moments]), shapes, axes)
     assert found.step == ()
-    assert found.tree == [{
+    assert found.trainables == [{
         "rows": {"layers": {"wo": (None, "layers", "mlp")}, "square": (None, None),
                  "scale": (None, None)},
         "columns": {"layers": {"wo": (None, "layers", "embed")}, "square": (None, None),
@@ -212,7 +212,7 @@ class State(NamedTuple):
     """As much of a TrainState as has axes."""
 
     step: Any
-    tree: Any
+    trainables: Any
 
 
 def test_a_new_backbone_that_devices_cannot_share_is_refused(tmp_path):

@@ -69,7 +69,7 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
         seen.add(batch.inputs.shape)
         times.append((time.perf_counter() - began, compiles))
         print(f"ours step {number + 1}/{len(indices)}: loss {losses[-1]:.4f}", file=sys.stderr)
-    return np.asarray(jax.device_get(state.tree["prompt"]))[0], times, losses
+    return np.asarray(jax.device_get(state.trainables["prompt"]))[0], times, losses
 
 
 def run(options, task: TaskConfig, backbone, length: int, seed: int) -> dict:

@@ -76,7 +76,7 @@ class Counting:
         return state(step), Losses(jnp.full(1, loss), jnp.ones(1)), [EMPTY]
 
     def evaluate(self, state, progress):
-        assert int(state.step) == progress.step == int(state.tree["weight"][0, 0])
+        assert int(state.step) == progress.step == int(state.trainables["weight"][0, 0])
         self.events.append(f"evaluate {progress.step}")
         return state, dataclasses.replace(progress, evaluated=progress.step)
 
