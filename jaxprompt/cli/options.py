@@ -34,7 +34,12 @@ def _at_home(path: Path | str) -> Path:
     return Path(expanded(path))
 
 
-ConfigArgument = Annotated[Path, typer.Argument(callback=at_home, help="YAML file of the run")]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        callback=at_home, help="YAML file of the run, or a packaged one: quickstart, paper/base"
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
 ]

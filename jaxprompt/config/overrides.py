@@ -1,5 +1,6 @@
 """From a YAML file and key=value overrides to a checked config, and back to YAML."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
+
+# in a clone, a link to the folder configs/ of the repository; a wheel has the files themselves
+PACKAGED = Path(__file__).parent.parent / "builtin" / "configs"
 
 
 def read_yaml(text: str, where: str) -> Value:
@@ -51,17 +55,18 @@ def override_value(text: str, key: str) -> Value:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a YAML file and apply ``key=value`` overrides such as ``train.steps=100``."""
+    """Read a run from a YAML file and apply ``key=value`` overrides such as ``train.steps=100``.
+
+    Args:
+        path: The file, or the name of a config of the package, such as ``quickstart``.
+        overrides: Settings that replace those of the file, in their order.
+    """
     return parse(RunConfig, read_config(path, overrides))
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Values:
     """The values of a YAML file with ``key=value`` overrides applied, not yet validated."""
-    path = Path(expanded(path))
-    if not path.is_file():
-        raise UserError(
-            f"No config file at {shown(str(path))}{looked_in(path)}; give the path of a YAML file."
-        )
+    path = _config_file(path)
     if path.stat().st_size > 4 * yaml12.LONGEST:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, more than any config; name a YAML file such "
@@ -81,6 +86,33 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Values:
     for override in overrides:
         set_value(values, override)
     return values
+
+
+def packaged_configs() -> list[str]:
+    """The names of the configs that are part of the package: quickstart, paper/base, ..."""
+    files = sorted(PACKAGED.glob("*.yaml")) + sorted(PACKAGED.glob("*/*.yaml"))
+    return [file.relative_to(PACKAGED).with_suffix("").as_posix() for file in files]
+
+
+def _config_file(path: str | Path) -> Path:
+    """The file at a path, else the packaged config of that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    file = Path(expanded(path))
+    if file.is_file():
+        return file
+    known = packaged_configs()
+    if str(path) in known:
+        return PACKAGED / f"{path}.yaml"
+    meant = str(path).removeprefix("configs/").removesuffix(".yaml")
+    close = difflib.get_close_matches(meant[:80], known, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else f", such as {', '.join(known[:3])}."
+    raise UserError(
+        f"No config file at {shown(str(file))}{looked_in(file)}; give the path of a YAML file, or "
+        f"the name of a config of the package{hint}"
+    )
 
 
 def set_value(values: Values, override: str) -> None:
