@@ -99,6 +99,8 @@ class MLflow:
     """
 
     def __init__(self, run: TrackedRun):
+        # its own default, 7, lets a run wait for four minutes where there is no server
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         import mlflow.entities  # pyright: ignore[reportMissingImports]
 
         self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
