@@ -3,11 +3,11 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.models.checkpoints.int8 import dequantised
-from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, same
+from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, each_layer, map_leaves, same
 from jaxprompt.models.checkpoints.metadata import (
     MOST_LAYERS,
     read_choice,
@@ -158,32 +158,58 @@ def config_to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+class _Weight(NamedTuple):
+    """One weight of each layer."""
+
+    axes: str  # in the parameter tree, without the layers'
+    name: str  # in the file, below the layer
+    file_axes: str
+
+
+def _attention_weights(qkv_bias: bool) -> dict[str, _Weight]:
+    weights = {}
+    for name, letter in (("query", "N"), ("key", "G"), ("value", "G")):
+        module = f"self_attn.{name[0]}_proj"
+        weights[name] = _Weight(f"D{letter}H", f"{module}.weight", f"{letter}H D")
+        if qkv_bias:
+            weights[f"{name}_bias"] = _Weight(f"{letter}H", f"{module}.bias", f"{letter}H")
+    return {**weights, "out": _Weight("NHD", "self_attn.o_proj.weight", "D NH")}
+
+
+_MLP_WEIGHTS = {
+    "wi_0": _Weight("DF", "mlp.gate_proj.weight", "F D"),
+    "wi_1": _Weight("DF", "mlp.up_proj.weight", "F D"),
+    "wo": _Weight("FD", "mlp.down_proj.weight", "D F"),
+}
+
+
 def leaves(config: DecoderConfig) -> list[Leaf]:
     """Every leaf of the parameter tree with the torch names that fill it."""
-    found = [
-        Leaf(("token_embedder", "embedding"), "VD", (Piece(_EMBEDDING, "V D"),)),
-        Leaf(("final_norm", "scale"), "D", (Piece("model.norm.weight", "D"),)),
-    ]
-
-    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
-        names = (f"model.layers.{i}.{name}" for i in range(config.num_layers))
-        pieces = tuple(Piece(name, file_axes) for name in names)
-        found.append(Leaf(("layers", *path.split("/")), "L" + axes, pieces))
-
-    layers("attention_norm/scale", "D", "input_layernorm.weight", "D")
-    for name, letter in (("query", "N"), ("key", "G"), ("value", "G")):
-        theirs = f"self_attn.{name[0]}_proj"
-        layers(f"attention/{name}", f"D{letter}H", f"{theirs}.weight", f"{letter}H D")
-        if config.qkv_bias:
-            layers(f"attention/{name}_bias", f"{letter}H", f"{theirs}.bias", f"{letter}H")
-    layers("attention/out", "NHD", "self_attn.o_proj.weight", "D NH")
-    layers("mlp_norm/scale", "D", "post_attention_layernorm.weight", "D")
-    for ours, theirs in (("wi_0", "gate"), ("wi_1", "up")):
-        layers(f"mlp/{ours}", "DF", f"mlp.{theirs}_proj.weight", "F D")
-    layers("mlp/wo", "FD", "mlp.down_proj.weight", "D F")
+    attention = _attention_weights(config.qkv_bias)
+    weights = {
+        "attention_norm/scale": _Weight("D", "input_layernorm.weight", "D"),
+        **{f"attention/{name}": weight for name, weight in attention.items()},
+        "mlp_norm/scale": _Weight("D", "post_attention_layernorm.weight", "D"),
+        **{f"mlp/{name}": weight for name, weight in _MLP_WEIGHTS.items()},
+    }
+    top = {
+        "token_embedder/embedding": ("VD", Piece(_EMBEDDING, "V D")),
+        "final_norm/scale": ("D", Piece("model.norm.weight", "D")),
+    }
+    axes = {path: letters for path, (letters, _) in top.items()}
+    axes |= {f"layers/{path}": f"L{weight.axes}" for path, weight in weights.items()}
     if not config.tied:
-        found.append(Leaf(("head",), "DV", (Piece(_HEAD, "V D"),)))
-    return found
+        axes["head"] = "DV"
+
+    def pieces(path: str) -> list[Piece]:
+        if path == "head":
+            return [Piece(_HEAD, "V D")]
+        if path in top:
+            return [top[path][1]]
+        weight = weights[path.removeprefix("layers/")]
+        return each_layer(config.num_layers, f"model.layers.{{}}.{weight.name}", weight.file_axes)
+
+    return map_leaves(axes, pieces)
 
 
 def tidy(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

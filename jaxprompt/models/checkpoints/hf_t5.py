@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.models.checkpoints.int8 import dequantised
-from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, same
+from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, each_layer, map_leaves, same
 from jaxprompt.models.checkpoints.legacy.flax_msgpack import read_msgpack
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.models.checkpoints.metadata import (
@@ -21,6 +21,7 @@ from jaxprompt.models.checkpoints.metadata import (
     read_size,
 )
 from jaxprompt.models.checkpoints.safetensors import read_safetensors
+from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
 
 # Activation names that mean the same function as one of layers.ACTIVATIONS. A plain "gelu" outside
@@ -161,48 +162,51 @@ def config_to_json(config: T5Config, dtype: str, dropout: float = 0.0) -> dict[s
     }
 
 
+_MODULES = {
+    "attention": "SelfAttention",
+    "self_attention": "SelfAttention",
+    "cross_attention": "EncDecAttention",
+    "mlp": "DenseReluDense",
+}
+# our name of a matrix -> its name in the module and its axes in the file
+_MATRICES = {
+    **{name: (name[0], "NH D") for name in ("query", "key", "value")},
+    "out": ("o", "D NH"),
+    **{name: (name, "F D") for name in ("wi", "wi_0", "wi_1")},
+    "wo": ("wo", "D F"),
+}
+
+
 def leaves(config: T5Config) -> list[Leaf]:
     """Every leaf of the parameter tree with the torch names that fill it."""
-    found = [
-        Leaf(("token_embedder", "embedding"), "VD", (Piece("shared.weight", "V D"),)),
-        *_stack("encoder", config.num_encoder_layers, config),
-        *_stack("decoder", config.num_decoder_layers, config),
-    ]
-    if not config.tied:
-        found.append(Leaf(("head",), "DV", (Piece(_HEAD, "V D"),)))
-    return found
+    return map_leaves(tree_axes(config), lambda path: _pieces(path, config))
 
 
-def _stack(stack: str, depth: int, config: T5Config) -> list[Leaf]:
-    found: list[Leaf] = []
+def _pieces(path: str, config: T5Config) -> list[Piece]:
+    """The tensors of the leaf at ``path``."""
+    if path == "token_embedder/embedding":
+        return [Piece("shared.weight", "V D")]
+    if path == "head":
+        return [Piece(_HEAD, "V D")]
+    stack, *inside = path.split("/")
+    if inside[0] == "final_norm":
+        return [Piece(f"{stack}.final_layer_norm.weight", "D")]
+    layers = 1  # a relative bias that the layers share lies in the first one
+    if inside[0] == "layers":
+        layers, inside = depths(config)[stack], inside[1:]
+    name, axes = _in_layer(stack, *inside)
+    return each_layer(layers, f"{stack}.block.{{}}.layer.{name}.weight", axes)
 
-    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
-        pieces = (Piece(f"{stack}.block.{i}.layer.{name}.weight", file_axes) for i in range(depth))
-        found.append(Leaf((stack, "layers", *path.split("/")), "L" + axes, tuple(pieces)))
 
-    def attention(name: str, number: int, module: str) -> None:
-        layers(f"{name}_norm/scale", "D", f"{number}.layer_norm", "D")
-        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
-            layers(f"{name}/{ours}", "DNH", f"{number}.{module}.{theirs}", "NH D")
-        layers(f"{name}/out", "NHD", f"{number}.{module}.o", "D NH")
-
-    mlp = 1 if stack == "encoder" else 2
-    attention("attention" if stack == "encoder" else "self_attention", 0, "SelfAttention")
-    if stack == "decoder":
-        attention("cross_attention", 1, "EncDecAttention")
-    layers("mlp_norm/scale", "D", f"{mlp}.layer_norm", "D")
-    for name in ("wi_0", "wi_1") if config.gated else ("wi",):
-        layers(f"mlp/{name}", "DF", f"{mlp}.DenseReluDense.{name}", "F D")
-    layers("mlp/wo", "FD", f"{mlp}.DenseReluDense.wo", "D F")
-    bias = "0.SelfAttention.relative_attention_bias"
-    if config.per_layer_bias:
-        layers("relative_bias", "RN", bias, "R N")
-    else:
-        piece = Piece(f"{stack}.block.0.layer.{bias}.weight", "R N")
-        found.append(Leaf((stack, "relative_bias"), "RN", (piece,)))
-    norm = Piece(f"{stack}.final_layer_norm.weight", "D")
-    found.append(Leaf((stack, "final_norm", "scale"), "D", (norm,)))
-    return found
+def _in_layer(stack: str, part: str, matrix: str = "") -> tuple[str, str]:
+    """Name below the layer, and axes, of one weight; the layer's parts are numbered."""
+    if part == "relative_bias":
+        return "0.SelfAttention.relative_attention_bias", "R N"
+    number = SUBLAYERS[stack].index(part.removesuffix("_norm"))
+    if part.endswith("_norm"):
+        return f"{number}.layer_norm", "D"
+    name, axes = _MATRICES[matrix]
+    return f"{number}.{_MODULES[part]}.{name}", axes
 
 
 def flax_leaf(leaf: Leaf) -> Leaf:

@@ -55,6 +55,23 @@ class Leaf(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+def map_leaves(axes: Mapping[str, str], pieces: Callable[[str], Sequence[Piece]]) -> list[Leaf]:
+    """The leaves of a parameter tree, in the order of ``axes``.
+
+    Args:
+        axes: path of a leaf, such as "layers/mlp/wo" -> letters of its axes, such as "LFD".
+        pieces: path of a leaf -> the tensors of the file that fill it.
+    """
+    return [
+        Leaf(tuple(path.split("/")), letters, tuple(pieces(path))) for path, letters in axes.items()
+    ]
+
+
+def each_layer(layers: int, name: str, axes: str) -> list[Piece]:
+    """One piece for each layer; ``name`` has {} in place of the layer's number."""
+    return [Piece(name.format(layer), axes) for layer in range(layers)]
+
+
 def mapped(
     path: Path,
     offset: int,

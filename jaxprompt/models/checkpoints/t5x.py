@@ -23,8 +23,11 @@ from jaxprompt.models.checkpoints.leaf import (
     Piece,
     Tensor,
     check_depth,
+    each_layer,
+    map_leaves,
 )
 from jaxprompt.models.checkpoints.metadata import parse_json
+from jaxprompt.models.checkpoints.t5_tree import depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
 
 _STACKS = ("encoder", "decoder")
@@ -294,57 +297,61 @@ def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
+# axes of a layer's kernels in the file
+_KERNELS = {
+    **dict.fromkeys(("query", "key", "value"), "D N H"),
+    "out": "N H D",
+    **dict.fromkeys(("wi", "wi_0", "wi_1"), "D F"),
+    "wo": "F D",
+}
+
+
 def leaves(config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
     """Every leaf of the parameter tree with the T5X names that fill it."""
-    embedding = Piece("token_embedder/embedding", "V D")
-    found = [Leaf(("token_embedder", "embedding"), "VD", (embedding,))]
-    for stack, depth in zip(
-        _STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True
-    ):
-        found += _stack(stack, depth, config, tensors)
-    if not config.tied:
-        found.append(Leaf(("head",), "DV", (Piece(HEAD, "D V"),)))
-    return found
+    for stack, layers in depths(config).items():
+        if not _is_scanned(stack, tensors):
+            file = next((tensor.file for tensor in tensors.values()), stack)
+            check_depth(file, layers, tensors)
+    return map_leaves(tree_axes(config), lambda path: _pieces(path, config, tensors))
 
 
-def _stack(stack: str, depth: int, config: T5Config, tensors: Mapping[str, Tensor]) -> list[Leaf]:
-    scanned = f"{stack}/{stack}/mlp/wo/kernel" in tensors
-    if not scanned:
-        check_depth(next((t.file for t in tensors.values()), stack), depth, tensors)
-    found: list[Leaf] = []
+def _is_scanned(stack: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the layers of a stack are stacked in the file, along axis 1."""
+    return f"{stack}/{stack}/mlp/wo/kernel" in tensors
 
-    def layers(path: str, axes: str, name: str, file_axes: str) -> None:
-        """``file_axes``: of one layer, all apart; "N H" is merged where the file merges it."""
-        names = [f"{stack}/{stack}/{name}"] if scanned else []
-        names = names or [f"{stack}/layers_{i}/{name}" for i in range(depth)]
-        if scanned:  # layers are axis 1
-            file_axes = file_axes[0] + " L" + file_axes[1:]
-        rank = len(tensors[names[0]].shape) if names[0] in tensors else None
-        if rank != len(file_axes.split()):
-            # N H merged, or in a scanned out kernel (N L H D) N and H merged before L
-            file_axes = file_axes.replace("N L H", "NH L").replace("N H", "NH")
-        pieces = tuple(Piece(each, file_axes) for each in names)
-        found.append(Leaf((stack, "layers", *path.split("/")), "L" + axes, pieces))
 
-    def attention(ours: str, theirs: str, norm: str) -> None:
-        layers(f"{ours}_norm/scale", "D", f"{norm}_layer_norm/scale", "D")
-        for name in ("query", "key", "value"):
-            layers(f"{ours}/{name}", "DNH", f"{theirs}/{name}/kernel", "D N H")
-        layers(f"{ours}/out", "NHD", f"{theirs}/out/kernel", "N H D")
+def _pieces(path: str, config: T5Config, tensors: Mapping[str, Tensor]) -> list[Piece]:
+    """The tensors of the leaf at ``path``."""
+    if path == "token_embedder/embedding":
+        return [Piece("token_embedder/embedding", "V D")]
+    if path == "head":
+        return [Piece(HEAD, "D V")]
+    stack, *inside = path.split("/")
+    if inside[0] == "final_norm":
+        return [Piece(f"{stack}/{stack}_norm/scale", "D")]
+    if inside[0] == "relative_bias":  # one that the layers share
+        return [Piece(f"{stack}/relpos_bias/rel_embedding", "N R")]
+    name, axes = _in_layer(*inside[1:])
+    if _is_scanned(stack, tensors):
+        name, axes = f"{stack}/{stack}/{name}", f"{axes[0]} L{axes[1:]}"
+        return [Piece(name, _merged(axes, tensors.get(name)))]
+    name = f"{stack}/layers_{{}}/{name}"
+    return each_layer(depths(config)[stack], name, _merged(axes, tensors.get(name.format(0))))
 
-    if stack == "encoder":
-        attention("attention", "attention", "pre_attention")
-    else:
-        attention("self_attention", "self_attention", "pre_self_attention")
-        attention("cross_attention", "encoder_decoder_attention", "pre_cross_attention")
-    layers("mlp_norm/scale", "D", "pre_mlp_layer_norm/scale", "D")
-    for name in ("wi_0", "wi_1") if config.gated else ("wi",):
-        layers(f"mlp/{name}", "DF", f"mlp/{name}/kernel", "D F")
-    layers("mlp/wo", "FD", "mlp/wo/kernel", "F D")
-    if config.per_layer_bias:
-        layers("relative_bias", "RN", "relpos_bias/rel_embedding", "N R")
-    else:
-        piece = Piece(f"{stack}/relpos_bias/rel_embedding", "N R")
-        found.append(Leaf((stack, "relative_bias"), "RN", (piece,)))
-    norm = Piece(f"{stack}/{stack}_norm/scale", "D")
-    return [*found, Leaf((stack, "final_norm", "scale"), "D", (norm,))]
+
+def _in_layer(part: str, weight: str = "") -> tuple[str, str]:
+    """Name below the layer, and axes, of one weight of a layer."""
+    if part == "relative_bias":
+        return "relpos_bias/rel_embedding", "N R"
+    if part.endswith("_norm"):
+        return f"pre_{part.removesuffix('_norm')}_layer_norm/scale", "D"
+    module = "encoder_decoder_attention" if part == "cross_attention" else part
+    return f"{module}/{weight}/kernel", _KERNELS[weight]
+
+
+def _merged(axes: str, tensor: Tensor | None) -> str:
+    """``axes`` with heads and their numbers as one axis, where the file has merged them."""
+    if tensor is not None and len(tensor.shape) == len(axes.split()):
+        return axes
+    # in a scanned out kernel (N L H D) N and H are merged before L
+    return axes.replace("N L H", "NH L").replace("N H", "NH")
