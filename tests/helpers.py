@@ -11,7 +11,7 @@ from helpers_data import make_tokenizer
 
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
-from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 from jaxprompt.training import divergence, metric_log
 from jaxprompt.training.metric_log import NullReporter

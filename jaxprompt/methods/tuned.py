@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.models.checkpoints.metadata import read_json
+from jaxprompt.runtime.json_file import read_json
 
 
 class BackboneRecord(TypedDict, total=False):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.validation import parse
-from jaxprompt.models.checkpoints.hf_t5 import read_json
 from jaxprompt.runtime.files import write_atomically
+from jaxprompt.runtime.json_file import read_json
 from jaxprompt.runtime.markdown import markdown_table, plain
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.catalogue import STUDIES

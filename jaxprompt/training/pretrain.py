@@ -38,7 +38,9 @@ from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.models import precision
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints import hub
-from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
+from jaxprompt.models.checkpoints.fingerprint import fingerprint
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.t5 import t5

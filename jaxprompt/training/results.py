@@ -22,7 +22,8 @@ import jaxprompt
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.methods.tuned import Metadata
-from jaxprompt.models.checkpoints.load import Backbone, save_hf
+from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import replace_directory
 from jaxprompt.training.metric_log import Metrics

@@ -16,7 +16,8 @@ from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.text import open_streams
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.training.pretrain import held_out_batches, held_out_scores
 
 

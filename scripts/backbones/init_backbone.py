@@ -21,7 +21,7 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxprompt.data.tokenizer import copy_tokenizer
-from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 
 

@@ -33,7 +33,8 @@ from matplotlib.figure import Figure
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TrainConfig
 from jaxprompt.methods.registry import METHODS
-from jaxprompt.models.checkpoints.load import Backbone, load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.t5.config import released

@@ -27,8 +27,9 @@ import numpy as np
 
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.models import registry
-from jaxprompt.models.checkpoints.hf_t5 import open_checkpoint
-from jaxprompt.models.checkpoints.load import load_backbone, open_config, save_hf
+from jaxprompt.models.checkpoints.hf_files import open_weights
+from jaxprompt.models.checkpoints.load import load_backbone, open_config
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime import devices, parallel
 
 parser = argparse.ArgumentParser(
@@ -76,7 +77,7 @@ def measure(options: argparse.Namespace) -> None:
     rise = resident("VmHWM") - before
     leaves = jax.tree.leaves(params)
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
-    tensors = open_checkpoint(Path(options.path))[0] if Path(options.path).is_dir() else {}
+    tensors = open_weights(Path(options.path))[0] if Path(options.path).is_dir() else {}
     largest = max((np.prod(t.shape) * t.dtype.itemsize for t in tensors.values()), default=0)
     result = {
         "path": options.path,

@@ -30,7 +30,7 @@ import yaml
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.models.checkpoints.hub import resolve
-from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 
 parser = argparse.ArgumentParser(

@@ -27,7 +27,8 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.methods.artefact import load_prompt, save_peft
 from jaxprompt.models.checkpoints import hub
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.training.loop import train
 
 HARD = "it's  12345 naïve\n\n\tcafé — <tag> question: yes"

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.models.checkpoints.int8 import quantised
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.checkpoints.safetensors import Output
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime import parallel
 
 

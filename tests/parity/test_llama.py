@@ -14,7 +14,8 @@ from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.inference import generate, rank, score
 from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.models import registry
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.decoder import decoder
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees

@@ -16,10 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
-from jaxprompt.models.checkpoints import hf_t5, hub, load
+from jaxprompt.models.checkpoints import fingerprint as fingerprints
+from jaxprompt.models.checkpoints import hf_t5, hub
+from jaxprompt.models.checkpoints.fingerprint import fingerprint
 from jaxprompt.models.checkpoints.leaf import DTYPES, Leaf, Piece, Tensor, fill, finite
-from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, same_model, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone, same_model
 from jaxprompt.models.checkpoints.metadata import told
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 
@@ -104,7 +107,7 @@ def test_fingerprints_tell_backbones_apart():
 
 def test_the_fingerprint_is_taken_on_the_device_where_that_is_not_the_host(monkeypatch):
     b = load_backbone(str(GOLDENS / "umt5"))
-    monkeypatch.setattr(load, "_on_host", lambda leaf: False)
+    monkeypatch.setattr(fingerprints, "_on_host", lambda leaf: False)
     assert fingerprint(b.params) == b.fingerprint
 
 
@@ -123,7 +126,7 @@ def test_the_smallest_numbers_count_wherever_the_fingerprint_is_taken(tmp_path, 
         ).fingerprint
         == expected
     )
-    monkeypatch.setattr(load, "_on_host", lambda leaf: False)
+    monkeypatch.setattr(fingerprints, "_on_host", lambda leaf: False)
     for dtype in ("float32", "bfloat16", "mixed"):
         assert load_backbone(directory, dtype=dtype).fingerprint == expected
 

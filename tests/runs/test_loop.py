@@ -27,7 +27,8 @@ from jaxprompt.data.references import references
 from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.inference.ensemble import vote
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.models.checkpoints.load import fingerprint, load_backbone
+from jaxprompt.models.checkpoints.fingerprint import fingerprint
+from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training.loop import train
 from jaxprompt.training.metric_log import NullReporter
 from jaxprompt.training.run_dir import check_run

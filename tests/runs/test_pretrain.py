@@ -23,7 +23,9 @@ from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.models import precision
-from jaxprompt.models.checkpoints.load import fingerprint, load_backbone, save_hf
+from jaxprompt.models.checkpoints.fingerprint import fingerprint
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 from jaxprompt.training import pretrain as module

@@ -8,7 +8,8 @@ import jax
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import expanded
 from jaxprompt.data.tokenizer import copy_tokenizer
-from jaxprompt.models.checkpoints.load import Backbone, load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime.files import replace_directory
 
 NOTE = "exported.json"  # where a folder came from, and that it was made here

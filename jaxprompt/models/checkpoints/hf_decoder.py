@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.models.checkpoints.int8 import dequantised
@@ -13,11 +13,11 @@ from jaxprompt.models.checkpoints.metadata import (
     read_choice,
     read_epsilon,
     read_id,
-    read_json,
     read_number,
     read_size,
 )
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.runtime.json_file import JsonObject, read_json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # SmolLM2 is a llama
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -69,7 +69,7 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
 
 
 def head_dim(
-    path: Path, raw: Mapping[str, Any], key: str, width: int, heads: int, groups: int
+    path: Path, raw: Mapping[str, object], key: str, width: int, heads: int, groups: int
 ) -> int:
     """The numbers of one head, by default its share of ``width``; UserError if heads do not fit."""
     if heads % groups:
@@ -84,20 +84,20 @@ def head_dim(
     return size
 
 
-def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
-    """Base and scaling; version 5 of transformers keeps both under ``rope_parameters``."""
-    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+def _rope(path: Path, raw: Mapping[str, object]) -> tuple[float, tuple[float, ...]]:
+    """Base and scaling. Version 5 of transformers keeps both under ``rope_parameters``."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(
-            f"{path}: rope_parameters or rope_scaling is {shown(found)}, expected one object for "
+            f"{path}: rope_parameters or rope_scaling is {shown(rope)}, expected one object for "
             "all layers"
         )
-    where = found if found.get("rope_theta") is not None else raw
+    where = rope if rope.get("rope_theta") is not None else raw
     theta = read_number(path, where, "rope_theta", 10_000.0, least=1.0)
-    share = read_number(path, {**raw, **found}, "partial_rotary_factor", 1.0)
+    share = read_number(path, {**raw, **rope}, "partial_rotary_factor", 1.0)
     if share != 1:
         raise UserError(f"{path}: partial_rotary_factor is {share:g}; only 1 is supported")
-    kind = found.get("rope_type", found.get("type"))
+    kind = rope.get("rope_type", rope.get("type"))
     kind = "default" if kind is None else kind
     keys = {
         "default": (),
@@ -112,10 +112,10 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]
             f"{path}: rotary positions of type {shown(kind)} are not supported, "
             f"use {', '.join(keys)}"
         )
-    lacking = [key for key in keys[kind] if found.get(key) is None]
+    lacking = [key for key in keys[kind] if rope.get(key) is None]
     if lacking:
         raise UserError(f"{path}: rotary positions of type {kind!r} need {lacking[0]}")
-    scaling = tuple(read_number(path, found, key, least=1e-6) for key in keys[kind])
+    scaling = tuple(read_number(path, rope, key, least=1e-6) for key in keys[kind])
     if kind == "llama3" and scaling[1] >= scaling[2]:
         raise UserError(
             f"{path}: low_freq_factor is {scaling[1]:g} and high_freq_factor {scaling[2]:g}; the "
@@ -124,15 +124,15 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]
     return theta, scaling
 
 
-def config_to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+def config_to_json(config: DecoderConfig, dtype: str) -> JsonObject:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back."""
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
     kinds = {0: "default", 1: "linear", 4: "llama3"}
-    rope: dict[str, Any] = {"rope_type": kinds[len(config.rope_scaling)]}
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    rope |= dict(zip(keys, config.rope_scaling, strict=False))
-    if "original_max_position_embeddings" in rope:
-        rope[keys[-1]] = int(rope[keys[-1]])
+    scaling: dict[str, float] = dict(zip(keys, config.rope_scaling, strict=False))
+    if keys[-1] in scaling:
+        scaling[keys[-1]] = int(scaling[keys[-1]])
+    rope: JsonObject = {"rope_type": kinds[len(config.rope_scaling)], **scaling}
     activation = {"gelu": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
     return {
         "architectures": [f"{name}ForCausalLM"],

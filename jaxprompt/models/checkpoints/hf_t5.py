@@ -1,28 +1,23 @@
-"""Hugging Face checkpoints of the T5 family: config.json, tensor names, and where the files are.
+"""Hugging Face checkpoints of the T5 family: config.json and tensor names.
 
-One table of names serves safetensors, torch and flax files; it is also the map for writing.
+One table of names serves safetensors, torch and flax files. It is also the map for writing.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.models.checkpoints.int8 import dequantised
 from jaxprompt.models.checkpoints.leaf import Leaf, Piece, Tensor, each_layer, map_leaves, same
-from jaxprompt.models.checkpoints.legacy.flax_msgpack import read_msgpack
-from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.models.checkpoints.metadata import (
     MOST_LAYERS,
     read_epsilon,
     read_flag,
     read_id,
-    read_json,
     read_size,
 )
-from jaxprompt.models.checkpoints.safetensors import read_safetensors
 from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
+from jaxprompt.runtime.json_file import JsonObject, read_json
 
 # Activation names that mean the same function as one of layers.ACTIVATIONS. A plain "gelu" outside
 # "gated-gelu" is the exact form in transformers and has no T5 that uses it, so it is not here.
@@ -113,7 +108,7 @@ def check_head(path: Path, *, tied: bool, head: str = _HEAD) -> None:
         )
 
 
-def _projection(path: Path, name: Any) -> tuple[bool, str]:
+def _projection(path: Path, name: object) -> tuple[bool, str]:
     """(gated, activation) of feed_forward_proj; "gated-gelu" has always meant the tanh form."""
     gated = isinstance(name, str) and name.startswith("gated-")
     function = "gelu_new" if name == "gated-gelu" else str(name)[:100].removeprefix("gated-")
@@ -125,7 +120,7 @@ def _projection(path: Path, name: Any) -> tuple[bool, str]:
     return gated, _ACTIVATIONS[function]
 
 
-def config_to_json(config: T5Config, dtype: str, dropout: float = 0.0) -> dict[str, Any]:
+def config_to_json(config: T5Config, dtype: str, dropout: float = 0.0) -> JsonObject:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back.
 
     tie_word_embeddings is true where the head is the embedding, and where the output is scaled:
@@ -221,51 +216,6 @@ def _flax_piece(piece: Piece) -> Piece:
     if module[-1].endswith("layer_norm"):
         return Piece("/".join([*module, "weight"]), piece.axes)
     return Piece("/".join([*module, "kernel"]), " ".join(reversed(piece.axes.split())))
-
-
-def open_checkpoint(directory: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a directory, and whether they carry flax names; safetensors are preferred."""
-    for stem, suffix, read in (
-        ("model", "safetensors", read_safetensors),
-        ("pytorch_model", "bin", read_torch),
-    ):
-        whole, index = directory / f"{stem}.{suffix}", directory / f"{stem}.{suffix}.index.json"
-        if whole.is_file():
-            return read(whole), False
-        if index.is_file():
-            return _sharded(index, read), False
-    flax = directory / "flax_model.msgpack"
-    if flax.is_file():
-        return read_msgpack(flax), True
-    raise UserError(
-        f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin (either of "
-        "them single or with its .index.json) or flax_model.msgpack"
-    )
-
-
-def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all shards: each from the one that the index names, and those it forgets."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise UserError(f"{index} has no weight_map from tensor names to files")
-    shards: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(set(names.values())):
-        path = index.parent / file
-        if Path(file).name != file or "\0" in file or not path.is_file():
-            raise UserError(
-                f"{index} names {shown(file)}, which is not beside it; download all shards"
-            )
-        shards[file] = read(path)
-    lost = [name for name, file in names.items() if name not in shards[file]]
-    if lost:
-        raise UserError(
-            f"{index} promises {len(lost)} tensors that no shard holds, e.g. {listed(lost, 1)}"
-        )
-    return {
-        name: shards[names.get(name, file)][name]
-        for file, shard in shards.items()
-        for name in shard
-    }
 
 
 def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], bool]:

@@ -1,25 +1,26 @@
-"""What a checkpoint says of itself: JSON files, and typed values of theirs within their bounds.
+"""Values of a checkpoint's metadata, checked for type and range.
 
-Files come from anywhere, so nothing in them is trusted. Each function here returns a value of the
-right type in the right range, or raises UserError with the file, the key, the value and what is
-allowed. ``told`` is the last line of defence: it turns what damage can still raise into a sentence.
+Files come from anywhere, so nothing in them is trusted. Each ``read_`` function returns a value of
+the right type in the right range, or raises UserError with the file, the key, the value and what is
+allowed. ``told`` is the last line of defence: it turns the exceptions that damage can still cause
+into a sentence.
+
+Arguments of the ``read_`` functions: the file (``where``), its object (``raw``), the key, and the
+value to use if the key is absent or null (``default``).
 """
 
 import contextlib
-import json
 import math
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxprompt.config.errors import UserError, listed, shown
 
 MOST = 2**31 - 1  # what fits the index of an array
 MOST_LAYERS = 10_000
 
-# what parsers, NumPy and our own code raise when a file is not what it should be
+# exceptions that damaged files cause in parsers, NumPy and our own code
 _DAMAGE = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, MemoryError, BufferError, EOFError, StopIteration, struct.error),
@@ -28,9 +29,11 @@ _DAMAGE = (
 
 @contextlib.contextmanager
 def told(where: str | Path, what: str) -> Iterator[None]:
-    """Raise UserError in place of what a damaged file can make the block raise.
+    """Turn the exceptions that a damaged file can cause in the block into a UserError.
 
-    where: the file or folder; what: the sentence's end, such as "cannot be read as a model".
+    Args:
+        where: the file or folder.
+        what: the end of the sentence, such as "cannot be read as a model".
     """
     try:
         yield
@@ -46,48 +49,15 @@ def told(where: str | Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def parse_json(text: str | bytes, where: str | Path) -> Any:
-    """A JSON value; UserError where the text is none, nests too deep or names a key twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            twice = counts.most_common(1)[0][0]
-            raise UserError(f"{where} names the key {shown(twice)} twice; keep one of them")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except UserError:
-        raise
-    except RecursionError as error:
-        raise UserError(f"{where} is not valid JSON: it nests too deep") from error
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {str(error)[:200]}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where there is none."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 def read_size(
     where: str | Path,
-    raw: Mapping[str, Any],
+    raw: Mapping[str, object],
     key: str,
     default: int | None = None,
     *,
     most: int = MOST,
 ) -> int:
-    """A whole number from 1 to ``most``; an absent or null one is the default."""
+    """A whole number from 1 to ``most``."""
     value = raw.get(key)
     value = default if value is None else value
     if type(value) is not int or value < 1:
@@ -97,8 +67,10 @@ def read_size(
     return value
 
 
-def read_id(where: str | Path, raw: Mapping[str, Any], key: str, default: int, *, rows: int) -> int:
-    """The id of a token, the first where the file lists several; one of ``rows`` of the table."""
+def read_id(
+    where: str | Path, raw: Mapping[str, object], key: str, default: int, *, rows: int
+) -> int:
+    """The id of a token, less than ``rows``; the first one if the file lists several."""
     value = raw.get(key)
     if isinstance(value, list) and value:
         value = value[0]
@@ -114,7 +86,7 @@ def read_id(where: str | Path, raw: Mapping[str, Any], key: str, default: int, *
 
 def read_number(
     where: str | Path,
-    raw: Mapping[str, Any],
+    raw: Mapping[str, object],
     key: str,
     default: float | None = None,
     *,
@@ -122,10 +94,11 @@ def read_number(
     most: float = math.inf,
 ) -> float:
     """A finite number above or equal to ``least``, and at most ``most``."""
-    value: Any = raw.get(key)
+    value = raw.get(key)
     value = default if value is None else value
-    # neither NaN, nor what float32 has no number for
-    if type(value) not in (int, float) or not least <= value <= min(most, 1e30):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # neither NaN nor a number beyond float32
+    if not is_number or not least <= value <= min(most, 1e30):
         top = "" if most == math.inf else f" and at most {most:g}"
         raise UserError(
             f"{where}: {key} is {shown(value)}, expected a number of at least {least:g}{top}"
@@ -134,17 +107,17 @@ def read_number(
 
 
 def read_epsilon(
-    where: str | Path, raw: Mapping[str, Any], key: str, default: float | None
+    where: str | Path, raw: Mapping[str, object], key: str, default: float | None
 ) -> float:
-    """What a norm adds to the mean square: a small number, never negative."""
+    """The number that a norm adds to the mean square: small, never negative."""
     return read_number(where, raw, key, default, most=1.0)
 
 
 def read_choice(
     where: str | Path,
-    raw: Mapping[str, Any],
+    raw: Mapping[str, object],
     key: str,
-    choices: Sequence[str] | Mapping[str, Any],
+    choices: Sequence[str] | Mapping[str, object],
     default: str | None = None,
 ) -> str:
     """One of the names in ``choices``."""
@@ -157,7 +130,7 @@ def read_choice(
     return value
 
 
-def read_flag(where: str | Path, raw: Mapping[str, Any], key: str, default: bool) -> bool:
+def read_flag(where: str | Path, raw: Mapping[str, object], key: str, default: bool) -> bool:
     """True or false."""
     value = raw.get(key)
     value = default if value is None else value

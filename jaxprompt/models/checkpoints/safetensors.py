@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.models.checkpoints.leaf import DTYPES, MOST_AXES, Tensor, mapped
-from jaxprompt.models.checkpoints.metadata import parse_json
 from jaxprompt.runtime.files import write_whole
+from jaxprompt.runtime.json_file import parse_json
 
 _CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {name: code for code, name in _CODES.items()} | {"int8": "I8"}

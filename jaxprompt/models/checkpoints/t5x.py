@@ -26,9 +26,9 @@ from jaxprompt.models.checkpoints.leaf import (
     each_layer,
     map_leaves,
 )
-from jaxprompt.models.checkpoints.metadata import parse_json
 from jaxprompt.models.checkpoints.t5_tree import depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
+from jaxprompt.runtime.json_file import parse_json
 
 _STACKS = ("encoder", "decoder")
 HEAD = "decoder/logits_dense/kernel"

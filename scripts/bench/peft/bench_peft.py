@@ -44,7 +44,7 @@ from peft_tools import check_packages, comparing, peft_parser
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.data.microbatches import length_sorted_microbatches, micro_rows
-from jaxprompt.models.checkpoints.load import save_hf
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.t5 import t5
 from jaxprompt.models.t5.config import released
 from jaxprompt.runtime.files import replace_directory, write_atomically

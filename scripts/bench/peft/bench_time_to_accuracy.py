@@ -42,7 +42,8 @@ from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.models import registry
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime import devices
 from jaxprompt.runtime.files import replace_directory, write_atomically
 from jaxprompt.runtime.markdown import markdown_table

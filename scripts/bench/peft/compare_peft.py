@@ -37,7 +37,8 @@ from jaxprompt.methods.artefact import Prompt, load_prompt
 from jaxprompt.methods.init import Vocabulary, initial_prompt
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
-from jaxprompt.models.checkpoints.load import load_backbone, save_hf
+from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime.files import replace_directory
 from jaxprompt.studies.options import read_task
 from jaxprompt.training.optimizer import per_prompt

@@ -1,23 +1,24 @@
-"""``pytorch_model.bin`` without torch and without running anything that it says.
+"""Files of torch, such as ``pytorch_model.bin``, read without torch. Nothing in them is executed.
 
 A torch file is a zip archive: ``data.pkl`` describes the tensors, ``data/<key>`` holds their
-storages. Python's own unpickler calls whatever a file names; this one is an interpreter for the two
-dozen opcodes that torch writes. It imports nothing, the three functions it can "call" are the ones
-below, and any other name or opcode ends the reading with a sentence that names it. Values stay in
-the archive, whose entries are stored uncompressed, and are memory-mapped when asked for.
+storages. Python's own unpickler calls whatever a file names. This one is an interpreter for the two
+dozen opcodes that torch writes. It imports nothing, and the three functions that it can "call" are
+written below. Any other name or opcode ends the reading with a sentence that names it. The
+archive's entries are not compressed, so values are memory-mapped when they are asked for.
 """
 
 import math
 import pickletools
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.models.checkpoints.leaf import DTYPES, Tensor, mapped
+from jaxprompt.models.checkpoints.leaf import DTYPES, Index, Tensor, mapped
 
 _STORAGES = {
     "torch DoubleStorage": "float64",
@@ -40,15 +41,14 @@ _CALLABLE = (
 _DTYPE_NAMES = {f"torch {name}" for name in (*DTYPES, "int64", "int32", "int16", "int8", "uint8")}
 ALLOWED = frozenset((*_CALLABLE, *_STORAGES, *_DTYPE_NAMES, "torch bool"))
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-}
 _MAX_PICKLE = 256 << 20
 _MAX_RANK = 32
-# what the standard library raises for damaged, encrypted or foreign archives
+# exceptions of the standard library for damaged, encrypted or foreign archives
 _ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, zlib.error)
+
+
+_Container = TypeVar("_Container", list, dict)
+_Handler = Callable[["_Machine", object], None]  # of one pickle instruction and its argument
 
 
 class Global(NamedTuple):
@@ -58,12 +58,16 @@ class Global(NamedTuple):
 
 
 class Storage(NamedTuple):
+    """Where the values of one or more tensors lie."""
+
     dtype: np.dtype
     offset: int  # of the values, in the file
     size: int  # values that it holds
 
 
 class Strided(NamedTuple):
+    """A tensor as torch describes it; offset and strides count values."""
+
     storage: Storage
     offset: int
     shape: tuple[int, ...]
@@ -71,11 +75,15 @@ class Strided(NamedTuple):
 
 
 class _Malformed(Exception):
-    """What a pickle of tensors never contains."""
+    """The file contains something that a pickle of tensors never contains."""
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """All tensors of one torch file, no values read; anything but tensors raises UserError."""
+    """All tensors of one torch file, no values read.
+
+    Raises:
+        UserError: the file is damaged, or holds anything but a dictionary of tensors.
+    """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             legacy = file.read(1) == b"\x80"
@@ -100,12 +108,13 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _values(path: Path, value: Strided):
+def _values(path: Path, value: Strided) -> Callable[[Index], np.ndarray]:
     start = value.storage.offset + value.offset * value.storage.dtype.itemsize
     return mapped(path, start, value.storage.dtype, value.shape, value.strides)
 
 
 def _interpret(archive: zipfile.ZipFile, path: Path) -> dict[str, Strided]:
+    """The tensors that the archive's pickle describes, by name."""
     pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
     if len(pickles) != 1:
         raise _Malformed(f"it holds {len(pickles)} entries named data.pkl instead of 1")
@@ -119,7 +128,7 @@ def _interpret(archive: zipfile.ZipFile, path: Path) -> dict[str, Strided]:
     ):
         raise _Malformed("it was written on a big-endian machine")
 
-    def storage(identity: Any) -> Storage:
+    def storage(identity: object) -> Storage:
         return _storage(archive, prefix, path, identity)
 
     state = _Machine(storage, path).run(archive.read(pickles[0]))
@@ -128,7 +137,7 @@ def _interpret(archive: zipfile.ZipFile, path: Path) -> dict[str, Strided]:
     return state
 
 
-def _storage(archive: zipfile.ZipFile, prefix: str, path: Path, identity: Any) -> Storage:
+def _storage(archive: zipfile.ZipFile, prefix: str, path: Path, identity: object) -> Storage:
     """A storage from torch's persistent id ("storage", type, key, device, number of values)."""
     if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
         raise _Malformed("a persistent id is not a storage")
@@ -156,15 +165,20 @@ def _storage(archive: zipfile.ZipFile, prefix: str, path: Path, identity: Any) -
     return Storage(dtype, offset, count)
 
 
-def _rebuild_tensor(args: tuple) -> Strided:
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _rebuild_tensor(args: tuple[object, ...]) -> Strided:
     """torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
     if len(args) < 4 or not isinstance(args[0], Storage):
         raise _Malformed("a tensor has no storage")
     storage, offset, shape, strides = args[:4]
     if not (isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise _Malformed("a tensor has no shape")
-    numbers = (offset, *shape, *strides)
-    if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
+    if not (_is_size(offset) and all(map(_is_size, (*shape, *strides)))) or (
+        len(shape) != len(strides)
+    ):
         raise _Malformed("a tensor has an impossible shape or stride")
     if len(shape) > _MAX_RANK:
         raise _Malformed(f"a tensor has {len(shape)} axes")
@@ -177,79 +191,32 @@ def _rebuild_tensor(args: tuple) -> Strided:
 
 
 class _Machine:
-    """A pickle interpreter that can build dictionaries, lists, tuples and tensor descriptions."""
+    """A pickle interpreter that can build dictionaries, lists, tuples and tensor descriptions.
 
-    def __init__(self, storage, path: Path):
+    Each instruction that torch writes has a handler in ``_HANDLERS``. Handlers only move values
+    between the stack, the marks and the memo. Any other instruction ends the reading.
+    """
+
+    def __init__(self, storage: Callable[[object], Storage], path: Path):
         self.storage, self.path = storage, path
-        self.stack: list[Any] = []
+        self.stack: list[object] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[object, object] = {}
 
-    def run(self, pickled: bytes) -> Any:
+    def run(self, pickled: bytes) -> object:
+        """The value that a pickle describes. Raises _Malformed or UserError."""
         try:
             for op, argument, _ in pickletools.genops(pickled):
                 if op.name == "STOP":
                     return self.pop()
-                self.step(op.name, argument)
+                if op.name not in _HANDLERS:
+                    raise self.refused(f"the pickle instruction {op.name}")
+                _HANDLERS[op.name](self, argument)
         except (IndexError, KeyError, UnicodeDecodeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise _Malformed("its data.pkl is not a complete pickle") from error
         raise _Malformed("its data.pkl has no end")
-
-    def step(self, name: str, argument: Any) -> None:
-        push = self.stack.append
-        if name in ("PROTO", "FRAME"):
-            pass
-        elif name in _CONSTANTS:
-            push(_CONSTANTS[name])
-        elif name in _LITERALS:
-            push(argument)
-        elif name == "EMPTY_DICT":
-            push({})
-        elif name == "EMPTY_LIST":
-            push([])
-        elif name == "EMPTY_TUPLE":
-            push(())
-        elif name == "MARK":
-            self.marks.append(len(self.stack))
-        elif name == "TUPLE":
-            push(tuple(self.pop_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            push(tuple(self.pop_many(int(name[-1]))))
-        elif name in ("APPEND", "APPENDS"):
-            items = [self.pop()] if name == "APPEND" else self.pop_mark()
-            self.top(list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self.pop_many(2) if name == "SETITEM" else self.pop_mark()
-            self.set_items(items)
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            push(self.memo[argument])
-        elif name == "GLOBAL":
-            push(self.find(argument))
-        elif name == "STACK_GLOBAL":
-            module, attribute = self.pop_many(2)
-            push(
-                self.find(
-                    f"{module} {attribute}" if type(module) is type(attribute) is str else "?"
-                )
-            )
-        elif name == "BINPERSID":
-            push(self.storage(self.pop()))
-        elif name == "REDUCE":
-            function, arguments = self.pop_many(2)
-            push(self.call(function, arguments))
-        elif name == "BUILD":
-            self.pop()  # attributes of the dictionary (its version); nobody reads them
-        else:
-            raise self.refused(f"the pickle instruction {name}")
-
-    def find(self, name: str) -> Global:
-        if name not in ALLOWED:
-            raise self.refused(f"the Python object {name.replace(' ', '.')[:120]!r}")
-        return Global(name)
 
     def refused(self, what: str) -> UserError:
         return UserError(
@@ -257,7 +224,14 @@ class _Machine:
             "executed, and the file is refused: do not open it with torch, use a safetensors file"
         )
 
-    def call(self, function: Any, arguments: Any) -> Any:
+    def lookup(self, name: str) -> Global:
+        """The name of an object; nothing is imported."""
+        if name not in ALLOWED:
+            raise self.refused(f"the Python object {name.replace(' ', '.')[:120]!r}")
+        return Global(name)
+
+    def call(self, function: object, arguments: object) -> object:
+        """What one of the three known functions would return."""
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise _Malformed("it calls something that is not a function")
         if function.name == "collections OrderedDict" and arguments in ((), ([],)):
@@ -268,32 +242,117 @@ class _Machine:
             return arguments[0]
         raise self.refused(f"a call of {function.name.replace(' ', '.')!r} that torch never writes")
 
-    def set_items(self, items: list[Any]) -> None:
+    def extend(self, items: list[object]) -> None:
+        self.top(list).extend(items)
+
+    def set_items(self, items: list[object]) -> None:
         target = self.top(dict)
         # keys must be strings: hashing nested tuples that share their parts takes exponential time
         if len(items) % 2 or not all(type(key) is str for key in items[::2]):
             raise _Malformed("a dictionary has keys that are not names")
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
+    def top(self, kind: type[_Container]) -> _Container:
+        top = self.stack[-1]
+        if not isinstance(top, kind):
             raise _Malformed(f"it fills something that is not a {kind.__name__}")
-        return self.stack[-1]
+        return top
 
-    def pop(self) -> Any:
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> object:
         if self.marks and self.marks[-1] == len(self.stack):
             raise _Malformed("it takes more from its stack than there is")
         return self.stack.pop()
 
-    def pop_many(self, count: int) -> list[Any]:
+    def pop_many(self, count: int) -> list[object]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < count:
             raise _Malformed("it takes more from its stack than there is")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items
 
-    def pop_mark(self) -> list[Any]:
+    def pop_mark(self) -> list[object]:
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
+
+
+def _skip(machine: _Machine, argument: object) -> None:
+    """The protocol's version and the frames say nothing that is needed here."""
+
+
+def _literal(machine: _Machine, argument: object) -> None:
+    machine.push(argument)
+
+
+def _constant(value: object) -> _Handler:
+    return lambda machine, _: machine.push(value)
+
+
+def _tuple_of(count: int) -> _Handler:
+    return lambda machine, _: machine.push(tuple(machine.pop_many(count)))
+
+
+def _remember(machine: _Machine, argument: object) -> None:
+    machine.memo[argument] = machine.stack[-1]
+
+
+def _memoize(machine: _Machine, _: object) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+def _recall(machine: _Machine, argument: object) -> None:
+    machine.push(machine.memo[argument])
+
+
+def _global(machine: _Machine, argument: object) -> None:
+    machine.push(machine.lookup(str(argument)))
+
+
+def _stack_global(machine: _Machine, _: object) -> None:
+    module, attribute = machine.pop_many(2)
+    both_text = type(module) is type(attribute) is str
+    machine.push(machine.lookup(f"{module} {attribute}" if both_text else "?"))
+
+
+def _reduce(machine: _Machine, _: object) -> None:
+    function, arguments = machine.pop_many(2)
+    machine.push(machine.call(function, arguments))
+
+
+def _build(machine: _Machine, _: object) -> None:
+    """Attributes of a dictionary (its version), which nobody reads."""
+    machine.pop()
+
+
+_HANDLERS: dict[str, _Handler] = {
+    **dict.fromkeys(("PROTO", "FRAME"), _skip),
+    "NONE": _constant(None),
+    "NEWTRUE": _constant(True),
+    "NEWFALSE": _constant(False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"), _literal),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _literal),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_TUPLE": _constant(()),
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "APPEND": lambda machine, _: machine.extend([machine.pop()]),
+    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop_many(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _remember),
+    "MEMOIZE": _memoize,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _recall),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": _stack_global,
+    "BINPERSID": lambda machine, _: machine.push(machine.storage(machine.pop())),
+    "REDUCE": _reduce,
+    "BUILD": _build,
+}
