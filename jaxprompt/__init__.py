@@ -29,7 +29,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score", "train"),
-    "jaxprompt.config": ("RunConfig", "TaskConfig", "UserError", "load_config"),
+    "jaxprompt.config.errors": ("UserError",),
+    "jaxprompt.config.overrides": ("load_config",),
+    "jaxprompt.config.schema": ("RunConfig", "TaskConfig"),
     "jaxprompt.models.checkpoints.export": ("save_backbone",),
     "jaxprompt.models.checkpoints.load": ("Backbone", "load_backbone"),
     "jaxprompt.methods.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),

@@ -40,6 +40,9 @@ def before_any_command(
 ) -> None:
     """Nothing is written where only help is wanted."""
     keep_compiled()
+    # a hub that does not answer is one sentence of ours, not twenty lines on each new try
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
 
 
 for name, command in {

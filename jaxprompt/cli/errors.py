@@ -12,7 +12,6 @@ import typer
 
 from jaxprompt import __version__
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from jaxprompt.runtime.signals import Signals
@@ -23,6 +22,8 @@ def check_form(arguments: list[str]) -> None:
     command = next(iter(arguments), None)
     if command not in ("train", "pretrain", "plan", "reproduce"):
         return
+    from jaxprompt.config.schema import RunConfig
+
     own = () if command == "reproduce" else RunConfig.model_fields
     for argument in arguments[1:]:
         key, equals, value = argument.removeprefix("--").partition("=")

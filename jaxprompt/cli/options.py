@@ -10,8 +10,8 @@ from typing import Annotated, NamedTuple
 import typer
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.limits import MOST_ROWS
 from jaxprompt.config.paths import expanded
-from jaxprompt.config.schema import MOST_ROWS
 
 
 def at_home(path: Path | Sequence[Path] | None) -> Path | list[Path] | None:

@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -147,20 +148,20 @@ SHOWN = 8  # layouts of a plan, of those that fit and of those that do not
 
 
 def show_plan(report: dict) -> None:
-    """The layouts of a plan and what each needs, on standard error."""
-    gib = lambda count: f"{count / 2**30:,.2f}"
+    """The layouts of a plan and what each needs, on standard error; 80 columns suffice."""
+    gib = lambda count: f"{count / 2**30:,.1f}" if count >= 2**30 else f"{count / 2**30:,.2f}"
     head = f"{report['backbone']} on {report['devices']} x {report['kind']}, GiB a device"
-    table = Table(title=f"{head} of {report['memory_gib']:g}")
+    title = f"{head} of {report['memory_gib']:g}\nmesh: data x fsdp x tensor"
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
     names = ("weights", "state", "kept", "in_work", "total", "sent")
-    head = ("data x fsdp x tensor", "remat", "rows at a time", *names, "fits", "ms")
-    for name in head:
-        table.add_column(name.replace("_", " "), justify="right")
+    for name in ("mesh", "remat", "rows", *names, "fits", "ms"):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     fitting = [row for row in report["layouts"] if row["fits"]]
     some = [row for row in report["layouts"][:SHOWN] if row not in fitting[:SHOWN]]
     for row in [*some, *fitting[:SHOWN]]:
         style = "bold" if row == report["best"] else ""
         table.add_row(
-            f"{row['data']} x {row['fsdp']} x {row['tensor']}", "yes" if row["remat"] else "no",
+            f"{row['data']}x{row['fsdp']}x{row['tensor']}", "yes" if row["remat"] else "no",
             f"{row['rows at a time']} of {row['rows at a time'] * row['parts']}",
             *(gib(row[name]) for name in names), "yes" if row["fits"] else "no",
             f"{1e3 * sum(row['seconds'].values()):,.1f}" if row["seconds"] else "", style=style,

@@ -12,10 +12,6 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import is_count
 
 if TYPE_CHECKING:
-    pass
-
-
-if TYPE_CHECKING:
     from jaxprompt.studies.study import StudyPlan
 
 

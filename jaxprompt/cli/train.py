@@ -8,9 +8,6 @@ import typer
 from jaxprompt.cli.errors import interruptible
 from jaxprompt.cli.options import ConfigArgument, OverridesArgument
 from jaxprompt.cli.output import print_json
-from jaxprompt.config.overrides import load_config, read_config
-from jaxprompt.config.pretrain import PretrainConfig
-from jaxprompt.config.validation import parse
 
 
 def train(
@@ -27,6 +24,8 @@ def train(
     jaxprompt train configs/quickstart.yaml
     jaxprompt train my.yaml train.steps=2000 output=runs/longer
     """
+    from jaxprompt.config.overrides import load_config
+
     run = load_config(config, overrides or [])
     from jaxprompt.runtime import devices
 
@@ -55,6 +54,10 @@ def pretrain(config: ConfigArgument, overrides: OverridesArgument = None) -> Non
     \b
     jaxprompt pretrain configs/pretrain/own_text.yaml text.0.train=own.txt
     """
+    from jaxprompt.config.overrides import read_config
+    from jaxprompt.config.pretrain import PretrainConfig
+    from jaxprompt.config.validation import parse
+
     run = parse(PretrainConfig, read_config(config, overrides or []))
     from jaxprompt.runtime import devices
 
@@ -87,6 +90,8 @@ def plan(
     \b
     jaxprompt plan configs/paper/xxl.yaml --devices 8 --kind h100
     """
+    from jaxprompt.config.overrides import load_config
+
     run = load_config(config, overrides or [])
     from jaxprompt.cli.progress import show_plan
     from jaxprompt.training.plan import plan_of

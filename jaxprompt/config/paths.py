@@ -3,9 +3,6 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator, WithJsonSchema
 
 from jaxprompt.config.errors import UserError, shown
 
@@ -59,12 +56,6 @@ def expanded(path: str | Path) -> str:
             "write it out, or begin with ./ if that is the name of a file"
         )
     return home + text[len(first) :]
-
-
-# a file, a directory, or a name that cannot begin with ~
-PathText = Annotated[
-    str, AfterValidator(expanded), WithJsonSchema({"type": "string", "format": "path"})
-]
 
 
 def looked_in(path: Path) -> str:

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jaxprompt.config.paths import PathText
 from jaxprompt.config.schema import (
     Count,
     MeshConfig,
     ModelConfig,
     Optimization,
+    PathText,
     Positive,
     Rate,
     Schema,

@@ -11,26 +11,31 @@ from itertools import product
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.limits import MOST_PROMPTS, MOST_ROWS
 from jaxprompt.config.names import current_section
-from jaxprompt.config.paths import PathText, expanded
+from jaxprompt.config.paths import expanded
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
 
 # steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-MOST_ROWS = 2**16
-MOST_PROMPTS = 1024  # of a population, all trained in one step
 Size = Annotated[int, Field(gt=0, le=MOST_ROWS, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+# a file, a directory, or a name that cannot begin with ~
+PathText = Annotated[
+    str, AfterValidator(expanded), WithJsonSchema({"type": "string", "format": "path"})
+]
 Rate = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
 

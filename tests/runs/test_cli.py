@@ -150,8 +150,8 @@ def test_the_installed_command_answers_without_heavy_libraries():
     assert found.returncode == 0
     for name in ("train", "eval", "predict", "score", "inspect"):
         assert name in found.stdout
-    light = "import sys, jaxprompt.cli.app; print(sorted({'jax', 'datasets', 'transformers'} & "
-    light += "set(sys.modules)))"
+    heavy = {"jax", "numpy", "datasets", "transformers", "pydantic", "yaml"}
+    light = f"import sys, jaxprompt.cli.app; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
 
