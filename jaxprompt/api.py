@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jaxprompt.config.overrides import load_config
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Example
 from jaxprompt.data.examples import tokenize
 from jaxprompt.data.holdout import FEWEST_ROWS, hold_out
@@ -70,7 +71,7 @@ __all__ = [
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
-Result = dict[str, Any]  # JSON
+Result = Values  # JSON
 
 
 def _warned(text: str) -> None:

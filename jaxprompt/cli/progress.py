@@ -75,8 +75,8 @@ def _number(value: float) -> str:
 def show_result(result: dict) -> None:
     """A short table of a finished run, or of each of its tasks, on standard error."""
     if "tasks" in result:
-        for found in result["tasks"].values():
-            show_result(found | {key: result[key] for key in ("steps", "seconds")})
+        for of_task in result["tasks"].values():
+            show_result(of_task | {key: result[key] for key in ("steps", "seconds")})
         return
     name = f"{result['task']}: {result['metric']}"
     table = Table(title=f"{name} on {result['rows']} validation rows")

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.data.rows import Row, Rows, plain_value
@@ -24,14 +24,27 @@ _HELD: dict[str, list[Mapping[str, Rows]]] = {}
 class DataFrame(Protocol):
     """What is used of a pandas data frame; pandas itself is not needed."""
 
-    columns: Any
+    columns: object
 
-    def astype(self, dtype: type) -> Any: ...
+    def astype(self, dtype: type) -> "DataFrame": ...
 
-    def notna(self) -> Any: ...
+    def notna(self) -> object: ...
+
+    def where(self, kept: object, other: object) -> "DataFrame": ...
+
+    def to_dict(self, orient: str) -> object: ...
 
 
-RowsLike = Sequence[Row] | DataFrame  # a list, a datasets.Dataset, a data frame
+@runtime_checkable
+class Dataset(Protocol):
+    """What is used of a ``datasets.Dataset``, whose rows are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> object: ...
+
+
+RowsLike = Sequence[Row] | DataFrame | Dataset
 Data = RowsLike | Mapping[str, RowsLike]  # rows, or the rows of each split
 
 

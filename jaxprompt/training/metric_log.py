@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Batch
 from jaxprompt.losses import Losses
 from jaxprompt.runtime.files import write_atomically
@@ -20,7 +21,7 @@ from jaxprompt.training.trackers import Tracker
 from jaxprompt.training.trial import MetricName
 
 Metrics = dict[str, float]
-Row = dict[str, Any]  # of metrics.jsonl: a step, and numbers by name
+Row = Values  # of metrics.jsonl: a step, and numbers by name
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
@@ -100,9 +101,9 @@ class MetricWriter:
 def _read_rows(path: Path) -> tuple[list[Row], int]:
     """The rows, and how many lines are none; the last line of a killed run may be half there."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    found = [_row(line) for line in lines]
-    damaged = [line for line, row in zip(lines[:-1], found, strict=False) if row is None]
-    return [row for row in found if row is not None], sum(bool(line.strip()) for line in damaged)
+    rows = [_row(line) for line in lines]
+    damaged = [line for line, row in zip(lines[:-1], rows, strict=False) if row is None]
+    return [row for row in rows if row is not None], sum(bool(line.strip()) for line in damaged)
 
 
 def _row(line: bytes) -> Row | None:
