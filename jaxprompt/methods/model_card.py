@@ -4,16 +4,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jaxprompt.methods.tuned import decoder_only
+from jaxprompt.methods.tuned import decoder_only, record_of
 from jaxprompt.models.checkpoints.hub import only_here
 from jaxprompt.runtime.markdown import plain
 
 
-def model_card(metadata: Mapping[str, Any]) -> str:
+def model_card(metadata: Mapping[str, object]) -> str:
     """Markdown that tells a stranger what the prompt does, how well, and how to use it."""
-    task, backbone = metadata.get("task") or {}, metadata.get("backbone") or {}
+    task, backbone = record_of(metadata, "task"), record_of(metadata, "backbone")
     source = str(backbone.get("source", "unknown"))
     labels = ", ".join(plain(label) for label in _list(task.get("labels"))) or "free text"
     example = json.dumps({name: "..." for name in _columns(task)}, ensure_ascii=False)
@@ -51,17 +50,17 @@ print(jp.predict(session, [{example}]))
 """
 
 
-def _size(metadata: Mapping[str, Any]) -> str:
+def _size(metadata: Mapping[str, object]) -> str:
     return f"{metadata.get('length')} vectors of {metadata.get('width')} numbers"
 
 
-def adapter_card(metadata: Mapping[str, Any], config: dict[str, Any]) -> str:
+def adapter_card(metadata: Mapping[str, object], config: Mapping[str, object]) -> str:
     """Markdown beside an adapter: how PEFT loads it, and what text it expects."""
-    task, recorded = metadata.get("task") or {}, (metadata.get("backbone") or {}).get("source")
+    task, recorded = record_of(metadata, "task"), record_of(metadata, "backbone").get("source")
     base = config["base_model_name_or_path"]
     known = isinstance(base, str) and not only_here(base)
-    values: dict[str, Any] = {"library_name": "peft"}
-    if known and _is_hub_id(base):
+    values: dict[str, object] = {"library_name": "peft"}
+    if isinstance(base, str) and known and _is_hub_id(base):
         values["base_model"] = base
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
     end = ""
@@ -107,44 +106,42 @@ def _is_hub_id(source: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _columns(task: dict[str, Any]) -> list[str]:
+def _columns(task: Mapping[str, object]) -> list[str]:
     """The columns that a task's template names."""
-    found = re.findall(r"\{\{|\}\}|\{([^{}]*)\}", str(task.get("template", "")))
-    return list(dict.fromkeys(filter(None, found))) or ["input"]
+    names = re.findall(r"\{\{|\}\}|\{([^{}]*)\}", str(task.get("template", "")))
+    return list(dict.fromkeys(filter(None, names))) or ["input"]
 
 
-def _steps(metadata: Mapping[str, Any]) -> str:
-    config = metadata.get("config") or {}
-    settings: Any = config.get("train")
-    settings = settings if isinstance(settings, dict) else {}
+def _steps(metadata: Mapping[str, object]) -> str:
+    settings = record_of(record_of(metadata, "config"), "train")
     total, step = settings.get("steps"), metadata.get("step", "?")
     of = f" of {total}, the best on validation rows" if type(total) is int else ""
     return f"Vectors of step {step}{of}; seed {metadata.get('seed', '?')}"
 
 
-def _front_matter(metadata: Mapping[str, Any], source: str) -> str:
+def _front_matter(metadata: Mapping[str, object], source: str) -> str:
     """What the Hugging Face hub reads: names in JSON, which is YAML."""
     kind = "causal-lm" if decoder_only(metadata) else "t5"
-    values: dict[str, Any] = {"library_name": "jaxprompt"}
+    values: dict[str, object] = {"library_name": "jaxprompt"}
     if _is_hub_id(source):
         values["base_model"] = source
     values["tags"] = ["prompt-tuning", "soft-prompt", kind]
-    names = [name for name in metadata.get("metrics") or {} if re.fullmatch(r"\w+", str(name))]
+    names = [name for name in record_of(metadata, "metrics") if re.fullmatch(r"\w+", str(name))]
     if names:
         values["metrics"] = names
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
 
 
-def _figures(metadata: Mapping[str, Any]) -> str:
+def _figures(metadata: Mapping[str, object]) -> str:
     """A table of the metrics on validation and test rows, with what is there without tuning."""
-    metrics, test = metadata.get("metrics") or {}, metadata.get("test") or {}
-    first = next(iter(_list((metadata.get("task") or {}).get("metrics")) or metrics), "")
+    metrics, test = record_of(metadata, "metrics"), record_of(metadata, "test")
+    first = next(iter(_list(record_of(metadata, "task").get("metrics")) or metrics), "")
     named = {"majority": "of the majority class", "untuned": "of the backbone without a prompt"}
-    baselines = metadata.get("baselines") or {}
+    baselines = record_of(metadata, "baselines")
     lines = [(plain(name), value, test.get(name, "")) for name, value in metrics.items()]
     lines += [
         (f"{plain(first)} {words}", baselines[key], "")
@@ -155,12 +152,13 @@ def _figures(metadata: Mapping[str, Any]) -> str:
     return "\n".join([*head, *(f"| {n} | {_number(v)} | {_number(t)} |" for n, v, t in lines)])
 
 
-def _number(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:.4f}" if number and abs(value) < 1e9 else plain(str(value))
+def _number(value: object) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
+        return f"{value:.4f}"
+    return plain(value)
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     """A value as a code span, in which nothing is markup; line breaks are shown as ``\\n``."""
     text = str(value).replace("\r", "\\r").replace("\n", "\\n")
     fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -20,6 +19,7 @@ from jaxprompt.methods.tuned import (
     decoder_only,
     read_object,
     read_tensor,
+    record_of,
 )
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.runtime.files import replace_directory
@@ -61,8 +61,8 @@ def save_peft(path: str | Path, prompt: Prompt, *, base_model: str | None = None
     replace_directory(Path(expanded(path)), write, _is_our_adapter)
 
 
-def _peft_config(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    backbone = metadata.get("backbone") or {}
+def _peft_config(shape: tuple[int, ...], metadata: Mapping[str, object]) -> dict[str, object]:
+    backbone = record_of(metadata, "backbone")
     return {
         "base_model_name_or_path": backbone.get("source"),
         "inference_mode": True,
@@ -80,10 +80,10 @@ def _peft_config(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> dict[st
 def _is_our_adapter(folder: Path) -> bool:
     """Whether ``save_peft`` made a folder: PEFT itself writes more keys."""
     try:
-        found = read_object(folder / PEFT_CONFIG)
+        config = read_object(folder / PEFT_CONFIG)
     except UserError:
         return False
-    return set(found) == set(_peft_config((0, 0), {}))
+    return set(config) == set(_peft_config((0, 0), {}))
 
 
 def read_peft(path: Path) -> Prompt:

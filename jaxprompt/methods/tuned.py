@@ -5,13 +5,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast, get_origin, get_type_hints, is_typeddict
+from typing import NamedTuple, TypedDict, cast, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.values import Values
 from jaxprompt.runtime.json_file import read_json
 
 
@@ -58,7 +59,7 @@ class Metadata(TypedDict, total=False):
     metrics: dict[str, float]  # on validation rows
     test: dict[str, float]  # metrics on test rows
     baselines: dict[str, float]  # "majority" and "untuned", of the first metric
-    config: dict[str, Any]  # the run's settings
+    config: Values  # the run's settings
     versions: dict[str, str]
 
 
@@ -84,17 +85,17 @@ def checked_prompt(prompt: Prompt) -> Prompt:
     return Prompt(vectors, check_metadata(prompt.metadata, "The prompt's metadata:"))
 
 
-def as_json(metadata: Mapping[str, Any]) -> bytes:
+def as_json(metadata: Mapping[str, object]) -> bytes:
     """JSON in UTF-8. Half a surrogate becomes an escape, and is read back as it was."""
 
-    def convert(value: Any) -> Any:
+    def convert(value: object) -> object:
         if isinstance(value, np.generic | np.ndarray):
             return value.tolist()
         if isinstance(value, os.PathLike):
             return os.fspath(value)
         raise TypeError(f"a {type(value).__name__} is not JSON")
 
-    def dump(values: Any) -> str:
+    def dump(values: object) -> str:
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False, default=convert)
 
     for key, value in metadata.items():
@@ -108,14 +109,20 @@ def as_json(metadata: Mapping[str, Any]) -> bytes:
     return (dump(metadata) + "\n").encode("utf-8", "backslashreplace")
 
 
-def decoder_only(metadata: Mapping[str, Any]) -> bool:
+def record_of(metadata: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """The record (``backbone``, ``task`` and the like) under a key; empty where there is none."""
+    record = metadata.get(key)
+    return record if isinstance(record, Mapping) else {}
+
+
+def decoder_only(metadata: Mapping[str, object]) -> bool:
     """Whether the prompt was tuned on a decoder-only model, as far as is known."""
-    recorded = (metadata.get("backbone") or {}).get("family")
-    kind = (metadata.get("peft") or {}).get("task_type")
+    recorded = record_of(metadata, "backbone").get("family")
+    kind = record_of(metadata, "peft").get("task_type")
     return recorded == "decoder-only" or kind == "CAUSAL_LM"
 
 
-def _kinds(record: Any, prefix: str = "") -> dict[str, type]:
+def _kinds(record: type, prefix: str = "") -> dict[str, type]:
     """The type of each key that is known, nested ones by dotted key."""
     kinds: dict[str, type] = {}
     for name, hint in get_type_hints(record).items():
@@ -151,7 +158,7 @@ def check_metadata(values: object, where: str) -> Metadata:
     return cast(Metadata, kept)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Values:
     """The JSON object in a file. Raises UserError, which names the file."""
     try:
         return read_json(path)

@@ -6,14 +6,15 @@ A run of one process calls the same functions, and nothing is sent.
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.values import Values
 
-PyTree = Any  # arrays in any nesting of lists, tuples and mappings
 T = TypeVar("T")
 
 
@@ -56,7 +57,7 @@ def on_process_zero(work: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return work()
-    message: dict[str, Any] = {}
+    message: Values = {}
     if jax.process_index() == 0:
         try:
             message = {"value": work()}
@@ -94,7 +95,8 @@ def assert_equal_across_processes(what: str, value: object) -> None:
 
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
     all_of_them = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    differ = [n for n, own in enumerate(np.asarray(all_of_them)) if (own != all_of_them[0]).any()]
+    rows = np.asarray(all_of_them)
+    differ = [number for number, row in enumerate(rows) if (row != rows[0]).any()]
     if differ:
         numbers = ", ".join(map(str, differ))
         raise UserError(

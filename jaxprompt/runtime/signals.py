@@ -3,11 +3,14 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import TypeAlias
 
 import jax
+
+# what the signal module takes and gives
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 
 class Interrupted(Exception):
@@ -28,7 +31,7 @@ class Signals:
 
     def __init__(self, install: bool = True):
         self._install, self._held, self._came = install, False, ""
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
         self._over, self._again, self._sending = threading.Event(), False, threading.Lock()
 
     def __enter__(self) -> "Signals":
@@ -48,7 +51,7 @@ class Signals:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         name, again, self._again = signal.Signals(number).name, self._again, False
         if self._held and self._came and not again:
             raise KeyboardInterrupt(name)  # in the middle of a step: there is nothing to save

@@ -7,7 +7,7 @@ import collections
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from jaxprompt.api import Session, predict_rows
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.references import references, target_texts
 from jaxprompt.data.targets import judged_by
 from jaxprompt.data.templates import answered, columns_of, to_text
@@ -22,8 +23,8 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.studies.tasks import CLOZE, with_sentinel
 
-Rows = Sequence[dict[str, Any]]
-Record = dict[str, Any]
+Rows = Sequence[Values]
+Record = Values
 
 # Hand-written prompts beside the task's own template. Instructions precede texts that may be cut;
 # <> is a sentinel, and its template a cloze: the form that span corruption has taught T5 to answer

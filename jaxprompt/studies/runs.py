@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -31,6 +31,7 @@ from jaxprompt.config.names import RENAMED
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Values
 from jaxprompt.data.targets import judged_by
 from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.evaluation.metrics import majority, measure
@@ -46,7 +47,7 @@ from jaxprompt.training.run_dir import clear_run
 
 KEY = ("backbone", "task", "method", "length", "seed", "variant")
 Key = tuple[str | int | None, ...]
-Settings = dict[str, Any]  # of a run: from "train.steps" and the like to a value
+Settings = Values  # of a run: from "train.steps" and the like to a value
 # Settings by recipe and method. A run's own settings override them.
 RECIPES: dict[str, dict[str, Settings]] = {
     # Lester et al. 2021, section 3: 30,000 steps at a constant rate

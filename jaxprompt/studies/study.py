@@ -6,11 +6,12 @@ results. So the report knows which runs were asked for and are missing.
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.values import Value
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Key, Run, Settings, of_method
 
@@ -40,7 +41,7 @@ class StudyPlan(BaseModel):
         length: int | None = None,
         seed: int | None = None,
         variant: str | None = None,
-        **settings: Any,
+        **settings: Value,
     ) -> Run:
         """A run with the plan's settings under its own (dots are written ``__``)."""
         own = {key.replace("__", "."): value for key, value in settings.items()}
@@ -48,12 +49,12 @@ class StudyPlan(BaseModel):
         name = backbone or next(iter(self.backbones))
         return Run(name, task, method, length, seed, variant, own)
 
-    def prompts(self, task: str, *, length: int | None = None, **more: Any) -> list[Run]:
+    def prompts(self, task: str, *, length: int | None = None, **more: Value) -> list[Run]:
         """Prompt tuning over all seeds."""
         length = self.length if length is None else length
         return [self.run("prompt", task, length=length, seed=s, **more) for s in range(self.seeds)]
 
-    def full(self, task: str, **more: Any) -> list[Run]:
+    def full(self, task: str, **more: Value) -> list[Run]:
         """Full fine-tuning over all seeds."""
         return [self.run("full", task, seed=seed, **more) for seed in range(self.seeds)]
 

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.templates import to_text
 from jaxprompt.runtime.files import write_atomically
@@ -45,7 +45,7 @@ def mixture(tasks: Sequence[TaskConfig], folder: Path) -> tuple[TaskConfig, list
     prefixed = [
         task.model_copy(update={"template": f"{task.name}: {task.template}"}) for task in tasks
     ]
-    values: dict[str, Any] = {"name": "multitask", "template": "{input}", "target": "{target}"}
+    values: Values = {"name": "multitask", "template": "{input}", "target": "{target}"}
     values |= {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
     values |= {
         key: max(getattr(task, key) for task in tasks)

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Example
 from jaxprompt.data.examples import tokenize
 from jaxprompt.data.references import Reference, references
@@ -20,7 +21,7 @@ from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import check_metrics
 
-Rows = Mapping[str, Sequence[dict[str, Any]]]  # of each split
+Rows = Mapping[str, Sequence[Values]]  # of each split
 
 
 class Split(NamedTuple):

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.training.trial import MetricName
@@ -24,7 +26,10 @@ def check_loss(loss: float, step: int, task: str = "") -> None:
 
 
 def check_members(
-    step: int, active: Sequence[int], losses: Any, names: Sequence[MetricName]
+    step: int,
+    active: Sequence[int],
+    losses: Float[Array | np.ndarray, " K"],
+    names: Sequence[MetricName],
 ) -> None:
     """Raise Diverged if no trial of some task has a finite loss.
 

@@ -9,19 +9,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.references import references
 from jaxprompt.data.templates import to_text
 from jaxprompt.models import registry
 from jaxprompt.training.datasets import read_splits
 
-Inputs = dict[str, Any]  # "rows/TASK/train", "backbone/fingerprint" and so on -> JSON
+Inputs = dict[str, object]  # "rows/TASK/train", "backbone/fingerprint" and so on -> JSON
 
 
-def digest_of(parts: Iterable[Any]) -> str:
+def digest_of(parts: Iterable[object]) -> str:
     """How many ``parts`` (JSON) there are, and the SHA-256 of them in their order."""
     digest, count = hashlib.sha256(), 0
     for part in parts:
@@ -37,11 +37,11 @@ def of_backbone(config: registry.ModelConfig, fingerprint: str) -> Inputs:
     return json.loads(json.dumps(kept))  # as it comes back from a file
 
 
-def of_rows(task: TaskConfig, splits: Mapping[str, Sequence[dict[str, Any]]]) -> Inputs:
+def of_rows(task: TaskConfig, splits: Mapping[str, Sequence[Values]]) -> Inputs:
     """The texts of each row by split; of rows that are answered, what they are judged by."""
     digests = {}
     for name, rows in splits.items():
-        texts: Iterable[Any] = (to_text(task, row) for row in rows)
+        texts: Iterable[object] = (to_text(task, row) for row in rows)
         if name != "train":
             texts = zip(texts, references(task, rows, getattr(task, name)), strict=True)
         digests[f"rows/{task.name}/{name}"] = digest_of(texts)
@@ -56,7 +56,7 @@ def of_files(task: TaskConfig, eval_rows: int | None) -> Inputs:
     return of_rows(task, read_splits(task, eval_rows))
 
 
-def check_inputs(folder: Path, before: Any, now: Inputs) -> None:
+def check_inputs(folder: Path, before: object, now: Inputs) -> None:
     """Refuse to go on in ``folder`` with other inputs than ``before``.
 
     Runs of earlier versions have recorded none, or fewer; what is not known may be anything.

@@ -7,7 +7,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from jaxprompt.training.inputs import Inputs
 from jaxprompt.training.metric_log import MetricName, Reporter, StepLog
 from jaxprompt.training.progress import Progress, Rules
 from jaxprompt.training.reporters import automatic
-from jaxprompt.training.run_dir import RunDir
+from jaxprompt.training.run_dir import Result, RunDir
 from jaxprompt.training.step import TrainState, all_finite
 from jaxprompt.training.steps import Steps, num_tokens
 
@@ -80,16 +80,19 @@ class Job(Protocol):
     def release(self, state: TrainState) -> TrainState | None:
         """What ``finish`` needs of the state; the memory of the rest is free then."""
 
-    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> dict[str, Any]:
+    def finish(self, state: TrainState | None, progress: Progress, log: StepLog) -> Result:
         """Write the result, and return it."""
         ...
 
 
-class Kind(NamedTuple):
+C = TypeVar("C", RunConfig, PretrainConfig)
+
+
+class Kind(NamedTuple, Generic[C]):
     """A kind of run, before anything is loaded."""
 
-    prepare: Callable[[Any, RunDir, Reporter, Signals], Job]  # writes nothing but what it must
-    known_inputs: Callable[[Any], Inputs]  # of a complete run, as far as they are cheap
+    prepare: Callable[[C, RunDir, Reporter, Signals], Job]  # writes nothing but what it must
+    known_inputs: Callable[[C], Inputs]  # of a complete run, as far as they are cheap
 
 
 TUNING = Kind(tune.prepare, tune.inputs_of_files)
@@ -97,7 +100,7 @@ TUNING = Kind(tune.prepare, tune.inputs_of_files)
 
 def train(
     config: RunConfig, reporter: Reporter | None = None, signals: Signals | None = None
-) -> dict[str, Any]:
+) -> Result:
     """Tune the prompts of ``config``, or go on with that.
 
     Killed at any moment and called again, it ends with a bit-identical prompt: batch k is a pure
@@ -121,9 +124,7 @@ def train(
         return fit(config, TUNING, chosen, signals or Signals(install=False))
 
 
-def fit(
-    config: RunConfig | PretrainConfig, kind: Kind, reporter: Reporter, signals: Signals
-) -> dict[str, Any]:
+def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Result:
     """Run or resume ``config`` in its directory, and return its result.
 
     A kill at any line loses only the steps since the newest checkpoint.

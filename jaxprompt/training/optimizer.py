@@ -1,7 +1,7 @@
 """Optimizers and learning rates by name, built from optax, vmapped over the members of a run."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxprompt.methods.base import join_groups, length_groups, num_members, spli
 T5X_FIRST_STEP = 1_100_000
 
 Scalar = float | Float[Array, ""]
+Peak: TypeAlias = Any  # a Scalar: optax takes a traced one too, and annotates float
 
 
 def schedule(config: Optimization, peak: Scalar | None = None) -> optax.Schedule:
@@ -48,9 +49,8 @@ def schedule_warnings(config: Optimization) -> list[str]:
     ]
 
 
-def _warmup_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
+def _warmup_and_decay(config: Optimization, peak: Peak) -> optax.Schedule:
     warmup = config.warmup_steps
-    # optax annotates float, and takes a traced scalar
     decay = _decay(config, peak, max(config.steps - warmup, 1))
     if warmup == 0:
         return decay
@@ -59,7 +59,7 @@ def _warmup_and_decay(config: Optimization, peak: Any) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def _decay(config: Optimization, peak: Any, steps: int) -> optax.Schedule:
+def _decay(config: Optimization, peak: Peak, steps: int) -> optax.Schedule:
     """The decay by its name, over so many steps after the warm-up."""
     match config.schedule:
         case "constant":

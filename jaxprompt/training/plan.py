@@ -9,13 +9,14 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.values import Values
 from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.methods.registry import METHODS
@@ -96,12 +97,23 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
 
 
 @functools.lru_cache(maxsize=4)
-def _parameters(shape: registry.Config) -> list[Any]:
-    """Paths and shapes of all parameters, and their logical axes: the same for all layouts."""
+def _parameters(shape: registry.Config) -> "list[Parameter]":
+    """All parameters of a model: the same for all layouts."""
     model = registry.model_for(shape)
     leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params())
     names = jax.tree.leaves(model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple))
-    return list(zip(leaves, names, strict=True))
+    return [
+        Parameter(path[-1].key, leaf.shape, axes)
+        for (path, leaf), axes in zip(leaves, names, strict=True)
+    ]
+
+
+class Parameter(NamedTuple):
+    """One weight of a model, all layers of it together."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical ones
 
 
 class Weights(NamedTuple):
@@ -114,14 +126,14 @@ class Weights(NamedTuple):
     def of(cls, model: registry.FamilyModel, layout: Layout, small: str | None = None) -> "Weights":
         """Those of a model on a layout's devices; ``small`` is ``model.quantization``."""
         total = {True: 0, False: 0}
-        for (path, leaf), named in _parameters(model.config):
-            axes = {parallel.RULES.get(str(name)) for name in named}
+        for name, shape, named in _parameters(model.config):
+            axes = {parallel.RULES.get(str(axis)) for axis in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
-            size = 2 if rounded_at_load(path[-1].key, model.runtime, False) else 4
+            size = 2 if rounded_at_load(name, model.runtime, False) else 4
             size = 2 if model.runtime.activations == "bfloat16" else size
-            if small is not None and path[-1].key in quantization.MATMUL_WEIGHTS:
-                size = quantization.bytes_each(small, named, leaf.shape)
-            total[named[0] == "layers"] += int(math.prod(leaf.shape) * size) // cut
+            if small is not None and name in quantization.MATMUL_WEIGHTS:
+                size = quantization.bytes_each(small, named, shape)
+            total[named[0] == "layers"] += int(math.prod(shape) * size) // cut
         return cls(total[True], total[False])
 
 
@@ -210,9 +222,7 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
     return Workload(shape, dtype, inputs, targets, flash, flops, state_bytes(config, shape))
 
 
-def _candidate(
-    config: RunConfig, machine: Machine, workload: Workload, layout: Layout
-) -> dict[str, Any]:
+def _candidate(config: RunConfig, machine: Machine, workload: Workload, layout: Layout) -> Values:
     """Bytes and times of a step in one layout, as a row of the report."""
     one_tensor = layout.tensor == 1
     runtime = registry.Runtime(
@@ -243,7 +253,7 @@ def _candidate(
     }  # fmt: skip
 
 
-def _cost_order(row: dict[str, Any]) -> tuple[float, ...]:
+def _cost_order(row: Values) -> tuple[float, ...]:
     """Cheapest first: where nothing overlaps, and of those that take as long, the simplest."""
     return sum(row["seconds"].values()), row["remat"], row["sent"], row["tensor"], row["fsdp"]
 
@@ -255,7 +265,7 @@ def plan_of(
     kind: str = "tpu-v4",
     memory: float | None = None,
     inputs: int | None = None,
-) -> dict[str, Any]:
+) -> Values:
     """All layouts with their bytes, the cheapest that fits, FLOPs, and the floor of a step's time.
 
     Args:
@@ -290,9 +300,9 @@ def plan_of(
     return report if best is None else report | _advice(best, machine)
 
 
-def _advice(best: dict[str, Any], machine: Machine) -> dict[str, Any]:
+def _advice(best: Values, machine: Machine) -> Values:
     """What bounds a step in the best layout, and the overrides that choose it."""
-    advice: dict[str, Any] = {}
+    advice: Values = {}
     if not machine.cpu:
         advice["bound_by"] = max(best["seconds"], key=best["seconds"].get)
         advice["floor_seconds"] = best["seconds"][advice["bound_by"]]

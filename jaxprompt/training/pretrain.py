@@ -114,7 +114,7 @@ def prepare(
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
     reporter.say(f"tokens for training: {sizes}")
     processes.assert_equal_across_processes("backbone or data", [loaded, streams.digests])
-    reads = {**streams.digests, "tokenizer": tokenizer.fingerprint()}
+    reads: inputs.Inputs = {**streams.digests, "tokenizer": tokenizer.fingerprint()}
     if loaded is not None:
         reads |= inputs.of_backbone(shape, loaded)
     return Pretraining(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxprompt.config.schema import Optimization, TrainConfig
 from jaxprompt.training.trial import Trial, by_task
@@ -73,7 +73,7 @@ class Progress:
     majority: Mapping[str, float] | None = None  # by task: of always answering the commonest label
 
     @classmethod
-    def of_trials(cls, active: Sequence[int], **fields: Any) -> "Progress":
+    def of_trials(cls, active: Sequence[int], **fields: object) -> "Progress":
         """Before the first step of trials whose numbers are ``active``, in the order of slots."""
         count = len(active)
         start = cls(0, tuple(active), (-math.inf,) * count, (-1,) * count, (0,) * count)
@@ -81,13 +81,13 @@ class Progress:
 
     # -- in a checkpoint
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What a checkpoint holds; the step is the checkpoint's own name."""
         fields = {key: getattr(self, name) for name, key in _JSON_KEYS.items()}
         plain = lambda value: list(value) if isinstance(value, tuple) else value
         return {key: plain(value) for key, value in fields.items() if value is not None}
 
-    def restored(self, step: int, values: Mapping[str, Any]) -> "Progress":
+    def restored(self, step: int, values: Mapping[str, object]) -> "Progress":
         """What a checkpoint of ``step`` says; what it does not say is as before the first step."""
         fields = {name: values[key] for name, key in _JSON_KEYS.items() if key in values}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -80,14 +80,14 @@ def _summed_losses(
     num_members: int, loss: Loss,
 ) -> tuple[Float[Array, " K"], LossSums]:  # fmt: skip
     """The objective of each member and what is reported, as sums over target tokens."""
-    batch = jax.tree.map(jnp.asarray, batch)
+    arrays: PyTree = jax.tree.map(jnp.asarray, batch)
     params = params if injection.params is None else injection.params
     prepared = model.prepare(params, injection.embeddings)
     logits = model.logits(
-        params, prepared, batch.inputs, batch.segments, batch.targets, batch.target_segments,
-        batch.dropout_seed,
+        params, prepared, arrays.inputs, arrays.segments, arrays.targets, arrays.target_segments,
+        arrays.dropout_seed,
     )  # fmt: skip
-    return loss(logits, batch, num_members)
+    return loss(logits, arrays, num_members)
 
 
 Step = Callable[[TrainState, registry.Params, Sequence[Batch]], tuple[TrainState, Losses]]
