@@ -62,13 +62,7 @@ def make_gguf(path: Path, *, seed: int = 0, quantised: bool = False, bos: bool =
     params = jax.tree_util.tree_map_with_path(values, decoder.abstract_params(config))
 
     writer = gguf.GGUFWriter(path, fields.get("arch", "llama"))
-    writer.add_block_count(config.num_layers)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    _add_config(writer, config)
     writer.add_tokenizer_model(fields.get("model", "gpt2"))
     writer.add_tokenizer_pre(fields.get("pre", "smollm"))
     writer.add_token_list(words)
@@ -79,37 +73,50 @@ def make_gguf(path: Path, *, seed: int = 0, quantised: bool = False, bos: bool =
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(bos)
-
-    def add(name: str, matrix: np.ndarray) -> None:
+    for name, matrix in _tensors(config, params):
         matrix = np.ascontiguousarray(matrix, np.float32)
         if quantised and matrix.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(matrix, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return params, bpe
 
-    def turned(matrix: np.ndarray, heads: int) -> np.ndarray:
-        """Rows as llama.cpp wants them: neighbours instead of halves."""
-        halves = matrix.reshape(heads, 2, -1, matrix.shape[1])
-        return halves.swapaxes(1, 2).reshape(matrix.shape)
 
-    add("token_embd.weight", params["token_embedder"]["embedding"])
-    add("output_norm.weight", params["final_norm"]["scale"])
+def _add_config(writer: gguf.GGUFWriter, config) -> None:
+    writer.add_block_count(config.num_layers)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+def _interleaved(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp wants them: neighbours instead of halves."""
+    halves = matrix.reshape(heads, 2, -1, matrix.shape[1])
+    return halves.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def _tensors(config, params):
+    """The parameters by the names and in the layout of a GGUF file."""
+    yield "token_embd.weight", params["token_embedder"]["embedding"]
+    yield "output_norm.weight", params["final_norm"]["scale"]
     stack = params["layers"]
     for i in range(config.num_layers):
         attention = {k: v[i] for k, v in stack["attention"].items()}
         for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
             rows = attention[ours].reshape(config.d_model, -1).T
             if ours != "value":
-                rows = turned(rows, attention[ours].shape[1])
-            add(f"blk.{i}.attn_{theirs}.weight", rows)
-        add(f"blk.{i}.attn_output.weight", attention["out"].reshape(-1, config.d_model).T)
-        add(f"blk.{i}.attn_norm.weight", stack["attention_norm"]["scale"][i])
-        add(f"blk.{i}.ffn_norm.weight", stack["mlp_norm"]["scale"][i])
+                rows = _interleaved(rows, attention[ours].shape[1])
+            yield f"blk.{i}.attn_{theirs}.weight", rows
+        yield f"blk.{i}.attn_output.weight", attention["out"].reshape(-1, config.d_model).T
+        yield f"blk.{i}.attn_norm.weight", stack["attention_norm"]["scale"][i]
+        yield f"blk.{i}.ffn_norm.weight", stack["mlp_norm"]["scale"][i]
         for ours, theirs in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-            add(f"blk.{i}.ffn_{theirs}.weight", stack["mlp"][ours][i].T)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return params, bpe
+            yield f"blk.{i}.ffn_{theirs}.weight", stack["mlp"][ours][i].T

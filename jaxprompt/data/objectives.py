@@ -1,11 +1,11 @@
 """Self-supervised objectives: pure functions from token ids to an example."""
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from jaxprompt.data.batches import Example
 
-Ids = Int[np.ndarray, " n"]
+Ids = Integer[np.ndarray, " _"]  # uint16 where a vocabulary is small
 
 
 def span_corruption(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from jaxprompt.data.tokenizer import Tokenizer
 
@@ -22,13 +22,13 @@ RULES = 2  # counts the ways in which ids followed from texts, so that old files
 class Ragged(NamedTuple):
     """Sequences of ids end to end: number i is ``ids[starts[i]:starts[i + 1]]``."""
 
-    ids: Int[np.ndarray, " n"]
+    ids: Integer[np.ndarray, " n"]
     starts: Int[np.ndarray, " m"]
 
     def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return len(self.starts) - 1
 
-    def at(self, number: int) -> Int[np.ndarray, " s"]:
+    def at(self, number: int) -> Integer[np.ndarray, " s"]:
         """Sequence ``number``."""
         return self.ids[self.starts[number] : self.starts[number + 1]]
 

@@ -16,6 +16,7 @@ timed: bytes that a device receives in a step, where all-reduce and the others g
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -23,8 +24,18 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # JAX is imported when its devices are set
+    from jax.sharding import Mesh
+    from jax.stages import Compiled
+
+    from jaxprompt.config.schema import RunConfig
+    from jaxprompt.data.batches import Batch
+    from jaxprompt.models import registry
+    from jaxprompt.training.step import TrainState, TrainStep
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,7 +77,7 @@ class Sent(NamedTuple):
 
 def collectives(program: str) -> list[Sent]:
     """What a compiled program sends; what is in a loop is there once."""
-    found = []
+    operations = []
     for line in program.splitlines():
         match = RESULT.search(line)
         if match is None:
@@ -80,24 +91,62 @@ def collectives(program: str) -> list[Sent]:
         if groups:
             count = int(groups[2]) if groups[2] else len(groups[1].split(","))
         if count > 1:
-            found.append(Sent(match["kind"], size, RING[match["kind"]](count) * size))
-    return found
+            operations.append(Sent(match["kind"], size, RING[match["kind"]](count) * size))
+    return operations
 
 
-def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, Any]:
+class Program(NamedTuple):
+    """A training step and the shapes of its arguments, each with its sharding on a mesh."""
+
+    model: "registry.FamilyModel"
+    mesh: "Mesh"
+    make_step: Callable[..., "TrainStep"]  # of a model; mesh=: on a mesh
+    params: "registry.Params"
+    state: "TrainState"
+    batch: "Batch"
+
+    @property
+    def arguments(self) -> "tuple[TrainState, registry.Params, list[Batch]]":
+        return self.state, self.params, [self.batch]
+
+
+def cost(config: "RunConfig", devices: int, options: argparse.Namespace) -> dict[str, Any]:
     """Compile the step for so many devices and count."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
+    program = make_program(config, devices, options)
+    begun = time.monotonic()
+    step = program.make_step(program.model, mesh=program.mesh)
+    lowered = jax.jit(step, donate_argnums=0).lower(*program.arguments)
+    # counted unrolled, and before it is split: in a loop a layer's FLOPs would count once
+    counted = program.make_step(program.model.with_runtime(unroll=True))
+    flops = jax.jit(counted).lower(*program.arguments).cost_analysis()["flops"]
+    print(f"{devices} devices: lowered; compiling", file=sys.stderr, flush=True)
+    compiled = lowered.compile()
+    seconds = time.monotonic() - begun
+    sizes = {
+        "backbone": config.backbone,
+        "parameters": sum(x.size for x in jax.tree.leaves(program.params)),
+        "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainables)),
+        "mesh": dict(program.mesh.shape),
+        "rows x tokens": [*program.batch.inputs.shape, program.batch.targets.shape[1]],
+    }
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(program.params)
+    )
+    return {
+        **sizes,
+        **counts(compiled, flops, held, devices, options),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def make_model(config: "RunConfig") -> "registry.FamilyModel":
+    """The model of a recipe, without weights. Raises UserError where its shape is not known."""
     from jaxprompt.config.errors import UserError
-    from jaxprompt.data.batches import Batch
-    from jaxprompt.methods.registry import METHODS
     from jaxprompt.models import precision, registry
     from jaxprompt.models.t5.config import released
-    from jaxprompt.runtime import parallel
-    from jaxprompt.training.optimizer import per_prompt
-    from jaxprompt.training.step import init_state, make_train_step
 
     shape = released(config.backbone)
     if shape is None:
@@ -109,12 +158,24 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         dtype=dtype, dropout=config.model.dropout, unroll=bool(config.model.unroll),
         remat=config.model.remat,
     )  # fmt: skip
-    model = registry.model_for(shape, runtime)
+    return registry.model_for(shape, runtime)
+
+
+def make_program(config: "RunConfig", devices: int, options: argparse.Namespace) -> Program:
+    """The recipe's step on so many devices; nothing is allocated."""
+    import jax
+    import numpy as np
+
+    from jaxprompt.methods.registry import METHODS
+    from jaxprompt.runtime import parallel
+    from jaxprompt.training.optimizer import per_prompt
+    from jaxprompt.training.step import init_state, make_train_step
+
+    model, method = make_model(config), METHODS[config.method]
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size
     parallel.check_batch_size(size, mesh, "train.batch_size")
-    method, length = METHODS[config.method], config.prompt.length
-    kept = "bfloat16" if dtype == "bfloat16" else "float32"
+    kept = "bfloat16" if model.runtime.dtype == "bfloat16" else "float32"
     place = parallel.parameter_sharding(mesh)
     params = jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(axes)),
@@ -122,44 +183,56 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         model.logical_axes(),
     )
     optimizer = per_prompt(config.train)
-    start = np.zeros((1, method.num_start_vectors(config.prompt), shape.d_model), np.float32)
-    everywhere = parallel.replicated(mesh)
+    rows = 1, method.num_start_vectors(config.prompt), model.config.d_model
+    start = np.zeros(rows, np.float32)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
+    everywhere = jax.tree.map(lambda x: parallel.replicated(mesh), state)
+    return Program(
+        model=model,
+        mesh=mesh,
+        make_step=functools.partial(
+            make_train_step, method=method, optimizer=optimizer, z_loss=config.train.z_loss
+        ),
+        params=params,
+        state=parallel.with_sharding(state, everywhere),
+        batch=abstract_batch(mesh, size, config.prompt.length + options.inputs, options.targets),
     )
+
+
+def abstract_batch(mesh: "Mesh", size: int, inputs: int, targets: int) -> "Batch":
+    """Shapes of a batch of so many rows, inputs and targets, spread over a mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxprompt.data.batches import Batch
+    from jaxprompt.runtime import parallel
+
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.ROWS))
-
-    def array(width, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((size, width), dtype, sharding=rows)
-
-    wide, narrow = length + options.inputs, options.targets
-    each = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
-    batch = Batch(*map(array, (wide, wide, narrow, narrow)), each, array(narrow, jnp.float32), each)
-    step = make_train_step(model, method, optimizer, mesh=mesh, z_loss=config.train.z_loss)
-
-    begun = time.monotonic()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, params, [batch])
-    # counted unrolled, and before it is split: in a loop a layer's FLOPs would count once
-    flat = model.with_runtime(unroll=True)
-    counted = make_train_step(flat, method, optimizer, z_loss=config.train.z_loss)
-    flops = jax.jit(counted).lower(state, params, [batch]).cost_analysis()["flops"]
-    print(f"{devices} devices: lowered; compiling", file=sys.stderr, flush=True)
-    compiled = lowered.compile()
-    seconds = time.monotonic() - begun
-    memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
-    held = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(params)
+    array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    return Batch(
+        inputs=array(size, inputs),
+        segments=array(size, inputs),
+        targets=array(size, targets),
+        target_segments=array(size, targets),
+        member=array(size),
+        weights=array(size, targets, dtype=jnp.float32),
+        dropout_seed=array(size),
     )
+
+
+def counts(
+    compiled: "Compiled", flops: float, held: int, devices: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """FLOPs, bytes and the roofline's time of a compiled step.
+
+    Args:
+        flops: of the whole program.
+        held: bytes of weights on a device.
+    """
+    memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
     compute = flops / devices / (options.peak * 1e12)
     reading = 2 * held / (options.bandwidth * 1e9)
     return {
-        "backbone": config.backbone,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "trainable": sum(x.size for x in jax.tree.leaves(state.trainables)),
-        "mesh": dict(mesh.shape),
-        "rows x tokens": [size, wide, narrow],
         "flops": flops,
         "flops_per_device": flops / devices,
         "weights_gib_per_device": round(held / GIB, 3),
@@ -173,7 +246,6 @@ def cost(config: Any, devices: int, options: argparse.Namespace) -> dict[str, An
         "received_bytes_per_device": round(sum(one.received for one in sent)),
         "roofline_ms": round(1e3 * max(compute, reading), 2),
         "bound_by": "arithmetic" if compute > reading else "reading weights",
-        "compile_seconds": round(seconds, 1),
     }
 
 
@@ -188,13 +260,13 @@ def main(options: argparse.Namespace) -> None:
     print("| devices | mesh | rows | TFLOP a device | operations | bytes of results | received |")
     print("|---|---|---|---|---|---|---|")
     for devices in options.devices:
-        found = cost(config, devices, options)
-        mesh = " x ".join(map(str, found["mesh"].values()))
-        kinds = ", ".join(f"{n} {kind}" for kind, n in found["collectives"].items()) or "none"
+        result = cost(config, devices, options)
+        mesh = " x ".join(map(str, result["mesh"].values()))
+        kinds = ", ".join(f"{n} {kind}" for kind, n in result["collectives"].items()) or "none"
         print(
-            f"| {devices} | {mesh} | {found['rows x tokens'][0]} "
-            f"| {found['flops_per_device'] / 1e12:.3f} | {kinds} "
-            f"| {found['result_bytes']:,} | {found['received_bytes_per_device']:,} |",
+            f"| {devices} | {mesh} | {result['rows x tokens'][0]} "
+            f"| {result['flops_per_device'] / 1e12:.3f} | {kinds} "
+            f"| {result['result_bytes']:,} | {result['received_bytes_per_device']:,} |",
             flush=True,
         )
 

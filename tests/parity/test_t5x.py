@@ -1,5 +1,6 @@
 """T5X checkpoints: small ones written here with gzip and msgpack, the genuine one if present."""
 
+import functools
 import gzip
 import json
 import os
@@ -222,6 +223,38 @@ def test_missing_tensors_and_the_parent_folder(tmp_path):
         load_backbone(write_t5x(tmp_path / "b", tensors))
 
 
+def genuine_index():
+    """The tree of the genuine checkpoint: small arrays, and where the blocks of others are."""
+
+    def extension(code, data):
+        shape, dtype, values = msgpack.unpackb(data)
+        return np.frombuffer(values, dtype).reshape(shape)
+
+    content = msgpack.unpackb((GENUINE / "checkpoint").read_bytes(), ext_hook=extension)
+    return content["optimizer"]["target"]
+
+
+def read_by_hand(index, name):
+    """An array of the genuine checkpoint by its path, put together from its blocks."""
+    node = index
+    for part in name.split("/"):
+        node = node[part]
+    if isinstance(node, np.ndarray):
+        return node
+    folder = GENUINE / node["kvstore"]["path"]
+    shape, (rows, columns) = node["metadata"]["shape"], node["metadata"]["chunks"]
+    down, across = -(-shape[0] // rows), -(-shape[1] // columns)
+    blocks = [
+        [
+            np.frombuffer(gzip.decompress((folder / f"{i}.{j}").read_bytes()), "<f4")
+            for j in range(across)
+        ]
+        for i in range(down)
+    ]
+    whole = np.block([[block.reshape(rows, columns) for block in row] for row in blocks])
+    return whole[: shape[0], : shape[1]]
+
+
 @pytest.mark.skipif(not GENUINE.exists(), reason="the genuine checkpoint is not at hand")
 def test_the_genuine_checkpoint_equals_a_hand_check():
     """Every value against the files, read with msgpack, gzip and NumPy alone."""
@@ -230,32 +263,7 @@ def test_the_genuine_checkpoint_equals_a_hand_check():
     assert (c.vocab_size, c.d_model, c.num_heads, c.head_dim, c.d_ff) == (32128, 4, 2, 2, 8)
     assert (c.num_encoder_layers, c.num_decoder_layers, c.buckets) == (2, 2, 4)
     assert c.gated and not c.tied and not c.scale_output
-
-    def extension(code, data):
-        shape, dtype, values = msgpack.unpackb(data)
-        return np.frombuffer(values, dtype).reshape(shape)
-
-    index = msgpack.unpackb((GENUINE / "checkpoint").read_bytes(), ext_hook=extension)
-
-    def by_hand(name):
-        node = index["optimizer"]["target"]
-        for part in name.split("/"):
-            node = node[part]
-        if isinstance(node, np.ndarray):
-            return node
-        folder = GENUINE / node["kvstore"]["path"]
-        shape, (rows, columns) = node["metadata"]["shape"], node["metadata"]["chunks"]
-        down, across = -(-shape[0] // rows), -(-shape[1] // columns)
-        blocks = [
-            [
-                np.frombuffer(gzip.decompress((folder / f"{i}.{j}").read_bytes()), "<f4")
-                for j in range(across)
-            ]
-            for i in range(down)
-        ]
-        whole = np.block([[block.reshape(rows, columns) for block in row] for row in blocks])
-        return whole[: shape[0], : shape[1]]
-
+    by_hand = functools.partial(read_by_hand, genuine_index())
     p = b.params
     assert np.array_equal(p["token_embedder"]["embedding"], by_hand("token_embedder/embedding"))
     assert np.array_equal(p["head"], by_hand("decoder/logits_dense/kernel"))

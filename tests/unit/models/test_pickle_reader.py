@@ -122,10 +122,23 @@ class Reduced:
 
 def attacks(mark: Path):
     """Pickles that would create ``mark``, import something or exhaust the machine if obeyed."""
+    yield from calls(mark)
+    yield from odd_opcodes(mark)
+    yield from odd_tensors()
+    yield from no_tensors()
+
+
+def run_of(mark: Path) -> bytes:
+    """The opcodes that call ``os.system`` to create ``mark``."""
+    system = b"c" + os.system.__module__.encode() + b"\nsystem\n"
+    return system + b"(" + text(f"touch {mark}") + b"tR"
+
+
+def calls(mark: Path):
+    """Functions that are named where a tensor's are, or anywhere else."""
     shell = f"touch {mark}"
     python = f"__import__('pathlib').Path({str(mark)!r}).touch()"
-    system = b"c" + os.system.__module__.encode() + b"\nsystem\n"
-    run = system + b"(" + text(shell) + b"tR"
+    run = run_of(mark)
     for protocol in (0, 1, 2, 4, 5):
         yield f"os.system {protocol}", pickle.dumps({"w": Reduced(os.system, shell)}, protocol)
         yield f"eval {protocol}", pickle.dumps({"w": Reduced(builtins.eval, python)}, protocol)
@@ -150,6 +163,12 @@ def attacks(mark: Path):
         "this_module_does_not_exist\nx",
     ):
         yield f"name {name!r}", b"\x80\x02c" + name.encode() + b"\n(" + text(shell) + b"tR."
+
+
+def odd_opcodes(mark: Path):
+    """Other opcodes that would name or call something."""
+    shell, run = f"touch {mark}", run_of(mark)
+    system = b"c" + os.system.__module__.encode() + b"\nsystem\n"
     yield "STACK_GLOBAL", b"\x80\x04" + text("os") + text("system") + b"\x93."
     yield "STACK_GLOBAL of no names", b"\x80\x04))\x93."
     yield "INST", b"(" + text(shell) + b"ios\nsystem\n."
@@ -161,12 +180,16 @@ def attacks(mark: Path):
     yield "PERSID", b"Pstorage\n."
     yield "persistent id is no tuple", b"\x80\x02" + text("storage") + b"Q."
     yield "persistent id holds a call", b"\x80\x02(" + text("storage") + run + b"tQ."
+    yield "OrderedDict of a call", b"\x80\x02ccollections\nOrderedDict\n((" + run + b"ttR."
+    yield "BUILD with a call", DICT + run + b"b."
+
+
+def odd_tensors():
+    """Storages and tensors that cannot be, and sizes that no machine has."""
     yield "storage of another type", state(w=tensor(storage("collections\nOrderedDict")))
     yield "storage outside", state(w=tensor(storage(key="../../../etc/passwd")))
     yield "called storage", b"\x80\x02ctorch\nFloatStorage\n" + numbers(9) + b"R."
     yield "called number", b"\x80\x02" + number(3) + b")R."
-    yield "OrderedDict of a call", b"\x80\x02ccollections\nOrderedDict\n((" + run + b"ttR."
-    yield "BUILD with a call", DICT + run + b"b."
     yield "huge shape", state(w=tensor(shape=(2**62, 2**62), strides=(2**62, 1)))
     yield "beyond the storage", state(w=tensor(offset=1))
     yield "negative stride", state(w=tensor(offset=11, strides=(-4, -1)))
@@ -178,6 +201,10 @@ def attacks(mark: Path):
     yield "huge bytes", b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f."
     yield "huge number", b"\x80\x02\x8b\xff\xff\xff\x7f."
     yield "huge memo", b"\x80\x02}r\xff\xff\xff\xffh\x01."
+
+
+def no_tensors():
+    """What is no dictionary of tensors, or no pickle."""
     # a tuple that holds itself twice, 60 times over: hashing it would take 2**60 steps
     yield "exponential key", DICT + b")" + b"".join(b"2\x86" for _ in range(60)) + b"Ns."
     yield "memoised tuples", DICT + b")" + b"q\x00h\x00\x86" * 60 + b"Ns."
