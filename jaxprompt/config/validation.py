@@ -40,13 +40,13 @@ def _sentence(schema: type[BaseModel], errors: Sequence[ErrorDetails], prefix: s
         group = key.rpartition(".")[0] + ".*" if item else key
         others[group] += group in first
         first.setdefault(group, (key, problem))
-    told = []
+    sentences = []
     for group, (key, problem) in itertools.islice(first.items(), MOST_PROBLEMS):
         rest = f" (and {others[group]} more in {group[:-2]!r})" if others[group] else ""
-        told.append(_problem(schema, key, problem) + rest)
+        sentences.append(_problem(schema, key, problem) + rest)
     if len(first) > MOST_PROBLEMS:
-        told.append(f"and {len(first) - MOST_PROBLEMS} more problems")
-    return "; ".join(told) + "."
+        sentences.append(f"and {len(first) - MOST_PROBLEMS} more problems")
+    return "; ".join(sentences) + "."
 
 
 def _short(part: str) -> str:

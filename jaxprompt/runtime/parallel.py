@@ -88,7 +88,7 @@ def map_with_axes(
 
 
 def part_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
-    """The sharding of what belongs to a parameter: as that, where its own axes can be divided."""
+    """The sharding of an array with a parameter's axes, such as scales, where they divide."""
     return NamedSharding(mesh, _spec(shape, axes, dict(mesh.shape)))
 
 
@@ -117,25 +117,26 @@ def trained_axes(tree: PyTree, shapes: PyTree, axes: PyTree) -> PyTree:
     is_axes = lambda x: isinstance(x, tuple)
     names = jax.tree_util.tree_flatten_with_path(axes, is_axes)[0]
     parameters = {
-        tuple(key.key for key in path): (x.shape, own)
-        for (path, own), x in zip(names, jax.tree.leaves(shapes), strict=True)
+        tuple(key.key for key in path): (x.shape, logical)
+        for (path, logical), x in zip(names, jax.tree.leaves(shapes), strict=True)
     }
 
     def of_array(path, x):
         keys = tuple(getattr(key, "key", None) for key in path)
         ends = (keys[start:] for start in range(len(keys)))
-        shape, own = next((parameters[end] for end in ends if end in parameters), ((), ()))
+        shape, logical = next((parameters[end] for end in ends if end in parameters), ((), ()))
         without = lambda some, i: (*some[:i], *some[i + 1 :])
-        lacking = {without(own, i) for i in range(len(own)) if without(shape, i) == x.shape[1:]}
+        places = range(len(logical))
+        lacking = {without(logical, i) for i in places if without(shape, i) == x.shape[1:]}
         if x.shape[1:] == tuple(shape):
-            return (None, *own)[: x.ndim]
+            return (None, *logical)[: x.ndim]
         return (None, *lacking.pop()) if len(lacking) == 1 else (None,) * x.ndim
 
     return jax.tree_util.tree_map_with_path(of_array, tree)
 
 
 def specs_of(mesh: Mesh, tree: PyTree, axes: PyTree) -> PyTree:
-    """How each array of these logical axes is spread over the devices, where it can be divided."""
+    """The partition spec of each array by its logical axes, where the mesh divides them."""
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}
 
     def spec(x, of):
@@ -153,7 +154,7 @@ def named_shardings(mesh: Mesh, specs: PyTree) -> PyTree:
 
 
 def divides_weights(mesh: Mesh | None) -> bool:
-    """Whether a device has no more than a part of each large weight."""
+    """Whether each device holds only a part of each large weight."""
     return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
@@ -195,28 +196,31 @@ def shard_over_batch(
     stacked: bool = False,
     results: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[PyTree, PyTree, PyTree], T]:
-    """``work(params, shared, rows)`` of each device's own rows, by itself; results together.
+    """A function that calls ``work(params, shared, rows)`` on each device with its own rows.
 
-    axes: the logical axes of ``params``, of which each device of ``fsdp`` holds its part. A layer
-    is put together where it is used (``layers.project``), what is in no layer at once. None: every
-    device holds all of ``params``.
-    stacked: each device's result along a new first axis, for ``summed``, which is all that the
-    devices of ``data`` ever send each other; else one after another, as the rows were. What
-    ``tensor`` shares is the compiler's, along ``constrained``.
-    results: where ``params`` are trained: the specs of what ``work`` returns by those of
-    ``params``, which ``axes`` then makes of them. Their parts are put together by ``work`` itself,
-    and the gradient of a part is a sum over the devices of ``fsdp``.
+    Args:
+        axes: the logical axes of ``params``. Each device of ``fsdp`` holds a part of them. A layer
+            is gathered where it is used (``layers.project``); what is in no layer is gathered
+            first. None: every device holds all of ``params``.
+        stacked: the results of the devices are stacked along a new first axis, for
+            ``psum_over_batch``: the devices of ``data`` send each other nothing else. Otherwise
+            they are concatenated, as the rows were. The compiler divides the work among the
+            devices of ``tensor``, see ``shard_activation``.
+        results: given where ``params`` are trained: makes the partition specs of what ``work``
+            returns from those of ``params``. ``axes`` is then a function that makes these of
+            ``params``. ``work`` itself gathers the parts, and the gradient of a part is a sum over
+            the devices of ``fsdp``.
     """
-    own = lambda result: jax.tree.map(lambda x: x[None], result) if stacked else result
+    add_axis = lambda result: jax.tree.map(lambda x: x[None], result) if stacked else result
     if mesh is None or mesh.size == 1:
-        return lambda params, shared, rows: own(work(params, shared, rows))
+        return lambda params, shared, rows: add_axis(work(params, shared, rows))
     place = place_in(mesh, divided=axes is not None, trained=results is not None)
 
-    def mine(params, shared, rows):
+    def on_device(params, shared, rows):
         params = params if results else gather_params(params, axes, place)
-        return own(work(params, shared, rows))
+        return add_axis(work(params, shared, rows))
 
-    def everywhere(params, shared, rows):
+    def on_mesh(params, shared, rows):
         specs, out = PartitionSpec(), PartitionSpec(ROWS)
         if results:
             specs = _along(axes(params), ROWS)  # pyright: ignore[reportOptionalCall]
@@ -225,16 +229,16 @@ def shard_over_batch(
             sizes = {"fsdp": place.fsdp}
             specs = map_with_axes(lambda x, of: _spec(x.shape, of, sizes), params, axes)
         return jax.shard_map(
-            mine, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
+            on_device, mesh=mesh, in_specs=(specs, PartitionSpec(), PartitionSpec(ROWS)),
             out_specs=out,
             axis_names=_own_axes(mesh), check_vma=False,
         )(params, shared, rows)  # fmt: skip
 
-    return everywhere
+    return on_mesh
 
 
 def gather_params(params: T, axes: PyTree, place: Place) -> T:
-    """Parameters of which this device has parts, those that are in no layer whole."""
+    """Parameters of which this device has parts: those outside of layers are gathered."""
 
     def one(x, of):
         return x if of[0] == "layers" or "embed" not in of else all_gather_fsdp(x, of, place)
@@ -249,20 +253,21 @@ def _along(specs: PyTree, names: Sequence[str]) -> PyTree:
 
 
 def _adding(spec: PartitionSpec) -> tuple[str, ...]:
-    """The axes of the mesh whose devices have sums of their own of what is spread like this."""
+    """The axes of the mesh along which devices have different sums of a result of this spec."""
     return tuple(name for name in ROWS if name not in spec)
 
 
 def stacked_specs(specs: PyTree) -> PyTree:
-    """Those of what ``shard_over_batch`` stacks, by those of the results."""
+    """The partition specs of what ``shard_over_batch`` stacks, from those of the results."""
     stack = lambda spec: PartitionSpec(_adding(spec), *spec)
     return jax.tree.map(stack, specs, is_leaf=_is_spec)
 
 
 def _own_axes(mesh: Mesh) -> set[str]:
-    """Axes along which a device computes by itself: all, where none of them is the compiler's.
+    """The axes of the mesh that ``shard_map`` divides by hand; the compiler has the others.
 
-    A kernel of Pallas can be in no program that has another.
+    All axes if ``tensor`` is 1: a Pallas kernel may not be in a program in which the compiler
+    divides an axis.
     """
     return set(mesh.axis_names) if mesh.shape["tensor"] == 1 else set(ROWS)
 
@@ -273,20 +278,20 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def psum_over_batch(results: T, mesh: Mesh | None, specs: PyTree | None = None) -> T:
-    """The sum of what ``shard_over_batch`` stacks, on every device or spread as ``specs`` say."""
-    own = lambda found: jax.tree.map(lambda x: x[0], found)
+    """The sum of what ``shard_over_batch`` stacks: on every device, or as ``specs`` say."""
+    first = lambda stacked: jax.tree.map(lambda x: x[0], stacked)
     if mesh is None or mesh.size == 1:
-        return own(results)
+        return first(results)
     if specs is not None:
         specs = _along(specs, ROWS)
         add = lambda x, spec: jax.lax.psum(x[0], _adding(spec))
         return jax.shard_map(
-            lambda found: jax.tree.map(add, found, specs), mesh=mesh,
+            lambda stacked: jax.tree.map(add, stacked, specs), mesh=mesh,
             in_specs=(stacked_specs(specs),), out_specs=specs, axis_names=set(ROWS),
             check_vma=False,
         )(results)  # fmt: skip
     return jax.shard_map(
-        lambda found: jax.lax.psum(own(found), ROWS), mesh=mesh, in_specs=PartitionSpec(ROWS),
+        lambda stacked: jax.lax.psum(first(stacked), ROWS), mesh=mesh, in_specs=PartitionSpec(ROWS),
         out_specs=PartitionSpec(), axis_names=set(ROWS), check_vma=False,
     )(results)  # fmt: skip
 
@@ -296,14 +301,14 @@ def stacked_zeros(like: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
 
     def zeros(x, spec, stacked):
         count = math.prod(mesh.shape[name] for name in _adding(spec))
-        own = jnp.zeros((count, *x.shape), x.dtype)
-        return jax.lax.with_sharding_constraint(own, NamedSharding(mesh, stacked))
+        array = jnp.zeros((count, *x.shape), x.dtype)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, stacked))
 
     return jax.tree.map(zeros, like, specs, stacked_specs(specs))
 
 
 def all_gather_fsdp(weight: PyTree, axes: Sequence[str | None], place: Place) -> PyTree:
-    """A weight of these logical axes, with what other devices of ``fsdp`` hold."""
+    """A whole weight, of which each device of ``fsdp`` holds a part."""
     return jax.tree.map(functools.partial(_gather_array, axes=axes, place=place), weight)
 
 
@@ -316,8 +321,8 @@ def _gather_array(weight: jax.Array, axes: Sequence[str | None], place: Place) -
     )
     if place.tensor == 1:
         return gather(weight)
-    # by each of those that share heads, MLP and vocabulary: the compiler would put together all of
-    # it everywhere
+    # within each group of devices that share heads, MLP and vocabulary: the compiler would gather
+    # the whole weight on every device
     spec = _spec(weight.shape, axes, {"tensor": place.tensor})
     return jax.shard_map(
         gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False
@@ -325,7 +330,7 @@ def _gather_array(weight: jax.Array, axes: Sequence[str | None], place: Place) -
 
 
 def shard_activation(x: jax.Array, place: Place, *axes: str | None) -> jax.Array:
-    """An activation of rows, split over ``tensor`` as its logical axes after the first ask.
+    """An activation of rows, divided over ``tensor`` by its logical axes after the first.
 
     Without this the compiler could follow the weights instead, and send activations around.
     """
@@ -336,26 +341,29 @@ def shard_activation(x: jax.Array, place: Place, *axes: str | None) -> jax.Array
 
 
 def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
-    """Whether a CPU device has all of a row to itself, and attends to rows in turn."""
+    """Whether a CPU device holds whole rows, so that attention takes one example at a time."""
     if jax.default_backend() != "cpu":
         return False
     return jax.device_count() == 1 if mesh is None else mesh.shape["tensor"] == 1
 
 
 def positions(cpu: bool | None = None, shared: bool = False) -> int:
-    """Positions that are best computed at a time on a device; shared: where examples share rows.
+    """The number of positions that a device should compute at a time.
 
-    On a CPU what was measured to be fast, on an accelerator, where nothing was, so many that
-    batches are rarely cut.
+    The number for a CPU is measured to be fast. That for an accelerator is not measured: it is so
+    large that batches are rarely cut.
+
+    Args:
+        shared: whether examples share rows.
     """
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
     return (2560 if shared else 1280) if cpu else 32_768
 
 
 def logits(cpu: bool | None = None) -> int:
-    """Logits that a device holds at a time: half a GiB of a CPU, one of an accelerator.
+    """The number of logits that a device holds at a time: 0.5 GiB on a CPU, 1 GiB on others.
 
-    The gradient of a loss holds some three times as much. Classification stays far below.
+    The gradient of a loss holds about three times as much. Classification stays far below.
     """
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
     return 2**27 if cpu else 2**28
@@ -367,7 +375,7 @@ def device_put_global(value: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def moved(x: jax.Array, sharding: Sharding) -> jax.Array:
-    """An array, over all devices or the same in each process, as one over devices of all."""
+    """An array with another sharding. A process-local array must be the same in each process."""
     if jax.process_count() > 1 and x.is_fully_addressable:
         # what device_put makes of it has no parts that can be read (jax 0.10)
         return device_put_global(np.asarray(x), sharding)
@@ -375,7 +383,7 @@ def moved(x: jax.Array, sharding: Sharding) -> jax.Array:
 
 
 def with_sharding(shapes: T, shardings: PyTree) -> T:
-    """Shapes and dtypes of arrays as those of arrays over devices, each with its sharding."""
+    """Shapes and dtypes of arrays, each with its sharding."""
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, shapes, shardings)
 

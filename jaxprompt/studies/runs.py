@@ -329,11 +329,11 @@ def of_method(settings: Settings, method: str) -> Settings:
     """
     split = [(*key.rpartition(":")[::2], value) for key, value in settings.items()]
     trained = "prompt" if method == "ensemble" else method
-    own = {key: value for whose, key, value in split if whose in ("", trained)}
+    chosen = {key: value for whose, key, value in split if whose in ("", trained)}
     if method in ("hard", "few", "ensemble"):
         used = ("train.max_eval_examples", "model.dtype", "model.quantization")
-        return {key: value for key, value in own.items() if key in used}
-    return own
+        return {key: value for key, value in chosen.items() if key in used}
+    return chosen
 
 
 def run_config(run: Run, recipe: str, task: TaskConfig, path: str, output: Path) -> RunConfig:

@@ -44,10 +44,10 @@ class StudyPlan(BaseModel):
         **settings: Value,
     ) -> Run:
         """A run with the plan's settings under its own (dots are written ``__``)."""
-        own = {key.replace("__", "."): value for key, value in settings.items()}
-        own = of_method(self.settings, method) | own
+        given = {key.replace("__", "."): value for key, value in settings.items()}
+        overrides = of_method(self.settings, method) | given
         name = backbone or next(iter(self.backbones))
-        return Run(name, task, method, length, seed, variant, own)
+        return Run(name, task, method, length, seed, variant, overrides)
 
     def prompts(self, task: str, *, length: int | None = None, **more: Value) -> list[Run]:
         """Prompt tuning over all seeds."""

@@ -200,8 +200,8 @@ def checksums(folder: Path) -> dict[str, str]:
 def problem_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None; ``UNFINISHED`` is what a killed run may leave."""
     try:
-        said = json.loads((folder / CHECKSUMS).read_text())
-        step, files = said["step"], dict(said["files"])
+        content = json.loads((folder / CHECKSUMS).read_text())
+        step, files = content["step"], dict(content["files"])
     except FileNotFoundError:
         return UNFINISHED
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
