@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.runtime.files import write_atomically
@@ -23,6 +23,7 @@ IDS = "trackers.json"
 PROJECT = "jaxprompt"  # where WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME say nothing else
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Something that draws metrics by step."""
 
