@@ -1,4 +1,4 @@
-"""The compiled engine: one backbone, a bank of prompts, and programs over batches of examples.
+"""The compiled engine: one backbone, an injection, and programs over batches of examples.
 
 A ``Program`` says what is computed for each row. The engine compiles it once for each shape of
 ``buckets.py``, so that their number is bounded and a request of other rows compiles nothing new.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.data.batches import Batch, Example
@@ -20,6 +19,7 @@ from jaxprompt.data.layout import round_input_length, round_target_length
 from jaxprompt.data.microbatches import packed_rows
 from jaxprompt.inference.buckets import BatchLimits, inference_batches
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
@@ -37,7 +37,7 @@ def ignore_progress(rows: int) -> None:
 class Program(NamedTuple):
     """What is computed for each row of a batch.
 
-    ``function(params, prompts, model, inputs, segments, *operands, **settings)`` returns one
+    ``function(params, injection, model, inputs, segments, *operands, **settings)`` returns one
     result a row; with ``teacher_forced`` it takes targets and their segments before ``operands``.
     """
 
@@ -49,25 +49,27 @@ class Program(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A frozen backbone with a bank of K prompts, and the devices that rows go to.
+    """A frozen backbone with an injection of K members, and the devices that rows go to.
 
     ``make_engine`` makes it.
     """
 
     params: registry.Params  # as compiled programs take them, see ``quantization.view_as_uint16``
-    bank: Float[Array, "K P D"] | None
+    injection: Injection
     model: registry.Model
     mesh: Mesh | None = None  # rows go over its data axes; None: to the default device
 
     @property
     def prompt_length(self) -> int:
         """P, the virtual tokens of each prompt; 0 without a bank."""
-        return 0 if self.bank is None else self.bank.shape[1]
+        bank = self.injection.embeddings
+        return 0 if bank is None else bank.shape[1]
 
     @property
     def num_prompts(self) -> int:
         """K, or 1 for the backbone without a prompt."""
-        return 1 if self.bank is None else self.bank.shape[0]
+        bank = self.injection.embeddings
+        return 1 if bank is None else bank.shape[0]
 
     def run(
         self,
@@ -114,13 +116,13 @@ class Engine(NamedTuple):
         return np.stack(results)
 
     def compile(
-        self, program: Program, prompts: registry.Prompts, model: registry.Model
+        self, program: Program, injection: Injection, model: registry.Model
     ) -> Callable[[Batch], jax.Array]:
-        """The program as a function of a batch; compiled when a shape is first seen."""
+        """The program as a function of a batch; a new shape is compiled at its first call."""
         compiled = _compiled(
             self.mesh, program.function, program.teacher_forced, model, program.settings
         )
-        shared = (prompts, *program.operands)
+        shared = (injection, *program.operands)
 
         def run(batch: Batch) -> jax.Array:
             placed = batch if self.mesh is None else parallel.put_batch(batch, self.mesh)
@@ -135,9 +137,9 @@ class Engine(NamedTuple):
         model = registry.with_shared_prefix(
             self.model, [example.inputs for example in examples], self.prompt_length
         )
-        prompts = _prepare(self.params, self.bank, model)
+        injection = _prepare(self.params, self.injection, model)
         model, batches = self._batches(model, program.logits, examples, batch_size, pack)
-        compiled = self.compile(program, prompts, model)
+        compiled = self.compile(program, injection, model)
         for batch, numbers in batches:
             yield numbers, compiled(batch)
 
@@ -167,12 +169,12 @@ class Engine(NamedTuple):
 
 def make_engine(
     params: registry.Params,
-    bank: Float[Array, "K P D"] | None,
+    injection: Injection,
     model: registry.Model,
     mesh: Mesh | None = None,
 ) -> Engine:
     """The engine of these weights. What programs ask of the weights is done here, once."""
-    return Engine(quantization.view_as_uint16(params), bank, model, mesh)
+    return Engine(quantization.view_as_uint16(params), injection, model, mesh)
 
 
 def _count_widths(lengths: Sequence[int]) -> int:
@@ -196,15 +198,15 @@ def _compiled(mesh, function, teacher_forced, model, settings):
 
     def of_rows(params, shared, batch):
         _traces.append(function)  # runs while jax traces, which is once for each program
-        prompts, *operands = shared
+        injection, *operands = shared
         rows = batch.inputs, batch.segments
         if teacher_forced:
             rows += batch.targets, batch.target_segments
-        return function(params, prompts, placed, *rows, *operands, **dict(settings))
+        return function(params, injection, placed, *rows, *operands, **dict(settings))
 
     return jax.jit(parallel.shard_over_batch(of_rows, mesh, model.logical_axes()))
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _prepare(params, bank, model):
-    return model.prepare(params, bank)
+def _prepare(params, injection, model):
+    return model.prepare(params, injection)

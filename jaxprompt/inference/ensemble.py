@@ -13,6 +13,7 @@ from jaxtyping import Float
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.inference.engine import Engine
 from jaxprompt.inference.session import Session, TaskLike, prompt_task
+from jaxprompt.models.injection import Injection
 
 
 def vote(predictions: Sequence[list[str]]) -> list[str]:
@@ -53,7 +54,8 @@ def ensemble_engine(sessions: Sequence[Session]) -> Engine:
             "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
             "with the same Backbone, and leave out prompts tuned with another model.attention."
         )
-    return sessions[0].engine._replace(bank=jnp.stack([jnp.asarray(rows) for rows in vectors]))
+    bank = jnp.stack([jnp.asarray(rows) for rows in vectors])
+    return sessions[0].engine._replace(injection=Injection(bank))
 
 
 # keys of a task that say which rows there are and what is measured, not how a row is written

@@ -1,6 +1,6 @@
 """Generation: greedy and with beams, each one compiled loop over ids.
 
-``prompts`` is what the family's ``prepare`` makes of a bank.
+The injection is what ``Model.prepare`` returned.
 """
 
 import functools
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 
 
 class BeamSearch(NamedTuple):
@@ -38,7 +39,7 @@ def generation_program(task: TaskConfig) -> Program:
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def greedy(
     params: registry.Params,
-    prompts: registry.Prompts,
+    injection: Injection,
     model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
@@ -50,7 +51,7 @@ def greedy(
     One compiled loop with a key/value cache that stops as soon as every row has ended.
     """
     config, batch = model.config, inputs.shape[0]
-    prefill = model.prefill(params, prompts, inputs, segments)
+    prefill = model.prefill(params, injection, inputs, segments)
     first, cache = model.init_decode(params, prefill, length)
 
     def unfinished(state):
@@ -59,7 +60,7 @@ def greedy(
 
     def step(state):
         index, ids, output, ended, lost, cache = state
-        logits, cache = model.decode_step(params, prompts, cache, ids, index)
+        logits, cache = model.decode_step(params, injection, cache, ids, index)
         lost |= ~ended & ~_finite(logits)
         best = _most_likely(logits)
         best = jnp.where(ended, config.pad_id, best)
@@ -119,7 +120,7 @@ _NEVER = -1e30
 @functools.partial(jax.jit, static_argnames=("model", "search"))
 def beam(
     params: registry.Params,
-    prompts: registry.Prompts,
+    injection: Injection,
     model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
@@ -133,7 +134,7 @@ def beam(
     stops as soon as no hypothesis of any row can still become its best.
     """
     config = model.config
-    prefill = model.prefill(params, prompts, inputs, segments)
+    prefill = model.prefill(params, injection, inputs, segments)
     first, cache = model.init_decode(params, prefill, search.length)
     empty = ~jnp.any(segments > 0, axis=1)  # such rows generate nothing
 
@@ -144,7 +145,7 @@ def beam(
         return (state.position < search.length) & jnp.any(going)
 
     def step(state: _Beams):
-        logits, cache = model.decode_step(params, prompts, state.cache, state.ids, state.position)
+        logits, cache = model.decode_step(params, injection, state.cache, state.ids, state.position)
         finite = jnp.all(_finite(logits).reshape(-1, search.beams), axis=1)
         candidates = _continue(state, logits, search.beams)
         ends = candidates.ids == config.eos_id

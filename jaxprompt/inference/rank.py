@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import LabelTrees, label_trees
 
 
@@ -33,7 +34,7 @@ def label_ids(
 @functools.partial(jax.jit, static_argnames=("model",))
 def label_log_likelihoods(
     params: registry.Params,
-    prompts: registry.Prompts,
+    injection: Injection,
     model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
@@ -44,7 +45,7 @@ def label_log_likelihoods(
     The input is read once, and what several labels begin with is read once for all of them. Where
     examples share rows, there are ``layout.examples_per_row`` times B results.
     """
-    prefill = model.prefill(params, prompts, inputs, segments)
+    prefill = model.prefill(params, injection, inputs, segments)
     (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
     size = -(-count // groups)
 
@@ -54,7 +55,7 @@ def label_log_likelihoods(
 
     def score(group):
         tree, nodes, tokens = group
-        logits = model.score_tree(params, prompts, prefill, tree)
+        logits = model.score_tree(params, injection, prefill, tree)
         scores = logits[:, nodes, jnp.maximum(tokens, 0)]
         scores -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
         return jnp.sum(scores * (tokens >= 0), axis=-1)

@@ -18,6 +18,7 @@ from jaxprompt.data.truncation import Truncation
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.inference.engine import Engine, Program, Progress, ignore_progress
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 
 
 def log_likelihoods(
@@ -37,7 +38,7 @@ def log_likelihoods(
 @functools.partial(jax.jit, static_argnames=("model",))
 def log_likelihood(
     params: registry.Params,
-    prompts: registry.Prompts,
+    injection: Injection,
     model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
@@ -45,7 +46,7 @@ def log_likelihood(
     target_segments: Int[Array, "R T"],
 ) -> Float[Array, " R"]:
     """log p(target | input) of each row: the sum over its target ids, EOS included."""
-    logits = model.logits(params, prompts, inputs, segments, targets, target_segments)
+    logits = model.logits(params, injection, inputs, segments, targets, target_segments)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     each = picked - jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum(each * (target_segments > 0), axis=-1)

@@ -14,6 +14,7 @@ from jaxprompt.inference.engine import Engine, make_engine
 from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
+from jaxprompt.models.injection import Injection
 from jaxprompt.runtime import parallel
 
 TaskLike = str | dict[str, Any] | TaskConfig | None
@@ -66,16 +67,16 @@ def open_session(
         prompt = checked_prompt(prompt)
     recorded = {} if prompt is None else prompt.metadata.get("backbone", {})
     loaded = _load(backbone, recorded.get("source"), dtype, quantization, weights)
-    bank = None
+    injection = Injection()
     if prompt is not None:
         model = registry.with_attention(loaded.model, _attention(prompt))
         loaded = loaded._replace(model=model)
         check_pair(prompt, loaded, any_backbone)
-        bank = jnp.asarray(prompt.vectors)[None]
+        injection = Injection(jnp.asarray(prompt.vectors)[None])
     source = tokenizer or recorded.get("tokenizer") or loaded.path
     words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
     words = words.for_table(loaded.config.vocab_size)
-    engine = make_engine(loaded.params, bank, loaded.model, loaded.mesh)
+    engine = make_engine(loaded.params, injection, loaded.model, loaded.mesh)
     return Session(loaded, words, prompt, engine)
 
 

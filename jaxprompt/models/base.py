@@ -7,19 +7,18 @@ by itself whether an encoder reads the inputs, or they are the beginning of one 
 """
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.layout import BatchLayout
+from jaxprompt.models.injection import Injection, Params
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.runtime.parallel import SINGLE, Place
 
-Params = dict[str, Any]
-Prompts = Any  # what ``Model.prepare`` returns: each family has its own type
-Prefill = Any  # what ``Model.prefill`` returns
-Cache = Any  # what ``Model.init_decode`` returns
+Prefill = PyTree  # what ``Model.prefill`` returns: each family has its own type
+Cache = PyTree  # what ``Model.init_decode`` returns: each family has its own type
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,15 +85,15 @@ class Model:
     runtime: Runtime = Runtime()
     layout: BatchLayout = BatchLayout()
 
-    def with_config(self: M, **changes: Any) -> M:
+    def with_config(self: M, **changes: object) -> M:
         """The model with these fields of its configuration changed."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
-    def with_runtime(self: M, **changes: Any) -> M:
+    def with_runtime(self: M, **changes: object) -> M:
         """The model with these fields of its runtime changed."""
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
 
-    def with_layout(self: M, **changes: Any) -> M:
+    def with_layout(self: M, **changes: object) -> M:
         """The model with these fields of its batch layout changed."""
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **changes))
 
@@ -110,18 +109,18 @@ class Model:
         """Shapes and dtypes of all parameters; nothing is allocated."""
         raise NotImplementedError
 
-    def logical_axes(self) -> dict[str, Any]:
+    def logical_axes(self) -> Params:
         """The names of the axes of every parameter; those of stacked layers start with "layers"."""
         raise NotImplementedError
 
-    def prepare(self, params: Params, bank: Float[Array, "K P D"] | None) -> Prompts:
-        """What batches need of the prompts, computed once however many rows use them."""
+    def prepare(self, params: Params, injection: Injection) -> Injection:
+        """The injection with what batches need of it, computed once however many rows use it."""
         raise NotImplementedError
 
     def logits(
         self,
         params: Params,
-        prompts: Prompts,
+        injection: Injection,
         inputs: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         targets: Int[Array, "R T"],
@@ -130,16 +129,24 @@ class Model:
     ) -> Float[Array, "R T V"]:
         """Float32 logits of every target token given the input and the target tokens before it.
 
-        A target segment answers the input segment of the same number; segment 0 is padding. There
-        are V columns, so no virtual token can ever be predicted. R is B or, where examples share
-        rows, ``layout.examples_per_row`` times B. dropout_seed: None for no dropout.
+        There are V columns, so no virtual token can ever be predicted. R is B or, where examples
+        share rows, ``layout.examples_per_row`` times B.
+
+        Args:
+            params: the frozen weights, or those of a whole model that is trained.
+            injection: what ``prepare`` returned; ``Injection()`` for the model as it is.
+            inputs: ids, which may be virtual.
+            segments: of the inputs; 0 is padding.
+            targets: ids.
+            target_segments: a segment answers the input segment of the same number.
+            dropout_seed: of each example; None for no dropout.
         """
         raise NotImplementedError
 
     def prefill(
         self,
         params: Params,
-        prompts: Prompts,
+        injection: Injection,
         inputs: Int[Array, "B S"],
         segments: Int[Array, "B S"],
     ) -> Prefill:
@@ -147,7 +154,7 @@ class Model:
         raise NotImplementedError
 
     def score_tree(
-        self, params: Params, prompts: Prompts, prefill: Prefill, tree: Tree
+        self, params: Params, injection: Injection, prefill: Prefill, tree: Tree
     ) -> Float[Array, "R n V"]:
         """Float32 logits after each of the n beginnings of an answer in ``tree``.
 
@@ -164,7 +171,7 @@ class Model:
     def decode_step(
         self,
         params: Params,
-        prompts: Prompts,
+        injection: Injection,
         cache: Cache,
         ids: Int[Array, " B"],
         index: Int[Array, ""],
@@ -177,7 +184,7 @@ class Model:
         raise NotImplementedError
 
     def gather_beams(self, cache: Cache, rows: Int[Array, " B"]) -> Cache:
-        """A cache whose row i has the tokens that were written for row ``rows[i]``.
+        """A cache in which the answer of row i is that of row ``rows[i]``.
 
         The inputs stay where they are: beams of one row share them.
         """

@@ -5,16 +5,19 @@ This is the one file that knows that spelling.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.models.base import Model, ModelConfig, Params, Runtime
-from jaxprompt.models.ops import layers
-from jaxprompt.models.ops.dropout import Noise
+from jaxprompt.models.ops.activations import ACTIVATIONS, gate
+from jaxprompt.models.ops.dropout import DropoutSeeds
+from jaxprompt.models.ops.matmul import dense
+from jaxprompt.models.ops.norm import rms_norm
 from jaxprompt.runtime import parallel
 
 
@@ -22,9 +25,9 @@ class Norm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return layers.rms_norm(x, scale, self.eps)
+        return rms_norm(x, scale, self.eps)
 
 
 class Dropout(nn.Module):
@@ -33,24 +36,28 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x, noise: Noise | None):
-        if noise is None or not self.rate:
+    def __call__(
+        self, x: Float[Array, "R T D"], seeds: DropoutSeeds | None
+    ) -> Float[Array, "R T D"]:
+        if seeds is None or not self.rate:
             return x
-        keep = noise.of_examples(self.make_rng("dropout"), 1.0 - self.rate, x.shape[-1])
+        keep = seeds.keep_per_example(self.make_rng("dropout"), 1.0 - self.rate, x.shape[-1])
         return jnp.where(keep, x / (1.0 - self.rate), 0.0)
 
 
 class DropKeys(nn.Module):
-    """What weights of attention are multiplied with: one draw a key, for all queries, as in T5X."""
+    """The factors of attention's weights: one draw for each key, for all queries, as in T5X."""
 
     rate: float
     heads: int
 
     @nn.compact
-    def __call__(self, noise: Noise | None, dtype):
-        if noise is None or not self.rate:
+    def __call__(
+        self, seeds: DropoutSeeds | None, dtype: jnp.dtype
+    ) -> Float[Array, "B S N"] | None:
+        if seeds is None or not self.rate:
             return None
-        keep = noise.of_positions(self.make_rng("dropout"), 1.0 - self.rate, self.heads)
+        keep = seeds.keep_per_position(self.make_rng("dropout"), 1.0 - self.rate, self.heads)
         return jnp.where(keep, 1.0 / (1.0 - self.rate), 0.0).astype(dtype)
 
 
@@ -58,20 +65,22 @@ class Mlp(nn.Module):
     model: Model
 
     @nn.compact
-    def __call__(self, x, noise):
+    def __call__(
+        self, x: Float[Array, "R T D"], dropout: DropoutSeeds | None
+    ) -> Float[Array, "R T D"]:
         c, runtime = self.model.config, self.model.runtime
         width = c.d_model // runtime.place.fsdp
         wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
-        project = functools.partial(layers.dense, "bsd,df->bsf", runtime=runtime)
+        project = functools.partial(dense, "bsd,df->bsf", runtime=runtime)
         if c.gated:
             wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = layers.gate(project(x, wi_0), project(x, wi_1), c.activation, runtime.mixed)
+            hidden = gate(project(x, wi_0), project(x, wi_1), c.activation, runtime.mixed)
         else:
-            hidden = layers.ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
-        hidden = Dropout(runtime.dropout)(hidden, noise)
+            hidden = ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
+        hidden = Dropout(runtime.dropout)(hidden, dropout)
         hidden = parallel.shard_activation(hidden, runtime.place, None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
-        return layers.dense("bsf,fd->bsd", hidden, wo, runtime)
+        return dense("bsf,fd->bsd", hidden, wo, runtime)
 
 
 class TokenEmbedder(nn.Module):
@@ -82,7 +91,9 @@ class TokenEmbedder(nn.Module):
         normal = nn.initializers.normal(1.0)
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.d_model))
 
-    def __call__(self, ids, bank):
+    def __call__(
+        self, ids: Int[Array, "B S"], bank: Float[Array, "K P D"] | None
+    ) -> Float[Array, "B S D"]:
         table = self.embedding.astype(self.model.runtime.activations)
         return parallel.shard_activation(embed(ids, table, bank), self.model.runtime.place)
 
@@ -111,7 +122,9 @@ def named_axes(names: dict[str, tuple[str, ...]], shapes: Params) -> Params:
     return jax.tree_util.tree_map_with_path(name, shapes)
 
 
-def stacked(layer: type[nn.Module], runtime: Runtime, depth: int, in_axes: Any) -> Any:
+def stacked(
+    layer: type[nn.Module], runtime: Runtime, depth: int, in_axes: tuple[object, ...]
+) -> Callable[[Model], nn.Module]:
     """The class of ``depth`` layers scanned over axis 0 of their parameters.
 
     ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for

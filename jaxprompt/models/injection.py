@@ -4,17 +4,25 @@ It lies with the models, which read it, and below the methods, which make it.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-Params = dict[str, Any]
+Params = dict[str, PyTree]
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of an attention with G heads; a leading L where layers are stacked."""
+
+    key: Float[Array, "*L B S G H"]
+    value: Float[Array, "*L B S G H"]
 
 
 class Injection(NamedTuple):
-    """A pytree with K members on the first axis of every leaf but those of ``params``.
+    """A pytree with K members on the first axis of every leaf of ``embeddings`` and ``layers``.
 
-    What is None costs nothing: it is decided while tracing.
+    What is None costs nothing: it is decided while tracing. A method yields one; ``Model.prepare``
+    fills in what the model computes of it once for all batches.
     """
 
     # the bank of virtual tokens, see data/virtual_tokens.py
@@ -23,3 +31,6 @@ class Injection(NamedTuple):
     layers: Mapping[str, Array] | None = None
     # a whole model instead of the frozen one: full fine-tuning and pre-training, of one member
     params: Params | None = None
+    # keys and values [L, K, P, G, H] of embeddings that lead every row; ``Model.prepare`` alone
+    # makes them
+    shared_prefix: KeyValues | None = None

@@ -1,4 +1,4 @@
-"""Labels as trees: what several of them begin with is read once, all nodes in one pass."""
+"""Labels as trees: what several labels begin with is read once, and all nodes in one pass."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ _LABELS_AT_ONCE = 8
 
 
 class Tree(NamedTuple):
-    """Beginnings of answers, each a node that is read after those which it begins with.
+    """Beginnings of answers. Each is a node that attends to the nodes which it begins with.
 
     Node 0 is the empty beginning, from which the first token is predicted.
     """
 
     ids: Int[np.ndarray, "*G n"]  # the last token of each; -1: what all answers start with
-    depths: Int[np.ndarray, "*G n"]  # its tokens
-    seen: Bool[np.ndarray, "*G n n"]  # which nodes each may attend to: what it begins with
+    depths: Int[np.ndarray, "*G n"]  # the number of its tokens
+    visible: Bool[np.ndarray, "*G n n"]  # which nodes each attends to
 
 
 class LabelTrees(NamedTuple):
-    """C labels as G trees, each of the same number of them, as many as there are for the last."""
+    """C labels as G trees, each of the same number of labels; the last may have fewer."""
 
     trees: Tree
-    nodes: Int[np.ndarray, "C T"]  # where each token of a label is predicted
+    nodes: Int[np.ndarray, "C T"]  # at which each token of a label is predicted
     tokens: Int[np.ndarray, "C T"]  # -1 after a label's end
 
 
@@ -36,15 +36,15 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     count = -(-len(labels) // _LABELS_AT_ONCE)
     size = -(-len(labels) // count)
     groups = [labels[i : i + size] for i in range(0, len(labels), size)]
-    found = [_tree(group) for group in groups]
-    most = max(len(beginnings) for beginnings, _ in found)
-    nodes = np.concatenate([nodes for _, nodes in found])
-    trees = [_padded(beginnings, most) for beginnings, _ in found]
+    pairs = [_tree(group) for group in groups]
+    most = max(len(beginnings) for beginnings, _ in pairs)
+    nodes = np.concatenate([nodes for _, nodes in pairs])
+    trees = [_padded(beginnings, most) for beginnings, _ in pairs]
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)
 
 
 def _tree(labels):
-    """The beginnings of labels, and the number of that which each token of theirs follows."""
+    """The beginnings of labels, and for each token of a label the number of the one it follows."""
     numbers: dict[tuple[int, ...], int] = {(): 0}
     nodes = np.zeros_like(labels)
     for row, label in enumerate(labels.tolist()):
@@ -56,8 +56,8 @@ def _tree(labels):
 
 def _padded(beginnings, count):
     ids, depths = np.full(count, -1, np.int32), np.zeros(count, np.int32)
-    seen = np.eye(count, dtype=bool)  # a node that stands for none sees itself
+    visible = np.eye(count, dtype=bool)  # padding attends to itself
     for node, beginning in enumerate(beginnings):
         ids[node], depths[node] = (beginning or (-1,))[-1], len(beginning)
-        seen[node, : len(beginnings)] = [beginning[: len(b)] == b for b in beginnings]
-    return Tree(ids, depths, seen)
+        visible[node, : len(beginnings)] = [beginning[: len(b)] == b for b in beginnings]
+    return Tree(ids, depths, visible)

@@ -13,7 +13,6 @@ from jaxprompt.models.base import Cache as Cache
 from jaxprompt.models.base import Model as Model
 from jaxprompt.models.base import ModelConfig as ModelConfig
 from jaxprompt.models.base import Params as Params
-from jaxprompt.models.base import Prompts as Prompts
 from jaxprompt.models.base import Runtime as Runtime
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel

@@ -15,6 +15,7 @@ from jaxprompt.evaluation.metrics import measure as measure_answers
 from jaxprompt.inference.engine import make_engine
 from jaxprompt.inference.predict import predict_per_prompt, refuse_lost
 from jaxprompt.models import registry
+from jaxprompt.models.injection import Injection
 from jaxprompt.runtime.signals import Signals
 from jaxprompt.training.datasets import Split
 from jaxprompt.training.metric_log import Metrics
@@ -85,7 +86,7 @@ class Evaluator(NamedTuple):
 
     def _measured(self, params, bank, task: TaskConfig, split: Split):
         """Pairs of metrics and the numbers of the rows whose scores are not finite."""
-        engine = make_engine(params, bank, self.model, self.mesh)
+        engine = make_engine(params, Injection(bank), self.model, self.mesh)
         with self.signals.free():
             answers = predict_per_prompt(
                 engine, task, split.examples, self.tokenizer, batch_size=self.batch_size

@@ -82,7 +82,7 @@ def _summed_losses(
     """The objective of each member and what is reported, as sums over target tokens."""
     arrays: PyTree = jax.tree.map(jnp.asarray, batch)
     params = params if injection.params is None else injection.params
-    prepared = model.prepare(params, injection.embeddings)
+    prepared = model.prepare(params, injection)
     logits = model.logits(
         params, prepared, arrays.inputs, arrays.segments, arrays.targets, arrays.target_segments,
         arrays.dropout_seed,

@@ -16,8 +16,11 @@ from jax.experimental import pallas as pl
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.models.ops import layers
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import flash_attention
+from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.attention.flash_attention import FlashMask, flash_mask
+from jaxprompt.models.ops.segments import segment_mask
 from jaxprompt.runtime import parallel
 
 # lengths of the segments of each row, of 160 positions, which no block of a kernel divides
@@ -62,12 +65,11 @@ def test_values_and_gradients_are_those_of_plain_attention(kernels, rows, dtype,
     own = (segments > 0)[..., None, None]
 
     def plain(*args):
-        mask = layers.additive(layers.segment_mask(segments, segments))
-        return layers.attention(*args, mask)
+        return dense_mask(segment_mask(segments, segments)).attend(*args)
 
     def flash(*args):
-        seen = flash_attention.rows(segments, kernel, packed=rows is SHARED)
-        return flash_attention.attention(*args, seen)
+        mask = flash_mask(segments, kernel, packed=rows is SHARED)
+        return mask.attend(*args)
 
     results = []
     weights = jnp.cos(jnp.arange(8.0))
@@ -87,11 +89,13 @@ def test_an_encoder_with_it_encodes_the_same(kernels, tmp_path, kernel, monkeypa
     b = load_backbone(str(make_backbone(tmp_path)), dtype="mixed")
     segments = segments_of(ALONE)
     ids = jnp.where(segments > 0, jnp.arange(160) % 20 + 3, 0)
-    encode = lambda **changed: b.model.with_runtime(**changed).encode(b.params, None, ids, segments)
-    used, attend = [], flash_attention.attention
+    given = b.params, Injection(), ids, segments
+    encode = lambda **changed: b.model.with_runtime(**changed).encode(*given)
+    used, attend = [], FlashMask.attend
     monkeypatch.setattr(
-        flash_attention, "attention", lambda *args: used.append(args[-1].kernel) or attend(*args)
-    )
+        FlashMask, "attend",
+        lambda mask, *args, **given: used.append(mask.kernel) or attend(mask, *args, **given),
+    )  # fmt: skip
     plain = encode()
     assert not used
     flash, own = encode(flash=kernel), segments > 0
@@ -101,8 +105,8 @@ def test_an_encoder_with_it_encodes_the_same(kernels, tmp_path, kernel, monkeypa
 
 def test_rows_of_several_segments_are_never_taken_for_one(kernels):
     segments, inputs = segments_of(SHARED), inputs_of(SHARED)
-    seen = flash_attention.rows(segments, "cudnn", packed=False)
-    assert np.isnan(flash_attention.attention(*inputs, seen)).all()
+    mask = flash_mask(segments, "cudnn", packed=False)
+    assert np.isnan(mask.attend(*inputs)).all()
 
 
 def test_the_bias_is_not_repeated_for_every_row_of_a_tpu():
@@ -110,8 +114,8 @@ def test_the_bias_is_not_repeated_for_every_row_of_a_tpu():
     segments, inputs = segments_of(ALONE), inputs_of(ALONE)
 
     def attend(*args):
-        seen = flash_attention.rows(segments, "pallas", packed=False)
-        return flash_attention.attention(*args, seen).sum()
+        mask = flash_mask(segments, "pallas", packed=False)
+        return mask.attend(*args).sum()
 
     traced = jax.jit(jax.grad(attend, (0, 1, 2))).trace(*inputs)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -129,8 +133,8 @@ def test_it_is_lowered_where_several_tpus_share_the_rows():
     *three, bias = inputs
 
     def attend(bias, three, segments):
-        seen = flash_attention.rows(segments, "pallas", packed=False)
-        return jax.grad(lambda x: flash_attention.attention(*x, bias, seen).sum())(three)[0]
+        mask = flash_mask(segments, "pallas", packed=False)
+        return jax.grad(lambda x: mask.attend(*x, bias).sum())(three)[0]
 
     mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:2])
     work = lambda bias, _, rows: attend(bias, *rows)

@@ -16,8 +16,9 @@ from jaxprompt.inference import predict as predicting
 from jaxprompt.inference.engine import make_engine, num_compilations
 from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.inference.predict import predict, refuse_lost
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees
-from jaxprompt.models.ops.layers import shift_right
+from jaxprompt.models.ops.segments import shift_right
 from jaxprompt.runtime import parallel
 
 
@@ -31,14 +32,14 @@ def inputs(seed=0, rows=3):
 @functools.partial(jax.jit, static_argnums=1)
 def teacher_forced(params, model, ids, segments, targets):
     ones = jnp.ones_like(targets)
-    encoded = model.prefill(params, None, ids, segments)
-    return model.decode(params, None, encoded, shift_right(targets, ones, 0), ones)
+    encoded = model.prefill(params, Injection(), ids, segments)
+    return model.decode(params, Injection(), encoded, shift_right(targets, ones, 0), ones)
 
 
 def test_greedy_ids_are_the_argmax_under_teacher_forcing(tiny):
     model, params = tiny
     ids, segments = inputs()
-    out = np.asarray(generate.greedy(params, None, model, ids, segments, 8))
+    out = np.asarray(generate.greedy(params, Injection(), model, ids, segments, 8))
     best = np.asarray(jnp.argmax(teacher_forced(params, model, ids, segments, out), -1))
     for row in range(3):
         end = np.flatnonzero(out[row] == model.config.eos_id)
@@ -56,9 +57,9 @@ def test_generation_ends_at_eos_and_early(tiny):
     """With an EOS that always wins the loop must stop after one step and leave padding."""
     model, params = tiny
     ids, segments = inputs()
-    first = int(generate.greedy(params, None, model, ids, segments, 4)[0, 0])
+    first = int(generate.greedy(params, Injection(), model, ids, segments, 4)[0, 0])
     eos = model.with_config(eos_id=first)
-    out = np.asarray(generate.greedy(params, None, eos, ids, segments, 4))
+    out = np.asarray(generate.greedy(params, Injection(), eos, ids, segments, 4))
     assert out[0].tolist() == [first, 0, 0, 0]
 
 
@@ -66,7 +67,7 @@ def test_an_empty_row_says_nothing(tiny):
     model, params = tiny
     ids, segments = inputs()
     segments[2] = 0
-    out = np.asarray(generate.greedy(params, None, model, ids * segments, segments, 4))
+    out = np.asarray(generate.greedy(params, Injection(), model, ids * segments, segments, 4))
     assert (out[2] == 0).all() and (out[0] != 0).any()
 
 
@@ -106,7 +107,7 @@ WORDS: Any = SimpleNamespace(
 def asked(params, model, task, count=5, mesh=None):
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(3, 61, 9).astype(np.int32), np.zeros(0, np.int32))] * count
-    engine = make_engine(params, None, model, mesh)
+    engine = make_engine(params, Injection(), model, mesh)
     return predict(engine, task, rows, WORDS, batch_size=4)
 
 
@@ -149,7 +150,7 @@ def test_other_rows_of_the_same_sizes_compile_nothing(tiny, decoding, monkeypatc
         none = np.zeros(0, np.int32)
         return [Example(rng.integers(3, 61, n).astype(np.int32), none) for n in lengths]
 
-    engine = make_engine(params, None, model)
+    engine = make_engine(params, Injection(), model)
     run = lambda rows: predict(engine, task, rows, WORDS, batch_size=8)
     run(rows(9, 20, 40))
     compiled = num_compilations()
@@ -183,7 +184,7 @@ def test_likelihoods_are_the_same_whatever_else_is_scored(tiny):
     rng = np.random.default_rng(0)
     ids = lambda count: rng.integers(3, 61, count).astype(np.int32)
     rows = [Example(ids(n), ids(t)) for n, t in [(9, 3), (30, 40), (5, 2), (70, 4)]]
-    engine = make_engine(params, None, model)
+    engine = make_engine(params, Injection(), model)
     together = score.log_likelihoods(engine, rows, batch_size=64)
     alone = [score.log_likelihoods(engine, [row], batch_size=1)[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
@@ -199,12 +200,13 @@ def test_label_scores_equal_the_likelihood_of_each_label_as_a_target(tiny, count
     some = [[7, 1, -1], [9, 11, 1], [30, 1, -1], [1, -1, -1], [9, 1, -1], [9, 11, 1]]
     labels = np.array(some if count == 6 else some * 3 + some[:1], np.int32)
     trees = label_trees(labels)
-    scores = np.asarray(rank.label_log_likelihoods(params, None, model, ids, segments, trees))
+    given = params, Injection(), model, ids, segments
+    scores = np.asarray(rank.label_log_likelihoods(*given, trees))
     assert scores.shape == (3, count)
     for number, label in enumerate(labels[:6]):
         marks = np.tile((label >= 0).astype(np.int32), (3, 1))
         targets = np.tile(np.maximum(label, 0), (3, 1))
-        alone = score.log_likelihood(params, None, model, ids, segments, targets, marks)
+        alone = score.log_likelihood(params, Injection(), model, ids, segments, targets, marks)
         for again in range(number, count, 6):
             np.testing.assert_allclose(scores[:, again], alone, rtol=1e-5)
 
@@ -214,7 +216,7 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(tiny):
     ids, segments = inputs()
     targets = np.array([[7, 8, 1], [9, 1, 0], [5, 6, 1]], np.int32)
     marks = (targets > 0).astype(np.int32)
-    got = score.log_likelihood(params, None, model, ids, segments, targets, marks)
+    got = score.log_likelihood(params, Injection(), model, ids, segments, targets, marks)
     logits = np.asarray(teacher_forced(params, model, ids, segments, targets), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate((3, 2, 3)):
@@ -239,7 +241,7 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     shapes = []
 
     def answers(model, **settings):
-        engine = make_engine(params, None, model, mesh)
+        engine = make_engine(params, Injection(), model, mesh)
         return predict(engine, task, examples, tokenizer, batch_size=16, **settings)
 
     for name in ("inference_batches", "packed_rows"):
@@ -276,9 +278,9 @@ def searched(params, model, ids, segments, length, beams, alpha):
 def test_beams_are_searched_as_defined(tiny, alpha):
     model, params = tiny
     ids, segments = inputs(seed=3)
-    greedy = np.asarray(generate.greedy(params, None, model, ids, segments, 5))
+    greedy = np.asarray(generate.greedy(params, Injection(), model, ids, segments, 5))
     model = model.with_config(eos_id=int(greedy[0, 1]))  # so that answers end
-    found = generate.beam(params, None, model, ids, segments, BeamSearch(5, 3, alpha))
+    found = generate.beam(params, Injection(), model, ids, segments, BeamSearch(5, 3, alpha))
     for row in range(3):
         one = slice(row, row + 1)
         best = searched(params, model, ids[one], segments[one], 5, 3, alpha)
@@ -289,7 +291,7 @@ def test_one_beam_without_a_penalty_is_greedy(tiny):
     model, params = tiny
     ids, segments = inputs(rows=5)
     segments[4] = 0
-    first = int(generate.greedy(params, None, model, ids, segments, 8)[0, 1])
+    first = int(generate.greedy(params, Injection(), model, ids, segments, 8)[0, 1])
     model = model.with_config(eos_id=first)  # so that a row ends early
     given = params, None, model, ids * segments, segments
     expected = np.asarray(generate.greedy(*given, 8))

@@ -10,6 +10,7 @@ from helpers import GOLDENS
 
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.models.checkpoints.load import load_backbone
+from jaxprompt.models.injection import Injection
 
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
@@ -28,9 +29,10 @@ def backbone(name, unroll):
 
 @functools.partial(jax.jit, static_argnums=2)
 def logits_of(params, bank, model, inputs, segments, decoder_inputs):
-    encoded = model.prefill(params, bank, inputs, segments)
+    injection = Injection(bank)
+    encoded = model.prefill(params, injection, inputs, segments)
     ones = jnp.ones_like(decoder_inputs)
-    return model.decode(params, bank, encoded, decoder_inputs, ones)
+    return model.decode(params, injection, encoded, decoder_inputs, ones)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -46,9 +46,9 @@ def examples_of(g, virtual=()):
 
 @functools.partial(jax.jit, static_argnums=2)
 def logits_of(params, bank, model, batch):
-    prompts = model.prepare(params, bank)
+    injection = model.prepare(params, Injection(bank))
     return model.logits(
-        params, prompts, batch.inputs, batch.segments, batch.targets,
+        params, injection, batch.inputs, batch.segments, batch.targets,
         batch.target_segments,
     )  # fmt: skip
 
@@ -153,13 +153,13 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
 
     @jax.jit
     def in_two():
-        prompts = model.prepare(b.params, bank)
-        prefill = model.prefill(b.params, prompts, batch.inputs, batch.segments)
-        answered = model.score_tree(b.params, prompts, prefill, tree)
+        injection = model.prepare(b.params, Injection(bank))
+        prefill = model.prefill(b.params, injection, batch.inputs, batch.segments)
+        answered = model.score_tree(b.params, injection, prefill, tree)
         ids, cache = model.init_decode(b.params, prefill, batch.targets.shape[1])
         steps = []
         for index in range(batch.targets.shape[1]):
-            scores, cache = model.decode_step(b.params, prompts, cache, ids, jnp.int32(index))
+            scores, cache = model.decode_step(b.params, injection, cache, ids, jnp.int32(index))
             steps.append(scores)
             ids = jnp.asarray(batch.targets)[:, index]
         return answered, jnp.stack(steps, axis=1)
@@ -244,8 +244,8 @@ def test_labels_are_scored_as_if_each_were_the_target():
     b, g = backbone("smollm2"), golden("smollm2")
     batch, bank, model = with_prompt(b, g)
     labels = np.array([[5, 2, -1], [9, 6, 2], [0, 2, -1]], np.int32)  # 0 is a word here
-    prompts = model.prepare(b.params, bank)
-    where = b.params, prompts, model, batch.inputs, batch.segments
+    injection = model.prepare(b.params, Injection(bank))
+    where = b.params, injection, model, batch.inputs, batch.segments
     found = np.asarray(rank.label_log_likelihoods(*where, label_trees(labels)))
     for column, label in enumerate(labels):
         targets = np.tile(np.maximum(label, 0), (len(found), 1))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_same_sums
 
-from jaxprompt.models.ops import layers
-from jaxprompt.models.ops.attention import per_example as own
+from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.attention.per_example import best_widths, per_example_mask
+from jaxprompt.models.ops.segments import segment_mask
 
 # lengths of the segments of each row, of 24 positions; what is left is padding
 ROWS = {
@@ -40,13 +41,12 @@ def both(rows, widths, dtype="float32", mixed=False):
     bias = lambda n, table: table[:, offsets[:n, None] - offsets[None, :n] + WIDTH][None]
 
     def plain(query, key, value, table):
-        mask = layers.additive(layers.segment_mask(segments, segments))
-        return layers.attention(query, key, value, bias(WIDTH, table), mask)
+        mask = dense_mask(segment_mask(segments, segments))
+        return mask.attend(query, key, value, bias(WIDTH, table))
 
     def in_turn(query, key, value, table):
-        found = own.find(segments, widths)
-        biases = bias(widths[-1], table)
-        return own.attention(query, key, value, biases, found, mixed=mixed)
+        mask = per_example_mask(segments, widths)
+        return mask.attend(query, key, value, bias(widths[-1], table), mixed=mixed)
 
     results = []
     for form in (plain, in_turn):
@@ -76,7 +76,7 @@ def test_positions_of_no_segment_get_nothing_and_give_nothing():
     segments = segments_of([[3], [2, 4]])
     x = jnp.ones((2, WIDTH, 1, 2))
     bias = jnp.zeros((1, 1, 8, 8))
-    attend = lambda x: own.attention(x, x, x, bias, own.find(segments, (8,)))
+    attend = lambda x: per_example_mask(segments, (8,)).attend(x, x, x, bias)
     assert not attend(x)[segments == 0].any() and (attend(x)[segments > 0] == 1).all()
     gradient = jax.grad(lambda x: attend(x).sum())(x)
     assert not gradient[segments == 0].any() and np.isfinite(gradient).all()
@@ -84,20 +84,20 @@ def test_positions_of_no_segment_get_nothing_and_give_nothing():
 
 def test_a_segment_beyond_the_last_width_is_never_cut_in_silence():
     x, bias = jnp.ones((1, WIDTH, 1, 2)), jnp.zeros((1, 1, 8, 8))
-    found = own.attention(x, x, x, bias, own.find(segments_of([[9, 2]]), (4, 8)))
-    assert np.isnan(found).all()
+    mask = per_example_mask(segments_of([[9, 2]]), (4, 8))
+    assert np.isnan(mask.attend(x, x, x, bias)).all()
 
 
-def test_segments_are_found():
+def test_a_mask_knows_where_segments_are():
     segments = segments_of([[5, 12], [], [24]])
-    found = own.find(segments)
-    assert found.widths == (WIDTH,) and found.bounds.tolist() == [0, 3]
-    assert found.starts[:3].tolist() == [0, 5, 48] and found.lengths[:3].tolist() == [5, 12, 24]
-    found = own.find(segments, (5, 16, 20, 99), each=2)  # by their widths
-    assert found.widths == (5, 16, 20, WIDTH) and found.bounds.tolist() == [0, 1, 2, 2, 3]
-    assert found.lengths[:3].tolist() == [5, 12, 24] and found.asked_by[:3].tolist() == [0, 1, 4]
-    found = own.find(segments_of([[12, 5], [3, 2]]), (5, 16))
-    assert found.starts[:4].tolist() == [12, 24, 27, 0] and found.bounds.tolist() == [0, 3, 4]
+    mask = per_example_mask(segments)
+    assert mask.widths == (WIDTH,) and mask.bounds.tolist() == [0, 3]
+    assert mask.starts[:3].tolist() == [0, 5, 48] and mask.lengths[:3].tolist() == [5, 12, 24]
+    mask = per_example_mask(segments, (5, 16, 20, 99), queries_per_row=2)  # by their widths
+    assert mask.widths == (5, 16, 20, WIDTH) and mask.bounds.tolist() == [0, 1, 2, 2, 3]
+    assert mask.lengths[:3].tolist() == [5, 12, 24] and mask.query_rows[:3].tolist() == [0, 1, 4]
+    mask = per_example_mask(segments_of([[12, 5], [3, 2]]), (5, 16))
+    assert mask.starts[:4].tolist() == [12, 24, 27, 0] and mask.bounds.tolist() == [0, 3, 4]
 
 
 def test_widths_are_the_least_work_there_is():
@@ -106,11 +106,11 @@ def test_widths_are_the_least_work_there_is():
     def work(widths):
         return sum(min(w for w in widths if w >= n) ** 2 for n in lengths)
 
-    assert own.best_widths(lengths, 1) == (320,)
+    assert best_widths(lengths, 1) == (320,)
     every = sorted({-(-n // 32) * 32 for n in lengths})
-    assert own.best_widths(lengths, 99) == tuple(every)
+    assert best_widths(lengths, 99) == tuple(every)
     for count in (2, 3, 4):
-        found = own.best_widths(lengths, count)
+        found = best_widths(lengths, count)
         others = (
             (*rest, 320)
             for k in range(count)
@@ -128,7 +128,7 @@ def test_rows_of_queries_attend_to_a_segment_each():
     key, value = jnp.asarray(rng.normal(size=(2, len(rows), WIDTH, 2, 4)), jnp.float32)
     numbers = jnp.tile(jnp.arange(1, each + 1), len(rows))
     keep = jnp.asarray(rng.integers(0, 3, (len(rows), WIDTH, 6)), jnp.float32)
-    find = lambda *widths: own.find(segments, widths, each=each)
+    mask = lambda *widths: per_example_mask(segments, widths, queries_per_row=each)
 
     def plain(query, key, value, keep):
         keys, values, marks, kept = (
@@ -136,14 +136,14 @@ def test_rows_of_queries_attend_to_a_segment_each():
         )
         seen = (marks == numbers[:, None])[:, None, None]
         logits = jnp.einsum("btnh,bsnh->btns", query, keys)
-        weights = jax.nn.softmax(logits + layers.additive(seen), axis=-1)
+        weights = jax.nn.softmax(logits + dense_mask(seen).added, axis=-1)
         # queries of one head in turn have what is kept for theirs: 2 heads with 3 queries each
         kept = kept.reshape(*kept.shape[:2], 2, 3).transpose(0, 3, 2, 1)
         y = jnp.einsum("btns,bsnh->btnh", weights * kept, values)
         return jnp.where(seen.any(-1)[:, :, :, None], y, 0)
 
     def in_turn(query, key, value, keep):
-        return own.attention(query, key, value, None, find(4, 12), keep)
+        return mask(4, 12)._attend(query, key, value, None, keep, False)
 
     def found(form, *given):
         total = lambda *three: jnp.sin(form(*three, given[3])).sum()
@@ -155,4 +155,4 @@ def test_rows_of_queries_attend_to_a_segment_each():
             assert_same_sums(got, expected, 24 * 16)
     for expected, got in zip(found(in_turn, *given[:3], None), found(in_turn, *given), strict=True):
         assert_same_sums(got, expected, 24 * 16)
-    assert np.isnan(own.attention(query, key, value, None, find(4, 8))).all()
+    assert np.isnan(mask(4, 8).attend(query, key, value)).all()

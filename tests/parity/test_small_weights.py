@@ -14,7 +14,9 @@ from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import make_batch
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints.load import load_backbone
-from jaxprompt.models.ops import layers, quantization
+from jaxprompt.models.injection import Injection
+from jaxprompt.models.ops import quantization
+from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.t5 import t5
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
@@ -71,7 +73,7 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
     runtime = Runtime(dtype="mixed" if mixed else "float32")
 
     def loss(x, weight):
-        return jnp.sum(jnp.sin(layers.dense("bsd,dnh->bsnh", x, weight, runtime)))
+        return jnp.sum(jnp.sin(dense("bsd,dnh->bsnh", x, weight, runtime)))
 
     for one, other in zip(
         jax.value_and_grad(loss)(x, stored), jax.value_and_grad(loss)(x, plain), strict=True
@@ -110,8 +112,8 @@ def test_decoder_only_models_are_stored_so_too():
     one, found = np.ones_like(ids), []
     for weights in (None, "int8"):
         b = load_backbone(str(GOLDENS_CAUSAL / "llama"), quantization=weights)
-        prompts = b.model.prepare(b.params, None)
-        found.append(b.model.logits(b.params, prompts, ids, one, ids[:, :3], one[:, :3]))
+        injection = b.model.prepare(b.params, Injection())
+        found.append(b.model.logits(b.params, injection, ids, one, ids[:, :3], one[:, :3]))
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
     assert 0 < error < 0.05
 
@@ -175,7 +177,7 @@ def test_bits_are_the_same_memory_and_the_same_products(spread):
     assert where(bits) == where(weight)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 6)), jnp.float32)
     for runtime in (Runtime(), Runtime(dtype="mixed")):
-        product = lambda x, w, runtime=runtime: layers.dense("bsd,df->bsf", x, w[1], runtime)
+        product = lambda x, w, runtime=runtime: dense("bsd,df->bsf", x, w[1], runtime)
         of = lambda w, product=product: jax.value_and_grad(lambda x: (product(x, w) ** 2).sum())(x)
         jax.tree.map(np.testing.assert_array_equal, of(weight), of(bits))
 
@@ -193,7 +195,7 @@ def test_a_model_in_bits_is_that_model(name, dtype):
     ones, targets = jnp.ones_like(ids), ids[:, :3]
 
     def logits(params):
-        prompts = b.model.prepare(params, None)
-        return b.model.logits(params, prompts, ids, ones, targets, jnp.ones_like(targets))
+        injection = b.model.prepare(params, Injection())
+        return b.model.logits(params, injection, ids, ones, targets, jnp.ones_like(targets))
 
     np.testing.assert_array_equal(logits(bits), logits(b.params))

@@ -51,13 +51,13 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(tiny):
     model, params = tiny
     before = jax.tree.map(np.array, params)
     ids = jnp.asarray(make_batch([e._replace(inputs=e.inputs[P:]) for e in examples(4)]).inputs)
-    output = np.array(jax.jit(lambda p: model.encode(p, None, ids, (ids > 0) * 1))(params))
+    output = np.array(jax.jit(lambda p: model.encode(p, Injection(), ids, (ids > 0) * 1))(params))
     batch = make_batch(examples(8))
     first = float(run(tiny, [batch], prompts(1))[1].loss[0])
     last = float(run(tiny, [batch] * 60, prompts(1))[1].loss[0])
     assert last < 0.8 * first
     jax.tree.map(np.testing.assert_array_equal, before, params)
-    again = np.array(jax.jit(lambda p: model.encode(p, None, ids, (ids > 0) * 1))(params))
+    again = np.array(jax.jit(lambda p: model.encode(p, Injection(), ids, (ids > 0) * 1))(params))
     np.testing.assert_array_equal(output, again)
 
 

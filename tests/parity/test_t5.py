@@ -8,9 +8,11 @@ import pytest
 from helpers import assert_same_sums
 
 from jaxprompt.models import blocks
-from jaxprompt.models.ops import dropout, layers
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import per_example
-from jaxprompt.models.ops.layers import shift_right
+from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.dropout import seeds_of_rows, seeds_of_segments
+from jaxprompt.models.ops.segments import shift_right
 from jaxprompt.models.t5 import t5
 
 VARIANTS = {
@@ -30,9 +32,10 @@ def make(tiny, name):
 
 @functools.partial(jax.jit, static_argnums=2)
 def forward(params, bank, model, inputs, segments, targets, target_segments):
-    encoded = t5.Encoded(model.encode(params, bank, inputs, segments), segments)
+    injection = Injection(bank)
+    encoded = t5.Encoded(model.encode(params, injection, inputs, segments), segments)
     decoder_inputs = shift_right(targets, target_segments, model.config.decoder_start_id)
-    return model.decode(params, bank, encoded, decoder_inputs, target_segments)
+    return model.decode(params, injection, encoded, decoder_inputs, target_segments)
 
 
 def batch(seed=0, virtual=4):
@@ -54,8 +57,9 @@ def test_cached_decoding_equals_teacher_forcing(tiny, name):
     inputs, segments, targets, target_segments = batch()
     target_segments = np.ones_like(target_segments)
     whole = forward(params, bank(), model, inputs, segments, targets, target_segments)
-    cache = model.init_decode(params, model.prefill(params, bank(), inputs, segments), 6)[1]
-    step = jax.jit(functools.partial(model.decode_step, params, bank()))
+    injection = Injection(bank())
+    cache = model.init_decode(params, model.prefill(params, injection, inputs, segments), 6)[1]
+    step = jax.jit(functools.partial(model.decode_step, params, injection))
     ids = shift_right(jnp.asarray(targets), jnp.asarray(target_segments), 0)
     for index in range(6):
         logits, cache = step(cache, ids[:, index], jnp.int32(index))
@@ -130,9 +134,8 @@ def test_the_head_has_no_column_for_virtual_tokens(tiny):
 def test_dropout_needs_noise_and_is_a_function_of_it(tiny):
     model, params = tiny[0].with_runtime(dropout=0.3), tiny[1]
     inputs, segments, _, _ = batch()
-    run = lambda *noise: np.asarray(
-        model.encode(params, bank(), inputs, segments, jnp.array(noise) if noise else None)
-    )
+    given = params, Injection(bank()), inputs, segments
+    run = lambda *seeds: np.asarray(model.encode(*given, jnp.array(seeds) if seeds else None))
     np.testing.assert_array_equal(run(), forward_encoder(tiny, inputs, segments))
     first, second = run(1, 2, 3), run(2, 1, 1)
     np.testing.assert_array_equal(first, run(1, 2, 3))
@@ -143,17 +146,17 @@ def test_dropout_needs_noise_and_is_a_function_of_it(tiny):
 
 
 def forward_encoder(model, inputs, segments):
-    return model[0].encode(model[1], bank(), inputs, segments)
+    return model[0].encode(model[1], Injection(bank()), inputs, segments)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_keeps_its_share_and_the_mean(rate):
     """Of places and of positions, each drawn for itself; 4 standard errors around the share."""
-    noise = dropout.of_rows(jnp.arange(64), 50)
+    seeds = seeds_of_rows(jnp.arange(64), 50)
     key, share, ones = jax.random.key(3), 1 - rate, jnp.ones((64, 50, 40))
-    kept = blocks.Dropout(rate).apply({}, ones, noise, rngs={"dropout": key})
+    kept = blocks.Dropout(rate).apply({}, ones, seeds, rngs={"dropout": key})
     np.testing.assert_array_equal(kept, kept[:, :1] + 0 * kept)  # at all positions the same
-    weights = blocks.DropKeys(rate, 6).apply({}, noise, "float32", rngs={"dropout": key})
+    weights = blocks.DropKeys(rate, 6).apply({}, seeds, jnp.dtype("float32"), rngs={"dropout": key})
     for found in (kept[:, 0], weights.reshape(-1)):
         np.testing.assert_allclose(np.unique(found), [0, 1 / share], rtol=1e-6)
         error = (rate / share / found.size) ** 0.5
@@ -165,10 +168,10 @@ def test_dropout_keeps_its_share_and_the_mean(rate):
 def test_dropout_of_shared_rows_is_that_of_rows_of_one_example():
     segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
     numbers = jnp.array([7, 8, 9, 10, 11, 12])  # three for each row, the last stands for none
-    shared, alone = dropout.of_inputs(numbers, segments), dropout.of_rows(numbers, 6)
+    shared, alone = seeds_of_segments(numbers, segments), seeds_of_rows(numbers, 6)
     starts = {0: (0, 0, 3), 1: (0, 3, 2), 3: (1, 0, 1), 4: (1, 1, 5)}
-    for name, size in (("of_examples", 5), ("of_positions", 3)):
-        draw = lambda noise, n=name, s=size: getattr(noise, n)(jax.random.key(0), 0.5, s)
+    for name, size in (("keep_per_example", 5), ("keep_per_position", 3)):
+        draw = lambda seeds, n=name, s=size: getattr(seeds, n)(jax.random.key(0), 0.5, s)
         found, expected = draw(shared), draw(alone)
         for example, (row, start, length) in starts.items():
             own = jnp.broadcast_to(expected[example], (6, size))[:length]
@@ -198,12 +201,12 @@ def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtyp
     """Its two inputs of norms, query, key and value, and the two halves of the gate."""
     model = tiny[0].with_runtime(dtype=dtype, per_example_attention=True)
     layer, rows, length = t5.EncoderLayer(model), 2, 24
-    mask = layers.additive(jnp.ones((rows, 1, length, length), bool))
+    mask = dense_mask(jnp.ones((rows, 1, length, length), bool))
     bias = jnp.zeros((1, model.config.num_heads, length, length))
-    shared = t5.Shared(jnp.arange(length), jnp.arange(length), mask, bias)
+    context = t5.LayerContext(jnp.arange(length), jnp.arange(length), mask, bias)
     x = jnp.ones((rows, length, model.config.d_model))
-    params = layer.init(jax.random.key(0), x, shared)
-    _, back = jax.vjp(lambda x: layer.apply(params, x, shared)[0], x)
+    params = layer.init(jax.random.key(0), x, context)
+    _, back = jax.vjp(lambda x: layer.apply(params, x, context)[0], x)
     per_position = [
         math.prod(leaf.shape) // (rows * length)
         for leaf in jax.tree.leaves(back)

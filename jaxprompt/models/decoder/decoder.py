@@ -2,16 +2,17 @@
 
 To the rest of the package this looks like T5: inputs are read, targets answer them
 (``models/registry.py``). Here both are one sequence. The last token of the input is what a target
-begins with, as T5's start id is, so that a pass over targets yields exactly their logits; what
-stands before it is read with or without the targets in the same pass.
+begins with, as T5's start id is. So a pass over targets yields exactly their logits, and the tokens
+before are read in the same pass or in an earlier one.
 
-A prompt in front of the text does not see the text, unless all of the input sees itself. Where
-every row starts with one (``layout.shared_prefix_length``), ``prepare`` computes its keys and
-values once for all rows instead of once for each: exactly the same function, in training too.
+A prompt in front of the text does not attend to the text, unless all of the input attends to
+itself. Where every row starts with a prompt (``layout.shared_prefix_length``), ``prepare`` computes
+its keys and values once for all rows instead of once for each. It is exactly the same function, in
+training too.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,45 +22,38 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.base import Model, Params
 from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
-from jaxprompt.models.decoder import layers as llama_layers
 from jaxprompt.models.decoder.config import DecoderConfig
-from jaxprompt.models.decoder.layers import Block, last_of_segment
+from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
+from jaxprompt.models.injection import Injection, KeyValues
 from jaxprompt.models.label_tree import Tree
-from jaxprompt.models.ops import layers
+from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
+from jaxprompt.models.ops.matmul import dense, head
+from jaxprompt.models.ops.segments import (
+    last_of_segment,
+    positions_in_segments,
+    segment_mask,
+    shift_right,
+)
 from jaxprompt.runtime.parallel import shard_activation
 
 
-class KeysValues(NamedTuple):
-    """A leading L where layers are stacked; K prompts or B rows."""
+class PastKeyValues(NamedTuple):
+    """What earlier passes have computed for this pass to attend to."""
 
-    key: Float[Array, "*L B S G H"]
-    value: Float[Array, "*L B S G H"]
-
-
-class Prompts(NamedTuple):
-    """What virtual tokens stand for: vectors and, if they lead, what each layer makes of them."""
-
-    bank: Float[Array, "K P D"] | None
-    leading: KeysValues | None = None
+    prefix: KeyValues | None = None  # of a prompt that leads every row; rows are prompts
+    inputs: KeyValues | None = None
+    cache: KeyValues | None = None  # this pass writes into it
 
 
-class Past(NamedTuple):
-    """What earlier passes have left for a pass to look at."""
-
-    prompts: KeysValues | None = None  # rows are prompts
-    inputs: KeysValues | None = None
-    cache: KeysValues | None = None  # this pass writes into it
-
-
-class Context(NamedTuple):
+class LayerContext(NamedTuple):
     """What all layers read and none writes."""
 
-    angles: Float[Array, "#B T H/2"]
-    mask: Bool[Array, "#B T S"]  # of the pass's own tokens, or of the cache
-    owners: Int[Array, " B"] | None = None  # number of the prompt that leads each row
-    prompt_mask: Bool[Array, "#B #T P"] | None = None
+    angles: Float[Array, "#B T half"]
+    attention_mask: Bool[Array, "#B T S"]  # of the pass's own tokens, or of the cache
+    prompt_numbers: Int[Array, " B"] | None = None  # the prompt that leads each row
+    prefix_mask: Bool[Array, "#B #T P"] | None = None  # None: all of it
     input_mask: Bool[Array, "#B #T S"] | None = None
-    at: Int[Array, ""] | int = 0  # where the cache is written
+    cache_index: Int[Array, ""] | int = 0  # where the cache is written
 
 
 class Attention(nn.Module):
@@ -80,31 +74,35 @@ class Attention(nn.Module):
             self.key_bias = self.param("key_bias", zeros, narrow)
             self.value_bias = self.param("value_bias", zeros, narrow)
 
-    def _project(self, x, name):
+    def _project(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T N H"]:
         spec = "bsd,dnh->bsnh" if name == "query" else "bsd,dgh->bsgh"
-        y = layers.dense(spec, x, getattr(self, name), self.model.runtime)
+        y = dense(spec, x, getattr(self, name), self.model.runtime)
         if self.model.config.qkv_bias:
             y += getattr(self, f"{name}_bias").astype(y.dtype)
         return y
 
-    def __call__(self, x, past: Past, context: Context):
-        query = llama_layers.rotate(self._project(x, "query"), context.angles)
-        key = llama_layers.rotate(self._project(x, "key"), context.angles)
+    def __call__(
+        self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """Attention to the past and to ``x``, and the keys and values of ``x`` or of the cache."""
+        query = rotate(self._project(x, "query"), context.angles)
+        key = rotate(self._project(x, "key"), context.angles)
         value = self._project(x, "value")
         if past.cache is not None:
-            at = (0, context.at, 0, 0)
+            at = (0, context.cache_index, 0, 0)
             key = jax.lax.dynamic_update_slice(past.cache.key, key, at)
             value = jax.lax.dynamic_update_slice(past.cache.value, value, at)
-        blocks = [Block(key, value, context.mask)]
+        blocks = [KeyBlock(key, value, context.attention_mask)]
         if past.inputs is not None:
-            blocks.insert(0, Block(*past.inputs, context.input_mask))
-        if past.prompts is not None:
-            rows = past.prompts  # of one prompt all rows share them
-            if rows.key.shape[0] > 1:
-                rows = KeysValues(rows.key[context.owners], rows.value[context.owners])
-            blocks.insert(0, Block(*rows, context.prompt_mask))
-        y = llama_layers.grouped_attention(query, blocks)
-        return layers.dense("btnh,nhd->btd", y, self.out, self.model.runtime), (key, value)
+            blocks.insert(0, KeyBlock(*past.inputs, context.input_mask))
+        if past.prefix is not None:
+            prefix = past.prefix  # all rows share a lone prompt
+            if prefix.key.shape[0] > 1:
+                rows = context.prompt_numbers
+                prefix = KeyValues(prefix.key[rows], prefix.value[rows])
+            blocks.insert(0, KeyBlock(*prefix, context.prefix_mask))
+        y = grouped_attention(query, blocks)
+        return dense("btnh,nhd->btd", y, self.out, self.model.runtime), KeyValues(key, value)
 
 
 class Layer(nn.Module):
@@ -115,11 +113,11 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = Norm(c.norm_eps), Norm(c.norm_eps)
         self.attention, self.mlp = Attention(model), Mlp(model)
 
-    def __call__(self, x, past: Past, context: Context):
-        y, written = self.attention(self.attention_norm(x), past, context)
+    def __call__(self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext):
+        y, key_values = self.attention(self.attention_norm(x), past, context)
         x = x + y
         x = x + self.mlp(self.mlp_norm(x), None)
-        return shard_activation(x, self.model.runtime.place), KeysValues(*written)
+        return shard_activation(x, self.model.runtime.place), key_values
 
 
 class Decoder(nn.Module):
@@ -128,34 +126,306 @@ class Decoder(nn.Module):
     def setup(self):
         c, model = self.model.config, self.model
         self.token_embedder = TokenEmbedder(model)
-        layers_of = stacked(Layer, model.runtime, c.num_layers, (0, nn.broadcast))
-        self.layers = layers_of(model)
+        self.layers = stacked(Layer, model.runtime, c.num_layers, (0, nn.broadcast))(model)
         self.final_norm = Norm(c.norm_eps)
         if not c.tied:
             init = nn.initializers.normal(c.d_model**-0.5)
             self.head = self.param("head", init, (c.d_model, c.vocab_size))
 
-    def __call__(self, ids, bank, past: Past, context: Context, scored: int):
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        bank: Float[Array, "K P D"] | None,
+        past: PastKeyValues,
+        context: LayerContext,
+        scored: int,
+    ) -> tuple[Float[Array, "B t V"] | None, KeyValues]:
         """Logits of the last ``scored`` positions, and the keys and values of all."""
-        x, written = self.layers(self.token_embedder(ids, bank), past, context)
+        x, key_values = self.layers(self.token_embedder(ids, bank), past, context)
         if scored == 0:
-            return None, written
+            return None, key_values
         y = self.final_norm(x[:, x.shape[1] - scored :])
         tied = self.model.config.tied
         table = self.token_embedder.embedding if tied else self.head
-        return layers.head(y, table, self.model.runtime.mixed, tied), written
+        return head(y, table, self.model.runtime.mixed, tied), key_values
 
 
-def _run(params, model, ids, bank, past, context, scored) -> tuple[Any, KeysValues]:
-    module: Any = Decoder(model)
-    return module.apply({"params": params}, ids, bank, past, context, scored)
+class Text(NamedTuple):
+    """The inputs of a batch without the prompt that leads each row, if one does."""
+
+    ids: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    # segments, 0 at the last token of each: a target attends to the others, and begins with that
+    visible_segments: Int[Array, "B S"]
+    prompt_numbers: Int[Array, " B"] | None
+
+
+class Prefill(NamedTuple):
+    """Inputs that have been read once and may be answered many times."""
+
+    text: Text
+    key_values: KeyValues
+
+
+class DecodeCache(NamedTuple):
+    """What generation keeps between two tokens."""
+
+    prefill: Prefill
+    answer: KeyValues
+
+
+def _text(model: "DecoderModel", inputs: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Text:
+    prompt_numbers, prefix = None, model.layout.shared_prefix_length
+    if prefix:
+        prompt_numbers = jnp.maximum(inputs[:, 0] - model.config.vocab_size, 0) // prefix
+        inputs, segments = inputs[:, prefix:], segments[:, prefix:]
+    visible = jnp.where(last_of_segment(segments), 0, segments)
+    positions = prefix + positions_in_segments(segments)
+    return Text(inputs, segments, positions, visible, prompt_numbers)
+
+
+def _angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T half"]:
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return positions[..., None].astype(jnp.float32) * frequencies.astype("float32")
+
+
+def _within_window(
+    config: DecoderConfig, queries: Int[Array, "B T"], keys: Int[Array, "#B S"]
+) -> Bool[Array, "#B #T #S"]:
+    """Which keys are within the window of each query, from their positions."""
+    if config.window is None:
+        return jnp.ones((1, 1, 1), bool)
+    return queries[:, :, None] - keys[:, None, :] < config.window
+
+
+def _self_mask(
+    model: "DecoderModel",
+    ids: Int[Array, "B T"],
+    segments: Int[Array, "#B T"],
+    positions: Int[Array, "#B T"],
+    *,
+    is_input: bool,
+) -> Bool[Array, "B T T"]:
+    """Which tokens of one pass attend to each other."""
+    order = jnp.arange(segments.shape[1])
+    allowed = order[None, :] <= order[:, None]
+    if is_input and model.runtime.attention == "prefix":
+        allowed = jnp.ones_like(allowed)
+    elif is_input and model.runtime.attention == "prompt":
+        virtual = ids >= model.config.vocab_size
+        allowed = allowed | (virtual[:, :, None] & virtual[:, None, :])
+    same = segment_mask(segments, segments)[:, 0]
+    return same & allowed & _within_window(model.config, positions, positions)
+
+
+def _input_mask(
+    config: DecoderConfig, text: Text, segments: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> Bool[Array, "B T S"]:
+    """Which tokens of the text each target attends to."""
+    same = segment_mask(segments, text.visible_segments)[:, 0]
+    return same & _within_window(config, positions, text.positions)
+
+
+def _prefix_mask(
+    model: "DecoderModel", positions: Int[Array, "B T"]
+) -> Bool[Array, "B T P"] | None:
+    prefix = model.layout.shared_prefix_length
+    if not prefix or model.config.window is None:
+        return None
+    return _within_window(model.config, positions, jnp.arange(prefix)[None])
+
+
+def _last_input_token(
+    text: Text, segments: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The id and the position of the token that each segment of targets begins with."""
+    same = segments[:, :, None] == text.segments[:, None, :]
+    last = same & last_of_segment(text.segments)[:, None, :]
+    ids = jnp.sum(jnp.where(last, text.ids[:, None, :], 0), axis=-1)
+    return ids, jnp.max(jnp.where(last, text.positions[:, None, :], 0), axis=-1)
+
+
+def _decoder_inputs(
+    text: Text, targets: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Ids and positions of a pass over targets."""
+    first, start = _last_input_token(text, segments)
+    return shift_right(targets, segments, first), start + positions_in_segments(segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderModel(Model):
+    """A decoder-only model: see ``Model`` for what every family does."""
+
+    config: DecoderConfig
+    layout: BatchLayout = BatchLayout(fine_buckets=True)
+
+    def init_params(self, key: jax.Array) -> Params:
+        return init_params(self.config, key)
+
+    def abstract_params(self, dtype: str = "float32") -> Params:
+        return abstract_params(self.config, dtype)
+
+    def logical_axes(self) -> Params:
+        return logical_axes(self.config)
+
+    def prepare(self, params: Params, injection: Injection) -> Injection:
+        """The injection with the keys and values that every layer makes of leading prompts.
+
+        They are a function of the vectors alone. They are computed once per step in training, and
+        once for all batches in evaluation.
+        """
+        bank = injection.embeddings
+        if bank is None or not self.layout.shared_prefix_length:
+            return injection
+        count, length, _ = bank.shape
+        ids = self.config.vocab_size + jnp.arange(count * length).reshape(count, length)
+        positions = jnp.arange(length)[None]
+        segments = jnp.ones((1, length), jnp.int32)
+        mask = _self_mask(self, ids[:1], segments, positions, is_input=True)
+        context = LayerContext(_angles(self.config, positions), mask)
+        key_values = self._key_values(params, injection, ids, PastKeyValues(), context)
+        return injection._replace(shared_prefix=key_values)
+
+    def _run(
+        self,
+        params: Params,
+        injection: Injection,
+        ids: Int[Array, "B T"],
+        past: PastKeyValues,
+        context: LayerContext,
+        scored: int,
+    ) -> tuple[Float[Array, "B t V"], KeyValues]:
+        """Logits of the last ``scored`` positions, at least one, and the keys and values of all."""
+        bank = injection.embeddings
+        return Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
+
+    def _key_values(
+        self,
+        params: Params,
+        injection: Injection,
+        ids: Int[Array, "B T"],
+        past: PastKeyValues,
+        context: LayerContext,
+    ) -> KeyValues:
+        """The keys and values of a pass without logits."""
+        bank = injection.embeddings
+        return Decoder(self).apply({"params": params}, ids, bank, past, context, 0)[1]
+
+    def logits(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        targets: Int[Array, "B T"],
+        target_segments: Int[Array, "B T"],
+        dropout_seed: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Teacher-forced logits in one pass over inputs and targets; there is no dropout."""
+        text = _text(self, inputs, segments)
+        ids, positions = _decoder_inputs(text, targets, target_segments)
+        text_mask = _self_mask(self, text.ids, text.segments, text.positions, is_input=True)
+        target_mask = _self_mask(self, ids, target_segments, positions, is_input=False)
+        input_mask = _input_mask(self.config, text, target_segments, positions)
+        hidden = jnp.zeros((*text_mask.shape[:2], target_mask.shape[2]), bool)  # targets, from text
+        mask = jnp.block([[text_mask, hidden], [input_mask, target_mask]])
+        positions = jnp.concatenate([text.positions, positions], axis=1)
+        angles = _angles(self.config, positions)
+        prefix_mask = _prefix_mask(self, positions)
+        context = LayerContext(angles, mask, text.prompt_numbers, prefix_mask)
+        ids, past = jnp.concatenate([text.ids, ids], axis=1), PastKeyValues(injection.shared_prefix)
+        return self._run(params, injection, ids, past, context, targets.shape[1])[0]
+
+    def prefill(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Prefill:
+        """The keys and values of the inputs."""
+        text = _text(self, inputs, segments)
+        context = LayerContext(
+            _angles(self.config, text.positions),
+            _self_mask(self, text.ids, text.segments, text.positions, is_input=True),
+            text.prompt_numbers,
+            _prefix_mask(self, text.positions),
+        )
+        past = PastKeyValues(injection.shared_prefix)
+        return Prefill(text, self._key_values(params, injection, text.ids, past, context))
+
+    def score_tree(
+        self, params: Params, injection: Injection, prefill: Prefill, tree: Tree
+    ) -> Float[Array, "B n V"]:
+        text, shape = prefill.text, (len(prefill.text.ids), len(tree.ids))
+        segments = jnp.ones(shape, jnp.int32)
+        first, start = _last_input_token(text, segments)
+        positions = start + tree.depths
+        context = LayerContext(
+            _angles(self.config, positions),
+            jnp.asarray(tree.visible) & _within_window(self.config, positions, positions),
+            text.prompt_numbers,
+            _prefix_mask(self, positions),
+            _input_mask(self.config, text, segments, positions),
+        )
+        past = PastKeyValues(injection.shared_prefix, prefill.key_values)
+        ids = jnp.where(tree.ids < 0, first, tree.ids)
+        return self._run(params, injection, ids, past, context, shape[1])[0]
+
+    def init_decode(
+        self, params: Params, prefill: Prefill, length: int
+    ) -> tuple[Int[Array, " B"], DecodeCache]:
+        """The last id of every input, with which its answer begins, and an empty cache."""
+        text, key = prefill.text, prefill.key_values.key
+        last = jnp.where(last_of_segment(text.segments), text.ids, 0)
+        depth, batch, _, heads, width = key.shape
+        empty = jnp.zeros((depth, batch, length, heads, width), key.dtype)
+        return jnp.sum(last, axis=-1), DecodeCache(prefill, KeyValues(empty, empty))
+
+    def decode_step(
+        self,
+        params: Params,
+        injection: Injection,
+        cache: DecodeCache,
+        ids: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], DecodeCache]:
+        text, answer = cache.prefill.text, cache.answer
+        prefix = self.layout.shared_prefix_length
+        first = prefix + jnp.sum(text.visible_segments > 0, axis=-1, keepdims=True)
+        positions = first + index
+        cached = first + jnp.arange(answer.key.shape[2])
+        window = _within_window(self.config, positions, cached)
+        context = LayerContext(
+            _angles(self.config, positions),
+            (cached <= positions)[:, None] & window,
+            text.prompt_numbers,
+            _prefix_mask(self, positions),
+            _input_mask(self.config, text, jnp.ones_like(positions), positions),
+            index,
+        )
+        past = PastKeyValues(injection.shared_prefix, cache.prefill.key_values, answer)
+        logits, answer = self._run(params, injection, ids[:, None], past, context, 1)
+        return logits[:, 0], cache._replace(answer=answer)
+
+    def tile_cache(self, cache: DecodeCache, times: int) -> DecodeCache:
+        (text, key_values), answer = cache
+        tile = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), tree)
+        text = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+        return DecodeCache(Prefill(text, tile(key_values)), tile(answer))
+
+    def gather_beams(self, cache: DecodeCache, rows: Int[Array, " B"]) -> DecodeCache:
+        answer = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.answer)
+        return cache._replace(answer=answer)
 
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Params:
     """Random float32 parameters: embeddings N(0, 1), all else by fan-in."""
     ids, module = jnp.ones((1, 1), jnp.int32), Decoder(DecoderModel(config))
-    context = Context(_angles(config, ids), jnp.ones((1, 1, 1), bool))
-    variables: Any = module.init({"params": key}, ids, None, Past(), context, 1)
+    context = LayerContext(_angles(config, ids), jnp.ones((1, 1, 1), bool))
+    variables: Params = module.init({"params": key}, ids, None, PastKeyValues(), context, 1)
     return variables["params"]
 
 
@@ -181,212 +451,6 @@ _AXES = {
 }
 
 
-def logical_axes(config: DecoderConfig) -> dict[str, Any]:
+def logical_axes(config: DecoderConfig) -> Params:
     """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
     return named_axes(_AXES, abstract_params(config))
-
-
-def _angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
-    found = llama_layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return positions[..., None].astype(jnp.float32) * found.astype("float32")
-
-
-def _near(config: DecoderConfig, queries, keys) -> Bool[Array, "#B #T #S"]:
-    """Which keys are within the window, from positions [B, T] and [B, S]."""
-    if config.window is None:
-        return jnp.ones((1, 1, 1), bool)
-    return queries[:, :, None] - keys[:, None, :] < config.window
-
-
-def _among(segments, positions, ids, model: "DecoderModel", *, input: bool) -> Bool[Array, "B T T"]:
-    """What the tokens of one pass may see of each other."""
-    order = jnp.arange(segments.shape[1])
-    seen = order[None, :] <= order[:, None]
-    if input and model.runtime.attention == "prefix":
-        seen = jnp.ones_like(seen)
-    elif input and model.runtime.attention == "prompt":
-        virtual = ids >= model.config.vocab_size
-        seen = seen | (virtual[:, :, None] & virtual[:, None, :])
-    same = layers.segment_mask(segments, segments)[:, 0]
-    return same & seen & _near(model.config, positions, positions)
-
-
-class Text(NamedTuple):
-    """The inputs of a batch without the prompt that leads each row, if one does."""
-
-    ids: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    before: Int[Array, "B S"]  # segments, without the last token of each: what targets may see
-    owners: Int[Array, " B"] | None
-
-
-def _text(model: "DecoderModel", inputs, segments) -> Text:
-    owners, prefix = None, model.layout.shared_prefix_length
-    if prefix:
-        owners = jnp.maximum(inputs[:, 0] - model.config.vocab_size, 0) // prefix
-        inputs, segments = inputs[:, prefix:], segments[:, prefix:]
-    before = jnp.where(last_of_segment(segments), 0, segments)
-    return Text(inputs, segments, prefix + layers.ranks(segments), before, owners)
-
-
-class Prefill(NamedTuple):
-    """Inputs that have been read once and may be answered many times."""
-
-    text: Text
-    keys_values: KeysValues
-
-
-class DecodeCache(NamedTuple):
-    """What generation keeps between two tokens."""
-
-    prefill: Prefill
-    written: KeysValues  # of the answer
-
-
-def _prompt_mask(model: "DecoderModel", positions) -> Bool[Array, "B T P"] | None:
-    prefix = model.layout.shared_prefix_length
-    if not prefix or model.config.window is None:
-        return None  # all of it
-    return _near(model.config, positions, jnp.arange(prefix)[None])
-
-
-def _answer(text: Text, targets, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Ids and positions of a pass over targets."""
-    first, start = _begin(text, segments)
-    return layers.shift_right(targets, segments, first), start + layers.ranks(segments)
-
-
-def _begin(text: Text, segments) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """What each segment of targets begins with: the last id of its input, and its position."""
-    mine = segments[:, :, None] == text.segments[:, None, :]
-    last = mine & last_of_segment(text.segments)[:, None, :]
-    first = jnp.sum(jnp.where(last, text.ids[:, None, :], 0), axis=-1)
-    return first, jnp.max(jnp.where(last, text.positions[:, None, :], 0), axis=-1)
-
-
-def _across(config: DecoderConfig, text: Text, segments, positions) -> Bool[Array, "B T S"]:
-    """What targets may see of the text."""
-    seen = layers.segment_mask(segments, text.before)[:, 0]
-    return seen & _near(config, positions, text.positions)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderModel(Model):
-    """A decoder-only model: see ``Model`` for what every family does."""
-
-    config: DecoderConfig
-    layout: BatchLayout = BatchLayout(fine_buckets=True)
-
-    def init_params(self, key: jax.Array) -> Params:
-        return init_params(self.config, key)
-
-    def abstract_params(self, dtype: str = "float32") -> Params:
-        return abstract_params(self.config, dtype)
-
-    def logical_axes(self) -> dict[str, Any]:
-        return logical_axes(self.config)
-
-    def prepare(self, params, bank) -> Prompts:
-        """The bank and, where prompts lead the rows, the keys and values that every layer makes.
-
-        They are a function of the vectors alone: once per step in training, once for all batches in
-        evaluation.
-        """
-        if bank is None or not self.layout.shared_prefix_length:
-            return Prompts(bank)
-        count, length, _ = bank.shape
-        ids = self.config.vocab_size + jnp.arange(count * length).reshape(count, length)
-        positions = jnp.arange(length)[None]
-        mask = _among(jnp.ones((1, length), jnp.int32), positions, ids[:1], self, input=True)
-        context = Context(_angles(self.config, positions), mask)
-        return Prompts(bank, _run(params, self, ids, bank, Past(), context, 0)[1])
-
-    def logits(
-        self,
-        params,
-        prompts: Prompts,
-        inputs,
-        segments,
-        targets,
-        target_segments,
-        dropout_seed=None,
-    ):
-        """Teacher-forced logits in one pass over inputs and targets; there is no dropout."""
-        text = _text(self, inputs, segments)
-        ids, positions = _answer(text, targets, target_segments)
-        text_mask = _among(text.segments, text.positions, text.ids, self, input=True)
-        own = _among(target_segments, positions, ids, self, input=False)
-        across = _across(self.config, text, target_segments, positions)
-        hidden = jnp.zeros((*text_mask.shape[:2], own.shape[2]), bool)  # no text sees a target
-        mask = jnp.block([[text_mask, hidden], [across, own]])
-        places = jnp.concatenate([text.positions, positions], axis=1)
-        angles = _angles(self.config, places)
-        context = Context(angles, mask, text.owners, _prompt_mask(self, places))
-        ids, past = jnp.concatenate([text.ids, ids], axis=1), Past(prompts.leading)
-        return _run(params, self, ids, prompts.bank, past, context, targets.shape[1])[0]
-
-    def prefill(self, params, prompts: Prompts, inputs, segments) -> Prefill:
-        """The keys and values of the inputs."""
-        text = _text(self, inputs, segments)
-        context = Context(
-            _angles(self.config, text.positions),
-            _among(text.segments, text.positions, text.ids, self, input=True),
-            text.owners,
-            _prompt_mask(self, text.positions),
-        )
-        past = Past(prompts.leading)
-        return Prefill(text, _run(params, self, text.ids, prompts.bank, past, context, 0)[1])
-
-    def score_tree(self, params, prompts: Prompts, prefill: Prefill, tree: Tree):
-        text, shape = prefill.text, (len(prefill.text.ids), len(tree.ids))
-        segments = jnp.ones(shape, jnp.int32)
-        first, start = _begin(text, segments)
-        positions = start + tree.depths
-        context = Context(
-            _angles(self.config, positions),
-            jnp.asarray(tree.seen) & _near(self.config, positions, positions),
-            text.owners,
-            _prompt_mask(self, positions),
-            _across(self.config, text, segments, positions),
-        )
-        past = Past(prompts.leading, prefill.keys_values)
-        ids = jnp.where(tree.ids < 0, first, tree.ids)
-        return _run(params, self, ids, prompts.bank, past, context, shape[1])[0]
-
-    def init_decode(self, params, prefill: Prefill, length: int):
-        """The last id of every input, with which its answer begins, and an empty cache."""
-        text, key = prefill.text, prefill.keys_values.key
-        last = jnp.where(last_of_segment(text.segments), text.ids, 0)
-        depth, batch, _, heads, width = key.shape
-        empty = jnp.zeros((depth, batch, length, heads, width), key.dtype)
-        return jnp.sum(last, axis=-1), DecodeCache(prefill, KeysValues(empty, empty))
-
-    def decode_step(self, params, prompts: Prompts, cache: DecodeCache, ids, index):
-        text, written = cache.prefill.text, cache.written
-        prefix = self.layout.shared_prefix_length
-        first = prefix + jnp.sum(text.before > 0, axis=-1, keepdims=True)
-        positions = first + index
-        places = first + jnp.arange(written.key.shape[2])
-        own = (places <= positions)[:, None] & _near(self.config, positions, places)
-        context = Context(
-            _angles(self.config, positions),
-            own,
-            text.owners,
-            _prompt_mask(self, positions),
-            _across(self.config, text, jnp.ones_like(positions), positions),
-            index,
-        )
-        past = Past(prompts.leading, cache.prefill.keys_values, written)
-        logits, written = _run(params, self, ids[:, None], prompts.bank, past, context, 1)
-        return logits[:, 0], cache._replace(written=written)
-
-    def tile_cache(self, cache: DecodeCache, times: int) -> DecodeCache:
-        (text, keys_values), written = cache
-        stacked = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), tree)
-        text = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
-        return DecodeCache(Prefill(text, stacked(keys_values)), stacked(written))
-
-    def gather_beams(self, cache: DecodeCache, rows: Int[Array, " B"]) -> DecodeCache:
-        written = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.written)
-        return cache._replace(written=written)

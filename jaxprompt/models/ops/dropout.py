@@ -1,54 +1,59 @@
 """Dropout that is drawn for an example, not for its place in a batch.
 
-What is dropped of an example is a pure function of the number that it brings along
-(``Example.dropout_seed``), however a batch is cut, sorted or shared, on however many devices.
+What is dropped of an example is a pure function of the seed that it brings along
+(``Example.dropout_seed``). It does not depend on how a batch is cut, sorted or packed, nor on the
+number of devices.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from jaxprompt.models.ops import layers
+from jaxprompt.models.ops.segments import positions_in_segments
 
 
-class Noise(NamedTuple):
-    """What dropout is drawn from in the rows of a stack."""
+class DropoutSeeds(NamedTuple):
+    """The seeds from which dropout is drawn in the rows of a stack."""
 
-    numbers: Int[Array, " R"]
-    offsets: Int[Array, "#B S"]  # of each position in its example
-    owners: Int[Array, "B S"] | None = None  # which of the R a position is of; None: row b of b
+    seeds: Int[Array, " R"]
+    positions: Int[Array, "#B S"]  # of each token in its example
+    examples: Int[Array, "B S"] | None = None  # which of the R a token is of; None: row b of b
 
-    def of_examples(self, key: jax.Array, share: float, size: int) -> Bool[Array, "B _ D"]:
-        """True for a ``share`` of the ``size`` places, the same at all positions of an example."""
-        keep = jax.vmap(lambda n: _draw(jax.random.fold_in(key, n), share, size))(self.numbers)
-        return keep[:, None] if self.owners is None else keep[self.owners]
+    def keep_per_example(
+        self, key: PRNGKeyArray, rate: float, size: int
+    ) -> Bool[Array, "B _ {size}"]:
+        """True for a share ``rate`` of the last axis, the same at all positions of an example."""
+        keep = jax.vmap(lambda n: _draw(jax.random.fold_in(key, n), rate, size))(self.seeds)
+        return keep[:, None] if self.examples is None else keep[self.examples]
 
-    def of_positions(self, key: jax.Array, share: float, size: int) -> Bool[Array, "B S N"]:
+    def keep_per_position(
+        self, key: PRNGKeyArray, rate: float, size: int
+    ) -> Bool[Array, "B S {size}"]:
         """The same, drawn anew at each position."""
-        numbers = self.numbers[:, None] if self.owners is None else self.numbers[self.owners]
-        numbers, offsets = jnp.broadcast_arrays(numbers, self.offsets)
+        seeds = self.seeds[:, None] if self.examples is None else self.seeds[self.examples]
+        seeds, positions = jnp.broadcast_arrays(seeds, self.positions)
 
-        def draw(number, offset):
-            return _draw(jax.random.fold_in(jax.random.fold_in(key, number), offset), share, size)
+        def draw(seed, position):
+            return _draw(jax.random.fold_in(jax.random.fold_in(key, seed), position), rate, size)
 
-        return jax.vmap(jax.vmap(draw))(numbers, offsets)
-
-
-def _draw(key, share, size):
-    return jax.random.bernoulli(key, share, (size,))
+        return jax.vmap(jax.vmap(draw))(seeds, positions)
 
 
-def of_rows(numbers: Int[Array, " B"], width: int) -> Noise:
-    """For rows of one example each, or of several that drop the same."""
-    return Noise(numbers, jnp.arange(width)[None])
+def _draw(key, rate: float, size: int):
+    return jax.random.bernoulli(key, rate, (size,))
 
 
-def of_inputs(numbers: Int[Array, " R"], segments: Int[Array, "B S"]) -> Noise:
-    """For rows of inputs, of which several examples share one if R is G B (``pipeline.Batch``)."""
-    rows, width = segments.shape
-    if len(numbers) == rows:
-        return of_rows(numbers, width)
-    owners = jnp.arange(rows)[:, None] * (len(numbers) // rows) + jnp.maximum(segments - 1, 0)
-    return Noise(numbers, layers.ranks(segments), owners)
+def seeds_of_rows(seeds: Int[Array, " B"], length: int) -> DropoutSeeds:
+    """For rows of one example each, or of several examples that drop the same."""
+    return DropoutSeeds(seeds, jnp.arange(length)[None])
+
+
+def seeds_of_segments(seeds: Int[Array, " R"], segments: Int[Array, "B S"]) -> DropoutSeeds:
+    """For rows of inputs; if R is G B, up to G examples share a row (``data.batches.Batch``)."""
+    rows, length = segments.shape
+    if len(seeds) == rows:
+        return seeds_of_rows(seeds, length)
+    examples = jnp.arange(rows)[:, None] * (len(seeds) // rows) + jnp.maximum(segments - 1, 0)
+    return DropoutSeeds(seeds, positions_in_segments(segments), examples)

@@ -1,18 +1,20 @@
-"""Frozen weights in 8 or 4 bits, dequantised where a product uses them (qwix does the arithmetic).
+"""Frozen weights in 8 or 4 bits, dequantized where a product uses them (qwix does the arithmetic).
 
-A weight is a ``qwix.QArray``: integers and the scales that they are multiplied with. int8 has one
-scale an output of the product, int4 and nf4 (Dettmers et al. 2023, arXiv 2305.14314) one for each
-32 inputs of an output.
+A quantized weight is a ``qwix.QArray``: integers and the scales that they are multiplied with. int8
+has one scale for each output of the product. int4 and nf4 (Dettmers et al. 2023, arXiv 2305.14314)
+have one for each 32 inputs of an output.
 """
 
 import importlib
 import math
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.models.precision import from_bits
@@ -21,6 +23,18 @@ from jaxprompt.models.precision import from_bits
 MATMUL_WEIGHTS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo", "head")
 GROUP = 32
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
+
+
+@runtime_checkable
+class QuantizedArray(Protocol):
+    """A ``qwix.QArray``, as far as this package reads it."""
+
+    qvalue: jax.Array
+    scale: jax.Array
+
+
+# a weight of a product: numbers, the bits of bfloat16 numbers as uint16, or a quantized array
+Weight = jax.Array | QuantizedArray
 
 
 def check_installed() -> None:
@@ -34,11 +48,17 @@ def check_installed() -> None:
         ) from error
 
 
-def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1) -> Any:
-    """A weight of a product, of these logical axes, as a QArray of ``kind``.
+def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1) -> QuantizedArray:
+    """A weight of a product as a ``qwix.QArray``.
 
-    parts: into which the model's dimension will be cut, between two groups. Raises UserError where
-    that cannot be.
+    Args:
+        weight: in any float dtype.
+        axes: its logical axes.
+        kind: int8, int4 or nf4.
+        parts: into which the model's dimension will be cut.
+
+    Raises:
+        UserError: a cut would be within a group that shares a scale.
     """
     import qwix
 
@@ -48,8 +68,8 @@ def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1
         last = inputs[-1]
         size = math.gcd(weight.shape[last], GROUP)
         if axes[last] == "embed" and parts > 1:
-            own = weight.shape[last] // parts
-            if own % size or own == size:
+            part = weight.shape[last] // parts
+            if part % size or part == size:
                 raise UserError(
                     f"model.quantization is {kind!r}, whose groups of {size} mesh.fsdp, {parts}, "
                     "would cut; use a smaller mesh.fsdp, or int8."
@@ -62,17 +82,17 @@ def quantize(weight: jax.Array, axes: tuple[str, ...], kind: str, parts: int = 1
 
 
 def bytes_each(kind: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> float:
-    """Bytes of a number of a weight, and of its share of a float32 scale."""
+    """Bytes that each number of a weight takes, its share of a float32 scale included."""
     inputs = [shape[i] for i in _inputs(axes)]
     shared = math.prod(inputs) if kind == "int8" else math.gcd(inputs[-1], GROUP)
     return BITS[kind] / 8 + 4 / shared
 
 
-def view_as_uint16(params: Any) -> Any:
-    """bfloat16 operands of layers on CPUs as uint16 of the same memory; all else as it is.
+def view_as_uint16(params: PyTree) -> PyTree:
+    """Parameters with the layers' bfloat16 operands on CPUs as uint16 in the same memory.
 
-    Layers are sliced from them in a loop, see ``precision.to_bits``. Not for weights that are to
-    have gradients.
+    A loop slices the layers from them, see ``precision.to_bits``. Not for weights that are to have
+    gradients.
     """
 
     def view(path, leaf):
@@ -92,13 +112,13 @@ def view_as_uint16(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(view, params)
 
 
-def is_quantized(weight: Any) -> bool:
-    """Whether a weight has another form than that in which it is used; then it is frozen."""
+def is_quantized(weight: Weight) -> bool:
+    """Whether a weight is stored in another form than it is used in; then it is frozen."""
     return not isinstance(weight, jax.Array) or weight.dtype == jnp.uint16
 
 
-def dequantize(stored: Any, dtype: Any) -> jax.Array:
-    """The weight that a QArray or bits stand for."""
+def dequantize(stored: Weight, dtype: DTypeLike) -> jax.Array:
+    """The numbers of a quantized array, in ``dtype``, or of bits, in bfloat16."""
     if isinstance(stored, jax.Array):
         return from_bits(stored)
     import qwix
@@ -106,14 +126,14 @@ def dequantize(stored: Any, dtype: Any) -> jax.Array:
     return qwix.dequantize(stored).astype(dtype)
 
 
-def count(params: Any) -> int:
-    """Numbers of a tree of weights, scales not among them."""
+def count(params: PyTree) -> int:
+    """How many numbers a tree of weights has, scales not counted."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _inputs(axes: tuple[str, ...]) -> list[int]:
-    """Axes that a product sums over; they come first, after that of the layers."""
+    """The axes that a product sums over; they come first, after that of the layers."""
     first = 1 if axes[0] == "layers" else 0
     if axes[first] == "embed":
         return [first]

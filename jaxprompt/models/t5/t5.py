@@ -5,27 +5,37 @@ package calls. The parameters are a plain pytree outside the module, layers stac
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.models import blocks
 from jaxprompt.models.base import Model, Params
 from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import Tree
-from jaxprompt.models.ops import dropout, layers
-from jaxprompt.models.ops.attention import flash_attention, per_example
-from jaxprompt.models.ops.attention.per_example import Segments
-from jaxprompt.models.ops.dropout import Noise
+from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.attention.mask import (
+    AttentionMask,
+    CrossAttentionMask,
+    attend_unprojected,
+    cross_attention_mask,
+    encoder_mask,
+)
+from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
+from jaxprompt.models.ops.matmul import dense, head
+from jaxprompt.models.ops.positions import relative_bias
+from jaxprompt.models.ops.quantization import Weight
+from jaxprompt.models.ops.segments import segment_mask, shift_right
 from jaxprompt.models.t5.config import AXES, T5Config
 from jaxprompt.runtime.parallel import shard_activation
 
 
 class Attention(nn.Module):
-    """Projections of one attention; ``mix`` joins them with the maths."""
+    """The projections of one attention; the mask has the kernel that it is computed with."""
 
     model: "T5Model"
 
@@ -40,49 +50,64 @@ class Attention(nn.Module):
         self.out = self.param("out", normal((c.num_heads * c.head_dim) ** -0.5), out)
         self.drop_keys = blocks.DropKeys(runtime.dropout, c.num_heads)
 
-    def keys_values(self, x):
+    def keys_values(
+        self, x: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
         return self._project(x, self.key), self._project(x, self.value)
 
-    def _project(self, x, kernel):
+    def _project(self, x: Float[Array, "B S D"], kernel: Weight) -> Float[Array, "B S N H"]:
         runtime = self.model.runtime
-        y = layers.dense("bsd,dnh->bsnh", x, kernel, runtime)
+        y = dense("bsd,dnh->bsnh", x, kernel, runtime)
         return shard_activation(y, runtime.place, None, "heads", None)
 
-    def mix(self, x, key, value, bias, seen, noise):
+    def attend(
+        self,
+        x: Float[Array, "R T D"],
+        keys_values: tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]],
+        mask: AttentionMask,
+        bias: Float[Array, "1 N W X"] | None,
+        dropout: DropoutSeeds | None,
+    ) -> Float[Array, "R T D"]:
+        """Attention of ``x`` to keys and values; ``dropout`` is that of the keys."""
         runtime, query = self.model.runtime, self._project(x, self.query)
-        keep = self.drop_keys(noise, x.dtype)
-        if keep is not None:  # a dropped weight is a dropped value
+        key, value = keys_values
+        keep = self.drop_keys(dropout, x.dtype)
+        if keep is not None:  # to drop a key's weight is to drop its value
             value = value * keep[..., None]
-        if isinstance(seen, Segments):
-            y = per_example.attention(query, key, value, bias, seen, mixed=runtime.mixed)
-        elif isinstance(seen, flash_attention.Rows):
-            y = flash_attention.attention(query, key, value, bias, seen)
-        else:
-            y = layers.attention(query, key, value, bias, seen, mixed=runtime.mixed)
-        return layers.dense("btnh,nhd->btd", y, self.out, runtime)
+        y = mask.attend(query, key, value, bias, mixed=runtime.mixed)
+        return dense("btnh,nhd->btd", y, self.out, runtime)
 
-    def mix_with(self, x, encoded, seen, noise):
-        """The same to what is encoded, without keys and values where that is less work."""
+    def cross_attend(
+        self,
+        x: Float[Array, "R T D"],
+        encoded: Float[Array, "B S D"],
+        mask: CrossAttentionMask,
+        dropout: DropoutSeeds | None,
+    ) -> Float[Array, "R T D"]:
+        """Attention of ``x`` to an encoder's output, without keys and values if that is less work.
+
+        ``dropout`` is that of the encoder's positions.
+        """
         runtime = self.model.runtime
         if x.shape[1] >= self.model.config.head_dim // 2:
-            return self.mix(x, *self.keys_values(encoded), None, seen, noise)
+            return self.attend(x, self.keys_values(encoded), mask, None, dropout)
         query = self._project(x, self.query)
-        keep = self.drop_keys(noise, x.dtype)
-        y = layers.attention_to(query, self.key, self.value, encoded, seen, keep, runtime)
-        return layers.dense("btnh,nhd->btd", y, self.out, runtime)
+        keep = self.drop_keys(dropout, x.dtype)
+        y = attend_unprojected(query, (self.key, self.value), encoded, mask, keep, runtime)
+        return dense("btnh,nhd->btd", y, self.out, runtime)
 
 
-class Shared(NamedTuple):
+class LayerContext(NamedTuple):
     """What all layers of a stack read and none writes."""
 
-    queries: Int[Array, " T"]  # offsets in the row
-    keys: Int[Array, " S"]
-    seen: Float[Array, "#B 1 #T S"] | Segments | flash_attention.Rows  # a mask is additive
+    query_positions: Int[Array, " T"]  # in the row
+    key_positions: Int[Array, " S"]
+    attention_mask: AttentionMask
     bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
-    seen_of_inputs: Float[Array, "B 1 #T S"] | Segments | None = None
-    noise: Noise | None = None  # None: no dropout
-    noise_of_inputs: Noise | None = None
+    cross_attention_mask: CrossAttentionMask | None = None
+    dropout: DropoutSeeds | None = None  # None: no dropout
+    cross_dropout: DropoutSeeds | None = None  # of the encoder's positions
 
 
 class LayerCache(NamedTuple):
@@ -94,15 +119,18 @@ class LayerCache(NamedTuple):
     cross_value: Float[Array, "*L B S N H"]
 
 
-def _bias_table(module, c):
+def _bias_table(module: nn.Module, c: T5Config) -> Float[Array, "buckets N"]:
     shape = (c.buckets, c.num_heads)
     return module.param("relative_bias", nn.initializers.normal(c.d_model**-0.5), shape)
 
 
-def _bias(table, queries, keys, c, bidirectional):
-    return layers.relative_bias(
-        table, queries, keys, bidirectional=bidirectional, max_distance=c.max_distance
-    )
+def _bias(
+    table: Float[Array, "buckets N"], context: LayerContext, c: T5Config, bidirectional: bool
+) -> Float[Array, "1 N T S"]:
+    return relative_bias(
+        table, context.query_positions, context.key_positions,
+        bidirectional=bidirectional, max_distance=c.max_distance,
+    )  # fmt: skip
 
 
 class EncoderLayer(nn.Module):
@@ -116,15 +144,15 @@ class EncoderLayer(nn.Module):
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
-    def __call__(self, x, shared: Shared):
-        bias = shared.bias
+    def __call__(self, x: Float[Array, "B S D"], context: LayerContext):
+        bias, dropout = context.bias, context.dropout
         if bias is None:
-            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.model.config, True)
-        y, noise = self.attention_norm(x), shared.noise
-        key, value = self.attention.keys_values(y)
-        y = self.attention.mix(y, key, value, bias, shared.seen, noise)
-        x = x + self.dropout(y, noise)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)
+            bias = _bias(self.relative_bias, context, self.model.config, True)
+        y = self.attention_norm(x)
+        keys_values = self.attention.keys_values(y)
+        y = self.attention.attend(y, keys_values, context.attention_mask, bias, dropout)
+        x = x + self.dropout(y, dropout)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), dropout), dropout)
         return shard_activation(x, self.model.runtime.place), None
 
 
@@ -140,29 +168,29 @@ class DecoderLayer(nn.Module):
         if c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
-    def __call__(self, x, cache: LayerCache | None, shared: Shared):
-        bias = shared.bias
+    def __call__(self, x: Float[Array, "R T D"], cache: LayerCache | None, context: LayerContext):
+        bias, dropout = context.bias, context.dropout
         if bias is None:
-            bias = _bias(self.relative_bias, shared.queries, shared.keys, self.model.config, False)
-        y, noise = self.self_attention_norm(x), shared.noise
+            bias = _bias(self.relative_bias, context, self.model.config, False)
+        y = self.self_attention_norm(x)
         key, value = self.self_attention.keys_values(y)
         if cache is not None:
-            at = (0, shared.queries[0], 0, 0)
+            at = (0, context.query_positions[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-        y = self.self_attention.mix(y, key, value, bias, shared.seen, noise)
-        x = x + self.dropout(y, noise)
-        y, attend = self.cross_attention_norm(x), self.cross_attention
+        y = self.self_attention.attend(y, (key, value), context.attention_mask, bias, dropout)
+        x = x + self.dropout(y, dropout)
+        y = self._cross_attend(self.cross_attention_norm(x), cache, context)
+        x = x + self.dropout(y, dropout)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), dropout), dropout)
+        filled = None if cache is None else (key, value)
+        return shard_activation(x, self.model.runtime.place), filled
+
+    def _cross_attend(self, y, cache: LayerCache | None, context: LayerContext):
+        mask, attention = context.cross_attention_mask, self.cross_attention
         if cache is None:
-            across = shared.encoded, shared.seen_of_inputs, shared.noise_of_inputs
-            y = attend.mix_with(y, *across)
-        else:
-            known = cache.cross_key, cache.cross_value
-            y = attend.mix(y, *known, None, shared.seen_of_inputs, None)
-        x = x + self.dropout(y, noise)
-        written = None if cache is None else (key, value)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x), noise), noise)
-        return shard_activation(x, self.model.runtime.place), written
+            return attention.cross_attend(y, context.encoded, mask, context.cross_dropout)
+        return attention.attend(y, (cache.cross_key, cache.cross_value), mask, None, None)
 
 
 class Stack(nn.Module):
@@ -174,24 +202,25 @@ class Stack(nn.Module):
 
     def setup(self):
         c = self.model.config
-        inputs: Any = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
-        layers_of = stacked(self.layer, self.model.runtime, self.depth, inputs)
-        self.layers = layers_of(self.model)
+        in_axes = (nn.broadcast,) if self.layer is EncoderLayer else (0, nn.broadcast)
+        self.layers = stacked(self.layer, self.model.runtime, self.depth, in_axes)(self.model)
         self.final_norm = Norm(c.norm_eps)
         self.dropout = blocks.Dropout(self.model.runtime.dropout)
         if not c.per_layer_bias:
             self.relative_bias = _bias_table(self, c)
 
-    def __call__(self, x, shared: Shared, cache: LayerCache | None = None):
-        bidirectional = self.layer is EncoderLayer
+    def __call__(
+        self, x: Float[Array, "B S D"], context: LayerContext, cache: LayerCache | None = None
+    ):
+        """The output of the stack, and the keys and values of a decoder with a cache."""
+        is_encoder = self.layer is EncoderLayer
         config = self.model.config
         if not config.per_layer_bias:
-            table = self.relative_bias
-            bias = _bias(table, shared.queries, shared.keys, config, bidirectional)
-            shared = shared._replace(bias=bias)
-        x = self.dropout(x, shared.noise)
-        x, written = self.layers(x, shared) if bidirectional else self.layers(x, cache, shared)
-        return self.dropout(self.final_norm(x), shared.noise), written
+            bias = _bias(self.relative_bias, context, config, is_encoder)
+            context = context._replace(bias=bias)
+        x = self.dropout(x, context.dropout)
+        x, filled = self.layers(x, context) if is_encoder else self.layers(x, cache, context)
+        return self.dropout(self.final_norm(x), context.dropout), filled
 
 
 class T5(nn.Module):
@@ -206,70 +235,75 @@ class T5(nn.Module):
             init = nn.initializers.normal(c.d_model**-0.5)
             self.head = self.param("head", init, (c.d_model, c.vocab_size))
 
-    def encode(self, inputs, segments, bank, noise=None):
-        runtime, packed_widths = self.model.runtime, self.model.layout.packed_widths
-        rows, width = inputs.shape
-        many = rows * self.model.config.num_heads * width**2 > per_example.LOGITS_AT_ONCE
-        if runtime.flash:
-            seen = flash_attention.rows(segments, runtime.flash, packed=bool(packed_widths))
-        elif runtime.per_example_attention and (packed_widths or many):
-            seen = per_example.find(segments, packed_widths)
-            width = seen.widths[-1]
+    def encode(
+        self,
+        injection: Injection,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        dropout_seed: Int[Array, " R"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        mask, width = encoder_mask(segments, self.model)
+        positions = jnp.arange(width)
+        seeds = None if dropout_seed is None else seeds_of_segments(dropout_seed, segments)
+        context = LayerContext(positions, positions, mask, dropout=seeds)
+        return self.encoder(self.token_embedder(inputs, injection.embeddings), context)[0]
+
+    def decode(
+        self,
+        injection: Injection,
+        encoded: "Encoded",
+        decoder_inputs: Int[Array, "R T"],
+        segments: Int[Array, "R T"],
+        dropout_seed: Int[Array, " R"] | None,
+        tree: Tree | None,
+    ) -> Float[Array, "R T V"]:
+        if tree is None:
+            positions = jnp.arange(decoder_inputs.shape[1])
+            visible = positions[None, :] <= positions[:, None]
         else:
-            seen = layers.additive(layers.segment_mask(segments, segments))
-        offsets = jnp.arange(width)
-        own = None if noise is None else dropout.of_inputs(noise, segments)
-        shared = Shared(offsets, offsets, seen, noise=own)
-        return self.encoder(self.token_embedder(inputs, bank), shared)[0]
-
-    def decode(self, encoded, input_segments, decoder_inputs, target_segments, bank, noise, tree):
-        offsets = jnp.arange(decoder_inputs.shape[1]) if tree is None else tree.depths
-        before = offsets[None, :] <= offsets[:, None] if tree is None else tree.seen
-        seen = layers.additive(layers.segment_mask(target_segments, target_segments) & before)
-        of_inputs = layers.seen_of_inputs(
-            target_segments, input_segments, self.model.layout.packed_widths
+            positions, visible = tree.depths, tree.visible
+        mask = dense_mask(segment_mask(segments, segments) & visible)
+        widths = self.model.layout.packed_widths
+        cross_mask = cross_attention_mask(segments, encoded.segments, widths)
+        context = LayerContext(
+            positions, positions, mask, encoded=encoded.hidden, cross_attention_mask=cross_mask
         )
-        shared = Shared(offsets, offsets, seen, encoded=encoded, seen_of_inputs=of_inputs)
-        if noise is not None:
-            pair = dropout.of_rows(noise, len(offsets)), dropout.of_inputs(noise, input_segments)
-            shared = shared._replace(noise=pair[0], noise_of_inputs=pair[1])
-        return self.logits(self.decoder(self.token_embedder(decoder_inputs, bank), shared)[0])
+        if dropout_seed is not None:
+            context = context._replace(
+                dropout=seeds_of_rows(dropout_seed, len(positions)),
+                cross_dropout=seeds_of_segments(dropout_seed, encoded.segments),
+            )
+        x = self.token_embedder(decoder_inputs, injection.embeddings)
+        return self.logits(self.decoder(x, context)[0])
 
-    def decode_step(self, cache, input_segments, ids, index, bank):
-        keys = jnp.arange(cache.self_key.shape[2])
-        seen = layers.additive(keys <= index)[None, None, None, :]
-        of_inputs = layers.additive(input_segments > 0)[:, None, None, :]
-        shared = Shared(index[None], keys, seen, seen_of_inputs=of_inputs)
-        y, written = self.decoder(self.token_embedder(ids[:, None], bank), shared, cache)
-        return self.logits(y)[:, 0], written
+    def decode_step(
+        self,
+        injection: Injection,
+        cache: "DecodeCache",
+        ids: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], tuple[Float[Array, "L B T N H"], Float[Array, "L B T N H"]]]:
+        positions = jnp.arange(cache.layers.self_key.shape[2])
+        context = LayerContext(
+            index[None],
+            positions,
+            dense_mask((positions <= index)[None, None, None, :]),
+            cross_attention_mask=dense_mask((cache.segments > 0)[:, None, None, :]),
+        )
+        x = self.token_embedder(ids[:, None], injection.embeddings)
+        y, filled = self.decoder(x, context, cache.layers)
+        return self.logits(y)[:, 0], filled
 
-    def logits(self, y):
+    def logits(self, y: Float[Array, "R T D"]) -> Float[Array, "R T V"]:
         c = self.model.config
         if c.scale_output:
             y = y * c.d_model**-0.5
         table = self.token_embedder.embedding if c.tied else self.head
-        return layers.head(y, table, self.model.runtime.mixed, c.tied)
+        return head(y, table, self.model.runtime.mixed, c.tied)
 
     def __call__(self, inputs, segments, targets):
-        encoded = self.encode(inputs, segments, None)
-        return self.decode(encoded, segments, targets, jnp.ones_like(targets), None, None, None)
-
-
-def init_params(config: T5Config, key: jax.Array) -> Params:
-    """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
-    ids = jnp.ones((1, 2), jnp.int32)
-    variables: Any = T5(T5Model(config)).init({"params": key}, ids, ids, ids)
-    return variables["params"]
-
-
-def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
-    """Shapes and dtypes of all parameters, without allocating any."""
-    return abstract(init_params, config, dtype)
-
-
-def logical_axes(config: T5Config) -> dict[str, Any]:
-    """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
-    return named_axes(AXES, abstract_params(config))
+        encoded = Encoded(self.encode(Injection(), inputs, segments), segments)
+        return self.decode(Injection(), encoded, targets, jnp.ones_like(targets), None, None)
 
 
 class Encoded(NamedTuple):
@@ -298,73 +332,95 @@ class T5Model(Model):
     def abstract_params(self, dtype: str = "float32") -> Params:
         return abstract_params(self.config, dtype)
 
-    def logical_axes(self) -> dict[str, Any]:
+    def logical_axes(self) -> Params:
         return logical_axes(self.config)
 
-    def _apply(self, params: Params, method: str, *args: Any) -> Any:
+    def _apply(self, params: Params, method: str, *args: PyTree) -> PyTree:
         rngs = {"dropout": jax.random.key(0)}  # a stream for each layer; a batch's seeds vary
         return T5(self).apply({"params": params}, *args, rngs=rngs, method=method)
 
     def encode(
         self,
         params: Params,
-        bank: Float[Array, "K P D"] | None,
+        injection: Injection,
         inputs: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         dropout_seed: Int[Array, " R"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Encoder output for ids that may be virtual; segment 0 is padding."""
-        return self._apply(params, "encode", inputs, segments, bank, dropout_seed)
+        return self._apply(params, "encode", injection, inputs, segments, dropout_seed)
 
     def decode(
         self,
         params: Params,
-        bank: Float[Array, "K P D"] | None,
+        injection: Injection,
         encoded: Encoded,
         decoder_inputs: Int[Array, "R T"],
         target_segments: Int[Array, "R T"],
         dropout_seed: Int[Array, " R"] | None = None,
         tree: Tree | None = None,
     ) -> Float[Array, "R T V"]:
-        """Teacher-forced float32 logits; ``decoder_inputs`` are the targets shifted right.
+        """Teacher-forced float32 logits.
 
-        R is B or, where each segment is answered in a row of its own, G x B (``data.batches``).
-        tree: the targets are its nodes, and not one token after another.
+        Args:
+            params: of the model.
+            injection: see ``Model.logits``.
+            encoded: the inputs.
+            decoder_inputs: the targets shifted right. R is B or, where each segment is answered in
+                a row of its own, G x B (``data.batches``).
+            target_segments: see ``Model.logits``.
+            dropout_seed: of each example; None for no dropout.
+            tree: the targets are its nodes, instead of one token after another.
         """
-        hidden, segments = encoded
-        args = hidden, segments, decoder_inputs, target_segments, bank, dropout_seed, tree
+        args = injection, encoded, decoder_inputs, target_segments, dropout_seed, tree
         return self._apply(params, "decode", *args)
 
-    def prepare(self, params, bank):
-        """The bank itself: in an encoder every activation depends on the text."""
-        return bank
+    def prepare(self, params: Params, injection: Injection) -> Injection:
+        """The injection itself: in an encoder every activation depends on the text."""
+        return injection
 
     def logits(
-        self, params, prompts, inputs, segments, targets, target_segments, dropout_seed=None
-    ):
-        hidden = self.encode(params, prompts, inputs, segments, dropout_seed)
-        shifted = layers.shift_right(targets, target_segments, self.config.decoder_start_id)
-        encoded = Encoded(hidden, segments)
-        return self.decode(params, prompts, encoded, shifted, target_segments, dropout_seed)
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        targets: Int[Array, "R T"],
+        target_segments: Int[Array, "R T"],
+        dropout_seed: Int[Array, " R"] | None = None,
+    ) -> Float[Array, "R T V"]:
+        encoded = Encoded(self.encode(params, injection, inputs, segments, dropout_seed), segments)
+        shifted = shift_right(targets, target_segments, self.config.decoder_start_id)
+        return self.decode(params, injection, encoded, shifted, target_segments, dropout_seed)
 
-    def prefill(self, params, prompts, inputs, segments) -> Encoded:
-        return Encoded(self.encode(params, prompts, inputs, segments), segments)
+    def prefill(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Encoded:
+        return Encoded(self.encode(params, injection, inputs, segments), segments)
 
-    def score_tree(self, params, prompts, prefill: Encoded, tree: Tree):
+    def score_tree(
+        self, params: Params, injection: Injection, prefill: Encoded, tree: Tree
+    ) -> Float[Array, "R n V"]:
         rows = len(prefill.segments) * self.layout.examples_per_row
         ids = jnp.where(tree.ids < 0, self.config.decoder_start_id, tree.ids)
         ids = jnp.broadcast_to(ids, (rows, len(ids)))
-        return self.decode(params, prompts, prefill, ids, jnp.ones_like(ids), None, tree)
+        return self.decode(params, injection, prefill, ids, jnp.ones_like(ids), None, tree)
 
-    def init_decode(self, params, prefill: Encoded, length: int):
-        """The start id of every row, and a cache with the half of cross-attention filled in.
+    def init_decode(
+        self, params: Params, prefill: Encoded, length: int
+    ) -> tuple[Int[Array, " B"], DecodeCache]:
+        """The start id of every row, and a cache in which only cross-attention is filled.
 
         One product over the stacked kernels gives all layers at once.
         """
         c, (hidden, segments) = self.config, prefill
         kernels = params["decoder"]["layers"]["cross_attention"]
         cross_key, cross_value = (
-            layers.dense("bsd,ldnh->lbsnh", hidden, kernels[name], self.runtime)
+            dense("bsd,ldnh->lbsnh", hidden, kernels[name], self.runtime)
             for name in ("key", "value")
         )
         batch = len(segments)
@@ -373,11 +429,17 @@ class T5Model(Model):
         ids = jnp.full((batch,), c.decoder_start_id, jnp.int32)
         return ids, DecodeCache(LayerCache(empty, empty, cross_key, cross_value), segments)
 
-    def decode_step(self, params, prompts, cache: DecodeCache, ids, index):
-        args = *cache, ids, index, prompts
-        logits, (key, value) = self._apply(params, "decode_step", *args)
-        written = cache.layers._replace(self_key=key, self_value=value)
-        return logits, cache._replace(layers=written)
+    def decode_step(
+        self,
+        params: Params,
+        injection: Injection,
+        cache: DecodeCache,
+        ids: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], DecodeCache]:
+        logits, (key, value) = self._apply(params, "decode_step", injection, cache, ids, index)
+        filled = cache.layers._replace(self_key=key, self_value=value)
+        return logits, cache._replace(layers=filled)
 
     def tile_cache(self, cache: DecodeCache, times: int) -> DecodeCache:
         inner = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache.layers)
@@ -387,3 +449,20 @@ class T5Model(Model):
         inner = cache.layers
         keys, values = (jnp.take(x, rows, axis=1) for x in (inner.self_key, inner.self_value))
         return cache._replace(layers=inner._replace(self_key=keys, self_value=values))
+
+
+def init_params(config: T5Config, key: jax.Array) -> Params:
+    """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
+    ids = jnp.ones((1, 2), jnp.int32)
+    variables: Params = T5(T5Model(config)).init({"params": key}, ids, ids, ids)
+    return variables["params"]
+
+
+def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
+    """Shapes and dtypes of all parameters, without allocating any."""
+    return abstract(init_params, config, dtype)
+
+
+def logical_axes(config: T5Config) -> Params:
+    """Names of every parameter's axes, for sharding rules; stacked leaves start with "layers"."""
+    return named_axes(AXES, abstract_params(config))

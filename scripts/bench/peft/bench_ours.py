@@ -24,6 +24,7 @@ from jaxprompt.inference.predict import predict
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+from jaxprompt.models.injection import Injection
 from jaxprompt.runtime import devices, parallel
 from jaxprompt.training.optimizer import per_prompt
 from jaxprompt.training.step import init_state, make_train_step
@@ -146,7 +147,7 @@ class Ours:
         )
         examples = self.examples(backbone, self.start().questions)
         bank = jnp.asarray(self.vectors(backbone))
-        engine = make_engine(backbone.params, bank, backbone.model, self.mesh)
+        engine = make_engine(backbone.params, Injection(bank), backbone.model, self.mesh)
         began = time.perf_counter()
         answers = predict(
             engine, task, examples, Words(), batch_size=job["batch_size"], pack=True  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.inference.engine import Engine
 from jaxprompt.inference.predict import Predictions, predict
+from jaxprompt.models.injection import Injection
 from jaxprompt.training.loop import train
 
 
@@ -96,7 +97,7 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
     written = np.array([row + [0] * (8 - len(row)) for row in rows])
     monkeypatch.setattr(Engine, "run", lambda *_, **__: written)
     asked = [Example(np.zeros(1, np.int32), np.zeros(0, np.int32))] * 3
-    engine = Engine({}, None, Settings())  # pyright: ignore[reportArgumentType]
+    engine = Engine({}, Injection(), Settings())  # pyright: ignore[reportArgumentType]
     found = predict(engine, task, asked, t5, batch_size=8)
     assert found.predictions == ["yes ", "{no}", "it"]
     with pytest.raises(UserError, match="Label 'yes ' has . tokens, and task.max_target_length"):

@@ -1,14 +1,15 @@
-"""Attention by kernels that keep logits out of memory, maintained by others (letters: layers.py).
+"""Attention by kernels that keep logits out of memory; others maintain them.
 
-cuDNN's, as ``jax.nn.dot_product_attention`` calls it, for NVIDIA GPUs, and JAX's own in Pallas for
-TPUs. Both compute as Dao et al. (2022, arXiv 2205.14135) do and take T5's bias. They give its
-gradient whether it is asked for or not, Pallas's as one [N, S, S] for each row; so large is cuDNN's
-bias too, in which what each row sees is written, where examples share rows.
+On NVIDIA GPUs it is cuDNN's kernel, which ``jax.nn.dot_product_attention`` calls; on TPUs it is
+JAX's own in Pallas. Both compute as Dao et al. (2022, arXiv 2205.14135) do and take T5's bias. Both
+compute the bias's gradient even where nobody asks for it; Pallas's kernel makes one [N, S, S] for
+each row. Where examples share rows, cuDNN's kernel has a bias of that size too, since the mask of
+each row is written into it. Letters: see ``jaxprompt.data.virtual_tokens``.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.models.ops import layers
+from jaxprompt.models.ops.segments import segment_mask
 
 KERNELS = {"gpu": "cudnn", "tpu": "pallas"}
 # widths are multiples of these
@@ -27,31 +28,63 @@ _BLOCKS = (128, 256, 512)
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments", "lengths", "mask"], meta_fields=["kernel"],
+    data_fields=["segments", "lengths", "allowed"], meta_fields=["kernel"],
 )  # fmt: skip
 @dataclass(frozen=True)
-class Rows:
-    """What positions of a batch see of their own row, and the kernel that computes it.
+class FlashMask:
+    """Each position attends to its own segment of its row, by a flash kernel.
 
-    Rows are as wide as it takes them, which may be more than they were.
+    The arrays are as wide as the kernel needs them, which may be wider than the rows.
     """
 
     segments: Int[Array, "B S"]
     lengths: Int[Array, " B"] | None  # where each row is one segment
-    mask: Bool[Array, "B 1 S S"] | None  # where several share a row
-    kernel: str
+    allowed: Bool[Array, "B 1 S S"] | None  # where several share a row
+    kernel: str  # cudnn | pallas
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T N H"],
+        value: Float[Array, "B T N H"],
+        bias: Float[Array, "1 N T T"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Float[Array, "B T N H"]:
+        """Attention with operands rounded to bfloat16, see ``AttentionMask``.
+
+        The result has the dtype of the query; at padding it means nothing. cuDNN's kernel rounds
+        the bias too. The result is NaN where the mask was made for rows of one segment each, and a
+        row has more.
+        """
+        size = query.shape[1]
+        if bias is None:
+            raise ValueError("Flash kernels are used with T5's bias; give one.")
+        more = 0, self.segments.shape[1] - size
+        wide = [jnp.pad(x.astype(jnp.bfloat16), ((0, 0), more, (0, 0), (0, 0)))
+                for x in (query, key, value)]  # fmt: skip
+        compute = _cudnn if self.kernel == "cudnn" else _pallas
+        y = compute(wide, jnp.pad(bias, ((0, 0), (0, 0), more, more)), self)
+        return y[:, :size].astype(query.dtype)
 
 
 def kernel(flash: bool, dtype: str, mesh: Mesh | None, backend: str | None = None) -> str:
-    """The kernel that is meant by ``flash`` on a backend, this one if None; "" for none.
+    """The kernel that ``flash`` means on a backend; "" for none.
 
-    Raises UserError where there is none for backend, dtype or mesh.
+    Args:
+        flash: the setting ``model.flash``.
+        dtype: the setting ``model.dtype``, resolved.
+        mesh: of the devices, or None for one.
+        backend: cpu, gpu or tpu; None for that of this process.
+
+    Raises:
+        UserError: there is no kernel for the backend, the dtype or the mesh.
     """
     if not flash:
         return ""
     backend, parts = backend or jax.default_backend(), 1 if mesh is None else mesh.shape["tensor"]
-    found = KERNELS.get(backend)
-    if found is None:
+    name = KERNELS.get(backend)
+    if name is None:
         raise UserError(
             f"model.flash is on and JAX runs on {backend}; there are flash kernels for "
             f"{' and '.join(KERNELS)}, leave the key out."
@@ -66,54 +99,33 @@ def kernel(flash: bool, dtype: str, mesh: Mesh | None, backend: str | None = Non
             f"model.flash is on and mesh.tensor is {parts}; flash kernels are used where a device "
             "has all heads, set mesh.tensor to 1."
         )
-    return found
+    return name
 
 
-def rows(segments: Int[Array, "B S"], kernel: str, packed: bool) -> Rows:
-    """What is seen in a batch. packed: whether rows may have more than one segment."""
+def flash_mask(segments: Int[Array, "B S"], kernel: str, packed: bool) -> FlashMask:
+    """The mask of a batch. packed: whether rows may have more than one segment."""
     segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % _STEPS[kernel])))
-    lengths = mask = None
+    lengths = allowed = None
     if kernel == "cudnn" and packed:
-        mask = layers.segment_mask(segments, segments)
+        allowed = segment_mask(segments, segments)
     elif kernel == "cudnn":
-        # of no keys at all there would be no mean
+        # an empty row attends to one key: there is no softmax over none
         lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)
-    return Rows(segments, lengths, mask, kernel)
+    return FlashMask(segments, lengths, allowed, kernel)
 
 
-def attention(
-    query: Float[Array, "B S N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
-    bias: Float[Array, "1 N S S"],
-    seen: Rows,
-) -> Float[Array, "B S N H"]:
-    """``layers.attention`` with operands rounded to bfloat16, for positions that are no padding.
-
-    The result has the dtype of the query. cuDNN's kernel rounds the bias too. All is NaN where it
-    was told that each row is one segment, and one has more.
-    """
-    size = query.shape[1]
-    more = 0, seen.segments.shape[1] - size
-    wide = [jnp.pad(x.astype(jnp.bfloat16), ((0, 0), more, (0, 0), (0, 0)))
-            for x in (query, key, value)]  # fmt: skip
-    compute = _cudnn if seen.kernel == "cudnn" else _pallas
-    found = compute(wide, jnp.pad(bias, ((0, 0), (0, 0), more, more)), seen)
-    return found[:, :size].astype(query.dtype)
-
-
-def _cudnn(three, bias, seen: Rows):
+def _cudnn(three: Sequence[jax.Array], bias: jax.Array, mask: FlashMask) -> jax.Array:
     query, key, value = three
-    found = jax.nn.dot_product_attention(
-        query, key, value, bias.astype(query.dtype), seen.mask, scale=1.0,
-        query_seq_lengths=seen.lengths, key_value_seq_lengths=seen.lengths, implementation="cudnn",
+    y = jax.nn.dot_product_attention(
+        query, key, value, bias.astype(query.dtype), mask.allowed, scale=1.0,
+        query_seq_lengths=mask.lengths, key_value_seq_lengths=mask.lengths, implementation="cudnn",
     )  # fmt: skip
-    if seen.mask is not None:
-        return found
-    return found + jnp.where(jnp.max(seen.segments) > 1, jnp.nan, 0.0)
+    if mask.allowed is not None:
+        return y
+    return y + jnp.where(jnp.max(mask.segments) > 1, jnp.nan, 0.0)
 
 
-def _pallas(three, bias, seen: Rows):
+def _pallas(three: Sequence[jax.Array], bias: jax.Array, mask: FlashMask) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
     block = max(width for width in _BLOCKS if three[0].shape[1] % width == 0)
@@ -121,10 +133,10 @@ def _pallas(three, bias, seen: Rows):
     blocks = tpu.BlockSizes(block_b=1, **dict.fromkeys(names, block))
 
     def of_row(segments, *three):
-        # a row by itself, so that all read one bias
+        # rows are computed one by one, so that all read one bias
         ids = tpu.SegmentIds(segments[None], segments[None])
         three = [x.swapaxes(0, 1)[None] for x in three]
-        found: Any = tpu.flash_attention(*three, bias, ids, sm_scale=1.0, block_sizes=blocks)
-        return found[0].swapaxes(0, 1)
+        y = tpu.flash_attention(*three, bias, ids, sm_scale=1.0, block_sizes=blocks)
+        return y[0].swapaxes(0, 1)
 
-    return jax.vmap(of_row)(seen.segments, *three)
+    return jax.vmap(of_row)(mask.segments, *three)
