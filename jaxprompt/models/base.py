@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.injection import Injection, Params
 from jaxprompt.models.label_tree import Tree
@@ -121,11 +122,11 @@ class Model:
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        targets: Int[Array, "R T"],
-        target_segments: Int[Array, "R T"],
-        dropout_seed: Int[Array, " R"] | None = None,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+        targets: Int[AnyArray, "R T"],
+        target_segments: Int[AnyArray, "R T"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R T V"]:
         """Float32 logits of every target token given the input and the target tokens before it.
 
@@ -147,8 +148,8 @@ class Model:
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
     ) -> Prefill:
         """Read the inputs once, so that they can be answered any number of times."""
         raise NotImplementedError

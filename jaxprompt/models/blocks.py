@@ -10,7 +10,7 @@ from typing import TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.models.base import Model, ModelConfig, Params, Runtime
@@ -123,7 +123,7 @@ def named_axes(names: dict[str, tuple[str, ...]], shapes: Params) -> Params:
 
 
 def stacked(
-    layer: type[nn.Module], runtime: Runtime, depth: int, in_axes: tuple[object, ...]
+    layer: type[nn.Module], runtime: Runtime, depth: int, in_axes: PyTree
 ) -> Callable[[Model], nn.Module]:
     """The class of ``depth`` layers scanned over axis 0 of their parameters.
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.base import Model, Params
 from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
@@ -299,7 +300,8 @@ class DecoderModel(Model):
     ) -> tuple[Float[Array, "B t V"], KeyValues]:
         """Logits of the last ``scored`` positions, at least one, and the keys and values of all."""
         bank = injection.embeddings
-        return Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
+        output: PyTree = Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
+        return output
 
     def _key_values(
         self,
@@ -311,20 +313,22 @@ class DecoderModel(Model):
     ) -> KeyValues:
         """The keys and values of a pass without logits."""
         bank = injection.embeddings
-        return Decoder(self).apply({"params": params}, ids, bank, past, context, 0)[1]
+        output: PyTree = Decoder(self).apply({"params": params}, ids, bank, past, context, 0)
+        return output[1]
 
     def logits(
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        targets: Int[Array, "B T"],
-        target_segments: Int[Array, "B T"],
-        dropout_seed: Int[Array, " B"] | None = None,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+        targets: Int[AnyArray, "B T"],
+        target_segments: Int[AnyArray, "B T"],
+        dropout_seed: Int[AnyArray, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Teacher-forced logits in one pass over inputs and targets; there is no dropout."""
-        text = _text(self, inputs, segments)
+        text = _text(self, jnp.asarray(inputs), jnp.asarray(segments))
+        targets, target_segments = jnp.asarray(targets), jnp.asarray(target_segments)
         ids, positions = _decoder_inputs(text, targets, target_segments)
         text_mask = _self_mask(self, text.ids, text.segments, text.positions, is_input=True)
         target_mask = _self_mask(self, ids, target_segments, positions, is_input=False)
@@ -342,11 +346,11 @@ class DecoderModel(Model):
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
     ) -> Prefill:
         """The keys and values of the inputs."""
-        text = _text(self, inputs, segments)
+        text = _text(self, jnp.asarray(inputs), jnp.asarray(segments))
         context = LayerContext(
             _angles(self.config, text.positions),
             _self_mask(self, text.ids, text.segments, text.positions, is_input=True),
@@ -425,7 +429,7 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Params:
     """Random float32 parameters: embeddings N(0, 1), all else by fan-in."""
     ids, module = jnp.ones((1, 1), jnp.int32), Decoder(DecoderModel(config))
     context = LayerContext(_angles(config, ids), jnp.ones((1, 1, 1), bool))
-    variables: Params = module.init({"params": key}, ids, None, PastKeyValues(), context, 1)
+    variables: PyTree = module.init({"params": key}, ids, None, PastKeyValues(), context, 1)
     return variables["params"]
 
 

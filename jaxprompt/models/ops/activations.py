@@ -1,6 +1,5 @@
 """Activation functions, and the product of a gated MLP (Shazeer 2020, arXiv 2002.05202)."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def gate(
     a: Float[Array, "*B F"], b: Float[Array, "*B F"], activation: str, mixed: bool = False
 ) -> Float[Array, "*B F"]:
@@ -24,12 +22,19 @@ def gate(
 
     mixed: they are kept in bfloat16; the next product rounds their gradients to it anyway.
     """
+    return _gate(a, b, activation, mixed)
+
+
+def _gated(a: jax.Array, b: jax.Array, activation: str, mixed: bool) -> jax.Array:
     return ACTIVATIONS[activation](a) * b
+
+
+_gate = jax.custom_vjp(_gated, nondiff_argnums=(2, 3))
 
 
 def _gate_forward(a, b, activation, mixed):
     residuals = (to_bits(a), to_bits(b), jnp.zeros((0,), a.dtype)) if mixed else (a, b, a)
-    return gate(a, b, activation, mixed), residuals
+    return _gated(a, b, activation, mixed), residuals
 
 
 def _gate_backward(activation, mixed, residuals, cotangent):
@@ -39,4 +44,4 @@ def _gate_backward(activation, mixed, residuals, cotangent):
     return jax.vjp(lambda a, b: ACTIVATIONS[activation](a) * b, a, b)[1](cotangent)
 
 
-gate.defvjp(_gate_forward, _gate_backward)
+_gate.defvjp(_gate_forward, _gate_backward)

@@ -48,7 +48,7 @@ def dense(
         runtime: says whether the product is mixed, and which part of a weight this device holds.
     """
     if runtime.place.fsdp == 1 and not is_quantized(weight):
-        return matmul(spec, x, weight, runtime.mixed)
+        return matmul(spec, x, dequantize(weight, x.dtype), runtime.mixed)
     if runtime.place.trained:
         return jax.checkpoint(functools.partial(_dense_stored, spec, runtime=runtime))(x, weight)
     return _dense_frozen(spec, x, weight, runtime)
@@ -69,7 +69,7 @@ def _full_weight(spec: str, stored: Weight, dtype: jnp.dtype, runtime: Runtime) 
     if runtime.place.fsdp > 1:
         axes = [_AXES.get(letter) for letter in re.split(",|->", spec)[1]]
         stored = parallel.all_gather_fsdp(stored, axes, runtime.place)
-    return dequantize(stored, dtype) if is_quantized(stored) else stored
+    return dequantize(stored, dtype)
 
 
 def _dense_frozen_forward(spec, x, stored, runtime):
@@ -94,8 +94,7 @@ def _of_heads(spec: str) -> bool:
     return "nh" in spec and all("nh" in term or not {"n", "h"} & {*term} for term in terms)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: str, mixed: bool, a: jax.Array, b: jax.Array) -> jax.Array:
+def _multiply(spec: str, mixed: bool, a: jax.Array, b: jax.Array) -> jax.Array:
     kind = jnp.bfloat16 if mixed else a.dtype
     a, b = a.astype(kind), b.astype(kind)
     first, second, result = re.split(",|->", spec)
@@ -112,6 +111,9 @@ def _product(spec: str, mixed: bool, a: jax.Array, b: jax.Array) -> jax.Array:
     if mixed and leading in second and leading not in first:
         spec, a, b = f"{second},{first}->{result}", b, a
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32 if mixed else None)
+
+
+_product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1))
 
 
 def _reshaped(x: jax.Array, term: str, sizes: tuple[int, ...], old: str = "nh") -> jax.Array:
@@ -162,10 +164,10 @@ def head(
     with a transposed result, which the table's gradient would be.
     """
     spec = "btd,vd->btv" if tied else "btd,dv->btv"
-    table = dequantize(table, y.dtype) if is_quantized(table) else table
+    plain = dequantize(table, y.dtype)
     if mixed:
-        return matmul(spec, y, table, mixed=True)
-    return jnp.einsum(spec, y, table.astype(y.dtype), preferred_element_type=jnp.float32)
+        return matmul(spec, y, plain, mixed=True)
+    return jnp.einsum(spec, y, plain.astype(y.dtype), preferred_element_type=jnp.float32)
 
 
 def float32_product(spec: str, a: jax.Array, b: jax.Array, mixed: bool) -> Float[Array, "..."]:

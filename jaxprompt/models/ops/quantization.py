@@ -7,7 +7,7 @@ have one for each 32 inputs of an output.
 
 import importlib
 import math
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -118,12 +118,15 @@ def is_quantized(weight: Weight) -> bool:
 
 
 def dequantize(stored: Weight, dtype: DTypeLike) -> jax.Array:
-    """The numbers of a quantized array, in ``dtype``, or of bits, in bfloat16."""
+    """The numbers of a weight: of a quantized array in ``dtype``, of bits in bfloat16.
+
+    A weight that is not quantized is returned as it is.
+    """
     if isinstance(stored, jax.Array):
-        return from_bits(stored)
+        return from_bits(stored) if is_quantized(stored) else stored
     import qwix
 
-    return qwix.dequantize(stored).astype(dtype)
+    return qwix.dequantize(cast("qwix.QArray", stored)).astype(dtype)
 
 
 def count(params: PyTree) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.models import blocks
 from jaxprompt.models.base import Model, Params
 from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
@@ -188,7 +189,9 @@ class DecoderLayer(nn.Module):
 
     def _cross_attend(self, y, cache: LayerCache | None, context: LayerContext):
         mask, attention = context.cross_attention_mask, self.cross_attention
+        assert mask is not None
         if cache is None:
+            assert context.encoded is not None
             return attention.cross_attend(y, context.encoded, mask, context.cross_dropout)
         return attention.attend(y, (cache.cross_key, cache.cross_value), mask, None, None)
 
@@ -261,7 +264,7 @@ class T5(nn.Module):
             positions = jnp.arange(decoder_inputs.shape[1])
             visible = positions[None, :] <= positions[:, None]
         else:
-            positions, visible = tree.depths, tree.visible
+            positions, visible = jnp.asarray(tree.depths), jnp.asarray(tree.visible)
         mask = dense_mask(segment_mask(segments, segments) & visible)
         widths = self.model.layout.packed_widths
         cross_mask = cross_attention_mask(segments, encoded.segments, widths)
@@ -337,15 +340,16 @@ class T5Model(Model):
 
     def _apply(self, params: Params, method: str, *args: PyTree) -> PyTree:
         rngs = {"dropout": jax.random.key(0)}  # a stream for each layer; a batch's seeds vary
-        return T5(self).apply({"params": params}, *args, rngs=rngs, method=method)
+        arrays = jax.tree.map(jnp.asarray, args)
+        return T5(self).apply({"params": params}, *arrays, rngs=rngs, method=method)
 
     def encode(
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        dropout_seed: Int[Array, " R"] | None = None,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Encoder output for ids that may be virtual; segment 0 is padding."""
         return self._apply(params, "encode", injection, inputs, segments, dropout_seed)
@@ -355,9 +359,9 @@ class T5Model(Model):
         params: Params,
         injection: Injection,
         encoded: Encoded,
-        decoder_inputs: Int[Array, "R T"],
-        target_segments: Int[Array, "R T"],
-        dropout_seed: Int[Array, " R"] | None = None,
+        decoder_inputs: Int[AnyArray, "R T"],
+        target_segments: Int[AnyArray, "R T"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
         tree: Tree | None = None,
     ) -> Float[Array, "R T V"]:
         """Teacher-forced float32 logits.
@@ -383,24 +387,28 @@ class T5Model(Model):
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        targets: Int[Array, "R T"],
-        target_segments: Int[Array, "R T"],
-        dropout_seed: Int[Array, " R"] | None = None,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+        targets: Int[AnyArray, "R T"],
+        target_segments: Int[AnyArray, "R T"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R T V"]:
-        encoded = Encoded(self.encode(params, injection, inputs, segments, dropout_seed), segments)
-        shifted = shift_right(targets, target_segments, self.config.decoder_start_id)
+        encoded = Encoded(
+            self.encode(params, injection, inputs, segments, dropout_seed), jnp.asarray(segments)
+        )
+        shifted = shift_right(
+            jnp.asarray(targets), jnp.asarray(target_segments), self.config.decoder_start_id
+        )
         return self.decode(params, injection, encoded, shifted, target_segments, dropout_seed)
 
     def prefill(
         self,
         params: Params,
         injection: Injection,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
     ) -> Encoded:
-        return Encoded(self.encode(params, injection, inputs, segments), segments)
+        return Encoded(self.encode(params, injection, inputs, segments), jnp.asarray(segments))
 
     def score_tree(
         self, params: Params, injection: Injection, prefill: Encoded, tree: Tree
@@ -454,7 +462,7 @@ class T5Model(Model):
 def init_params(config: T5Config, key: jax.Array) -> Params:
     """Random float32 parameters with T5's scales: embeddings N(0, 1), all else by fan-in."""
     ids = jnp.ones((1, 2), jnp.int32)
-    variables: Params = T5(T5Model(config)).init({"params": key}, ids, ids, ids)
+    variables: PyTree = T5(T5Model(config)).init({"params": key}, ids, ids, ids)
     return variables["params"]
 
 

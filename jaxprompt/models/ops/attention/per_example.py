@@ -152,9 +152,11 @@ class _Form:
     row_length: int  # of queries
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form, query, key, value, bias, keep, mask):
+def _attend_each(form, query, key, value, bias, keep, mask) -> jax.Array:
     return _forward(form, query, key, value, bias, keep, mask)[0]
+
+
+_attend = jax.custom_vjp(_attend_each, nondiff_argnums=(0,))
 
 
 def _stored(x: jax.Array, mixed: bool) -> jax.Array:
