@@ -16,7 +16,6 @@ from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.checkpoints.save import save_hf
-from jaxprompt.models.decoder import decoder
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.runtime import parallel
@@ -113,7 +112,7 @@ def test_logits_and_gradient_with_a_prompt_equal_pytorch(name, shared):
 def test_greedy_tokens_equal_pytorch(name):
     b, g = backbone(name), golden(name)
     batch = make_batch(examples_of(g))
-    arguments = b.params, decoder.Prompts(None), b.model, batch.inputs, batch.segments
+    arguments = b.params, Injection(), b.model, batch.inputs, batch.segments
     found = np.asarray(generate.greedy(*arguments, g["generated"].shape[1]))
     expected = np.where(g["generated"] < 0, b.config.pad_id, g["generated"])
     assert np.array_equal(found, expected)
@@ -126,13 +125,13 @@ def test_beams_of_a_batch_are_those_of_its_rows(name):
 
     def search(rows, beams):
         ids, segments = batch.inputs[rows], batch.segments[rows]
-        arguments = b.params, decoder.Prompts(None), b.model, ids, segments
+        arguments = b.params, Injection(), b.model, ids, segments
         return np.asarray(generate.beam(*arguments, BeamSearch(6, beams, 0.0)))
 
     together, count = search(slice(None), 3), len(batch.inputs)
     alone = [search(slice(row, row + 1), 3)[0] for row in range(count)]
     np.testing.assert_array_equal(together, np.stack(alone))
-    arguments = b.params, decoder.Prompts(None), b.model, batch.inputs, batch.segments
+    arguments = b.params, Injection(), b.model, batch.inputs, batch.segments
     np.testing.assert_array_equal(search(slice(None), 1), generate.greedy(*arguments, 6))
 
 
