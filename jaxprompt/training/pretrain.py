@@ -526,7 +526,7 @@ def fill_in(
         parallel.device_put_global(np.asarray(x), parallel.replicated(mesh))
         for x in (batch.inputs, batch.segments)
     )
-    written = generate.greedy(params, None, model, inputs, segments, config.target_length)
+    written = generate.greedy(params, Injection(), model, inputs, segments, config.target_length)
     return [
         {
             "held_out": stream.name,

@@ -84,7 +84,7 @@ def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
     segments[2] = 0
 
     def generated(params, bank=None):
-        given = params, bank, model, ids * segments, segments
+        given = params, Injection(bank), model, ids * segments, segments
         if beams:
             return np.asarray(generate.beam(*given, BeamSearch(4, beams)))
         return np.asarray(generate.greedy(*given, 4))
@@ -293,7 +293,7 @@ def test_one_beam_without_a_penalty_is_greedy(tiny):
     segments[4] = 0
     first = int(generate.greedy(params, Injection(), model, ids, segments, 8)[0, 1])
     model = model.with_config(eos_id=first)  # so that a row ends early
-    given = params, None, model, ids * segments, segments
+    given = params, Injection(), model, ids * segments, segments
     expected = np.asarray(generate.greedy(*given, 8))
     np.testing.assert_array_equal(generate.beam(*given, BeamSearch(8, 1, 0.0)), expected)
     assert (expected[0] == model.config.pad_id).any() and not expected[4].any()
