@@ -23,6 +23,7 @@ from jaxprompt.models.checkpoints.leaf import DTYPES, Leaf, Piece, Tensor, fill,
 from jaxprompt.models.checkpoints.load import load_backbone, same_model
 from jaxprompt.models.checkpoints.metadata import told
 from jaxprompt.models.checkpoints.save import save_hf
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel
 
@@ -81,7 +82,10 @@ def test_frozen_operands_are_rounded_once_where_they_would_be_at_every_use(name)
     assert kinds["query"] == kinds["wo"] == "bfloat16"
     ids = jnp.arange(3, 9).reshape(2, 3)
     one = jnp.ones_like(ids)
-    a, b = (jax.jit(x.model.logits)(x.params, None, ids, one, ids, one) for x in (trained, frozen))
+    a, b = (
+        jax.jit(x.model.logits)(x.params, Injection(), ids, one, ids, one)
+        for x in (trained, frozen)
+    )
     np.testing.assert_array_equal(a, b)
 
 
