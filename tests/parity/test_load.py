@@ -82,10 +82,8 @@ def test_frozen_operands_are_rounded_once_where_they_would_be_at_every_use(name)
     assert kinds["query"] == kinds["wo"] == "bfloat16"
     ids = jnp.arange(3, 9).reshape(2, 3)
     one = jnp.ones_like(ids)
-    a, b = (
-        jax.jit(x.model.logits)(x.params, Injection(), ids, one, ids, one)
-        for x in (trained, frozen)
-    )
+    given = Injection(), ids, one, ids, one
+    a, b = (jax.jit(x.model.logits)(x.params, *given) for x in (trained, frozen))
     np.testing.assert_array_equal(a, b)
 
 
