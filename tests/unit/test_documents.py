@@ -93,6 +93,17 @@ def test_commands_have_the_options_that_they_are_given(path):
             parse(PretrainConfig if name == "pretrain" else RunConfig, values)
 
 
+@by_path
+def test_scripts_have_the_options_that_they_are_given(path):
+    for line in commands(path):
+        named = re.match(r"(?:\S+=\S+ )*(?:python3? )?(scripts/[\w/.-]+\.(?:py|sh))(.*)", line)
+        if named:
+            script = ROOT / named[1]  # which shares options with those beside it
+            source = "".join(p.read_text() for p in (script, *script.parent.glob("*.py")))
+            options = re.findall(r"(?<!\S)--[\w-]+", named[2])
+            assert [option for option in options if f'"{option}"' not in source] == [], line
+
+
 def test_markdown_of_the_repository_is_among_the_documents():
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
     known = {str(p.relative_to(ROOT)) for p in DOCUMENTS}
