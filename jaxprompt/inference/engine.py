@@ -134,14 +134,14 @@ class Engine(NamedTuple):
         self, program: Program, examples: Sequence[Example], batch_size: int, pack: bool
     ) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """The numbers of the examples of each batch, and its results on the devices."""
-        model = registry.with_shared_prefix(
-            self.model, [example.inputs for example in examples], self.prompt_length
-        )
-        injection = _prepare(self.params, self.injection, model)
-        model, batches = self._batches(model, program.logits, examples, batch_size, pack)
-        compiled = self.compile(program, injection, model)
-        for batch, numbers in batches:
-            yield numbers, compiled(batch)
+        inputs = [example.inputs for example in examples]
+        for model, chosen in registry.by_shared_prefix(self.model, inputs, self.prompt_length):
+            injection = _prepare(self.params, self.injection, model)
+            some = [examples[number] for number in chosen]
+            placed, batches = self._batches(model, program.logits, some, batch_size, pack)
+            compiled = self.compile(program, injection, placed)
+            for batch, numbers in batches:
+                yield np.where(numbers < 0, -1, chosen[numbers]), compiled(batch)
 
     def _batches(
         self, model: registry.Model, logits: int, examples: Sequence[Example], most: int,

@@ -9,6 +9,15 @@ from jaxtyping import Bool, Int
 _LABELS_AT_ONCE = 8
 
 
+def node_bucket(count: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is not below ``count``.
+
+    Trees are padded to it, so that tasks whose labels have other numbers of nodes share programs.
+    """
+    power = 1 << max(count - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
 class Tree(NamedTuple):
     """Beginnings of answers. Each is a node that attends to the nodes which it begins with.
 
@@ -37,7 +46,7 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     size = -(-len(labels) // count)
     groups = [labels[i : i + size] for i in range(0, len(labels), size)]
     pairs = [_tree(group) for group in groups]
-    most = max(len(beginnings) for beginnings, _ in pairs)
+    most = node_bucket(max(len(beginnings) for beginnings, _ in pairs))
     nodes = np.concatenate([nodes for _, nodes in pairs])
     trees = [_padded(beginnings, most) for beginnings, _ in pairs]
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)

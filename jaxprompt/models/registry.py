@@ -49,26 +49,45 @@ def with_attention(model: AnyModel, attention: str) -> AnyModel:
     return model.with_runtime(attention=attention) if one_sequence(model.config) else model
 
 
+def _starts_with_prompt(ids: Int[np.ndarray, " s"], length: int, vocab_size: int) -> bool:
+    """Whether ids are the ``length`` vectors of one prompt in order, and then only words."""
+    if len(ids) <= length:
+        return False
+    first = ids[0] - vocab_size
+    whole = first >= 0 and first % length == 0
+    in_order = np.array_equal(ids[:length] - ids[0], np.arange(length))
+    return bool(whole and in_order and np.all(ids[length:] < vocab_size))
+
+
+def by_shared_prefix(
+    model: AnyModel, inputs: Sequence[Int[np.ndarray, " s"]], length: int
+) -> list[tuple[AnyModel, Int[np.ndarray, " n"]]]:
+    """Models for inputs of prompts of ``length`` vectors, and the numbers of the inputs of each.
+
+    A model that reads from left to right can compute a prompt once for all rows that start with it
+    and go on with text. Where the prompt stands is a matter of the task's template, so nearly
+    always there is one model for all. It is looked up in each input and never taken on trust; an
+    input without text, say, is left to the model that promises nothing. Which model an input gets
+    does not depend on the others.
+    """
+    numbers = np.arange(len(inputs))
+    if not one_sequence(model.config) or model.runtime.attention == "prefix" or not length:
+        return [(model, numbers)]
+    vocab_size = model.config.vocab_size
+    starts = np.array([_starts_with_prompt(ids, length, vocab_size) for ids in inputs], bool)
+    pairs = [
+        (model.with_layout(shared_prefix_length=length), numbers[starts]),
+        (model.with_layout(shared_prefix_length=0), numbers[~starts]),
+    ]
+    return [(each, chosen) for each, chosen in pairs if len(chosen)]
+
+
 def with_shared_prefix(
     model: AnyModel, inputs: Sequence[Int[np.ndarray, " s"]], length: int
 ) -> AnyModel:
-    """The model for inputs of which each may start with the ``length`` vectors of one prompt.
-
-    Where all of them do, and have text after it, a model that reads from left to right can compute
-    the prompt's share once for all rows. It is looked up in the ids, never taken on trust.
-    """
-    if not one_sequence(model.config) or model.runtime.attention == "prefix" or not length:
-        return model
-    offsets, vocabulary = np.arange(length), model.config.vocab_size
-
-    def leads(ids: np.ndarray) -> bool:
-        if len(ids) <= length:
-            return False
-        first = ids[0] - vocabulary
-        return first >= 0 and first % length == 0 and np.array_equal(ids[:length] - ids[0], offsets)
-
-    whole = all(leads(ids) and np.all(ids[length:] < vocabulary) for ids in inputs)
-    return model.with_layout(shared_prefix_length=length if whole and len(inputs) else 0)
+    """The one model for all of the inputs of a run, see ``by_shared_prefix``."""
+    models = [each for each, _ in by_shared_prefix(model, inputs, length)]
+    return models[0] if len(models) == 1 else model.with_layout(shared_prefix_length=0)
 
 
 # shorter ones are padded to much the same lengths anyway, and cost more one by one

@@ -12,6 +12,7 @@ from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import Example, make_batch, pack_batch
 from jaxprompt.data.virtual_tokens import virtual_ids
 from jaxprompt.inference import generate, rank, score
+from jaxprompt.inference.engine import make_engine, num_compilations
 from jaxprompt.inference.generate import BeamSearch
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import load_backbone
@@ -237,6 +238,31 @@ def test_what_leads_is_looked_up_in_the_ids():
     assert registry.with_shared_prefix(model, [], 4).layout.shared_prefix_length == 0
     prefix = model.with_runtime(attention="prefix")
     assert registry.with_shared_prefix(prefix, [np.concatenate([front, text])], 4) == prefix
+
+
+def test_which_program_answers_a_row_does_not_depend_on_the_other_rows():
+    """Other texts compile nothing new, and a row without text leaves the others as they are."""
+    b, g = backbone("llama"), golden("llama")
+    front = virtual_ids(b.config.vocab_size, len(g["prompt"]))
+    engine = make_engine(b.params, Injection(jnp.asarray(g["prompt"])[None]), b.model)
+
+    def scores(*texts):
+        rows = [
+            Example(np.concatenate([front, np.array(text, np.int32)]), np.array([5, 2], np.int32))
+            for text in texts
+        ]
+        return score.log_likelihoods(engine, rows, batch_size=2)
+
+    alone = scores([7, 8, 9], [3])
+    compiled = num_compilations()
+    scores([4, 4], [6, 7, 8, 9])
+    assert num_compilations() == compiled
+    with_empty = scores([7, 8, 9], [], [3])
+    assert num_compilations() == compiled + 1  # the program of rows that do not share a prefix
+    np.testing.assert_array_equal(with_empty[[0, 2]], alone)
+    scores([8], [4, 5, 6], [])
+    np.testing.assert_array_equal(with_empty[1], scores([])[0])
+    assert num_compilations() == compiled + 1
 
 
 def test_labels_are_scored_as_if_each_were_the_target():
