@@ -1,8 +1,8 @@
-"""A look at the header of a GGUF file before the ``gguf`` package walks it.
+"""A check of the header of a GGUF file before the ``gguf`` package reads it.
 
-The package believes every length that a file declares, and makes some objects for each element of
-an array: a file of 100 bytes can keep it busy for ever. This walk compares all lengths with the
-size of the file, and makes nothing.
+The package trusts every length that a file declares, and makes some objects for each element of an
+array. So a file of 100 bytes can keep it busy for ever. This walk compares all lengths with the
+size of the file, and makes no objects.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -16,7 +16,7 @@ from jaxprompt.config.errors import UserError
 # bytes of a scalar by its type number: integers, floats and bool
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
-_MOST_ELEMENTS = 1 << 22  # of all arrays together; the largest vocabularies have a quarter of it
+_MOST_ELEMENTS = 1 << 22  # of all arrays together; the largest vocabularies have a quarter as many
 _MOST_DEPTH, _MOST_AXES = 4, 4
 _FEWEST_BITS = 1  # a value of the smallest quantised kind
 
@@ -55,7 +55,7 @@ class _Walk:
         self.at += length
 
     def count(self, least: int, what: str) -> int:
-        """A declared number of things that take at least so many bytes each."""
+        """A declared number of things that take at least ``least`` bytes each."""
         number = self.take("Q")
         if number * least > self.size - self.at:
             raise _Malformed(f"it declares {number} {what} in {self.size - self.at} bytes")

@@ -1,7 +1,7 @@
 """The tokenizer that a GGUF file carries, and access to such files through the ``gguf`` package."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.data.gguf_header import check_header
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import gguf
     import tokenizers
     import transformers
+
+_Item = TypeVar("_Item", int, str)
 
 # How text is cut before merges apply, by the name that llama.cpp gives it (llama-vocab.cpp): the
 # regular expression, or None for GPT-2's, and whether every digit stands alone
@@ -40,19 +42,23 @@ def open_gguf(path: Path) -> "gguf.GGUFReader":
     check_header(path)
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # a damaged file raises whatever NumPy happens to meet
+    except Exception as error:  # damage raises whatever NumPy comes across
         problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} is truncated or not a GGUF file: {problem}; download it again"
         ) from None
 
 
-def value(reader: "gguf.GGUFReader", key: str, default: Any = None) -> Any:
-    """A field of the file's metadata. Raises UserError where it cannot be read as its type says."""
+def value(reader: "gguf.GGUFReader", key: str, default: object = None) -> object:
+    """A field of the file's metadata; ``default`` if the file does not have it.
+
+    Raises:
+        UserError: the field is not what its type says.
+    """
     field = reader.fields.get(key)
     try:
         return default if field is None else field.contents()
-    except Exception as error:  # text that is not UTF-8, parts that are not there
+    except Exception as error:  # text that is not UTF-8, missing parts
         problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"The metadata {shown(key)} of the GGUF file cannot be read: {problem}; download it "
@@ -78,7 +84,8 @@ def load_gguf_tokenizer(path: Path) -> "transformers.PreTrainedTokenizerFast":
             f"is read from GGUF ({', '.join(_CUTS)}); name one with tokenizer: in the YAML or "
             "--tokenizer"
         )
-    words, merges, types = (_list(path, reader, key) for key in ("tokens", "merges", "token_type"))
+    words, merges = (_list(path, reader, key, str) for key in ("tokens", "merges"))
+    types = _list(path, reader, "token_type", int)
     if not words or value(reader, "tokenizer.ggml.merges") is None:
         raise UserError(
             f"{path} has no vocabulary with merges; name a tokenizer with tokenizer: in the YAML "
@@ -99,9 +106,14 @@ def load_gguf_tokenizer(path: Path) -> "transformers.PreTrainedTokenizerFast":
 def _byte_level_bpe(
     path: Path, words: list[str], merges: list[str], control: list[str], cut: str
 ) -> "tokenizers.Tokenizer":
-    """The tokenizer itself: a word's id is its place; ``cut`` names how text is cut before merges.
+    """The tokenizer itself. The id of a word is its place in ``words``.
 
-    Raises UserError where a merge makes a piece that is not in the vocabulary.
+    Args:
+        control: words that are special tokens.
+        cut: the name of the way in which text is cut before merges apply.
+
+    Raises:
+        UserError: a merge makes a piece that is not in the vocabulary.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -143,13 +155,13 @@ def _named_tokens(path: Path, reader: "gguf.GGUFReader", words: list[str]) -> di
     return named
 
 
-def _list(path: Path, reader: "gguf.GGUFReader", key: str) -> list[Any]:
-    """A list of texts (or of whole numbers: token types) from the metadata; [] without one."""
+def _list(path: Path, reader: "gguf.GGUFReader", key: str, kind: type[_Item]) -> list[_Item]:
+    """A list of texts or of whole numbers from the metadata; [] if the file does not have it."""
     items = value(reader, f"tokenizer.ggml.{key}")
-    wanted, name = (int, "numbers") if key == "token_type" else (str, "texts")
     if items is None:
         return []
-    if not isinstance(items, list) or not all(type(item) is wanted for item in items):
+    if not isinstance(items, list) or not all(type(item) is kind for item in items):
+        name = "numbers" if kind is int else "texts"
         raise UserError(
             f"{path}: tokenizer.ggml.{key} is {shown(items)}, expected a list of {name}"
         )

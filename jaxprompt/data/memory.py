@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Protocol, runtime_checkable
 
 from jaxprompt.config.errors import UserError, listed, shown
-from jaxprompt.data.rows import Row, Rows, plain_value
+from jaxprompt.data.rows import IndexedRows, Row, Rows, plain_value
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,8 +63,8 @@ def rows_in_memory(rows: object, origin: str | None = None) -> Rows:
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     check_rows(rows, origin)
     assert isinstance(rows, Sequence | Iterable)
-    if not isinstance(rows, list | tuple):
-        return rows  # pyright: ignore[reportReturnType]  # a data set on disk is read row by row
+    if not isinstance(rows, list | tuple):  # a data set on disk is read row by row
+        return IndexedRows(rows)  # pyright: ignore[reportArgumentType]
     return [{key: plain_value(value) for key, value in row.items()} for row in rows]
 
 

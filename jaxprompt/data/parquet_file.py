@@ -1,24 +1,23 @@
 """Rows of a parquet file, all at once or as they are asked for."""
 
 import contextlib
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
-from jaxprompt.data.rows import Row, Rows, plain_value
+from jaxprompt.data.rows import LazyRows, Row, Rows, plain_value
 
 if TYPE_CHECKING:
     import pyarrow
 
-LAZY_FROM = 100_000  # rows; a file with more of them is not read at once
-BLOCK = 1024  # rows that are made together then
+LAZY_FROM = 100_000  # rows; a file with more rows is not read at once
+BLOCK = 1024  # rows that are then made together
 
 
-class _ParquetRows(Sequence[Row]):
+class _ParquetRows(LazyRows):
     """Rows of a parquet file that are made when they are asked for.
 
     Python's objects take more memory than the file, so only a batch of rows is there at a time.
@@ -37,7 +36,7 @@ class _ParquetRows(Sequence[Row]):
             raise UserError(f"{path} cannot be read as parquet: a row group of {min(sizes)} rows.")
         self._starts = np.cumsum([0, *sizes])
         self._batches, self._next = iter(()), len(self)  # what is read next, from which row on
-        self._start, self._rows = 0, []  # of the batch at hand
+        self._start, self._rows = 0, []  # of the current batch
         names = self._file.schema_arrow.names
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -74,16 +73,10 @@ class _ParquetRows(Sequence[Row]):
         if start != len(self):
             raise UserError(f"{self._path} cannot be read as parquet: it has {start} rows.")
 
-    def __getitem__(self, index: Any) -> Any:  # a number -> a row, a slice -> rows
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = operator.index(index)
-        index += len(self) * (index < 0)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if not self._start <= index < self._start + len(self._rows):
-            self._load(index)
-        return dict(self._rows[index - self._start])
+    def row(self, number: int) -> Row:
+        if not self._start <= number < self._start + len(self._rows):
+            self._load(number)
+        return dict(self._rows[number - self._start])
 
     def _load(self, index: int) -> None:
         """Make the rows of the batch that holds a row."""

@@ -1,26 +1,27 @@
-"""Encoding in which no text can spell a special token.
+"""An encoding in which no text can spell a special token.
 
-A vocabulary holds its special tokens as pieces, so text can spell one in many ways: as it stands,
-in other characters (normalisation turns "\uff1c/s\uff1e" into "</s>"), or in halves that a
-template joins. Here a copy of the tokenizer knows each reserved token by another name: its mark,
-one character of a private-use plane of Unicode. Text that may name special tokens is given marks
-where it does (``Marks.put``), and all other text loses them (``Marks.remove``).
+A vocabulary has its special tokens as pieces, so text can spell one in many ways: literally, in
+other characters (normalisation turns "\uff1c/s\uff1e" into "</s>"), or in halves that a template
+joins. Here a copy of the tokenizer gives each reserved token another name, its mark: one character
+of a private-use plane of Unicode. In text that may name special tokens, the names become marks
+(``Marks.put``). From all other text, marks are removed (``Marks.remove``).
 """
 
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxprompt.data.long_text import Cuts, Spec, cuts_of
 
 if TYPE_CHECKING:
     import tokenizers
+    from transformers import PreTrainedTokenizerBase
 
-_FIRST, _LAST = 0xF0000, 0x10FFFB  # planes 15 and 16, but for three characters:
+_FIRST, _LAST = 0xF0000, 0x10FFFB  # planes 15 and 16, without these three characters:
 _INSIDE = "\U0010fffc"  # in front of a text that continues another
 _GLUE = "\U0010fffd"  # see _glued
-_ANY = "\U0010ffff"  # what stands for a mark that was removed
+_ANY = "\U0010ffff"  # in place of a mark that was removed
 _BLANK = "\u2581"  # how SentencePiece writes a blank
 
 
@@ -36,7 +37,7 @@ class Marks(NamedTuple):
         return self.names.sub(lambda name: self.of[name[0]], text)
 
     def remove(self, text: str) -> str:
-        """The text without characters that are marks; a vocabulary knows neither them nor this."""
+        """The text with ``_ANY`` in place of marks; no vocabulary has that character."""
         return self.used.sub(_ANY, text)
 
     def continued(self, text: str) -> str:
@@ -61,10 +62,10 @@ def make_marks(vocabulary: Sequence[str], reserved: Sequence[str]) -> Marks:
 
 
 class Encoder(NamedTuple):
-    """What turns marked text into ids, and what goes with it."""
+    """Turns marked text into ids."""
 
     start: "tokenizers.Tokenizer"  # for text that begins a sequence
-    inside: "tokenizers.Tokenizer"  # for text that continues one
+    inside: "tokenizers.Tokenizer"  # for text that continues a sequence
     glue: int | None  # the id of _GLUE; see _glued
     glued: re.Pattern[str]  # marks after which there is glue
     cuts: Cuts  # where a long text may be cut
@@ -98,7 +99,7 @@ def make_encoder(
 ) -> Encoder | None:
     """A copy of ``fast`` that knows reserved tokens by their marks.
 
-    None where the copy has other ids than the original, as a tokenizer of an unknown kind may.
+    None if the copy has other ids than the original, which may happen for an unknown kind.
     """
     spec = json.loads(fast.to_str())
     spec |= {"post_processor": None, "truncation": None, "padding": None}
@@ -117,7 +118,7 @@ def make_encoder(
 
 
 def _built(spec: Spec) -> "tokenizers.Tokenizer | None":
-    """The tokenizer of this JSON form; None where the library cannot make one."""
+    """The tokenizer of this JSON form; None if the library cannot make one."""
     import tokenizers
 
     try:
@@ -169,14 +170,14 @@ def _as_sentencepiece(spec: Spec) -> None:
 def _glued(spec: Spec) -> int | None:
     """The id of a new piece, to stand between a sentinel and the text that is glued to it.
 
-    The library begins what follows an added token with a blank, as it begins the whole text;
-    SentencePiece does not: "<extra_id_0>." has no blank. The new piece takes the blank, and is left
-    out of the result. None where the tokenizer is of another kind.
+    The library puts a blank after an added token, as it does in front of the whole text.
+    SentencePiece does not: "<extra_id_0>." has no blank. The new piece takes the blank, and its id
+    is left out of the result. None if the tokenizer is of another kind.
     """
     model, cuts = spec["model"], _parts(spec, "pre_tokenizer")
     count = len(model["vocab"])
     blank = any(p["type"] == "Metaspace" and p["prepend_scheme"] == "always" for p in cuts)
-    # tokens that were added behind the vocabulary would move
+    # tokens that were added after the vocabulary would get other ids
     if not blank or model["type"] != "Unigram" or spec["added_tokens"][-1]["id"] >= count:
         return None
     model["vocab"].append([_BLANK + _GLUE, 0.0])
@@ -184,7 +185,7 @@ def _glued(spec: Spec) -> int | None:
 
 
 def _without_dummy_blank(spec: Spec) -> bool:
-    """Take out the blank that SentencePiece puts in front of a text; False where it puts none."""
+    """Take out the blank that SentencePiece puts in front of a text; False if it puts none."""
     changed = False
     for part in _parts(spec, "pre_tokenizer"):
         if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
@@ -197,9 +198,21 @@ def _without_dummy_blank(spec: Spec) -> bool:
 
 
 def encode_slowly(
-    inner: Any, marks: Marks, ids: dict[str, int], unknown: int | None, texts: Sequence[str]
+    inner: "PreTrainedTokenizerBase",
+    marks: Marks,
+    ids: dict[str, int],
+    unknown: int | None,
+    texts: Sequence[str],
 ) -> list[list[int]]:
-    """The same for a tokenizer that is written in Python: text between marks is cut alone."""
+    """``Encoder.encode`` for a tokenizer that is written in Python.
+
+    The texts between marks are encoded one by one.
+
+    Args:
+        ids: name of each reserved token -> its id.
+        unknown: the id of the unknown piece.
+        texts: marked texts.
+    """
     at = {mark: ids[name] for name, mark in marks.of.items()}
     names = {id: name for name, id in ids.items() if name in marks.of and id != unknown}
     cut = lambda text: inner(

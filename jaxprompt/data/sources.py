@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, looked_in
@@ -11,7 +10,7 @@ from jaxprompt.data.csv_file import read_csv
 from jaxprompt.data.json_lines import read_jsonl
 from jaxprompt.data.memory import held_rows
 from jaxprompt.data.parquet_file import read_parquet
-from jaxprompt.data.rows import Row, Rows, plain_value
+from jaxprompt.data.rows import IndexedRows, Row, Rows, plain_value
 
 PACKAGED = Path(__file__).parent.parent / "builtin" / "data"
 
@@ -121,7 +120,7 @@ def _load_dataset(tries: Sequence[tuple[str, str | None]], split: str) -> Rows:
     for dataset, config in tries:
         try:
             loaded = datasets.load_dataset(dataset, config, split=split)
-            return loaded  # pyright: ignore[reportReturnType]
+            return IndexedRows(loaded)  # pyright: ignore[reportArgumentType]
         except Exception as error:  # datasets and its hub client raise dozens of unrelated types
             problems.append(" ".join(str(error).split())[:160])
     name = "/".join(filter(None, tries[0]))
@@ -148,7 +147,7 @@ def _read_tfds(name: str, split: str) -> Rows:
         # without TensorFlow a data set such as glue is known only once its group is imported
         importlib.import_module(f"tensorflow_datasets.{group}")
     try:
-        return _Decoded(tfds.data_source(name, split=split))
+        return _Decoded(tfds.data_source(name, split=split))  # pyright: ignore[reportArgumentType]
     except ImportError as error:
         package = (error.name or "tensorflow").partition(".")[0]
         raise UserError(
@@ -170,18 +169,12 @@ def _unreadable(name: str, split: str, error: Exception) -> UserError:
     )
 
 
-class _Decoded(Sequence[Row]):
+class _Decoded(IndexedRows):
     """A TFDS source whose byte strings are text."""
 
-    def __init__(self, source: Any):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
     def __iter__(self) -> Iterator[Row]:
-        # Sequence would stop at IndexError, and the source raises ValueError at its end
-        return (self[index] for index in range(len(self)))
+        # the source raises ValueError at its end, and not IndexError
+        return map(self.row, range(len(self)))
 
-    def __getitem__(self, index: Any) -> Any:  # a number -> a row
-        return {key: plain_value(value) for key, value in self._source[index].items()}
+    def row(self, number: int) -> Row:
+        return {key: plain_value(value) for key, value in self._source[number].items()}

@@ -11,7 +11,7 @@ import functools
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -149,9 +149,9 @@ def answered(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, s
     return filled, literal(to_target(task, row, where))
 
 
-def as_text(value: Any, column: str, where: str = "the row") -> str:
+def as_text(value: object, column: str, where: str = "the row") -> str:
     """The text that a value of a row stands for; UserError where it stands for none or for many."""
-    if hasattr(value, "shape") and value.shape == ():  # of NumPy and its kind
+    if getattr(value, "shape", None) == ():  # of NumPy and its kind
         value = value.item() if isinstance(value, np.ndarray) else value
     if value is None or (isinstance(value, _SINGLE) and value != value):
         raise UserError(f"Column {column!r} is empty (null) in {where}; fill it or drop it.")

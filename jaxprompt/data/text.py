@@ -1,7 +1,7 @@
 """Packed pre-training batches from running text and supervised pairs.
 
-Batch k is a pure function of the seed and k: examples are drawn with replacement, so there is no
-position to store and resuming is exact.
+Batch k is a pure function of the seed and k. Examples are drawn with replacement, so there is no
+position to store, and a resumed run has the same batches.
 """
 
 import hashlib
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, is_count
 from jaxprompt.config.pretrain import PairSource, PretrainConfig, TextSource
 from jaxprompt.data.batches import Batch, Example, pack_batch
 from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
+from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.sampling import dropout_seeds, random_stream
 from jaxprompt.data.sources import check_file, read_rows
 from jaxprompt.data.templates import as_text
@@ -23,20 +25,20 @@ from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.virtual_tokens import virtual_ids
 
-BLOCK = 50  # consecutive documents that are held out together: neighbours often continue each other
-MISSES = 8  # a batch is full when so many examples in a row found no room
+BLOCK = 50  # neighbouring documents that are held out together, as one often continues the other
+MISSES = 8  # a batch is full when so many examples in succession do not fit
 
 
 class Stream(NamedTuple):
-    """One source under one objective: ``draw`` makes a random example."""
+    """Examples of one source with one objective; ``draw`` makes a random one."""
 
     name: str  # "span_corruption/brown"
-    weight: float  # of its examples among those of its objective
+    weight: float  # of its examples among all of its objective
     draw: Callable[[np.random.Generator], Example]
 
 
 class Streams(NamedTuple):
-    """What a run reads: for training, and the held-out part of the same sources."""
+    """The sources of a run: the part for training, and the held-out part."""
 
     train: list[Stream]
     held_out: list[Stream]
@@ -46,7 +48,7 @@ class Streams(NamedTuple):
 
 
 def read_documents(source: TextSource) -> list[str]:
-    """The texts of a source, empty ones left out."""
+    """The texts of a source without empty ones; UserError if there are none."""
     if source.source is None and Path(source.train).suffix.lower() == ".txt":
         path = Path(expanded(source.train))
         check_file(path)
@@ -69,13 +71,14 @@ def read_documents(source: TextSource) -> list[str]:
 
 
 def check_files(config: PretrainConfig) -> None:
-    """Refuse sources whose file is not there, before any work is done."""
+    """Raise UserError if the file of a source does not exist, before any work is done."""
     for source in (*config.text, *config.pairs):
         if source.source is None:
             check_file(Path(expanded(source.train)), f" (source {source.name!r})")
 
 
-def _text(row, column: str, number: int, source: TextSource | PairSource) -> str:
+def _text(row: Row, column: str, number: int, source: TextSource | PairSource) -> str:
+    """The text in a column of row ``number``; UserError if there is none."""
     where = f"row {number} of {source.train} (source {source.name!r})"
     if not isinstance(row.get(column), str):
         raise UserError(f"R{where[1:]} has no text in {column!r}; it has {shown(sorted(row))}.")
@@ -89,13 +92,15 @@ def open_streams(
     cache: Path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Streams:
-    """Tokenize all sources, or take their tokens from ``cache``, and split off held-out parts.
+    """Tokenize all sources, or read their tokens from ``cache``, and split off held-out parts.
 
     Args:
         vocab_rows: V of the backbone; the ids of virtual tokens start there.
+        cache: a folder for the ids of large sources.
+        say: is called with the size of each source.
 
     Raises:
-        UserError: for a source without enough text, and for a row that cannot be used.
+        UserError: a source has too little text, or a row cannot be used.
     """
     streams = Streams([], [], {}, {}, {})
     for source in config.text:
@@ -139,12 +144,14 @@ def open_streams(
 
 
 def _checked(texts: list[str], tokenizer: Tokenizer, cache: Path, vocab_rows: int) -> Ragged:
+    """The ids of texts; UserError if one is beyond the embedding table."""
     ids = tokenized(texts, tokenizer, cache)
     ids.check(vocab_rows, texts, tokenizer)
     return ids
 
 
 def _digest(*arrays: np.ndarray) -> str:
+    """Hex digits that change with dtype, shape and values of the arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
@@ -152,11 +159,14 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
+def _prompt_numbers(
+    rows: Rows, config: PretrainConfig, source: PairSource
+) -> Int[np.ndarray, " n"]:
+    """The number of each pair's virtual prompt, -1 for none."""
     numbers = [_number(row.get("prompt")) for row in rows]
     count = config.virtual.count if config.virtual else 0
     for at, number in enumerate(numbers, 1):
-        if number is not None and (type(number) is not int or not 0 <= number < count):
+        if number is not None and not (type(number) is int and 0 <= number < count):
             raise UserError(
                 f"Row {at} of {source.train} has prompt {shown(number)}, and virtual.count allows "
                 f"{f'0 to {count - 1}' if count else 'none'}; set virtual.count."
@@ -164,14 +174,15 @@ def _prompt_numbers(rows: Sequence, config: PretrainConfig, source: PairSource):
     return np.array([-1 if number is None else number for number in numbers], np.int32)
 
 
-def _number(value):
+def _number(value: object) -> object:
+    """The whole number that a value of a CSV file or another file stands for; None if empty."""
     if isinstance(value, str):  # a CSV cell
         return int(value) if is_count(value) else value or None
     return value
 
 
-def _held_out(count: int, share: float, name: str) -> np.ndarray:
-    """Which of ``count`` documents are held out: evenly spaced blocks, about ``share`` of all."""
+def _held_out(count: int, share: float, name: str) -> Bool[np.ndarray, " n"]:
+    """A mask of the documents that are held out: evenly spaced blocks, about ``share`` of all."""
     block = min(BLOCK, max(1, int(count * share)))
     every = max(2, round(1 / share))
     held = (np.arange(count) // block) % every == every // 2
@@ -197,10 +208,13 @@ def _split(texts: Ragged, share: float, name: str) -> tuple[Ragged, Ragged]:
     return parts[0], parts[1]
 
 
-def _draw_text(texts: Ragged, objective: str, config: PretrainConfig, tokenizer: Tokenizer):
-    """Cut a random stretch out of ``texts``, across their borders, and apply the objective.
+def _draw_text(
+    texts: Ragged, objective: str, config: PretrainConfig, tokenizer: Tokenizer
+) -> Callable[[np.random.Generator], Example]:
+    """A function that cuts a random stretch out of ``texts`` and applies the objective to it.
 
-    Half of the stretches start where a document does, the others anywhere.
+    A stretch may cross the end of a document. Half of the stretches start with a document, and the
+    others anywhere.
     """
     room, depth = config.input_length, config.target_length
     noise = {"noise_density": config.noise_density, "mean_span": config.mean_span}
@@ -237,10 +251,18 @@ def _draw_text(texts: Ragged, objective: str, config: PretrainConfig, tokenizer:
 
 
 def _draw_pair(
-    inputs: Ragged, targets: Ragged, prompts, numbers, config: PretrainConfig,
-    tokenizer: Tokenizer, vocab_rows: int,
-):  # fmt: skip
-    """A random one of the pairs ``numbers``: virtual tokens, input and EOS, cut to fit a row."""
+    inputs: Ragged,
+    targets: Ragged,
+    prompts: Int[np.ndarray, " n"],
+    numbers: Int[np.ndarray, " m"],
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    vocab_rows: int,
+) -> Callable[[np.random.Generator], Example]:
+    """A function that draws one of the pairs ``numbers``.
+
+    Its input has virtual tokens, the text and EOS, and is cut to fit a row.
+    """
     lengths = config.virtual.lengths if config.virtual else [0]
     longest = max(lengths)
 
@@ -266,11 +288,11 @@ def packed_batch(
     shares: Sequence[float],
     rng: np.random.Generator,
 ) -> Batch:
-    """A batch of rows, each filled with examples of random streams.
+    """A batch of rows that are filled with examples of random streams.
 
-    An example goes into the first row that has room for it. Examples that fit in no row are
-    dropped, and the batch is done after ``MISSES`` of them in a row, so long examples are slightly
-    too rare.
+    An example goes into the first row that has room for it. Examples that fit no row are dropped.
+    After ``MISSES`` of them in succession the batch is done, so long examples are slightly too
+    rare.
 
     Args:
         shares: the probability of each stream.
@@ -302,7 +324,7 @@ def packed_batch(
 
 
 def stream_shares(config: PretrainConfig, streams: Sequence[Stream]) -> list[float]:
-    """Probability of each stream: its objective's share times its weight within the objective."""
+    """The probability of each stream: the share of its objective times its weight in it."""
     total = sum(config.objectives.values())
     within: dict[str, float] = {}
     for stream in streams:

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from jaxprompt.config.paths import expanded
 from jaxprompt.data.gguf_tokenizer import load_gguf_tokenizer
 from jaxprompt.data.long_text import LONG, Cuts, start_of
 from jaxprompt.data.plain_text import encode_slowly, make_encoder, make_marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", *_SENTENCEPIECE)
@@ -32,24 +35,25 @@ _BLANK = "\u2581"  # how SentencePiece writes a blank
 class Tokenizer:
     """Text to ids and back. No text can spell a special token; see ``plain_text``.
 
-    With an encoder, input and target each end with EOS, and begin with what the tokenizer itself
-    puts in front of a text. In ``one_sequence`` only the input begins so, only the target ends with
-    EOS, and the task's separator stands between them. ``rows``: those of the embedding table; text
-    with ids that it lacks is refused (``for_table``).
+    For a model with an encoder, input and target each end with EOS, and each begins with the tokens
+    that the tokenizer puts in front of a text. In ``one_sequence`` only the input begins so, only
+    the target ends with EOS, and the task's separator stands between them.
     """
 
-    rows: int | None = None
+    rows: int | None = None  # of the embedding table; text with ids that it lacks is refused
 
-    def __init__(self, inner: Any, one_sequence: bool = False):
+    def __init__(self, inner: "PreTrainedTokenizerBase", one_sequence: bool = False):
         self._inner = inner
         self.one_sequence = one_sequence
         self.size: int = len(inner)
-        self.eos_id: int = inner.eos_token_id if inner.eos_token_id is not None else 1
-        self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else 0
-        self.unk_id: int | None = inner.unk_token_id
+        named = inner.eos_token_id, inner.pad_token_id, inner.unk_token_id
+        eos, pad, unk = (id if isinstance(id, int) else None for id in named)
+        self.eos_id: int = 1 if eos is None else eos
+        self.pad_id: int = 0 if pad is None else pad
+        self.unk_id: int | None = unk
         self.sentinel_ids: list[int] = _sentinels(inner)  # <extra_id_0>, <extra_id_1>, ...
-        # pad, eos, unk, what marks the turns of a chat and the like; sentinels count as vocabulary
-        # where there is an encoder, as they did in the original
+        # pad, eos, unk, the marks of a chat's turns and the like. Of a model with an encoder,
+        # sentinels belong to the vocabulary, as in the original.
         special = {id for id, token in inner.added_tokens_decoder.items() if token.special}
         if not one_sequence:
             special -= set(self.sentinel_ids)
@@ -61,13 +65,13 @@ class Tokenizer:
     def _make_encoder(self) -> None:
         inner = self._inner
         vocabulary = inner.get_vocab()
-        self.ids: int = max(vocabulary.values(), default=-1) + 1  # more than size where ids skip
+        self.ids: int = max(vocabulary.values(), default=-1) + 1  # more than size if ids have gaps
         names = {id: name for name, id in vocabulary.items()}
         special = [names[id] for id in self.special_ids if id in names]
         sentinels = [names[id] for id in self.sentinel_ids if names[id] not in special]
         ids = {name: vocabulary[name] for name in (*special, *sentinels)}
         self._marks = make_marks(list(vocabulary), list(ids))
-        # of a chat, what looks like a mark of a turn gets a space: people read such texts
+        # a row that spells a mark of a chat's turns gets a space in it, as people read such texts
         control = special if self.one_sequence else []
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._sentinels = re.compile("|".join(map(re.escape, sentinels)) or "(?!)")
@@ -83,7 +87,7 @@ class Tokenizer:
         self._cuts = made.cuts if made else Cuts(False, 0)
 
     def _in_front(self) -> list[int]:
-        """What the tokenizer puts before a text of its own accord, such as BOS."""
+        """The ids that the tokenizer itself puts in front of a text, such as BOS."""
         try:
             whole, text = self._inner("a")["input_ids"], self.encode("a")
         except Exception:  # a vocabulary without "a" and without an unknown piece
@@ -94,8 +98,11 @@ class Tokenizer:
     def for_table(self, rows: int) -> "Tokenizer":
         """This tokenizer for a backbone whose embedding table has ``rows`` rows.
 
-        Ids above the table are those of virtual tokens. Raises UserError where text can have such
-        ids; special tokens that no text can spell may lie there.
+        Ids beyond the table belong to virtual tokens. A special token may have such an id if no
+        text can spell it.
+
+        Raises:
+            UserError: some text has such an id.
         """
         bound = copy.copy(self)
         reserved = {*self.special_ids} - {self.eos_id, *self.start_ids}
@@ -115,7 +122,7 @@ class Tokenizer:
         return bound
 
     def _surface(self, id: int, piece: str) -> str:
-        return self._inner.decode([id]) or piece
+        return str(self._inner.decode([id])) or piece
 
     def _can_write(self, id: int, piece: str) -> bool:
         """Whether some text with this piece has its id."""
@@ -131,23 +138,23 @@ class Tokenizer:
         return self.encode_all([text])[0]
 
     def plain(self, text: str) -> str:
-        """The text, so that it stays text beside what is ``marked``."""
+        """The text as trusted text in which nothing is a special token."""
         text = self._marks.remove(text)
         return self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
     def marked(self, text: str) -> str:
-        """The text with a mark for each special token that it names, to be encoded as trusted."""
+        """The text as trusted text, with a mark for each special token that it names."""
         return self._marks.put(self._marks.remove(text))
 
     def continued(self, text: str) -> str:
-        """A text, marked or plain, as one that continues another: to be encoded as trusted.
+        """A ``marked`` or ``plain`` text as one that continues another text.
 
-        SentencePiece puts a blank in front of each text that it is given, but not here.
+        SentencePiece puts a blank in front of a text, but not in front of this one.
         """
         return self._marks.continued(text)
 
     def encode_rest(self, begun: str, text: str) -> list[int]:
-        """Ids of ``text`` where it goes on after ``begun``, as it is."""
+        """Ids of ``text`` if it directly follows the text ``begun``."""
         if not begun:
             return self.encode(text)
         return self.encode_all([self.continued(self.plain(text))], trusted=True)[0]
@@ -157,7 +164,8 @@ class Tokenizer:
 
         Args:
             texts: any text.
-            trusted: special tokens that ``marked`` has marked count; the rest is text in any case.
+            trusted: whether the texts come from ``plain`` and ``marked``. Their marks then become
+                special tokens.
 
         Raises:
             UserError: a text is not Unicode, or has ids that the embedding table lacks.
@@ -187,7 +195,7 @@ class Tokenizer:
         return encoded
 
     def check(self, ids: Sequence[int] | np.ndarray, rows: int, text: str) -> None:
-        """Refuse ids of a text above an embedding table of ``rows``: those are virtual tokens'."""
+        """Raise UserError if a text has ids beyond an embedding table of ``rows``."""
         if len(ids) and max(ids) >= rows:
             raise UserError(
                 f"The text {self._marks.shown(text)[:60]!r} has the id {int(max(ids))} and the "
@@ -195,14 +203,14 @@ class Tokenizer:
             )
 
     def encode_start(self, text: str, count: int) -> list[int]:
-        """The first ``count`` ids of ``text``, and some more if it has more."""
+        """At least the first ``count`` ids of ``text``, or all if it has fewer."""
         start = self.start_of(self.plain(text), count)
         return self.encode_all([start], trusted=True)[0]
 
     def start_of(self, text: str, count: int) -> str:
-        """The start of a marked text, if it is very long, with the same first ``count`` ids.
+        """A marked text, or if it is very long a start of it with the same first ``count`` ids.
 
-        It has more ids than that where the text has more.
+        The start has more than ``count`` ids if the text does.
         """
         if len(text) <= LONG:
             return text
@@ -212,8 +220,8 @@ class Tokenizer:
     def encode_targets(self, texts: Sequence[str], separator: str = "") -> list[list[int]]:
         """Ids of targets with EOS last.
 
-        In one sequence a target continues the text before it, with a space in between unless there
-        is white space already.
+        In one sequence a target continues the input. A space stands between them, unless there is
+        white space already.
         """
         if not self.one_sequence:
             return [[*self.start_ids, *ids, self.eos_id] for ids in self.encode_all(texts)]
@@ -231,15 +239,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without special tokens but with sentinels.
 
-        Pieces of SentencePiece as T5 decodes them: what is unknown, or beyond the vocabulary, is
-        the text " \u2047 ".
+        Pieces of SentencePiece are decoded as T5 does: an id that is unknown, or beyond the
+        vocabulary, becomes the text " \u2047 ".
         """
         until = itertools.takewhile(lambda id: id != self.eos_id, map(int, ids))
         if self._decoder is None:
             skip = not hasattr(self._inner, "backend_tokenizer")  # bytes have no sentinels
             special = {*self.special_ids}
             kept = [id for id in until if id < self.ids and id not in special]
-            return self._inner.decode(kept, skip_special_tokens=skip).strip()
+            return str(self._inner.decode(kept, skip_special_tokens=skip)).strip()
         dropped = {*self.special_ids} - {self.unk_id}
         pieces = [piece for id in until if id not in dropped for piece in self._pieces(id)]
         return self._decoder.decode(pieces).strip()
@@ -250,18 +258,18 @@ class Tokenizer:
         return [_BLANK, self.piece(id)] if id in self.sentinel_ids else [self.piece(id)]
 
     def written(self, text: str, separator: str = "") -> str | None:
-        """A target as ``decode`` gives it back; None where it has pieces that are unknown."""
+        """A target after encoding and decoding; None if it has unknown pieces."""
         [ids] = self.encode_targets([text], separator)
         return None if self.unk_id in ids else self.decode(ids)
 
     def fingerprint(self) -> str:
-        """Hex digits that change with the vocabulary and with how a sample of text is cut."""
+        """Hex digits that change with the vocabulary and with the ids of a sample text."""
         names = self._inner.convert_ids_to_tokens(list(range(self.size)))
         sample = self.encode("The quick brown fox -- 12.5% of it -- jumps, doesn't it?")
         return hashlib.sha256(json.dumps([names, sample]).encode()).hexdigest()
 
     def identity(self) -> str:
-        """Hex digits that change with anything that ids follow from, as far as can be told."""
+        """Hex digits that change with everything that ids are known to depend on."""
         import transformers
 
         fast = getattr(self._inner, "backend_tokenizer", None)
@@ -270,20 +278,21 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def show(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text with its special tokens, for people to read."""
+        """The text of ids, with special tokens, for people to read."""
         kept = [int(id) for id in ids if id != self.pad_id and id < self.size]
-        return self._inner.decode(kept, skip_special_tokens=False).strip()
+        return str(self._inner.decode(kept, skip_special_tokens=False)).strip()
 
     def save(self, folder: Path) -> None:
         """Write the files that ``load_tokenizer`` reads."""
         self._inner.save_pretrained(folder)
 
     def piece(self, id: int) -> str:
-        """The piece with this id, as a person would read it."""
+        """The piece with this id."""
         return str(self._inner.convert_ids_to_tokens(id))
 
 
-def _sentinels(inner: Any) -> list[int]:
+def _sentinels(inner: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids of <extra_id_0>, <extra_id_1>, ..."""
     vocabulary, ids = inner.get_vocab(), []
     while (name := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[name])
@@ -292,7 +301,9 @@ def _sentinels(inner: Any) -> list[int]:
 
 def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer:
     """The tokenizer in a directory, in a GGUF file or of a hub id."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch; we do not
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # it warns that torch is missing
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -303,7 +314,7 @@ def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer
         # transformers would make up an empty vocabulary for a T5
         raise _unreadable(path, _PUT)
     try:
-        # the code that a folder brings along is never run, and nobody is asked whether it may be
+        # code in a folder is never run, and nobody is asked for permission to run it
         inner = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types for missing files
         problem = " ".join(str(error).split())[:200]
@@ -334,5 +345,5 @@ def copy_tokenizer(source: str | Path, to: Path) -> None:
 def _has_tokenizer(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return True
-    config = folder / "tokenizer_config.json"  # bytes need no vocabulary
+    config = folder / "tokenizer_config.json"  # a tokenizer of bytes has no vocabulary
     return config.is_file() and b"ByT5" in config.read_bytes()

@@ -14,16 +14,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.data.rows import Row, Rows
+from jaxprompt.data.rows import LazyRows, Row, Rows
 from jaxprompt.runtime.files import write_output
 
 Dump = Callable[[IO[bytes], Rows], None]
 
 
-class Answered(Sequence[Row]):
+class Answered(LazyRows):
     """Rows with their answers, joined when they are asked for: rows may be read from a file."""
 
     def __init__(self, rows: Rows, answers: Rows):
@@ -32,8 +32,8 @@ class Answered(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:  # a number -> a row
-        return {**self._rows[index], **self._answers[index]}
+    def row(self, number: int) -> Row:
+        return {**self._rows[number], **self._answers[number]}
 
     def __iter__(self) -> Iterator[Row]:
         return ({**row, **mine} for row, mine in zip(self._rows, self._answers, strict=True))

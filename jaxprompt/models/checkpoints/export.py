@@ -1,4 +1,4 @@
-"""A backbone as a folder that others can load, whatever form it came in."""
+"""A backbone of any format as a directory that other libraries can load."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,19 @@ from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime.files import replace_directory
 
-NOTE = "exported.json"  # where a folder came from, and that it was made here
+NOTE = "exported.json"  # marks a directory that was written here, and names its source
 
 
 def save_backbone(path: str | Path, backbone: str | Backbone) -> None:
     """Write a backbone, with its tokenizer, as a directory that transformers and PEFT load.
 
     Args:
-        path: A new directory, or one that was written here.
-        backbone: What ``load_backbone`` takes or returned; a name is loaded in float32.
+        path: a new directory, or one that this function has written.
+        backbone: what ``load_backbone`` returned, or a name that it takes. A name is loaded in
+            float32.
 
     Raises:
-        UserError: ``path`` holds other things, or the weights are stored in few bits.
+        UserError: ``path`` has other contents, or the weights are quantized.
     """
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
     leaves = jax.tree.leaves(loaded.params, is_leaf=lambda x: not isinstance(x, dict))

@@ -1,13 +1,13 @@
 """GGUF files of llama.cpp, through the ``gguf`` package: config and tensors.
 
-Quantised tensors are dequantised as they are read, rows at a time. The names become those of
-Hugging Face's files, so that one map (``llama_hf.py``) serves both. llama.cpp rotates neighbouring
-dimensions of a head where Hugging Face rotates the halves, and for that its converter has reordered
-the rows of query and key of llama models; they are put back here.
+Quantised tensors are dequantised as they are read, rows at a time. Their names become those of
+Hugging Face's files, so that one map (``hf_decoder.py``) serves both formats. llama.cpp rotates
+neighbouring dimensions of a head, and Hugging Face rotates the halves. So llama.cpp's converter
+reorders the rows of query and key of llama models. Here they get their old order back.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from jaxprompt.models.checkpoints.metadata import (
     read_size,
 )
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.runtime.json_file import JsonObject
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
 
 _ARCHITECTURES = ("llama", "qwen2")
 _IDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id")
@@ -48,8 +53,11 @@ _BLOCK = {
 def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """Config and unread tensors, under their Hugging Face names.
 
-    What a key means, and what its absence means, is what llama.cpp makes of it (llama-model.cpp),
-    keys of older versions included. A key that this model cannot follow raises UserError.
+    Keys, also those of older versions, and absent keys mean what they mean to llama.cpp
+    (llama-model.cpp).
+
+    Raises:
+        UserError: the file is damaged, or a key asks for something that this model cannot do.
     """
     reader = open_gguf(path)
     kind = value(reader, "general.architecture")
@@ -59,7 +67,7 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
             f"{', '.join(_ARCHITECTURES)} (SmolLM2 and Mistral are llama)"
         )
     own = [key for key in reader.fields if key.startswith(f"{kind}.")]
-    facts = {key: _uniform(value(reader, key)) for key in (*own, *_IDS, _QUANTISATION)}
+    facts: JsonObject = {key: _uniform(value(reader, key)) for key in (*own, *_IDS, _QUANTISATION)}
     heads = read_size(path, facts, f"{kind}.attention.head_count")
     groups = read_size(path, facts, f"{kind}.attention.head_count_kv", heads)
     width = read_size(path, facts, f"{kind}.embedding_length")
@@ -88,16 +96,17 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _uniform(found: Any) -> Any:
-    """A list with one value for each layer as that value, where all of them are the same."""
-    alike = isinstance(found, list) and found and all(each == found[0] for each in found)
-    return found[0] if alike else found
+def _uniform(value: object) -> object:
+    """A list with one value for each layer as that value, if all of them are the same."""
+    if isinstance(value, list) and value and all(each == value[0] for each in value):
+        return value[0]
+    return value
 
 
-def _scaling(path: Path, facts: dict[str, Any], kind: str) -> tuple[float, ...]:
-    """(factor,) by which rotary positions are divided, or ().
+def _scaling(path: Path, facts: JsonObject, kind: str) -> tuple[float, ...]:
+    """(factor,) by which rotary positions are divided, or () for none.
 
-    A factor without a type is linear; the first files had it under another name.
+    A factor without a type is linear. The first files had it under another name.
     """
     scaling = read_choice(path, facts, f"{kind}.rope.scaling.type", ("none", "linear"), "linear")
     first, old = f"{kind}.rope.scaling.factor", f"{kind}.rope.scale_linear"
@@ -105,11 +114,11 @@ def _scaling(path: Path, facts: dict[str, Any], kind: str) -> tuple[float, ...]:
     return (factor,) if scaling == "linear" and factor not in (0, 1) else ()
 
 
-def _refuse(path: Path, facts: dict[str, Any], kind: str, sizes: dict[str, int]) -> None:
-    """Raise UserError for keys which say that the model is another than the one we compute."""
-    width = facts.get(f"{kind}.context_length") or 0
-    window = facts.get(f"{kind}.attention.sliding_window") or 0
-    allowed: dict[str, tuple[Any, ...]] = {
+def _refuse(path: Path, facts: JsonObject, kind: str, sizes: dict[str, int]) -> None:
+    """Raise UserError for keys which say that the model differs from the one that we compute."""
+    width = read_number(path, facts, f"{kind}.context_length", 0.0)
+    window = read_number(path, facts, f"{kind}.attention.sliding_window", 0.0)
+    allowed: dict[str, tuple[object, ...]] = {
         "rope.dimension_count": (sizes["head_dim"],),
         "attention.value_length": (sizes["head_dim"],),
         "vocab_size": (sizes["rows"],),
@@ -124,12 +133,12 @@ def _refuse(path: Path, facts: dict[str, Any], kind: str, sizes: dict[str, int])
         **{key: (0,) for key in ("expert_count", *_SOFTCAPS)},
     }
     for name, values in allowed.items():
-        found = facts.get(f"{kind}.{name}")
-        if found is not None and found not in values:
+        value = facts.get(f"{kind}.{name}")
+        if value is not None and value not in values:
             raise UserError(
-                f"{path}: {kind}.{name} is {shown(found)}; only {values[-1]} is supported"
+                f"{path}: {kind}.{name} is {shown(value)}; only {values[-1]} is supported"
             )
-    scale = facts.get(f"{kind}.attention.scale") or 0
+    scale = read_number(path, facts, f"{kind}.attention.scale", 0.0)
     usual = sizes["head_dim"] ** -0.5
     if scale and not np.isclose(scale, usual, rtol=1e-3):
         raise UserError(
@@ -138,9 +147,13 @@ def _refuse(path: Path, facts: dict[str, Any], kind: str, sizes: dict[str, int])
 
 
 def _tensors(
-    path: Path, reader: Any, facts: dict[str, Any], turned: dict[str, int], kind: str
+    path: Path, reader: "GGUFReader", facts: JsonObject, turned: dict[str, int], kind: str
 ) -> dict[str, Tensor]:
-    """All tensors under their Hugging Face names; ``turned``: heads of matrices to be put back."""
+    """All tensors under their Hugging Face names.
+
+    Args:
+        turned: name of a matrix whose rows llama.cpp reorders -> its number of heads.
+    """
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         name = _name(tensor.name)
@@ -170,11 +183,15 @@ def _name(name: str) -> str:
         return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
     if parts[0] in _TOP:
         return ".".join([_TOP[parts[0]], *parts[1:]])
-    return name  # one that has no place in the model, which the loader will say
+    return name  # it has no place in the model, and the loader will say so
 
 
-def _tensor(path: Path, name: str, tensor: Any, heads: int | None) -> Tensor:
-    """``heads``: of a matrix whose rows are pairs of neighbours and shall be two halves."""
+def _tensor(path: Path, name: str, tensor: "ReaderTensor", heads: int | None) -> Tensor:
+    """One unread tensor.
+
+    Args:
+        heads: of a matrix whose rows are pairs of neighbours, and shall be two halves of a head.
+    """
     import gguf
 
     shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -190,7 +207,7 @@ def _tensor(path: Path, name: str, tensor: Any, heads: int | None) -> Tensor:
 
     def read(index: Index) -> np.ndarray:
         rows, *rest = index
-        with np.errstate(all="ignore"):  # scales that are not finite are told by the loader
+        with np.errstate(all="ignore"):  # the loader refuses values that are not finite
             values = gguf.quants.dequantize(tensor.data[rows], kind)
         if heads is not None:  # a slice of whole heads: the loader cuts between them
             width = shape[0] // heads

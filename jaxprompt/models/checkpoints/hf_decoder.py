@@ -26,9 +26,14 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "g
 
 
 def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
-    """A config.json of transformers 4 or 5 as ours; ``tied``: the checkpoint has no head.
+    """The config in a config.json of transformers 4 or 5.
 
-    Raises UserError for what this model cannot express, such as a kind of rotary scaling.
+    Args:
+        tied: whether the checkpoint has no head of its own.
+
+    Raises:
+        UserError: a value is missing or out of range, or this model cannot follow it, such as a
+            kind of rotary scaling.
     """
     raw = read_json(path)
     kind = read_choice(path, raw, "model_type", MODEL_TYPES)
@@ -45,8 +50,8 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
     window = raw.get("sliding_window") if kind == "mistral" else None
     rows = read_size(path, raw, "vocab_size")
     eos = read_id(path, raw, "eos_token_id", 2, rows=rows)
-    # -1 was the first Llamas' way to say that they have no token for padding
-    nothing = {"pad_token_id": None} if raw.get("pad_token_id") == -1 else {}
+    # the first Llamas wrote -1 for no padding token
+    no_padding = {"pad_token_id": None} if raw.get("pad_token_id") == -1 else {}
     return DecoderConfig(
         vocab_size=rows,
         d_model=width,
@@ -63,7 +68,7 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
         rope_scaling=scaling,
         window=None if window is None else read_size(path, raw, "sliding_window"),
         norm_eps=read_epsilon(path, raw, "rms_norm_eps", 1e-6),
-        pad_id=read_id(path, {**raw, **nothing}, "pad_token_id", eos, rows=rows),
+        pad_id=read_id(path, {**raw, **no_padding}, "pad_token_id", eos, rows=rows),
         eos_id=eos,
     )
 
@@ -71,7 +76,7 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
 def head_dim(
     path: Path, raw: Mapping[str, object], key: str, width: int, heads: int, groups: int
 ) -> int:
-    """The numbers of one head, by default its share of ``width``; UserError if heads do not fit."""
+    """H, by default ``width / heads``; UserError if heads and groups do not fit."""
     if heads % groups:
         raise UserError(
             f"{path}: {heads} query heads cannot share {groups} heads of keys and values evenly"
@@ -213,7 +218,7 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
 
 
 def tidy(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Drop buffers and copies that other programs write; and whether the head is tied."""
+    """The tensors without buffers and copies of the embedding, and whether the head is tied."""
     kept = {n: t for n, t in dequantised(tensors).items() if not _BUFFER.fullmatch(n)}
     if _EMBEDDING in kept and _HEAD in kept and same(kept[_EMBEDDING], kept[_HEAD]):
         del kept[_HEAD]

@@ -19,8 +19,8 @@ from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
 from jaxprompt.runtime.json_file import JsonObject, read_json
 
-# Activation names that mean the same function as one of layers.ACTIVATIONS. A plain "gelu" outside
-# "gated-gelu" is the exact form in transformers and has no T5 that uses it, so it is not here.
+# Names of activations -> ours. A plain "gelu" outside "gated-gelu" is the exact form in
+# transformers. No T5 uses it, so it is not here.
 _ACTIVATIONS = {
     "relu": "relu",
     "gelu_new": "gelu",
@@ -36,12 +36,16 @@ _IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.wei
 
 
 def config_from_json(path: Path, *, tied: bool) -> T5Config:
-    """T5Config from a Hugging Face config.json.
+    """The config in a Hugging Face config.json.
 
-    ``tied`` says whether the checkpoint has no head of its own: the weights decide, because
-    transformers 5 writes ``tie_word_embeddings: true`` for every T5. The same version keeps the old
-    meaning of that flag, whether the decoder output is scaled, in ``scale_decoder_outputs``; an mT5
-    is never scaled.
+    Args:
+        tied: whether the checkpoint has no head of its own. The weights decide that, because
+            transformers 5 writes ``tie_word_embeddings: true`` for every T5. In older versions this
+            flag also says whether the decoder output is scaled; version 5 says so in
+            ``scale_decoder_outputs``. The output of an mT5 is never scaled.
+
+    Raises:
+        UserError: a value is missing or out of range, or the model is of another kind.
     """
     raw = read_json(path)
     family = raw.get("model_type")
@@ -87,22 +91,25 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
     )
 
 
-# what transformers assumes where config.json does not say whether the head is the embedding
+# tie_word_embeddings of transformers if config.json does not have the key
 _TIED_BY_DEFAULT = {"t5": True, "umt5": True}
 
 
 def check_head(path: Path, *, tied: bool, head: str = _HEAD) -> None:
     """Raise UserError if the config promises a head of its own and the checkpoint has none.
 
-    A head that is there counts whatever the config says, see ``config_from_json``.
-    head: what the format calls its tensor.
+    The other way round is no error: a head in the checkpoint counts whatever the config says.
+
+    Args:
+        tied: whether the checkpoint has no head.
+        head: the name of the head's tensor in this format.
     """
     raw = read_json(path)
     default = _TIED_BY_DEFAULT.get(str(raw.get("model_type")), False)
     if tied and not read_flag(path, raw, "tie_word_embeddings", default):
-        said = "is false" if "tie_word_embeddings" in raw else "is absent, which means false"
+        state = "is false" if "tie_word_embeddings" in raw else "is absent, which means false"
         raise UserError(
-            f"{path}: tie_word_embeddings {said}, and 1 tensor is missing ({head}): the "
+            f"{path}: tie_word_embeddings {state}, and 1 tensor is missing ({head}): the "
             "checkpoint has lost its head; download it again, or set tie_word_embeddings to true "
             "if the embedding is the head too"
         )
@@ -123,8 +130,8 @@ def _projection(path: Path, name: object) -> tuple[bool, str]:
 def config_to_json(config: T5Config, dtype: str, dropout: float = 0.0) -> JsonObject:
     """A config.json that transformers 4 and 5 read, and that ``config_from_json`` reads back.
 
-    tie_word_embeddings is true where the head is the embedding, and where the output is scaled:
-    version 4 knows no other way to say so. A head of its own counts in any case.
+    tie_word_embeddings is true if the head is the embedding, and if the output is scaled, because
+    version 4 has no other key for that. A head in the checkpoint counts in any case.
     """
     projection = {"gelu": "gelu_new"}.get(config.activation, config.activation)
     if config.gated:
@@ -219,10 +226,16 @@ def _flax_piece(piece: Piece) -> Piece:
 
 
 def tidy(tensors: dict[str, Tensor], flax: bool) -> tuple[dict[str, Tensor], bool]:
-    """Drop the copies that other programs write; returns what is left and whether the head is tied.
+    """Drop the copies of the embedding that other programs write.
 
-    The embedding may stand under the stacks' names, and a tied model may carry it as lm_head too.
-    Embeddings under several names must be the same one.
+    The embedding may have the stacks' names too, and a tied model may have it as lm_head. All
+    copies must be equal.
+
+    Returns:
+        The other tensors, and whether the head is tied.
+
+    Raises:
+        UserError: the file has two different embeddings.
     """
     tensors = {n: t for n, t in dequantised(tensors).items() if n not in _IGNORED}
     embeddings, head = _EMBEDDINGS, _HEAD

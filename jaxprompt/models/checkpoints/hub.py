@@ -1,4 +1,4 @@
-"""From a name to a place on disk: built-in backbone, package, directory, file or hub id."""
+"""From the name of a backbone to its place: built-in, in a package, a path or a hub id."""
 
 import importlib.util
 import re
@@ -34,7 +34,14 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def resolve(name: str) -> str:
-    """Directory, GGUF file or gs:// URL of a backbone, downloaded if need be; UserError if none."""
+    """The directory, GGUF file or gs:// URL of a backbone, which is downloaded if need be.
+
+    Args:
+        name: a built-in backbone, a package's (``PACKAGES``), a directory, a file or a hub id.
+
+    Raises:
+        UserError: there is no such backbone, or it cannot be downloaded.
+    """
     if not name or len(name) > 4096:
         raise UserError(f"{shown(name)} is no name of a backbone; name a directory or a hub id")
     if name in BUILTIN:
@@ -47,14 +54,14 @@ def resolve(name: str) -> str:
     if path.is_file() and path.suffix == ".gguf":
         return str(path)
     if path.is_dir():
-        found = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        if len(found) > 1:
+        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        if len(files) > 1:
             raise UserError(
-                f"{path} holds several GGUF files ({', '.join(p.name for p in found[:5])}); name "
+                f"{path} holds several GGUF files ({', '.join(p.name for p in files[:5])}); name "
                 "one of them"
             )
-        if found:
-            return str(found[0])
+        if files:
+            return str(files[0])
         _refuse_parent_of_checkpoints(path)
         return str(path)
     if name.startswith("builtin"):
@@ -67,8 +74,7 @@ def resolve(name: str) -> str:
     if not _HUB_ID.fullmatch(name) or name[0] in "./~":
         raise UserError(
             f"there is no directory {name}{looked_in(path)}; a backbone is a directory, a T5X "
-            "checkpoint, a GGUF "
-            "file, a hub id such as google/t5-base-lm-adapt, builtin or smollm2"
+            "checkpoint, a GGUF file, a hub id such as google/t5-base-lm-adapt, builtin or smollm2"
         )
     return _download(name)
 
@@ -103,8 +109,8 @@ def _download(name: str) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
-    # HTTPError is that of the HTTP client the hub package happens to use; LocalEntryNotFoundError
-    # (an OSError) means neither reachable nor in the cache
+    # HTTPError belongs to the HTTP client that the hub package uses. LocalEntryNotFoundError (an
+    # OSError) means that the hub cannot be reached and the cache has no copy.
     http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     failures = (errors.HfHubHTTPError, http_error, OSError, ValueError)
     try:
@@ -128,7 +134,7 @@ def _download(name: str) -> str:
 
 
 def only_here(source: str) -> bool:
-    """Whether a backbone's name or file means something to jaxprompt alone."""
+    """Whether only jaxprompt understands a backbone's name or file; others need an export."""
     if source in BUILTIN or source in PACKAGES or source.startswith("gs://"):
         return True
     path = Path(expanded(source))

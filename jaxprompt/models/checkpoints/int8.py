@@ -1,4 +1,4 @@
-"""Matrices stored as 8-bit integers with one scale a row, dequantised as they are read.
+"""Matrices of 8-bit integers with one scale a row, dequantised as they are read.
 
 The names are those of compressed-tensors (vLLM): ``X.weight`` holds round(W / scale) as int8 and
 ``X.weight_scale`` the scales [rows, 1], where scale = max |row| / 127. A quarter of float32 on
@@ -17,7 +17,7 @@ _SCALE = "_scale"
 
 
 def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with every int8 one that has scales beside it shown as float32."""
+    """The tensors, with every int8 one that has scales as one of float32."""
     pairs = {
         name: name + _SCALE
         for name, tensor in tensors.items()
@@ -46,7 +46,7 @@ def _combined(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantised(output: Output) -> list[Output]:
-    """A matrix as its int8 values and their scales; anything else as it is, in float32."""
+    """A matrix as int8 values and their scales; any other tensor in float32."""
     if len(output.shape) != 2:
         return [output._replace(dtype=DTYPES["float32"], values=_float32(output.values))]
 

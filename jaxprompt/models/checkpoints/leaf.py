@@ -1,12 +1,11 @@
-"""A tensor that has not been read yet, and how pieces of it become a leaf of the parameter tree.
+"""Tensors that have not been read yet, and how they become the leaves of a parameter tree.
 
-Readers (safetensors, torch pickles, msgpack, T5X) hand out ``Tensor``s; name maps say which tensor
-fills which leaf and how its axes lie. Nothing here holds more than one tensor at a time.
+The reader of each file format returns ``Tensor``s. A map of ``Leaf``s says which tensors fill which
+leaf, and in which order a tensor has its axes. Nothing here holds more than one tensor at a time.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +78,13 @@ def mapped(
     shape: Sequence[int],
     strides: Sequence[int] | None = None,
 ) -> Callable[[Index], np.ndarray]:
-    """A reader of the values at ``offset`` of a file; ``strides`` count values, None is row-major.
+    """A reader of the values at ``offset`` of a file.
 
-    Every read makes a memory map of its own: pages are touched only where the slice needs them, and
-    given back when the result is dropped, so a whole checkpoint passes through without staying.
+    Every read makes a memory map of its own. Only the pages of the slice are read, and they are
+    freed with the result. So a whole checkpoint passes through memory without staying there.
+
+    Args:
+        strides: count values, not bytes; None is row-major.
     """
     shape = tuple(shape)
 
@@ -103,7 +105,7 @@ def file_shape(piece: Piece, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def check_depth(where: str | Path, layers: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError if there are more layers than tensors, before any name is made of them."""
+    """Raise UserError if there are more layers than tensors, before names of layers are made."""
     if layers > len(tensors):
         raise UserError(
             f"{where}: the config has {layers:,} layers, and the checkpoint has {len(tensors):,} "
@@ -114,8 +116,12 @@ def check_depth(where: str | Path, layers: int, tensors: Mapping[str, Tensor]) -
 def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
     """Compare names and shapes of a checkpoint with what the config expects.
 
-    ``sizes`` gives every letter's size but the layers', which differ between the stacks and come as
-    "encoder" and "decoder". Raises UserError naming the tensor, the expected and the found shape.
+    Args:
+        sizes: the size of every letter but L. Numbers of layers differ between stacks, and are
+            under the names of the stacks ("encoder", "decoder", "layers").
+
+    Raises:
+        UserError: tensors are missing or superfluous, or one has another shape or dtype.
     """
     pieces = [(leaf, piece) for leaf in leaves for piece in leaf.pieces]
     missing = [piece.name for _, piece in pieces if piece.name not in tensors]
@@ -133,16 +139,16 @@ def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[
             f"({_some(extra)}); check config.json"
         )
     for leaf, piece in pieces:
-        found = tensors[piece.name]
+        tensor = tensors[piece.name]
         expected = file_shape(piece, layer_sizes(leaf, sizes))
-        if found.shape != expected:
+        if tensor.shape != expected:
             raise UserError(
-                f"{found.file}: tensor {found.name} (our {'/'.join(leaf.path)}) has shape "
-                f"{shown(found.shape)}, the config expects {expected}; check config.json"
+                f"{tensor.file}: tensor {tensor.name} (our {'/'.join(leaf.path)}) has shape "
+                f"{shown(tensor.shape)}, the config expects {expected}; check config.json"
             )
-        if found.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise UserError(
-                f"{found.file}: tensor {found.name} has dtype {found.dtype}, weights must be "
+                f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}, weights must be "
                 f"one of {', '.join(DTYPES)}; quantised checkpoints cannot be loaded"
             )
 
@@ -166,11 +172,13 @@ def fill(
     index: Index,
     out: np.ndarray,
 ) -> None:
-    """Read ``leaf[index]`` into ``out``, casting to its dtype, a tensor of the file at a time.
+    """Read ``leaf[index]`` into ``out``, cast to its dtype, one tensor of the file at a time.
 
-    Of a large tensor that is not in a layer, the embedding, some rows at a time: where a device has
-    a part of each row, all of them pass through memory. Raises UserError if a value is not a finite
-    number.
+    A large tensor outside the layers (the embedding) is read some rows at a time: if a device has a
+    part of each row, all rows pass through memory.
+
+    Raises:
+        UserError: a value is not a finite number.
     """
     sizes = layer_sizes(leaf, sizes)
     stacked_here = leaf.axes[0] == "L" and not any("L" in p.axes for p in leaf.pieces)
@@ -198,7 +206,7 @@ def fill(
 
 
 def _put(out: np.ndarray, values: np.ndarray, tensor: Tensor) -> None:
-    with np.errstate(over="ignore"):  # what becomes infinite is told just below
+    with np.errstate(over="ignore"):  # infinite values are refused just below
         out[...] = values
     if not finite(out):
         raise UserError(
@@ -209,22 +217,22 @@ def _put(out: np.ndarray, values: np.ndarray, tensor: Tensor) -> None:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether all values are finite, in far less time than it takes to read them from a disk."""
-    if values.dtype == DTYPES["bfloat16"]:  # NumPy's arithmetic on it is slow; its bits are not
+    """Whether all values are finite. This takes far less time than reading them from a disk."""
+    if values.dtype == DTYPES["bfloat16"]:  # NumPy computes slowly with it
         exponents = values.view(np.uint16) & np.uint16(0x7F80)
         return not exponents.size or int(exponents.max()) < 0x7F80
     with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()  # which NaN and infinity spoil; no array of flags is made
+        total = values.sum()  # NaN and infinity spoil it, and no array of flags is made
     return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
 
 
 def _read(
     piece: Piece, tensor: Tensor, target: str, sizes: Mapping[str, int], index: Index
 ) -> np.ndarray:
-    """The slice ``index`` of a tensor, seen with the axes ``target``.
+    """The slice ``index`` of a tensor, with the axes ``target``.
 
-    A slice of merged axes is pushed down to the file where only the outermost one is cut; what an
-    inner cut leaves too much is dropped from the view, before anything is copied.
+    Of merged axes only the outermost one is cut in the file. Inner axes are cut in the view, before
+    anything is copied.
     """
     bounds = {a: s.indices(sizes[a])[:2] for a, s in zip(target, index, strict=True)}
     groups = piece.axes.split()
@@ -241,14 +249,12 @@ def _read(
     return view.transpose([letters.index(a) for a in target])[tuple(rest[a] for a in target)]
 
 
-def elements(tensor: Tensor, limit: int = 1 << 22) -> "itertools.chain[np.ndarray]":
+def elements(tensor: Tensor, limit: int = 1 << 22) -> Iterator[np.ndarray]:
     """The values of a matrix in blocks of whole rows, each of about ``limit`` values."""
     rows = tensor.shape[0]
     step = max(1, limit // max(1, math.prod(tensor.shape[1:])))
     whole = tuple(slice(0, n) for n in tensor.shape[1:])
-    return itertools.chain(
-        tensor.read((slice(i, min(i + step, rows)), *whole)) for i in range(0, rows, step)
-    )
+    return (tensor.read((slice(i, min(i + step, rows)), *whole)) for i in range(0, rows, step))
 
 
 def same(a: Tensor, b: Tensor) -> bool:

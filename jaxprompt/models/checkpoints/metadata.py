@@ -96,14 +96,15 @@ def read_number(
     """A finite number above or equal to ``least``, and at most ``most``."""
     value = raw.get(key)
     value = default if value is None else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # neither NaN nor a number beyond float32
-    if not is_number or not least <= value <= min(most, 1e30):
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300:
+        number = float(value)
+    if not least <= number <= min(most, 1e30):  # neither NaN nor a number beyond float32
         top = "" if most == math.inf else f" and at most {most:g}"
         raise UserError(
             f"{where}: {key} is {shown(value)}, expected a number of at least {least:g}{top}"
         )
-    return float(value)
+    return number
 
 
 def read_epsilon(

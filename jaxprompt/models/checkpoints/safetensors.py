@@ -1,9 +1,9 @@
 """safetensors files, read lazily and written tensor by tensor.
 
-The format is eight bytes of header length, a JSON header and the raw values. Why it is not read by
-the library's safe_open (tried with 0.8.0, which reads bfloat16 and slices): a read copies a tensor
-instead of mapping it, a tensor that is named twice is accepted, 8-bit floats end in an
-AttributeError, and errors name neither the file nor the tensor.
+A file has eight bytes with the length of the header, a JSON header and the raw values. The
+library's safe_open (0.8.0, which reads bfloat16 and slices) is not used, because it copies a tensor
+instead of mapping it, accepts a tensor that is named twice, raises AttributeError for 8-bit floats,
+and names neither the file nor the tensor in its errors.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from jaxprompt.config.errors import UserError
 from jaxprompt.models.checkpoints.leaf import DTYPES, MOST_AXES, Tensor, mapped
 from jaxprompt.runtime.files import write_whole
-from jaxprompt.runtime.json_file import parse_json
+from jaxprompt.runtime.json_file import JsonObject, parse_json
 
 _CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {name: code for code, name in _CODES.items()} | {"int8": "I8"}
@@ -29,7 +29,7 @@ _MAX_HEADER = 100 << 20  # the library's own limit
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, nothing but the header read. A damaged file raises UserError."""
+    """All tensors of one file, only the header is read; UserError if the file is damaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -46,8 +46,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: _tensor(path, name, entry, start, size) for name, entry in header.items()}
 
 
-def _tensor(path: Path, name: str, entry, start: int, size: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tensor:
+    """One unread tensor; UserError if its entry in the header is damaged."""
     try:
+        if not isinstance(entry, dict):
+            raise TypeError(entry)
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
         if not isinstance(code, str) or len(shape) > MOST_AXES:
@@ -63,8 +66,7 @@ def _tensor(path: Path, name: str, entry, start: int, size: int) -> Tensor:
     else:
         raise UserError(
             f"{path}: tensor {name[:200]} has dtype {code[:40]}; weights must be one of "
-            f"{', '.join(_CODES)} "
-            "(quantised checkpoints cannot be loaded)"
+            f"{', '.join(_CODES)} (quantised checkpoints cannot be loaded)"
         )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise _damaged(path, f"tensor {name[:200]} of shape {shape} has {end - begin} bytes")
@@ -91,9 +93,9 @@ class Output(NamedTuple):
 
 
 def write_safetensors(path: Path, outputs: Iterable[Output]) -> None:
-    """Write one file, holding one tensor at a time; it gets its name only when complete."""
+    """Write one file, one tensor in memory at a time. It gets its name when it is complete."""
     outputs = list(outputs)
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     end = 0
     for out in outputs:
         begin, end = end, end + out.bytes

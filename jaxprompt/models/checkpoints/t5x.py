@@ -1,15 +1,15 @@
-"""T5X version-3 checkpoints: a msgpack index ``checkpoint`` beside one zarr array a large tensor.
+"""T5X checkpoints of version 3: a msgpack index ``checkpoint`` beside one zarr array a tensor.
 
-Local folders and gs:// are read through tensorstore alike. Small tensors stand in the index itself.
-Names, shapes and the scanned variants (layers stacked on axis 1) follow t5x, flaxformer and the
-scalable T5 of umT5; a checkpoint carries no config, so its shapes are read as one.
+Small tensors are in the index itself. tensorstore reads local folders and gs:// alike. Names,
+shapes and the scanned variants (layers stacked on axis 1) follow t5x, flaxformer and the scalable
+T5 of umT5. A checkpoint has no config, so its config is inferred from its shapes.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -28,7 +28,7 @@ from jaxprompt.models.checkpoints.leaf import (
 )
 from jaxprompt.models.checkpoints.t5_tree import depths, tree_axes
 from jaxprompt.models.t5.config import T5Config
-from jaxprompt.runtime.json_file import parse_json
+from jaxprompt.runtime.json_file import JsonObject, parse_json
 
 _STACKS = ("encoder", "decoder")
 HEAD = "decoder/logits_dense/kernel"
@@ -36,6 +36,8 @@ _SCANNED = "encoder/encoder/mlp/wo/kernel"
 
 
 class _Array(NamedTuple):
+    """A small tensor in the index."""
+
     shape: tuple[int, ...]
     dtype: str
     values: bytes
@@ -50,9 +52,13 @@ def is_t5x(location: str) -> bool:
 
 
 def read_t5x(location: str) -> dict[str, Tensor]:
-    """All tensors of the model (not of its optimizer), by the path below ``target``.
+    """All tensors of the model (not of its optimizer), by their path below ``target``.
 
-    location: a folder or gs://bucket/path that holds the file ``checkpoint``.
+    Args:
+        location: a folder or gs://bucket/path that holds the file ``checkpoint``.
+
+    Raises:
+        UserError: the folder cannot be read, or its index is damaged.
     """
     import tensorstore as ts  # slow to import, and only these checkpoints need it
 
@@ -74,7 +80,9 @@ def _kvstore(location: str) -> dict[str, str]:
     return {"driver": "gcs", "bucket": bucket, "path": path.rstrip("/") + "/"}
 
 
-def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
+def _unpack_index(location: str, raw: bytes) -> JsonObject:
+    """The tree below ``optimizer/target``: arrays, and references to zarr arrays."""
+
     def extension(code: int, data: bytes) -> _Array | None:
         if code != 1:
             return None  # scalars and complex numbers, which only optimizer states hold
@@ -85,9 +93,7 @@ def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
 
     try:
         index = msgpack.unpackb(raw, ext_hook=extension, strict_map_key=False)
-    except (
-        Exception
-    ) as error:  # msgpack has its own family of errors, and damaged input raises others
+    except Exception as error:  # msgpack has its own errors, and damage raises others
         raise UserError(f"{location}/checkpoint is truncated or not a T5X index") from error
     if not isinstance(index, dict) or index.get("version") != 3:
         version = index.get("version") if isinstance(index, dict) else None
@@ -103,7 +109,8 @@ def _unpack_index(location: str, raw: bytes) -> dict[str, Any]:
     return target
 
 
-def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of the index with their paths; a reference to a zarr array is a leaf."""
     for key, value in tree.items():
         name = f"{path}/{key}" if path else str(key)
         if isinstance(value, dict) and "driver" not in value:
@@ -112,32 +119,35 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield name, value
 
 
-def _tensor(location: str, store: Mapping[str, str], name: str, leaf: Any) -> Tensor:
+def _tensor(location: str, store: Mapping[str, str], name: str, leaf: object) -> Tensor:
+    """One unread tensor; UserError if its entry in the index is damaged."""
     if isinstance(leaf, _Array):
         return _inline(location, name, leaf)
-    kvstore = leaf.get("kvstore") if isinstance(leaf, dict) else None
-    if not isinstance(kvstore, dict) or leaf.get("driver") != "zarr":
+    entry: JsonObject = leaf if isinstance(leaf, dict) else {}
+    kvstore = entry.get("kvstore")
+    if not isinstance(kvstore, dict) or entry.get("driver") != "zarr":
         raise UserError(f"{location}/checkpoint: {name} is neither an array nor a zarr reference")
-    # writers before tensorstore 0.1.14 put the path beside the kvstore; bucket and driver are those
-    # of the machine that wrote, the path is relative to the checkpoint
-    folder = kvstore.get("path") or leaf.get("path") or ""
+    # Writers before tensorstore 0.1.14 put the path beside the kvstore. Bucket and driver name the
+    # machine that wrote the checkpoint, and the path is relative to the checkpoint.
+    folder = kvstore.get("path") or entry.get("path") or ""
     inside = isinstance(folder, str) and re.fullmatch(r"[\w.\-]+/?", folder)
-    if not inside or folder.strip("./") == "":
+    if not isinstance(folder, str) or not inside or folder.strip("./") == "":
         raise UserError(
             f"{location}/checkpoint: {name} lies at {shown(folder)}, outside the checkpoint"
         )
     tensor = _zarr(location, store, name, folder.rstrip("/"))
-    said = leaf.get("metadata")
-    said = said.get("shape") if isinstance(said, dict) else None
-    if isinstance(said, list | tuple) and tuple(said) != tensor.shape:
+    metadata = entry.get("metadata")
+    declared = metadata.get("shape") if isinstance(metadata, dict) else None
+    if isinstance(declared, list | tuple) and tuple(declared) != tensor.shape:
         raise UserError(
-            f"{location}/checkpoint: {name} has shape {shown(tuple(said))}, and {tensor.file} has "
-            f"{tensor.shape}; the checkpoint is damaged, download it again"
+            f"{location}/checkpoint: {name} has shape {shown(tuple(declared))}, and "
+            f"{tensor.file} has {tensor.shape}; the checkpoint is damaged, download it again"
         )
     return tensor
 
 
 def _inline(location: str, name: str, leaf: _Array) -> Tensor:
+    """A tensor whose values are in the index."""
     try:
         values = np.frombuffer(leaf.values, DTYPES[leaf.dtype]).reshape(leaf.shape)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
@@ -149,10 +159,11 @@ def _inline(location: str, name: str, leaf: _Array) -> Tensor:
 
 
 def _zarr(location: str, store: Mapping[str, str], name: str, folder: str) -> Tensor:
+    """A tensor whose values are in a zarr array beside the index."""
     import tensorstore as ts
 
     kvstore = {**store, "path": f"{store['path']}{folder}/"}
-    # a chunk whose file is missing is an error, not the zeros that zarr makes of it
+    # a missing chunk is an error here, not zeros as in zarr
     spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     file = f"{location}/{folder}"
 
@@ -184,8 +195,9 @@ _SMALL_CHUNK = 64 << 20  # bytes
 def _check_chunks(file: str, described: bytes) -> None:
     """Raise UserError for a .zarray with which tensorstore could exhaust the memory.
 
-    It makes room for a whole chunk of the declared size before it looks at what is stored, and ends
-    the process if there is none. So a chunk may not be larger than the array, unless it is small.
+    tensorstore allocates a whole chunk of the declared size before it looks at the stored bytes,
+    and ends the process if there is not enough memory. So a chunk may not be larger than the array,
+    unless it is small.
     """
     raw = parse_json(described, f"{file}/.zarray")
     if not isinstance(raw, dict):
@@ -201,7 +213,8 @@ def _check_chunks(file: str, described: bytes) -> None:
         _check_stored(Path(file), shape, chunks, str(raw.get("dimension_separator") or "."))
 
 
-def _sizes(file: str, raw: Mapping[str, Any], key: str) -> list[int]:
+def _sizes(file: str, raw: Mapping[str, object], key: str) -> list[int]:
+    """A list of whole numbers above 0 from a .zarray."""
     sizes = raw.get(key)
     if (
         not isinstance(sizes, list)
@@ -213,13 +226,13 @@ def _sizes(file: str, raw: Mapping[str, Any], key: str) -> list[int]:
 
 
 def _check_stored(folder: Path, shape: list[int], chunks: list[int], separator: str) -> None:
-    """Raise UserError where files of a local array cannot hold the values that it declares."""
+    """Raise UserError if the files of a local array are too small for the declared values."""
     counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
     last = folder / separator.join(str(n - 1) for n in counts)
     present = [p for p in (folder / separator.join("0" for _ in counts), last) if p.is_file()]
     if len(present) < 2:
         raise UserError(f"{last} is missing; the checkpoint is incomplete, download it again")
-    # values in full precision hardly shrink; a thousandth of their size is a bomb
+    # values in full precision hardly compress; a thousandth of their size is a bomb
     if math.prod(chunks) > max(1000 * max(p.stat().st_size for p in present), _SMALL_CHUNK):
         raise UserError(
             f"{last} has {last.stat().st_size} bytes for a chunk of {shown(tuple(chunks))} values; "
@@ -228,10 +241,10 @@ def _check_stored(folder: Path, shape: list[int], chunks: list[int], separator: 
 
 
 def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
-    """The config that a checkpoint's shapes imply; the number of heads is the relative bias's.
+    """The config that a checkpoint's shapes imply. The relative bias has the number of heads.
 
-    What shapes cannot tell is taken from the family: gated means tanh GELU, else ReLU; a head tied
-    to the embedding means a scaled output; distances reach 128.
+    Shapes do not say everything, so the rest is as in the family: a gated MLP uses tanh GELU and
+    another one ReLU, a head that is the embedding means a scaled output, and distances reach 128.
     """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -276,7 +289,7 @@ def infer_config(location: str, tensors: Mapping[str, Tensor]) -> T5Config:
 
 
 def _head_dim(location: str, tensors: Mapping[str, Tensor], name: str, heads: int) -> int:
-    """The numbers of one head, from the query's kernel: [D, N, H], or N and H merged."""
+    """H, from the shape of the query's kernel: [D, N, H], or N and H merged."""
     if name not in tensors:
         raise UserError(f"{location} has no tensor {name}, so it is no T5 that can be read")
     shape, merged = tensors[name].shape, 3 if _SCANNED in tensors else 2
@@ -293,8 +306,9 @@ def is_tied(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    found = (re.match(rf"{stack}/layers_(\d{{1,9}})/", name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    """The number of layers of a stack, from the names of its tensors."""
+    matches = (re.match(rf"{stack}/layers_(\d{{1,9}})/", name) for name in tensors)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 # axes of a layer's kernels in the file

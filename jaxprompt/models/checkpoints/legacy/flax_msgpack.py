@@ -1,8 +1,9 @@
-"""``flax_model.msgpack`` read lazily: a walk over the file that notes where each array's bytes lie.
+"""``flax_model.msgpack`` read lazily: a walk over the file notes where each array's bytes lie.
 
-The file is nested maps with arrays as extension type 1, whose payload is again msgpack: a triple of
-shape, dtype name and raw bytes (flax.serialization). The walk jumps over the bytes, so opening a
-checkpoint of any size reads a few kilobytes. flax.serialization would read all of it into memory.
+The file consists of nested maps. An array is of extension type 1, and its payload is msgpack again:
+shape, name of the dtype and raw bytes (flax.serialization). The walk jumps over the bytes, so it
+reads a few kilobytes of a checkpoint of any size. flax.serialization would read all of it into
+memory.
 """
 
 import math
@@ -23,24 +24,24 @@ class _Malformed(Exception):
 
 
 def read_msgpack(path: Path) -> dict[str, Tensor]:
-    """All arrays of one file under their paths joined by "/". A damaged file raises UserError."""
+    """All arrays of one file by their paths, joined by "/"; UserError if the file is damaged."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found: dict[str, Tensor | int | bool] = {}
+            values: dict[str, Tensor | int | bool] = {}
             for name, value in _Walk(path, data).map_items((), 0):
-                if name in found:
+                if name in values:
                     raise _Malformed(f"it holds {name[:100]} twice")
-                found[name] = value
+                values[name] = value
     except (_Malformed, IndexError, UnicodeDecodeError, ValueError) as error:
         detail = str(error) if isinstance(error, _Malformed) else "it ends too early"
         raise UserError(
             f"{path} is truncated or not a flax msgpack checkpoint: {detail}; download it again"
         ) from error
-    return _join_chunks(path, found)
+    return _join_chunks(path, values)
 
 
 class _Walk:
-    """A cursor over msgpack bytes, which understands just what flax writes."""
+    """A cursor over msgpack bytes, which understands only the forms that flax writes."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 0
@@ -130,14 +131,14 @@ class _Walk:
         return Tensor(name, str(self.path), shape, dtype, mapped(self.path, offset, dtype, shape))
 
 
-def _join_chunks(path: Path, found: dict[str, Tensor | int | bool]) -> dict[str, Tensor]:
-    """Plain arrays as they are; flax's chunked ones (flag, shape, chunks) as one tensor each."""
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    for flag in [name for name in found if name.split("/")[-1] == _CHUNKED]:
+def _join_chunks(path: Path, values: dict[str, Tensor | int | bool]) -> dict[str, Tensor]:
+    """Plain arrays, and one tensor for each of flax's chunked arrays (flag, shape, chunks)."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    for flag in [name for name in values if name.split("/")[-1] == _CHUNKED]:
         name = flag.removesuffix(_CHUNKED).rstrip("/")
         parts, shape = [], []
-        while (key := f"{name}/shape/{len(shape)}") in found and len(shape) < MOST_AXES:
-            size = found[key]
+        while (key := f"{name}/shape/{len(shape)}") in values and len(shape) < MOST_AXES:
+            size = values[key]
             if type(size) is not int:
                 raise UserError(f"{path}: {key} is not a size; download the file again")
             shape.append(size)
@@ -155,6 +156,8 @@ def _join_chunks(path: Path, found: dict[str, Tensor | int | bool]) -> dict[str,
 def _chunk_reader(parts: list[Tensor], shape: tuple[int, ...]) -> Callable[[Index], np.ndarray]:
     def read(index: Index) -> np.ndarray:
         flat = [part.read((slice(None),)) for part in parts]
-        return np.concatenate(flat).reshape(shape)[index]  # rare: held whole, once
+        return np.concatenate(flat).reshape(shape)[
+            index
+        ]  # rare, so the whole tensor is in memory once
 
     return read

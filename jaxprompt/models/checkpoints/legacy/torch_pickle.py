@@ -171,9 +171,9 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 def _rebuild_tensor(args: tuple[object, ...]) -> Strided:
     """torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
-    if len(args) < 4 or not isinstance(args[0], Storage):
+    storage, offset, shape, strides, *_ = (*args, *[None] * 4)
+    if len(args) < 4 or not isinstance(storage, Storage):
         raise _Malformed("a tensor has no storage")
-    storage, offset, shape, strides = args[:4]
     if not (isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise _Malformed("a tensor has no shape")
     if not (_is_size(offset) and all(map(_is_size, (*shape, *strides)))) or (
