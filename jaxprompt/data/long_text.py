@@ -1,23 +1,24 @@
-"""The start of a very long text that has the same first ids as the whole.
+"""The start of a very long text that has the same first ids as the whole text.
 
-A line of ten million characters, of which 512 tokens are kept, need not be tokenized to its end. It
-may only be cut where that provably changes no id that is kept:
+If only 512 tokens of a line of ten million characters are kept, the line need not be tokenized to
+its end. It may be cut only where that provably changes no id that is kept:
 
-- between two words, where the tokenizer cuts words apart before it looks at anything else, or where
-  no piece of its vocabulary reaches from one word into the next;
-- within a word of a unigram model, which is cut as its likeliest path (Viterbi). Each path goes
-  through one of the last n positions of a start of the word, where n is the longest piece. What the
-  best paths to all of these positions have in common is part of the best path of the whole word.
+- between two words, if the tokenizer first cuts words apart, or if no piece of its vocabulary
+  reaches from one word into the next;
+- within a word of a unigram model, whose pieces are its most probable path (Viterbi). Each path
+  goes through one of the last n positions of a start of the word, where n is the longest piece. The
+  common beginning of the best paths to all of these positions is part of the best path of the word.
 """
 
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jaxprompt.config.values import Values
 from jaxprompt.data.gguf_tokenizer import EXPRESSIONS
 
-LONG = 20_000  # characters; what is shorter is not worth a second look
+LONG = 20_000  # characters; a shorter text is tokenized whole
 _WORDS = re.compile(r"[^\W_](?= [^\W_])")  # the end of a word or number, a blank and another one
 _TRIES = 3  # within a word: each tokenizes a start some twenty times
 # characters that normalisation leaves as they are, and that do not join with others
@@ -29,7 +30,7 @@ _HARMLESS = {"Digits", "Punctuation"}  # they look at one character at a time
 
 
 Encode = Callable[[list[str]], list[list[int]]]  # texts -> ids
-Spec = dict[str, Any]  # a part of a tokenizer's JSON form
+Spec = Values  # a part of a tokenizer's JSON form
 
 
 class Cuts(NamedTuple):
@@ -40,7 +41,11 @@ class Cuts(NamedTuple):
 
 
 def cuts_of(spec: Spec, own: Sequence[str]) -> Cuts:
-    """Those of a tokenizer in its JSON form; ``own``: added tokens that are part of no piece."""
+    """Where a tokenizer, given in its JSON form, lets a text be cut.
+
+    Args:
+        own: added tokens that are part of no piece.
+    """
     parts = lambda key, name: _steps(spec.get(key), name)
     added = [t["content"] for t in spec["added_tokens"] if t["content"] not in own]
     plain = all(map(_is_local, parts("normalizer", "normalizers")))
@@ -57,9 +62,12 @@ def cuts_of(spec: Spec, own: Sequence[str]) -> Cuts:
 
 
 def start_of(text: str, count: int, cuts: Cuts, encode: Encode) -> str:
-    """A start of ``text`` with the same first ``count`` ids, and more ids than that if it has more.
+    """A start of ``text`` with the same first ``count`` ids; the text if it cannot be cut.
 
-    encode: ids of texts. The text itself comes back where it is not long, or cannot be cut.
+    The start has more than ``count`` ids if the text does.
+
+    Args:
+        encode: texts -> ids.
     """
     size, tries = max(LONG, 16 * count), _TRIES
     while size < len(text):
@@ -77,7 +85,7 @@ def start_of(text: str, count: int, cuts: Cuts, encode: Encode) -> str:
 
 
 def _within_word(text: str, size: int, count: int, longest: int, encode: Encode) -> str | None:
-    """A start of the text that ends within a run of plain letters; None where there is none."""
+    """A start of the text that ends within a run of plain letters; None if there is no such run."""
     run = re.compile(f"{_PLAIN}{{{longest + 2}}}").search(text, size, 2 * size)
     if run is None:
         return None

@@ -8,8 +8,9 @@ from typing import Any, Protocol, SupportsIndex, overload, runtime_checkable
 import numpy as np
 
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.config.values import Values
 
-Row = dict[str, Any]  # column -> value, which may be anything that a file can hold
+Row = Values  # column -> value, which may be anything that a file can hold
 Rows = Sequence[Row]  # a list, or rows that are read when they are asked for
 
 

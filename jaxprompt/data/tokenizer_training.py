@@ -1,4 +1,4 @@
-"""Training of a unigram tokenizer laid out as T5's."""
+"""Training of a unigram tokenizer with the layout of T5's."""
 
 import json
 from collections.abc import Iterable
@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     import tokenizers
 
 PIECE_LENGTH = 16  # characters of the longest piece
-FEWEST = 128  # pieces: those of one character need most of them
+FEWEST = 128  # pieces; pieces of one character need most of them
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> None:
     """Write ``tokenizer.json`` and its configuration into ``out``.
 
-    Rows are in T5's order: pad 0, eos 1, unk 2, pieces, and at the very end ``<extra_id_99>`` to
-    ``<extra_id_0>`` (the last id). Case is kept; every text gets an EOS from the post-processor.
+    Ids are in T5's order: pad 0, eos 1, unk 2, pieces, and at the end ``<extra_id_99>`` to
+    ``<extra_id_0>`` (the last id). Case is kept. The post-processor puts EOS after every text.
+
+    Args:
+        out: a directory that exists.
 
     Raises:
-        UserError: The text is too little for so many pieces, or is not Unicode.
+        UserError: there is too little text for so many pieces, or it is not Unicode.
     """
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
@@ -53,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
 
 
 def _train_unigram(texts: Iterable[str], pieces: int, vocabulary: int) -> "tokenizers.Tokenizer":
-    """A tokenizer of at most ``pieces`` pieces; ``vocabulary`` is the setting that errors name."""
+    """A tokenizer of at most ``pieces`` pieces; errors name the setting ``vocabulary``."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -76,9 +79,9 @@ def _train_unigram(texts: Iterable[str], pieces: int, vocabulary: int) -> "token
         bad = error.object[max(error.start - 30, 0) : error.start + 30]
         raise UserError(f"The text {bad!r} is not Unicode; mend that character.") from None
     except Exception as error:
-        if type(error) is not Exception:  # the reader's own, which passes through the library
+        if type(error) is not Exception:  # from the reader of the texts
             raise
-        raise UserError(  # the library's, which has no type: more characters than rows
+        raise UserError(  # from the library, without a type: more characters than rows
             f"No tokenizer can be trained with tokenizer.vocabulary {vocabulary} "
             f"({' '.join(str(error).split())[:200]}); raise it."
         ) from None

@@ -1,14 +1,14 @@
 """What entries and row rules of several benchmarks share."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.values import Values
 from jaxprompt.data.rows import Row
 
-Entry = dict[str, Any]  # the values of a TaskConfig
+Entry = Values  # of a TaskConfig
 Rule = Callable[[Iterable[Row], bool], Iterator[Row]]  # (rows, whether they are trained on)
 
 UNKNOWN = "<unk>"  # T5's target where there is no answer

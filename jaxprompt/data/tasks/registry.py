@@ -7,11 +7,11 @@ selects checkpoints.
 """
 
 import difflib
-from typing import Any
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Values
 from jaxprompt.data.tasks import builtin, generation, glue, qa, superglue
 from jaxprompt.data.tasks.entry import THREE_SPLITS, Entry
 from jaxprompt.data.truncation import columns_to_cut
@@ -23,7 +23,7 @@ TASKS: dict[str, Entry] = builtin.TASKS | superglue.TASKS | glue.TASKS | qa.TASK
 PREFIXES: dict[str, str] = superglue.PREFIXES | glue.PREFIXES | qa.PREFIXES | generation.PREFIXES
 
 
-def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
+def resolve_task(task: str | Values) -> TaskConfig:
     """A task by name, or from a mapping; with a known name, the mapping changes that task.
 
     ``prefix: true`` puts T5's name of the task in front of its text, as in "boolq passage: ...".
@@ -55,7 +55,7 @@ def resolve_task(task: str | dict[str, Any]) -> TaskConfig:
     return config
 
 
-def _changed_entry(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
+def _changed_entry(entry: Entry, values: Values) -> Values:
     """An entry with the user's values in it.
 
     Rows from files replace the entry's source, and with it the splits that the source names.
