@@ -22,16 +22,7 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
-
-from jaxprompt.models.t5 import t5  # noqa: E402
-
-TINY = t5.T5Config(
-    vocab_size=61, d_model=16, num_heads=3, head_dim=4, d_ff=24,
-    num_encoder_layers=3, num_decoder_layers=2,
-)  # fmt: skip
-
 
 GROUPS = ("unit", "parity", "runs", "processes")
 
@@ -49,7 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny():
     """A random T5 1.1 with logits of order 1: (model, parameters)."""
-    return t5.T5Model(TINY), jax.jit(t5.init_params, static_argnums=0)(TINY, jax.random.key(0))
+    # imported here: the process that only hands out tests needs no jax
+    import jax
+
+    from jaxprompt.models.t5 import t5
+
+    config = t5.T5Config(
+        vocab_size=61, d_model=16, num_heads=3, head_dim=4, d_ff=24,
+        num_encoder_layers=3, num_decoder_layers=2,
+    )  # fmt: skip
+    return t5.T5Model(config), jax.jit(t5.init_params, static_argnums=0)(config, jax.random.key(0))
 
 
 @pytest.fixture(autouse=True)
@@ -61,5 +61,7 @@ def memory_maps():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
         jax.clear_caches()
         gc.collect()

@@ -214,3 +214,12 @@ def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtyp
     ]
     inner = model.config.num_heads * model.config.head_dim
     assert sum(per_position) <= 2 * model.config.d_model + 3 * inner + 2 * model.config.d_ff + 8
+
+
+def test_a_virtual_token_with_the_row_of_a_word_is_the_word(tiny):
+    model, params = tiny
+    words = jnp.array([[5, 9, 17, 33, 1]])
+    bank = params["token_embedder"]["embedding"][jnp.array([9, 33])][None]
+    virtual = jnp.array([[5, 61, 17, 62, 1]])
+    run = jax.jit(lambda ids, bank: model.encode(params, Injection(bank), ids, jnp.ones_like(ids)))
+    np.testing.assert_array_equal(run(words, None), run(virtual, bank))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ROOT
+from helpers_source import nodes
 
 PACKAGE = ROOT / "jaxprompt"
 # from the lowest level to the highest
@@ -23,7 +24,7 @@ def layer(path: Path) -> str:
 
 
 def imports(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers_source import nodes
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jaxprompt"
@@ -15,7 +16,7 @@ KNOWN = {"load_backbone"}
 
 
 def functions(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -50,7 +51,7 @@ def test_the_loop_has_no_function_inside_a_function():
 
 
 def test_few_values_are_typed_as_anything():
-    names = (x for path in MODULES for x in ast.walk(ast.parse(path.read_text())))
+    names = (x for path in MODULES for x in nodes(path))
     count = sum(isinstance(x, ast.Name) and x.id == "Any" for x in names)
     assert count < MOST_ANYS, f"Any is used {count} times"
 

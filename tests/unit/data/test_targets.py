@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import Killer, make_backbone, run_config, write_rows
 from helpers_data import t5_tokenizer
 
-from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
@@ -18,9 +16,8 @@ from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.inference.engine import Engine
-from jaxprompt.inference.predict import Predictions, predict
+from jaxprompt.inference.predict import predict
 from jaxprompt.models.injection import Injection
-from jaxprompt.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -105,38 +102,6 @@ def test_labels_are_told_apart_when_answers_are_written(t5, monkeypatch):
     same = mine(labels=["yes", "yes\u200b"], decoding="greedy")
     with pytest.raises(UserError, match="the same (text|tokens) to this backbone"):
         tokenize(same, [{"text": "it", "label": "yes"}], t5, VirtualTokens(500, 1))
-
-
-@pytest.mark.parametrize("split", ["training", "validation", "test"])
-def test_a_run_warns_of_targets_that_nothing_equals(tmp_path, split):
-    backbone = make_backbone(tmp_path / "tiny")
-    rows = [{"text": "one", "label": word} for word in ("good", "zzz")]
-    files = {
-        name: str(write_rows(tmp_path / f"{name}.jsonl", rows if name == split else rows[:1]))
-        for name in ("training", "validation", "test")
-    }
-    task = {"name": "t", "template": "{text}", "labels": None, "train": files["training"],
-            "validation": files["validation"], "test": files["test"]}  # fmt: skip
-    said = f"warning: 1 of 2 {split} targets of task 't' have characters that .*"
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config(backbone, tmp_path / "run", task=task), Killer(said[:50]))
-
-
-def test_evaluate_warns_and_compares_what_can_be_written(tmp_path, monkeypatch):
-    session = api.open_session(None, str(make_backbone(tmp_path / "tiny")))
-    told, path = [], tmp_path / "rows.jsonl"
-    write_rows(path, [{"text": "one", "label": word} for word in (" good ", "zzz", "bad")])
-    written = Predictions(["good", "", "yes"], None)
-    monkeypatch.setattr(api, "predict_examples", lambda *_, **__: written)
-    task = mine(train=None)
-    found = api.evaluate(session, task=task, data=str(path), warn=told.append)
-    assert found["metrics"] == {"accuracy": pytest.approx(1 / 3)}
-    assert len(told) == 1 and "1 of 3 targets have characters" in told[0] and "'zzz'" in told[0]
-    labelled = mine(labels=["good", "zzz yes"])
-    write_rows(path, [{"text": "one", "label": "good"}])
-    monkeypatch.setattr(api, "predict_examples", lambda *_, **__: Predictions(["good"], None))
-    api.evaluate(session, task=labelled, data=str(path), warn=told.append)
-    assert "lacks characters of the labels 'zzz yes'" in told[1]
 
 
 def test_labels_that_differ_only_in_blanks_are_refused():

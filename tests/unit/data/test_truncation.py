@@ -1,13 +1,8 @@
 """Rows that are longer than a task allows: what is cut, what is told, which column goes first."""
 
-import numpy as np
 import pytest
-from helpers import Killer, make_backbone, run_config, write_rows
 from helpers_data import make_tokenizer
-from typer.testing import CliRunner
 
-from jaxprompt import api
-from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.examples import tokenize
@@ -16,8 +11,6 @@ from jaxprompt.data.templates import Piece, columns_of, places_of
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
-from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
-from jaxprompt.training.loop import train
 
 V, P = 64, 2
 
@@ -132,70 +125,3 @@ def test_a_column_that_the_template_lacks_is_refused(tokenizer):
     assert resolve_task(values | {"truncate": ["the b", "a"]}).truncate == ["the b", "a"]
     with pytest.raises(UserError, match="'task.truncate' is 3"):
         resolve_task(values | {"truncate": 3})
-
-
-# ---- what is told
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("long")
-    make_backbone(folder / "tiny")
-    values = {"name": "mine", "template": "{a} {b}", "labels": ["yes", "no"],
-              "max_input_length": 12}  # fmt: skip
-    facts = {"task": values, "backbone": {"source": str(folder / "tiny")}}
-    save_prompt(folder / "prompt", Prompt(np.zeros((2, 16), np.float32), facts))
-    rows = [row(40, 2) | {"label": "yes"}, row(1, 1) | {"label": "no"}]
-    write_rows(folder / "rows.jsonl", rows)
-    write_rows(folder / "pairs.jsonl", [{"input": "one " * 600, "target": "yes"}])
-    return folder
-
-
-TOLD = "1 of 2 rows are longer than task.max_input_length, 12 tokens, and are cut; in 1"
-
-
-def test_a_run_says_what_is_cut_of_each_split(folder, tmp_path):
-    rows = str(folder / "rows.jsonl")
-    values = load_prompt(folder / "prompt").metadata["task"] | {
-        "train": rows,
-        "validation": rows,
-        "test": rows,
-    }
-    for split in ("training", "validation", "test"):
-        with pytest.raises(KeyboardInterrupt):
-            start = f"warning: 1 of 2 {split} rows of task 'mine' are longer than"
-            train(run_config(folder / "tiny", tmp_path, task=values), Killer(start))
-
-
-def test_python_says_what_is_cut(folder):
-    session = api.open_session(folder / "prompt")
-    rows = [row(40, 2), row(1, 1)]
-    with pytest.warns(UserWarning, match=TOLD):
-        found = api.predict(session, rows)
-    heard = []
-    assert api.predict(session, rows, warn=heard.append) == found
-    assert len(heard) == 1 and heard[0].startswith(TOLD)
-    first = load_prompt(folder / "prompt").metadata["task"] | {"truncate": "a"}
-    answers = api.predict(session, rows, task=first, warn=heard.append)
-    assert "nothing is left" not in heard[1] and len(heard) == 2
-    asked = {"a": "one " * 9, "b": "two two"}  # what is left of the first row
-    [whole] = api.predict(session, [asked])
-    assert answers[0]["scores"]["yes"] == pytest.approx(whole["scores"]["yes"], rel=1e-5)
-    with pytest.warns(UserWarning, match="1 of 1 inputs are longer than max_input_length, 12"):
-        api.score(session, [{"input": "one " * 600, "target": "yes"}])
-    api.score(session, [{"input": "one " * 11, "target": "yes"}])
-
-
-@pytest.mark.parametrize("command", ["eval", "predict", "score"])
-def test_commands_say_what_is_cut(folder, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("jaxprompt.runtime.devices.start", lambda *_: None)
-    prompt, out = str(folder / "prompt"), ["--output", str(tmp_path / "out.jsonl")]
-    arguments = {
-        "eval": [prompt, "--data", str(folder / "rows.jsonl")],
-        "predict": [prompt, "--input", str(folder / "rows.jsonl"), *out],
-        "score": ["--prompt", prompt, "--input", str(folder / "pairs.jsonl"), *out],
-    }[command]
-    done = CliRunner().invoke(app.app, [command, *arguments])
-    assert done.exit_code == 0, done.exception
-    inputs = "1 of 1 inputs are longer than max_input_length, 12 tokens"
-    assert f"warning: {inputs if command == 'score' else TOLD}" in done.stderr

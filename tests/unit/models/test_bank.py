@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.data.virtual_tokens import embed, virtual_ids
-from jaxprompt.models.injection import Injection
 
 
 def test_ids_follow_the_layout():
@@ -26,12 +25,3 @@ def test_bank_stays_float32_and_the_result_has_the_dtype_of_the_table():
     grad = jax.grad(lambda b: embed(jnp.array([[10, 1]]), table, b).astype(jnp.float32).sum())(bank)
     assert grad.dtype == jnp.float32
     np.testing.assert_array_equal(grad[0], [[1] * 4, [0] * 4])
-
-
-def test_a_virtual_token_with_the_row_of_a_word_is_the_word(tiny):
-    model, params = tiny
-    words = jnp.array([[5, 9, 17, 33, 1]])
-    bank = params["token_embedder"]["embedding"][jnp.array([9, 33])][None]
-    virtual = jnp.array([[5, 61, 17, 62, 1]])
-    run = jax.jit(lambda ids, bank: model.encode(params, Injection(bank), ids, jnp.ones_like(ids)))
-    np.testing.assert_array_equal(run(words, None), run(virtual, bank))

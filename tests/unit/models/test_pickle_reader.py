@@ -222,15 +222,20 @@ def no_tensors():
 CASES = dict(attacks(Path("executed")))
 
 
+def imported():
+    """The modules that are loaded; the codec of a zip file's names comes with the first archive."""
+    return {name for name in sys.modules if not name.startswith("encodings.")}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hostile_pickles_are_refused_and_nothing_runs(name, torch_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, before = torch_file(CASES[name]), set(sys.modules)
+    path, before = torch_file(CASES[name]), imported()
     with pytest.raises(UserError) as refusal:
         read_torch(path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
     assert not Path("executed").exists()
-    assert set(sys.modules) == before
+    assert imported() == before
 
 
 def test_the_refusal_names_what_was_asked_for(torch_file):
