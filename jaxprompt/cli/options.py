@@ -41,7 +41,8 @@ ConfigArgument = Annotated[
     ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100")
+    list[str] | None,
+    typer.Argument(help="key=value, e.g. train.steps=100; `jaxprompt settings` lists all"),
 ]
 PromptArgument = Annotated[
     Path, typer.Argument(callback=at_home, help="artefact, PEFT adapter or .npy")

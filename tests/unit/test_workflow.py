@@ -11,6 +11,6 @@ def test_the_workflow_runs_the_checks_on_pythons_that_have_tested_versions():
     tested = {
         path.stem.removeprefix("constraints-") for path in ROOT.glob("scripts/constraints-*.txt")
     }
-    assert len(pythons) == 2 and set(pythons) <= tested
+    assert pythons == sorted(tested)
     assert ".ci/run" in [step.get("run") for step in job["steps"]]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

@@ -52,7 +52,7 @@ def test_jsonl_and_parquet_keep_types(tmp_path):
         ("a.jsonl", "\n  \n", "holds no rows"),
         ("a.csv", "", "holds no rows"),
         ("a.csv", "text,label\n", "holds no rows"),
-        ("a.jsonl", '{"a": 1}\n\n{"a": 2,}\n', r"a\.jsonl, line 3, column 9: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2,}\n', r"a\.jsonl, line 3, column [89]: not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"line 2: expected an object, found '\[1, 2\]"),
         ("a.jsonl", b'{"a": "\xff"}\n', r"a\.jsonl is not UTF-8"),
         ("a.csv", "text,label\na,b\na,b,c\n", "line 3: 3 cells, and the header has 2"),
