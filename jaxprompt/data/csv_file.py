@@ -23,7 +23,7 @@ class _Record(NamedTuple):
 
 
 def _records(path: Path, delimiter: str) -> Iterator[_Record]:
-    """The records of a CSV file, blank lines too, which have no cells."""
+    """The records of a CSV file; a blank line is a record without cells."""
     read: list[str] = []
 
     def remembered(lines: Iterable[str]) -> Iterator[str]:
@@ -59,9 +59,9 @@ def _records(path: Path, delimiter: str) -> Iterator[_Record]:
 def _swallows_rows(record: _Record, columns: int, delimiter: str) -> bool:
     """Whether a quoted cell over several lines looks like rows between two stray quotes.
 
-    It does where its first and last line and half of the others have the cells of a row, as
-    unquoted rows have them (separators without a space behind them, unlike commas of prose), and
-    there are no quotes but the two.
+    It does if its first and last line, and half of the others, have as many cells as a row, and
+    there are no other quotes. In unquoted rows no space follows a separator, unlike the commas of
+    prose.
     """
     text = "".join(record.lines)
     lines = [line for line in record.lines if line.strip()]
@@ -76,9 +76,9 @@ def _swallows_rows(record: _Record, columns: int, delimiter: str) -> bool:
 
 
 def _quote_after_blank(record: _Record, delimiter: str) -> bool:
-    """Whether a cell is quoted, but behind a blank, so that the quotes count as text.
+    """Whether a blank stands before a quoted cell, so that the quotes count as text.
 
-    It is where the record has other cells when blanks behind separators are skipped.
+    That is so if the record has other cells when blanks after separators are skipped.
     """
     text = "".join(record.lines)
     if not re.search(rf"(^|{re.escape(delimiter)}) +\"", text):
@@ -92,12 +92,13 @@ def _quote_after_blank(record: _Record, delimiter: str) -> bool:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Rows of a .csv or .tsv file. An empty cell is null, because nothing tells them apart.
+    """Rows of a .csv or .tsv file.
 
-    A file of one column has a cell, and so a null, in a blank line between others.
+    An empty cell is null, because CSV has no other null. In a file of one column, a blank line
+    between others is a null.
 
     Raises:
-        UserError: The file is no such table; names the line.
+        UserError: the file is no such table; the error names the line.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows: list[Row] = []
@@ -133,7 +134,7 @@ def _header(path: Path, record: _Record) -> list[str]:
 
 
 def _check_quotes(path: Path, record: _Record, header: list[str], delimiter: str) -> None:
-    """Refuse quotes that would silently become text, or swallow rows."""
+    """Raise UserError for quotes that would become text or swallow rows."""
     if _quote_after_blank(record, delimiter):
         raise UserError(
             f"{path}, line {record.first}: a blank stands before the quotes of a cell, and they "

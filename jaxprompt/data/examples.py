@@ -1,4 +1,4 @@
-"""From rows to examples: ids of inputs and targets, with the virtual tokens in place."""
+"""Rows become examples: ids of inputs and targets, with the virtual tokens in place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def tokenize(
     Args:
         need_targets: False leaves targets empty; the rows need no labels then.
         origin: The file that errors name. Rows count from 1 in them.
-        note: Is called once with what was cut.
+        note: is called once with the number of rows that were cut.
 
     Raises:
         UserError: A row lacks a column, a label or target does not fit the tokenizer or the limits.
@@ -140,7 +140,7 @@ def filled(
 
 
 def check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:
-    """Refuse labels without any token of the tokenizer, and two with the same tokens."""
+    """Raise UserError for a label without tokens of its own, and for two with the same tokens."""
     label_of_ids: dict[tuple[int, ...], str] = {}
     labels = task.labels or ()
     for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):

@@ -11,18 +11,18 @@ DEEPEST = 100  # levels of lists and mappings in a row
 
 
 class _NoRow(Exception):
-    """Why a line of JSON is no row."""
+    """A line of JSON is no row."""
 
 
 class _Wrong:
-    """Stands where a JSON line has something that nobody can have meant."""
+    """Stands in place of a value that is valid JSON and cannot be part of a row."""
 
     def __init__(self, problem: str):
         self.problem = problem
 
 
 class _JsonLines:
-    """Reads objects. It remembers in ``wrong`` what is valid JSON but cannot be part of a row."""
+    """Reads rows. ``wrong`` has the values of a line that cannot be part of a row."""
 
     def __init__(self) -> None:
         self.wrong: list[_Wrong] = []
@@ -31,7 +31,7 @@ class _JsonLines:
         )
 
     def row(self, line: str) -> Row:
-        """The row of a line. Raises _NoRow, or an error of the decoder, where there is none."""
+        """The row of a line. Raises _NoRow or an error of the decoder if it has none."""
         self.wrong.clear()
         row = self._decoder.decode(line)
         if self.wrong:
@@ -79,7 +79,7 @@ def _deeper(value: object, levels: int) -> bool:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a .jsonl file. Raises UserError with the line that is none."""
+    """The rows of a .jsonl file; UserError names a line that is no row."""
     rows, reader = [], _JsonLines()
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):

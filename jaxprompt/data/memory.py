@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Protocol, runtime_checkable
 
 from jaxprompt.config.errors import UserError, listed, shown
-from jaxprompt.data.rows import IndexedRows, Row, Rows, plain_value
+from jaxprompt.data.rows import Indexed, IndexedRows, Row, Rows, plain_value
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,16 +35,7 @@ class DataFrame(Protocol):
     def to_dict(self, orient: str) -> object: ...
 
 
-@runtime_checkable
-class Dataset(Protocol):
-    """What is used of a ``datasets.Dataset``, whose rows are read when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> object: ...
-
-
-RowsLike = Sequence[Row] | DataFrame | Dataset
+RowsLike = Sequence[Row] | DataFrame | Indexed  # Indexed: a datasets.Dataset
 Data = RowsLike | Mapping[str, RowsLike]  # rows, or the rows of each split
 
 

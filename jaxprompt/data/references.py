@@ -1,4 +1,4 @@
-"""What answers are judged by: the target text of each row, all accepted answers, and its group."""
+"""References of answers: the target text of each row, all accepted answers, and its group."""
 
 import math
 from collections.abc import Hashable
@@ -13,7 +13,7 @@ from jaxprompt.data.templates import to_target
 
 
 class Reference(NamedTuple):
-    """What a prediction is judged by."""
+    """The texts that a prediction is compared with."""
 
     text: str  # the target
     answers: tuple[str, ...]  # all texts that are right
@@ -21,12 +21,12 @@ class Reference(NamedTuple):
 
 
 def target_texts(task: TaskConfig, rows: Rows, origin: str | None = None) -> list[str]:
-    """The target text of each row: what predictions are compared with."""
+    """The target text of each row."""
     return [to_target(task, row, row_name(task, i, origin)) for i, row in enumerate(rows)]
 
 
 def references(task: TaskConfig, rows: Rows, origin: str | None = None) -> list[Reference]:
-    """What the prediction of each row is judged by."""
+    """The reference of each row."""
     judged = []
     for number, text in enumerate(target_texts(task, rows, origin)):
         row, where = rows[number], row_name(task, number, origin)
@@ -42,7 +42,7 @@ def references(task: TaskConfig, rows: Rows, origin: str | None = None) -> list[
 
 
 def _check_judged(task: TaskConfig, text: str, where: str) -> None:
-    """Refuse a reference that the task's metrics cannot mean, such as the mark of no label."""
+    """Raise UserError for a reference that the task's metrics cannot use, such as no label."""
     hint = "rows without a label can be answered (predict), not judged"
     if "wsc_accuracy" in task.metrics and text not in ("True", "False"):
         raise UserError(f"{where} has the label {shown(text)}; allowed are True and False; {hint}.")
@@ -56,7 +56,7 @@ def _check_judged(task: TaskConfig, text: str, where: str) -> None:
 
 
 def _answers(task: TaskConfig, row: Row, where: str) -> tuple[str, ...]:
-    """All accepted answers of a row. Raises UserError unless they are a list of texts."""
+    """All accepted answers of a row; UserError unless they are a list of texts."""
     value = row[task.answers or ""]
     texts = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(texts, list | tuple) or not texts:

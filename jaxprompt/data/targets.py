@@ -1,7 +1,7 @@
-"""Targets as a backbone's vocabulary writes them: what a free answer can equal, and what it cannot.
+"""Targets as a backbone's vocabulary writes them, for the comparison with free answers.
 
-A tokenizer normalises: it gives back "blue " as "blue", and an accent that stands alone as one
-letter with its accent. Answers are compared with targets that went the same way. A character that
+A tokenizer normalises: "blue " comes back as "blue", and a letter with a combining accent as one
+character. So answers are compared with targets that were encoded and decoded too. A character that
 the vocabulary lacks comes back as an unknown one, so no answer equals a target that has it.
 """
 
@@ -17,7 +17,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 
 
 class Judged(NamedTuple):
-    """What answers are compared with, and a sentence about each kind of target out of reach."""
+    """References of answers, and a warning for each kind of target that no answer can equal."""
 
     references: list[Reference]
     warnings: list[str]
@@ -26,10 +26,13 @@ class Judged(NamedTuple):
 def as_written(
     task: TaskConfig, judges: Sequence[Reference], tokenizer: Tokenizer, what: str = "targets"
 ) -> Judged:
-    """The references with their texts as ``Tokenizer.decode`` would give them back.
+    """The references with their texts after encoding and decoding.
 
-    Label words stay as they are: answers that spell one are made that label. A text with unknown
-    characters stays too, and ``what`` (such as "validation targets") names the rows in a warning.
+    Label words stay as they are, because an answer that spells a label becomes that label. A text
+    with unknown characters stays too, with a warning.
+
+    Args:
+        what: the name of the rows in a warning, such as "validation targets".
     """
     if task.labels is not None:
         return Judged(list(judges), [])
@@ -118,9 +121,10 @@ def _words(labels: Sequence[str]) -> str:
 
 
 def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The label for each text that ``Tokenizer.decode`` gives for one.
+    """The label of each decoded text.
 
-    Raises UserError where a free answer cannot tell two labels apart, or ends before one does.
+    Raises:
+        UserError: two labels have the same decoded text, or a label is longer than an answer.
     """
     label_of_text: dict[str, str] = {}
     labels = task.labels or ()

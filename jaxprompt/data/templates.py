@@ -26,7 +26,7 @@ _BREAK = "\ufdd0"  # a noncharacter: nothing that means more than text begins or
 
 
 class Piece(NamedTuple):
-    """A part of a template: text with fields, or ``virtual`` tokens (-1: all that are left)."""
+    """A part of a template: text with fields, or ``virtual`` tokens (-1: all other ones)."""
 
     text: str
     virtual: int
@@ -74,7 +74,7 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that a template names, each once, in their order.
+    """The columns that a template names, in order and without repetition.
 
     >>> columns_of("{{x}} {a} {the b} [prompt] {a}")
     ['a', 'the b']
@@ -83,7 +83,7 @@ def columns_of(template: str) -> list[str]:
 
 
 def places_of(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
-    """Each column that the pieces name, as often as they do, and the texts that stand before it.
+    """Each column as often as the pieces name it, with the texts before it.
 
     >>> places_of([Piece("a: {x} b: {y}", 0)])[1]
     ('y', [Piece(text='a: {x} b:', virtual=0)])
@@ -108,7 +108,7 @@ def fill(
 ) -> str:
     """Replace ``{column}`` by the row's values.
 
-    Each value goes through ``escape``, and what the template itself says through ``own``.
+    Each value goes through ``escape``, and the template's own text through ``own``.
     """
 
     def value(match: re.Match) -> str:
@@ -137,8 +137,9 @@ def literal(text: str) -> str:
 
 
 def answered(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, str]:
-    """Templates that say the row's input and target; special tokens of the task's own template
-    count in them, and markers of virtual tokens are left out.
+    """Templates whose text is the row's input and target.
+
+    Special tokens in the task's own template count. Markers of virtual tokens are left out.
     """
 
     def value(match: re.Match) -> str:
@@ -150,7 +151,7 @@ def answered(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, s
 
 
 def as_text(value: object, column: str, where: str = "the row") -> str:
-    """The text that a value of a row stands for; UserError where it stands for none or for many."""
+    """A value of a row as text; UserError for null, lists and the like."""
     if getattr(value, "shape", None) == ():  # of NumPy and its kind
         value = value.item() if isinstance(value, np.ndarray) else value
     if value is None or (isinstance(value, _SINGLE) and value != value):

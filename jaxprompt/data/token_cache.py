@@ -1,6 +1,6 @@
-"""Ids of texts, kept on disk by what they follow from: the tokenizer and the texts themselves.
+"""Ids of texts, kept on disk under a digest of the tokenizer and the texts.
 
-So nothing has to be invalidated: other texts, or another tokenizer, have another name.
+Nothing has to be invalidated, because other texts or another tokenizer have another digest.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from jaxtyping import Int, Integer
 from jaxprompt.data.tokenizer import Tokenizer
 
 CHUNK = 10_000  # texts tokenized at a time
-RULES = 2  # counts the ways in which ids followed from texts, so that old files are not read
+RULES = 2  # goes up when ids of texts change, so that old files are not read
 
 
 class Ragged(NamedTuple):
@@ -33,7 +33,7 @@ class Ragged(NamedTuple):
         return self.ids[self.starts[number] : self.starts[number + 1]]
 
     def check(self, rows: int, texts: Sequence[str], tokenizer: Tokenizer) -> None:
-        """Refuse ids above an embedding table of ``rows`` rows, and name the text that has one."""
+        """Raise UserError, with the text, for an id beyond an embedding table of ``rows`` rows."""
         if len(self.ids) and self.ids.max() >= rows:
             first = int(np.argmax(self.ids >= rows))
             number = int(np.searchsorted(self.starts, first, "right")) - 1
@@ -48,11 +48,15 @@ def tokenized(
     trusted: bool = False,
     largest: int | None = None,
 ) -> Ragged:
-    """Ids of ``texts`` without EOS, from ``folder`` if the same were asked for before.
+    """Ids of ``texts`` without EOS, read from ``folder`` if they are there.
 
-    trusted: as in ``Tokenizer.encode_all``. largest: bytes that the folder may hold, where it is
-    nobody's but the cache's; what was used longest ago goes first. A damaged file is made again;
-    where nothing can be written, nothing is kept.
+    A damaged file is made again. If the folder cannot be written to, nothing is kept.
+
+    Args:
+        folder: of the cache; None for no cache.
+        trusted: as in ``Tokenizer.encode_all``.
+        largest: bytes that the folder may have, if it belongs to the cache alone. The files that
+            were used longest ago are removed first.
     """
     if folder is None:
         return _encoded(texts, tokenizer, trusted)
@@ -85,7 +89,7 @@ def _name(texts: Sequence[str], tokenizer: Tokenizer, trusted: bool) -> str:
 
 
 def _read(file: Path, count: int) -> Ragged | None:
-    """What was kept; None where there is nothing, or it is damaged (the archive has checksums)."""
+    """The ids in a file; None if there is no file or it is damaged (the archive has checksums)."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             ragged = Ragged(kept["ids"], kept["starts"])
@@ -93,7 +97,7 @@ def _read(file: Path, count: int) -> Ragged | None:
         starts = ragged.starts
         whole = starts.shape == (count + 1,) and starts[0] == 0 and starts[-1] == len(ragged.ids)
         whole = whole and ragged.ids.dtype.kind in "iu" and bool((np.diff(starts) >= 0).all())
-    except Exception:  # damaged bytes raise whatever zipfile and NumPy happen to meet
+    except Exception:  # damage raises many kinds of errors in zipfile and NumPy
         return None
     return ragged if whole else None
 
@@ -107,13 +111,13 @@ def _write(file: Path, ragged: Ragged) -> None:
             temporary = Path(stream.name)
             np.savez(stream, ids=ragged.ids, starts=ragged.starts)
         os.replace(temporary, file)
-    except OSError:  # a full disk, a folder that is read only: the ids are here all the same
+    except OSError:  # a full disk, a read-only folder: the ids are in memory all the same
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def _tidy(folder: Path, largest: int) -> None:
-    """Remove what was used longest ago until the rest is no more than ``largest`` bytes."""
+    """Remove the files that were used longest ago, until ``largest`` bytes are left at most."""
     try:
         files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in folder.glob("*.npz"))
         excess = sum(size for _, size, _ in files) - largest

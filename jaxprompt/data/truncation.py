@@ -1,7 +1,7 @@
-"""Rows that are longer than a task allows: which columns give way, and what was lost.
+"""Rows that are longer than a task allows: which columns are cut, and what is lost.
 
-A row is cut at its end, unless ``task.truncate`` names columns that are cut before that. Nothing of
-this is silent: ``Truncation`` counts it, and callers tell it to whoever watches.
+A row is cut at its end, unless ``task.truncate`` names columns that are cut before that.
+``Truncation`` counts the cuts, and callers report them to the user.
 """
 
 import collections
@@ -21,16 +21,18 @@ _MOST_ROUNDS = 64  # of a search; each of two halves what is left
 
 
 class Truncation(NamedTuple):
-    """What tokenizing has cut off rows."""
+    """How many rows were cut when they were tokenized."""
 
     rows: int  # in all
-    cut: int  # of them, that had more tokens than there is room for
+    cut: int  # rows that had too many tokens
     lost: dict[str, int]  # column -> rows in which nothing of it is left
 
     def sentence(self, rows: str, limit: str) -> str | None:
-        """What to tell a person; None where nothing is cut.
+        """A sentence for the user; None if nothing was cut.
 
-        rows: what they are, as in "validation rows"; limit: its name and value.
+        Args:
+            rows: what the rows are called, such as "validation rows".
+            limit: name and value of the limit.
         """
         if not self.cut:
             return None
@@ -41,7 +43,7 @@ class Truncation(NamedTuple):
 
 
 def of_task(truncation: Truncation, task: TaskConfig, rows: str = "rows") -> str | None:
-    """The sentence on rows of a task, with what to do about it; None where nothing is cut."""
+    """A sentence on the rows of a task, with the fix; None if nothing was cut."""
     told = truncation.sentence(rows, f"task.max_input_length, {task.max_input_length}")
     if told is None:
         return None
@@ -50,7 +52,7 @@ def of_task(truncation: Truncation, task: TaskConfig, rows: str = "rows") -> str
 
 
 def columns_to_cut(task: TaskConfig) -> list[str]:
-    """The columns of ``task.truncate``, in order. Raises UserError unless its template has them."""
+    """The columns of ``task.truncate``, in order; UserError if the template lacks one of them."""
     named = [task.truncate] if isinstance(task.truncate, str) else list(task.truncate or ())
     columns = columns_of(task.template)
     for name in named:
@@ -78,8 +80,9 @@ def fit(
         encode: ids of rows in the form of some pieces.
         whole: ids of the row of that number, in the form of ``pieces``.
 
-    Returns: ids of the rows that were too long, by number, where columns have been shortened (what
-    is still too long is for the caller to cut at the end), and what was cut.
+    Returns:
+        Ids of the rows that were too long, by number, after their columns were shortened, and what
+        was cut. The caller cuts a row that is still too long at its end.
     """
     columns = columns_to_cut(task)
     long = np.flatnonzero(np.asarray(sizes) > room).tolist()
@@ -108,11 +111,11 @@ def _shorten(
     room: int,
     encode: Callable[[Rows], list[Parts]],
 ) -> list[tuple[Row, Parts]]:
-    """Each row with as much of the column's beginning as there is room for, and its ids.
+    """Each row with the longest beginning of the column that fits, and its ids.
 
-    Rows are searched together, each between a length that fits and one that does not, which has
-    ``above`` ids: by where the line between them meets the room, and every second time in the
-    middle.
+    The search runs for all rows together. For each it has a length that fits, and one that does
+    not, which has ``above`` ids. The next length comes from linear interpolation between the two,
+    and every second time from their middle.
     """
     texts = [as_text(row[column], column) for row in rows]
     best = encode([{**row, column: ""} for row in rows])
@@ -145,7 +148,7 @@ def _lost(
     room: int,
     encode: Encode,
 ) -> dict[str, int]:
-    """For each column the number of rows that had something in it and have nothing of it left."""
+    """For each column, the number of rows that have lost all of its text."""
     left: list[set[str]] = [set() for _ in rows]  # columns of each row that are not lost
     open_ = list(range(len(rows)))
     places = places_of(pieces)

@@ -24,7 +24,7 @@ Dump = Callable[[IO[bytes], Rows], None]
 
 
 class Answered(LazyRows):
-    """Rows with their answers, joined when they are asked for: rows may be read from a file."""
+    """Rows with their answers, joined one by one, because rows may be read from a file."""
 
     def __init__(self, rows: Rows, answers: Rows):
         self._rows, self._answers = rows, answers
@@ -40,7 +40,7 @@ class Answered(LazyRows):
 
 
 def format_of(path: Path) -> Dump:
-    """How rows are written to a file of this name; JSON lines where it has no ending."""
+    """The writer of the file's format; JSON lines if its name has no ending."""
     dumps: dict[str, Dump] = {
         "": _dump_jsonl, ".jsonl": _dump_jsonl, ".csv": _dump_csv, ".tsv": _dump_tsv,
         ".parquet": _dump_parquet,
@@ -55,10 +55,10 @@ def format_of(path: Path) -> Dump:
 
 
 def check_rows(path: Path, rows: Rows, answer: Row) -> None:
-    """Refuse rows that cannot be written with an answer of this form each, before any is answered.
+    """Check that rows can be written with answers of this form, before any is answered.
 
     Raises:
-        UserError: A row has a column of the answer's name, or a value that the format cannot hold.
+        UserError: a row has a column of the answer's name, or a value that the format cannot hold.
     """
     flat = [*answer, *_flat(answer)]
     for number, row in enumerate(rows, 1):
@@ -73,12 +73,13 @@ def check_rows(path: Path, rows: Rows, answer: Row) -> None:
 
 
 def write_rows(path: Path, rows: Rows, held: int | None = None) -> None:
-    """Write rows in the format that the file's name says; a crash leaves no half file.
+    """Write rows in the format of the file's name. A crash leaves no half file.
 
-    held: as ``files.check_output`` returned it.
+    Args:
+        held: what ``files.check_output`` returned.
 
     Raises:
-        UserError: It could not be written; says where the rows are instead.
+        UserError: the file cannot be written. The error says where the rows are instead.
     """
     dump = format_of(path)
     try:
@@ -92,7 +93,7 @@ def write_rows(path: Path, rows: Rows, held: int | None = None) -> None:
 
 
 def _rescue(path: Path, rows: Rows) -> str:
-    """Write the rows wherever there is room; the name of that place."""
+    """Write the rows to the first folder that can hold them, and return the file."""
     folders = [Path.cwd, lambda: Path(tempfile.gettempdir())]
     if path.is_file() or not path.exists():  # no device among others
         folders.insert(0, lambda: path.absolute().parent)
@@ -141,7 +142,7 @@ def _dump_tsv(file: IO[bytes], rows: Rows) -> None:
 
 
 def _dump_csv(file: IO[bytes], rows: Rows, delimiter: str = ",") -> None:
-    """A header and a line for each row; all text is in quotes, so that it is read back as it was.
+    """A header and a line for each row. All text is in quotes, so that reading gives it back.
 
     Scores are columns ``score:LABEL``. A null is an empty cell, as empty text is, and a list or
     mapping its JSON.
