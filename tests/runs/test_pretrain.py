@@ -9,6 +9,7 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -32,6 +33,7 @@ from jaxprompt.training import pretrain as module
 from jaxprompt.training.metric_log import NullReporter
 from jaxprompt.training.pretrain import pretrain
 from jaxprompt.training.run_dir import check_run, open_run
+from jaxprompt.training.step import TrainState
 
 WORDS = [f"w{i}" for i in range(130)]  # the texts have the first twenty
 SHAPE = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32,
@@ -405,7 +407,7 @@ def test_the_tokenizer_of_a_hub_id_stands_beside_the_weights(values, tmp_path, m
     mine = load_tokenizer(values["tokenizer"])
     monkeypatch.setattr(module, "load_tokenizer", lambda place: mine)
     monkeypatch.setattr(module, "save_hf", lambda *_, **__: None)
-    state = type("State", (), {"tree": {"model": {}}})
+    state = TrainState(jnp.int32(0), {"model": {}}, ())
     module.save_model(tmp_path, t5.T5Model(CONFIG), state, "somebody/tokenizer")
     assert load_tokenizer(tmp_path / "model").fingerprint() == mine.fingerprint()
 
