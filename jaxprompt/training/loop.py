@@ -6,8 +6,8 @@
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -88,7 +88,8 @@ class Job(Protocol):
 C = TypeVar("C", RunConfig, PretrainConfig)
 
 
-class Kind(NamedTuple, Generic[C]):
+@dataclass(frozen=True)
+class Kind(Generic[C]):
     """A kind of run, before anything is loaded."""
 
     prepare: Callable[[C, RunDir, Reporter, Signals], Job]  # writes nothing but what it must
