@@ -463,7 +463,7 @@ def _joint(task: TaskConfig, each: Sequence[Predictions]) -> dict[str, list[str]
 
 def score(
     session: Session,
-    pairs: Sequence[dict[str, str]],
+    pairs: Rows,
     *,
     raw: bool = False,
     max_input_length: int | None = None,
@@ -517,7 +517,7 @@ def score(
     ]
 
 
-def check_pairs(pairs: Sequence[dict[str, str]], origin: str | None = None) -> None:
+def check_pairs(pairs: Rows, origin: str | None = None) -> None:
     """Refuse rows without text in "input" and "target"."""
     check_rows(pairs, origin)
     for number, pair in enumerate(pairs, 1):

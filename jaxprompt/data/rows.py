@@ -11,7 +11,17 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
 
 Row = Values  # column -> value, which may be anything that a file can hold
-Rows = Sequence[Row]  # a list, or rows that are read when they are asked for
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows in their order: a list, or rows that are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
 
 
 class LazyRows(Sequence[Row]):

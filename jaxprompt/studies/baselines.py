@@ -6,7 +6,6 @@ Hand-written prompts are answered by rank classification, as in GPT-3 (Brown et 
 import collections
 import itertools
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,13 +16,13 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.references import references, target_texts
+from jaxprompt.data.rows import Rows
 from jaxprompt.data.targets import judged_by
 from jaxprompt.data.templates import answered, columns_of, to_text
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.studies.tasks import CLOZE, with_sentinel
 
-Rows = Sequence[Values]
 Record = Values
 
 # Hand-written prompts beside the task's own template. Instructions precede texts that may be cut;

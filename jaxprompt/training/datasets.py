@@ -9,10 +9,10 @@ import numpy as np
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Example
 from jaxprompt.data.examples import tokenize
 from jaxprompt.data.references import Reference, references
+from jaxprompt.data.rows import Rows as RowsOfSplit
 from jaxprompt.data.targets import as_written, label_warnings, unknown_targets
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tasks.splits import load_rows
@@ -21,7 +21,7 @@ from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import check_metrics
 
-Rows = Mapping[str, Sequence[Values]]  # of each split
+Rows = Mapping[str, RowsOfSplit]  # of each split
 
 
 class Split(NamedTuple):

@@ -7,13 +7,13 @@ They stand in every checkpoint, so that a run goes on only with what it began wi
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.config.values import Values
 from jaxprompt.data.references import references
+from jaxprompt.data.rows import Rows
 from jaxprompt.data.templates import to_text
 from jaxprompt.models import registry
 from jaxprompt.training.datasets import read_splits
@@ -37,7 +37,7 @@ def of_backbone(config: registry.ModelConfig, fingerprint: str) -> Inputs:
     return json.loads(json.dumps(kept))  # as it comes back from a file
 
 
-def of_rows(task: TaskConfig, splits: Mapping[str, Sequence[Values]]) -> Inputs:
+def of_rows(task: TaskConfig, splits: Mapping[str, Rows]) -> Inputs:
     """The texts of each row by split; of rows that are answered, what they are judged by."""
     digests = {}
     for name, rows in splits.items():
