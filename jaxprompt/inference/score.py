@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxprompt.config.errors import shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
+from jaxprompt.data.rows import Rows
 from jaxprompt.data.templates import place_prompt
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation
@@ -82,7 +83,7 @@ class PairTokenizer(NamedTuple):
         default = 512 if self.task is None else self.task.max_input_length
         return self.max_input_length or default
 
-    def encode(self, pairs: Sequence[Mapping[str, str]]) -> tuple[list[Example], list[str]]:
+    def encode(self, pairs: Rows) -> tuple[list[Example], list[str]]:
         """Examples of rows ``{"input": text, "target": text}``, and sentences of warning."""
         odd = [] if self.task is None or self.raw else self._beyond_text(self.task)
         end = self.tokenizer.input_end(self.separator)

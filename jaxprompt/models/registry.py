@@ -60,7 +60,7 @@ def _starts_with_prompt(ids: Int[np.ndarray, " s"], length: int, vocab_size: int
 
 
 def by_shared_prefix(
-    model: AnyModel, inputs: Sequence[Int[np.ndarray, " s"]], length: int
+    model: AnyModel, inputs: Sequence[Int[np.ndarray, " _"]], length: int
 ) -> list[tuple[AnyModel, Int[np.ndarray, " n"]]]:
     """Models for inputs of prompts of ``length`` vectors, and the numbers of the inputs of each.
 
@@ -83,7 +83,7 @@ def by_shared_prefix(
 
 
 def with_shared_prefix(
-    model: AnyModel, inputs: Sequence[Int[np.ndarray, " s"]], length: int
+    model: AnyModel, inputs: Sequence[Int[np.ndarray, " _"]], length: int
 ) -> AnyModel:
     """The one model for all of the inputs of a run, see ``by_shared_prefix``."""
     models = [each for each, _ in by_shared_prefix(model, inputs, length)]

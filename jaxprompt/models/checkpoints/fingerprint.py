@@ -91,13 +91,13 @@ def _strided(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     return np.unravel_index(np.arange(count, dtype=np.int64) * size // max(count, 1), shape)
 
 
-def _gather(leaves: list[Shaped[Array, "..."]]) -> list[UInt[Array, " n"]]:
+def _gather(leaves: list[Shaped[Array, "..."]]) -> list[UInt[Array, " _"]]:
     """The bits of the sampled values, as integers.
 
     Integers, because some devices turn the smallest floats into 0 when they compute.
     """
 
-    def take(leaves: list[Shaped[Array, "..."]]) -> list[UInt[Array, " n"]]:
+    def take(leaves: list[Shaped[Array, "..."]]) -> list[UInt[Array, " _"]]:
         kinds = {2: jnp.uint16, 4: jnp.uint32}
         bits = [jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]) for x in leaves]
         return [each[_strided(each.shape)] for each in bits]
