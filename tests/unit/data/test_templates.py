@@ -163,6 +163,7 @@ def test_values_without_one_text_are_refused_with_row_and_column(value, message)
         assert "row 1 of a.jsonl" in str(at.value) and len(str(at.value)) < 700
 
 
+@pytest.mark.no_type_check
 def test_a_row_that_is_text_is_told():
     with pytest.raises(UserError, match=r"maps columns to values, as {'text': ...}.* is 'Who am I"):
         fill("{text}", "Who am I?")
