@@ -40,7 +40,7 @@ class PerExampleMask:
 
     starts: Int[Array, " n"]
     lengths: Int[Array, " n"]
-    bounds: Int[Array, " W+1"]
+    bounds: Int[Array, " edges"]
     query_rows: Int[Array, " n"] | None  # None: a segment attends to itself
     widths: tuple[int, ...]
 
