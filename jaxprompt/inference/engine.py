@@ -23,8 +23,8 @@ from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
-# Fewer examples, or of fewer lengths, share no rows: padded batches have fewer shapes to compile,
-# and ones that other examples have too
+# Below these numbers of examples and of lengths, examples share no rows: padded batches have fewer
+# shapes to compile, and other requests have the same ones.
 FEWEST_PACKED, FEWEST_LENGTHS = 128, 5
 
 Progress = Callable[[int], None]
@@ -196,7 +196,7 @@ def num_compilations() -> int:
 def _compiled(mesh, function, teacher_forced, model, settings):
     placed = model.on(parallel.place_in(mesh))
 
-    def of_rows(params, shared, batch):
+    def apply_to_rows(params, shared, batch):
         _traces.append(function)  # runs while jax traces, which is once for each program
         injection, *operands = shared
         rows = batch.inputs, batch.segments
@@ -204,7 +204,7 @@ def _compiled(mesh, function, teacher_forced, model, settings):
             rows += batch.targets, batch.target_segments
         return function(params, injection, placed, *rows, *operands, **dict(settings))
 
-    return jax.jit(parallel.shard_over_batch(of_rows, mesh, model.logical_axes()))
+    return jax.jit(parallel.shard_over_batch(apply_to_rows, mesh, model.logical_axes()))
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

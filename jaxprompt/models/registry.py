@@ -90,8 +90,8 @@ def with_shared_prefix(
     return models[0] if len(models) == 1 else model.with_layout(shared_prefix_length=0)
 
 
-# shorter ones are padded to much the same lengths anyway, and cost more one by one
-_SHORTEST_SHARED, _FEWEST_SHARED = 96, 4
+# Shorter examples are padded to much the same lengths anyway, and cost more one after another.
+_MIN_MEAN_LENGTH, _MIN_EXAMPLES_PER_ROW = 96, 4
 
 
 def _sharing_rows(
@@ -99,12 +99,19 @@ def _sharing_rows(
 ) -> AnyModel:
     """The model for batches whose rows several examples of ``lengths`` share.
 
-    Where the device attends to one example after another (CPUs), and a row that holds what else
-    would be ``rows`` of padded ones is worth it; else the model as it is. ``depth``: of targets.
+    It is the model as it is where the device does not attend to one example after another (CPUs
+    do), or where such rows are not faster.
+
+    Args:
+        model: for examples in rows of their own.
+        lengths: of the inputs.
+        rows: padded rows that one shared row takes the place of.
+        most_widths: see ``plan_microbatches``.
+        depth: tokens of the longest target.
     """
     if not isinstance(model, T5Model) or not model.runtime.per_example_attention:
         return model
-    if rows < _FEWEST_SHARED or np.mean(lengths) < _SHORTEST_SHARED:
+    if rows < _MIN_EXAMPLES_PER_ROW or np.mean(lengths) < _MIN_MEAN_LENGTH:
         return model
     if rows * depth * model.config.vocab_size > parallel.logits():
         return model
@@ -127,9 +134,13 @@ def plan_microbatches(
     Examples share rows where that is faster.
 
     Args:
+        model: for examples in rows of their own.
+        lengths: of the inputs.
+        batch_size: examples of a batch.
+        devices: that its rows go over.
         rows: None for as many as suit the data and the device.
-        most_widths: attention is compiled for so many widths of examples that share rows, each for
-            itself; 0: no examples share rows.
+        most_widths: for how many widths attention is compiled where examples share rows; 0: no
+            examples share rows.
         depth: tokens of the longest target.
     """
 
@@ -139,18 +150,20 @@ def plan_microbatches(
             multiple=devices,
         )  # fmt: skip
 
-    many, few = fitting(parallel.positions(shared=True)), fitting(parallel.positions())
-    shared = model
     if most_widths:
-        shared = _sharing_rows(model, lengths, many // devices, most_widths, depth)
-    return (model, few) if shared is model else (shared, many)
+        rows_shared = fitting(parallel.positions(shared=True))
+        shared = _sharing_rows(model, lengths, rows_shared // devices, most_widths, depth)
+        if shared is not model:
+            return shared, rows_shared
+    return model, fitting(parallel.positions())
 
 
 def room(config: ModelConfig, devices: int, *, training: bool) -> Room:
     """What a batch or a micro-batch may hold on so many devices.
 
-    Rows of a micro-batch suit the mean length (``plan_microbatches``), so in training this stops
-    only what is far beyond it. Of answers, rows of any number up to it take as long each.
+    In training, the rows of a micro-batch suit the mean length (``plan_microbatches``), so this
+    bounds only batches that are far longer. In inference a row takes the same time in any batch
+    up to this bound.
     """
     times = 8 if training else 2
     targets = parallel.logits() * devices // config.vocab_size
