@@ -54,18 +54,14 @@ def log_likelihood(
 
 
 class PairTokenizer(NamedTuple):
-    """How pairs of texts, an input and a target, become ids.
-
-    task: the prompt's own, or None. raw: a decoder-only model gets both texts as they are.
-    max_input_length: text tokens with what ends them; None: the task's, or 512.
-    """
+    """How pairs of texts, an input and a target, become ids."""
 
     tokenizer: Tokenizer
     vocabulary: int  # rows of the embedding table, above which virtual ids begin
     prompt_length: int
-    task: TaskConfig | None = None
-    raw: bool = False
-    max_input_length: int | None = None
+    task: TaskConfig | None = None  # that the prompt was tuned on
+    raw: bool = False  # a decoder-only model gets both texts as they are
+    max_input_length: int | None = None  # tokens of text and of its end; None: the task's, or 512
 
     @property
     def joined(self) -> bool:
@@ -85,24 +81,24 @@ class PairTokenizer(NamedTuple):
 
     def encode(self, pairs: Rows) -> tuple[list[Example], list[str]]:
         """Examples of rows ``{"input": text, "target": text}``, and sentences of warning."""
-        odd = [] if self.task is None or self.raw else self._beyond_text(self.task)
+        warnings = [] if self.task is None or self.raw else self._template_warnings(self.task)
         end = self.tokenizer.input_end(self.separator)
         room = max(self.longest - len(self.tokenizer.start_ids) - len(end), 0)
         inputs = [pair["input"].removesuffix(self.separator) for pair in pairs]
         texts = [self.tokenizer.encode_start(text, room) for text in inputs]
         cut = Truncation(len(pairs), sum(len(words) > room for words in texts), {})
-        told = cut.sentence("inputs", f"max_input_length, {self.longest}")
-        if told is not None:
-            odd.append(f"{told}; raise it")
+        warning = cut.sentence("inputs", f"max_input_length, {self.longest}")
+        if warning is not None:
+            warnings.append(f"{warning}; raise it")
         return [
             Example(self._input_ids(words[:room], end), self._target_ids(pair))
             for words, pair in zip(texts, pairs, strict=True)
-        ], odd
+        ], warnings
 
     def _input_ids(self, words: Sequence[int], end: Sequence[int]) -> Int[np.ndarray, " s"]:
         virtual = virtual_ids(self.vocabulary, self.prompt_length)
         ids = [*self.tokenizer.start_ids, *words, *end]
-        # what a sequence begins with where there is no text
+        # a sequence has at least one token; without a prompt and text it is the end of sequence
         ids = ids or ([] if len(virtual) else [self.tokenizer.eos_id])
         return np.concatenate([virtual, np.array(ids, np.int32)])
 
@@ -114,8 +110,8 @@ class PairTokenizer(NamedTuple):
             ids = [*tokenizer.encode_rest(pair["input"], pair["target"]), tokenizer.eos_id]
         return np.array(ids, np.int32)
 
-    def _beyond_text(self, task: TaskConfig) -> list[str]:
-        """A sentence for each thing in the task's template that a text cannot say."""
+    def _template_warnings(self, task: TaskConfig) -> list[str]:
+        """A sentence for each thing in the task's template that has no place in a pair's text."""
         pieces = place_prompt(task.template, self.prompt_length)
         inside = any(piece.virtual for piece in pieces[1:])
         [named] = self.tokenizer.encode_all([self.tokenizer.marked(task.template)], trusted=True)
