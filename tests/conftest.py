@@ -24,6 +24,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 
+# calls of the package are checked against its annotations, with the shapes of arrays
+CHECK_TYPES = os.environ.get("JAXPROMPT_CHECK_TYPES", "0") == "1"
+if CHECK_TYPES:  # before the package is imported
+    import jaxtyping
+
+    # as for a static checker, an int is a float too
+    jaxtyping.install_import_hook(
+        "jaxprompt", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
+
 GROUPS = ("unit", "parity", "runs", "processes")
 
 
@@ -35,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if group not in GROUPS:
             raise pytest.UsageError(f"{item.path}: move it to one of tests/{{{','.join(GROUPS)}}}")
         item.add_marker(group)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check annotations, but not in a test that passes what they forbid."""
+    if CHECK_TYPES:
+        forbidden = item.get_closest_marker("no_type_check") is not None
+        jaxtyping.config.update("jaxtyping_disable", forbidden)
 
 
 @pytest.fixture(scope="session")
