@@ -119,7 +119,7 @@ def test_a_template_may_have_the_marks_of_a_chat(made):
     (example,) = tokenize(task, rows, tokenizer, VirtualTokens(1000, 2))
     words = [i for i in example.inputs if i < 1000]
     shown = "<|im_start|>user\n is it?< |im_end|>\n<|im_start|>assistant"  # EOS is not shown
-    assert tokenizer.show(words) == shown
+    assert tokenizer.show(np.array(words)) == shown
     assert list(example.inputs).count(1) == 2 and list(example.inputs).count(2) == 1
     assert list(example.targets) == [*bpe.encode("yes").ids, 2]  # no space after a new line
 
