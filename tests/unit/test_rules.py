@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jaxprompt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 OTHERS = sorted(path for name in ("scripts", "tests") for path in (ROOT / name).rglob("*.py"))
-MOST_LINES, MOST_PARAMETERS, MOST_ANYS, MOST_MODULES = 60, 7, 82, 5
+MOST_LINES, MOST_PARAMETERS, MOST_ANYS, MOST_MODULES = 60, 7, 6, 5
 # more parameters than that; none may be added. Each is a keyword of the public contract
 KNOWN = {"load_backbone"}
 
