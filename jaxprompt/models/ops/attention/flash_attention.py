@@ -10,6 +10,7 @@ each row is written into it. Letters: see ``jaxprompt.data.virtual_tokens``.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ _STEPS = {"cudnn": 2, "pallas": 128}
 _BLOCKS = (128, 256, 512)
 
 
+@no_type_check  # JAX also builds it of what is no array
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["segments", "lengths", "allowed"], meta_fields=["kernel"],

@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ _LOW = -1e30
 LOGITS_AT_ONCE = 2**19
 
 
+@no_type_check  # JAX also builds it of what is no array
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["starts", "lengths", "bounds", "query_rows"], meta_fields=["widths"],
