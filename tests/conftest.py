@@ -2,6 +2,7 @@
 
 import gc
 import getpass
+import itertools
 import os
 import tempfile
 from importlib.metadata import version
@@ -35,6 +36,15 @@ if CHECK_TYPES:  # before the package is imported
     )
 
 GROUPS = ("unit", "parity", "runs", "processes")
+ENDED_TESTS = itertools.count(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m unit`, or another group alone, files of other groups are not even imported."""
+    others = {*GROUPS} - {config.option.markexpr}
+    if len(others) < len(GROUPS) and collection_path.parent == Path(__file__).parent:
+        return collection_path.name in others or None
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +87,8 @@ def memory_maps():
     Each program takes dozens, a process may have 65,530, and beyond them LLVM's loader crashes.
     """
     yield
+    if next(ENDED_TESTS) % 8:  # the list is long to read, and no test adds thousands
+        return
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         import jax
