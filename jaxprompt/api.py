@@ -85,16 +85,16 @@ def train(
     *,
     data: Data | None = None,
 ) -> Result:
-    """Tune the prompts of ``config``, or go on with that.
+    """Tune the prompts of ``config``, or resume the run in its output.
 
     Killed at any moment and called again, it ends with a bit-identical prompt.
 
     Args:
         config: what to tune and the output directory: the path of a YAML file, a mapping with the
             same keys, or what ``load_config`` returns.
-        reporter: hears lines of text and of every step; None: a progress bar where standard error
-            is a terminal or in a notebook, else nothing; ``NullReporter()``: nothing.
-        signals: those that end the run at a step that is saved.
+        reporter: gets lines of text and the figures of every step. None: a progress bar where
+            standard error is a terminal or in a notebook, else nothing. ``NullReporter()``: none.
+        signals: they end the run after a step whose state is saved.
         data: rows instead of those that the task names: a list of mappings, a pandas data frame, a
             ``datasets.Dataset``, or a mapping of train, validation and perhaps test to one of
             these. Rows without splits are cut into three, the same in every call.
@@ -176,9 +176,9 @@ class PredictOptions:
 
     batch_size: rows at a time, at most.
     pack: rows may share the rows of a batch, which suits large evaluations (``Engine.run``).
-    progress: hears how many rows each batch had.
+    progress: is called with the number of rows of each batch.
     origin: the file that errors name.
-    warn: hears how many rows are too long and were cut, and of labels out of the vocabulary.
+    warn: gets a sentence on rows that were cut, and on labels outside of the vocabulary.
     """
 
     batch_size: int = 64
@@ -217,7 +217,7 @@ def _predict(
 def _inputs(
     session: Session, task: TaskConfig, rows: Rows, origin: str | None, warn: Warn
 ) -> list[Example]:
-    """Examples without targets; ``warn`` hears what tokenizing has cut off rows."""
+    """Examples without targets; ``warn`` gets a sentence on rows that were cut."""
 
     def note(truncation: Truncation) -> None:
         text = of_task(truncation, task)
@@ -254,8 +254,8 @@ def predict(
         backbone: None: the one that the prompt records.
         task: None: the one that the prompt records.
         batch_size: rows at a time, at most.
-        progress: hears how many rows each batch had.
-        warn: hears what was cut and which labels the vocabulary cannot write.
+        progress: is called with the number of rows of each batch.
+        warn: gets a sentence on rows that were cut, and on labels that the vocabulary cannot write.
     """
     session = as_session(prompt, backbone)
     chosen = prompt_task(session.prompt, task)
@@ -291,8 +291,8 @@ class EvaluationOptions(TypedDict):
     data: a file with the task's columns, instead of a split; or rows, as for ``train``.
     split: train, validation or test.
     batch_size: rows at a time, at most.
-    progress: hears how many rows each batch had.
-    warn: hears what was cut, and which targets no prediction can equal.
+    progress: is called with the number of rows of each batch.
+    warn: gets a sentence on rows that were cut, and on targets that no prediction can equal.
     """
 
     task: NotRequired[TaskLike]
@@ -482,8 +482,8 @@ def score(
             task text is raw in any case.
         max_input_length: text tokens with what ends them; None: those of the prompt's task, or 512.
         batch_size: rows at a time, at most.
-        progress: hears how many rows each batch had.
-        warn: hears how many inputs are too long and were cut at their end, and where the task's
+        progress: is called with the number of rows of each batch.
+        warn: gets a sentence on inputs that were cut at their end, and on places where the task's
             template says what the text of an input cannot.
 
     Returns:

@@ -19,8 +19,8 @@ class BatchLayout:
     compiled program depends on the layout, and on nothing else of what a batch contains.
     """
 
-    # Every row starts with the vectors of one prompt in order, so many of them. A decoder-only
-    # model then computes their keys and values once for all rows. 0 promises nothing.
+    # Every row starts with the vectors of one prompt, in order; this is their number. A
+    # decoder-only model then computes their keys and values once for all rows. 0: no promise.
     shared_prefix_length: int = 0
     fine_buckets: bool = False  # lengths in steps of 16 up to 256: more shapes, less padding
     # Examples that share a row are computed at the least of these widths that holds them. No

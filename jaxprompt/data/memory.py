@@ -16,7 +16,7 @@ from jaxprompt.data.rows import Indexed, IndexedRows, Row, Rows, plain_value
 
 SPLITS = ("train", "validation", "test")
 
-# what is held now, by digest: as often as somebody holds it
+# rows in use, by digest: one entry for each block that uses them
 _HELD: dict[str, list[Mapping[str, Rows]]] = {}
 
 

@@ -38,8 +38,9 @@ def batch_indices(
 ) -> Int[np.ndarray, " B"]:
     """The numbers of the examples in batch ``step``: a pure function of the arguments.
 
-    An epoch is a permutation without its ragged tail. Within each ``window`` batches of it rows are
-    sorted by length and cut into batches, and the order of these batches is shuffled again.
+    An epoch is a permutation of the examples; those that do not fill a batch are left out. With a
+    ``window``, the rows of so many batches are sorted by length and cut into batches again, and the
+    order of these batches is shuffled.
 
     Args:
         lengths: of all examples. If there are fewer than a batch, they are repeated to fill it.

@@ -17,7 +17,7 @@ from jaxprompt.data.templates import Piece, as_text, columns_of, places_of
 
 Parts = list[np.ndarray]  # ids of each text between a row's virtual tokens
 Encode = Callable[[Rows, Sequence[Piece]], list[Parts]]
-_MOST_ROUNDS = 64  # of a search; each of two halves what is left
+_MOST_ROUNDS = 64  # of a search; every second one halves what is left
 
 
 class Truncation(NamedTuple):
@@ -77,8 +77,8 @@ def fit(
 
     Args:
         sizes: ids of each row.
-        encode: ids of rows in the form of some pieces.
-        whole: ids of the row of that number, in the form of ``pieces``.
+        encode: ``encode(rows, pieces)`` gives the ids of rows with these pieces of a template.
+        whole: ``whole(number)`` gives the ids of one uncut row, with ``pieces``.
 
     Returns:
         Ids of the rows that were too long, by number, after their columns were shortened, and what
@@ -153,7 +153,7 @@ def _lost(
     open_ = list(range(len(rows)))
     places = places_of(pieces)
     for number, (_, before) in reversed(list(enumerate(places))):
-        # where a column begins within the room, so do all that stand before it
+        # if a column begins within the room, so do all columns before it
         over = [i for i in open_ if _size(ids[i]) > room]
         sizes = dict.fromkeys(open_, 0)
         if over:

@@ -6,7 +6,7 @@ choice of ids, and the model needs to know nothing about any of it.
 
 Letters used everywhere in the package: B batch, S input length, T target length, D d_model, N
 heads, H head dim, F mlp dim, V vocabulary rows (of the embedding table, not of the tokenizer), L
-layers, K prompts, P prompt length.
+layers, K members (prompts), P prompt length.
 """
 
 from typing import NamedTuple

@@ -23,8 +23,8 @@ from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
-# Below these numbers of examples and of lengths, examples share no rows: padded batches have fewer
-# shapes to compile, and other requests have the same ones.
+# With fewer examples or fewer different lengths, rows are padded and not shared: padded batches
+# have few shapes, which other requests have too.
 FEWEST_PACKED, FEWEST_LENGTHS = 128, 5
 
 Progress = Callable[[int], None]
@@ -91,7 +91,7 @@ class Engine(NamedTuple):
             pack: examples may share rows where the device computes that faster. Batches then have
                 a shape that fits these examples and hardly any others: it suits a large evaluation,
                 not one small request after another.
-            progress: hears how many examples each batch had.
+            progress: is called with the number of examples of each batch.
 
         Raises:
             UserError: the batch size is no positive whole number.

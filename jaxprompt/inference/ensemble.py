@@ -17,12 +17,12 @@ from jaxprompt.models.injection import Injection
 
 
 def vote(predictions: Sequence[list[str]]) -> list[str]:
-    """For each row the answer that most of N prompts give; of equals, that of the first prompt.
+    """For each row the answer that most of N prompts give; in a tie, that of the first prompt.
 
     ``predictions``: [N][rows]. Majority vote of five prompts: Lester et al. 2021, section 6.
     """
     return [
-        # counted in the order of the prompts, and the first of the largest is taken
+        # most_common keeps the order of the prompts, so the first one wins a tie
         collections.Counter(answers[i] for answers in predictions).most_common(1)[0][0]
         for i in range(len(predictions[0]))
     ]

@@ -88,7 +88,7 @@ def _most_likely(logits):
     """The argmax, in an eighth of what XLA's CPU runtime (jax 0.10) takes for ``jnp.argmax``."""
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     largest = logits >= jnp.max(logits, axis=-1, keepdims=True)
-    # none is where all are NaN: then the last word, never an id beyond the vocabulary
+    # no logit matches where all are NaN: then the last word, never an id beyond the vocabulary
     return jnp.min(jnp.where(largest, ids, logits.shape[-1] - 1), axis=-1)
 
 
@@ -139,7 +139,7 @@ def beam(
     empty = ~jnp.any(segments > 0, axis=1)  # such rows generate nothing
 
     def unfinished(state: _Beams):
-        # log p only falls, and the longest hypotheses are divided by most
+        # an upper bound: log p only falls, and the length penalty is largest at full length
         hope = search.worth(jnp.max(state.live_scores, axis=1), search.length)
         going = (hope > state.ended_score) & ~state.lost
         return (state.position < search.length) & jnp.any(going)

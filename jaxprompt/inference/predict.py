@@ -67,7 +67,7 @@ def predict(
         tokenizer: of the backbone.
         batch_size: rows at a time, at most.
         pack: examples may share rows, see ``Engine.run``; only for rank classification.
-        progress: hears how many examples each batch had.
+        progress: is called with the number of examples of each batch.
     """
     labels = task.labels if task.decoding == "rank" else None
     if not examples:

@@ -61,7 +61,7 @@ class PairTokenizer(NamedTuple):
     prompt_length: int
     task: TaskConfig | None = None  # that the prompt was tuned on
     raw: bool = False  # a decoder-only model gets both texts as they are
-    max_input_length: int | None = None  # tokens of text and of its end; None: the task's, or 512
+    max_input_length: int | None = None  # tokens of an input with its end; None: the task's, or 512
 
     @property
     def joined(self) -> bool:

@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
 
 def inject(method: Method, trainables: Trainables, params: Params) -> Injection:
-    """What the model is given of trainables of one length or of several.
+    """The injection of trainables whose prompts have one length or several.
 
     In a bank of several lengths the shorter prompts end with zeros, which no id addresses.
     """
@@ -81,7 +81,7 @@ def length_groups(value: PyTree, like: Trainables | None = None) -> tuple[PyTree
 
 
 def join_groups(groups: Sequence[T]) -> T | tuple[T, ...]:
-    """The opposite of ``length_groups``: a lone group is not in a tuple."""
+    """The inverse of ``length_groups``: a single group is returned without a tuple."""
     return groups[0] if len(groups) == 1 else tuple(groups)
 
 
@@ -101,7 +101,7 @@ def split_by_group(
 
 @contextlib.contextmanager
 def lent(trainables: Trainables) -> Iterator[Trainables]:
-    """The trainables of a lone member without axis K, in the same memory, for a while.
+    """The trainables of a single member without axis K, in the same memory, within the block.
 
     Within the context no array of ``trainables`` itself can be used; afterwards it has them back.
     """

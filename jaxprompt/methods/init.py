@@ -16,7 +16,7 @@ UNIFORM = {"paper": (-0.5, 0.5), "code": (0.0, 0.5)}
 
 
 class Vocabulary(NamedTuple):
-    """What the words of a task and of the tokenizer are to a backbone."""
+    """The embeddings and ids that a prompt may start from."""
 
     table: Float[Array, "V D"]  # of token embeddings
     encode: Callable[[str], list[int]]  # text to ids, without EOS

@@ -1,6 +1,6 @@
-"""Linen modules that every family is built from, and the spelling of scan and rematerialisation.
+"""Linen modules that every family is built from.
 
-This is the one file that knows that spelling.
+This is the only file that calls ``nn.scan`` and ``nn.remat``.
 """
 
 import functools
@@ -130,7 +130,7 @@ def stacked(
     ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for
     all layers (``nn.broadcast``). Unrolled, it is the same scan: one parameter tree for both.
     """
-    # in a loop nothing can be merged; unrolled, the compiler would undo the rematerialisation
+    # unrolled, the compiler would merge both computations and so undo the rematerialisation
     layer = nn.remat(layer, prevent_cse=runtime.unroll) if runtime.remat else layer
     return nn.scan(
         layer,

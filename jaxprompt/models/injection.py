@@ -1,6 +1,6 @@
-"""What a tuning method adds to a frozen model: the one thing that a model is given beside weights.
+"""What a tuning method adds to a frozen model: its only input besides weights and a batch.
 
-It lies with the models, which read it, and below the methods, which make it.
+It is defined with the models, which read it. The methods, which make it, are a layer above.
 """
 
 from collections.abc import Mapping

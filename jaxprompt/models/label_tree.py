@@ -1,11 +1,11 @@
-"""Labels as trees: what several labels begin with is read once, and all nodes in one pass."""
+"""Labels as trees: a common beginning is computed once, and one pass computes all nodes."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-# of more labels at once, the logits over the vocabulary would take much memory
+# labels of a tree, at most: each node has logits over the whole vocabulary
 _LABELS_AT_ONCE = 8
 
 
@@ -19,7 +19,7 @@ def node_bucket(count: int) -> int:
 
 
 class Tree(NamedTuple):
-    """Beginnings of answers. Each is a node that attends to the nodes which it begins with.
+    """Beginnings of answers. Each is a node that attends to itself and to its own beginnings.
 
     Node 0 is the empty beginning, from which the first token is predicted.
     """

@@ -40,7 +40,7 @@ def cost(config: ModelConfig) -> ModuleType | None:
 
 
 def one_sequence(config: ModelConfig) -> bool:
-    """Whether input and target are one sequence: their texts then meet without an end between."""
+    """Whether input and target are one sequence, without an EOS between them."""
     return isinstance(config, DecoderConfig)
 
 
@@ -65,10 +65,9 @@ def by_shared_prefix(
     """Models for inputs of prompts of ``length`` vectors, and the numbers of the inputs of each.
 
     A model that reads from left to right can compute a prompt once for all rows that start with it
-    and go on with text. Where the prompt stands is a matter of the task's template, so nearly
-    always there is one model for all. It is looked up in each input and never taken on trust; an
-    input without text, say, is left to the model that promises nothing. Which model an input gets
-    does not depend on the others.
+    and go on with text. The task's template says where the prompt stands, so nearly always there is
+    one model for all. The ids of each input are checked: an input without text, say, gets the model
+    without a shared prefix. Which model an input gets does not depend on the others.
     """
     numbers = np.arange(len(inputs))
     if not one_sequence(model.config) or model.runtime.attention == "prefix" or not length:

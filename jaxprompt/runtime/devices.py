@@ -1,4 +1,4 @@
-"""Processes and devices of a command, which are settled before JAX is used."""
+"""Processes and devices of a command, which must be chosen before JAX is used."""
 
 import math
 import os
@@ -162,7 +162,7 @@ def crowding(devices: Sequence[Device], cores: int | None = None) -> str | None:
 
 
 def make_virtual_devices(rows: Sequence[int], mesh: MeshConfig, cores: int | None = None) -> None:
-    """Give a CPU a device for each core, or as many as the mesh asks for, unless that is settled.
+    """Give a CPU a device for each core, or what the mesh asks for, unless their number is set.
 
     Each core then computes rows of its own, which is faster than if all cores share each product.
     There are fewer devices where so many would not divide the rows of a batch.

@@ -22,7 +22,7 @@ Write = Callable[[IO[bytes]], object]
 
 # names of what is being written, or kept aside for a while
 PART = re.compile(r"\..*(-[0-9a-f]{12}|@[0-9]+)(\.part)?")
-# files of tensors, of which a new version may have fewer; group 1: what all of one version share
+# tensor files, of which a new version may have fewer. Group 1: the common part of their names
 _SHARD = re.compile(r"([\w.-]+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 
 
@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Where ``path`` is a symbolic link, the link's target is replaced.
     """
-    # half a surrogate, which has no UTF-8 form, is written as an escape: nothing is lost for it
+    # half of a surrogate pair has no UTF-8 form: it is written as an escape, so nothing is lost
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     write_whole(path, lambda file: file.write(data))
 

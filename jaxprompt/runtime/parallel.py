@@ -17,7 +17,7 @@ from jaxprompt.runtime.devices import Device, available
 
 # logical axis of a parameter -> mesh axis; what is not named is replicated
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
-# axes that rows of a batch go over
+# mesh axes over which the rows of a batch are divided
 ROWS = ("data", "fsdp")
 
 T = TypeVar("T")  # arrays in any nesting, or what describes them
@@ -110,8 +110,8 @@ _is_spec = lambda x: isinstance(x, PartitionSpec)
 def trained_axes(tree: PyTree, shapes: PyTree, axes: PyTree) -> PyTree:
     """The logical axes of each array that a whole model is trained with: weights and moments.
 
-    An array belongs to the parameter that its path ends with. It has axis K before that one's axes,
-    of which it may lack one (a factored moment of Adafactor). What belongs to none has no axes.
+    An array belongs to the parameter that its path ends with. Its axes are K and those of the
+    parameter; a factored moment of Adafactor lacks one of these. An array of no parameter has none.
     shapes, axes: of the model's parameters.
     """
     is_axes = lambda x: isinstance(x, tuple)
@@ -141,7 +141,7 @@ def specs_of(mesh: Mesh, tree: PyTree, axes: PyTree) -> PyTree:
 
     def spec(x, of):
         along = [*_spec(x.shape, of, sizes)]
-        while along and along[-1] is None:  # as the compiler spells it
+        while along and along[-1] is None:  # the compiler leaves out a None at the end
             along.pop()
         return PartitionSpec(*along)
 
@@ -200,7 +200,7 @@ def shard_over_batch(
 
     Args:
         axes: the logical axes of ``params``. Each device of ``fsdp`` holds a part of them. A layer
-            is gathered where it is used (``layers.project``); what is in no layer is gathered
+            is gathered where it is used (``ops.matmul.dense``); what is in no layer is gathered
             first. None: every device holds all of ``params``.
         stacked: the results of the devices are stacked along a new first axis, for
             ``psum_over_batch``: the devices of ``data`` send each other nothing else. Otherwise
@@ -264,7 +264,7 @@ def stacked_specs(specs: PyTree) -> PyTree:
 
 
 def _own_axes(mesh: Mesh) -> set[str]:
-    """The axes of the mesh that ``shard_map`` divides by hand; the compiler has the others.
+    """The axes of the mesh that ``shard_map`` divides by hand; the compiler divides the others.
 
     All axes if ``tensor`` is 1: a Pallas kernel may not be in a program in which the compiler
     divides an axis.

@@ -21,9 +21,9 @@ class Signals:
     """Turns SIGTERM and SIGINT into ``Interrupted``, at a moment that suits; a context manager.
 
     A signal raises at once, but within ``held`` it waits until ``check``: an update and its
-    checkpoint are never torn apart. The second signal of a held run is not waited for: it is a
-    KeyboardInterrupt, which saves nothing. Where a callback swallows what is raised (those of the
-    garbage collector do), it is raised anew.
+    checkpoint are never torn apart. A second signal within ``held`` raises KeyboardInterrupt, and
+    nothing is saved. Some callbacks swallow exceptions, such as those of the garbage collector, so
+    the exception is raised again until the block ends.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -46,7 +46,7 @@ class Signals:
         trace: TracebackType | None,
     ) -> None:
         self._held, self._before, before = True, {}, self._before
-        with self._sending:  # no reminder may meet the handlers of before, which end the process
+        with self._sending:  # no reminder may reach the old handlers, which end the process
             self._over.set()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -69,7 +69,7 @@ class Signals:
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def check(self, step: int | None = None) -> None:
-        """Raise what came while it was held; with a ``step``, at the same one in all processes."""
+        """Raise ``Interrupted`` if a signal came; with ``step``, in all processes at that step."""
         if self._came:
             raise Interrupted(f"stopped by {self._came}")
         if step is not None and jax.process_count() > 1:
@@ -87,7 +87,7 @@ class Signals:
 
     @contextlib.contextmanager
     def free(self) -> Iterator[None]:
-        """A long part of what is held, after which nothing is torn: a signal raises at once."""
+        """A long part of ``held`` that leaves nothing half done: a signal in it raises at once."""
         self.check()
         with self._set(False):
             yield

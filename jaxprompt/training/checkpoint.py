@@ -138,7 +138,7 @@ class Checkpoints:
         )
 
     def _load(self, by_all: bool, **what: ocp.args.CheckpointArgs) -> PyTree:
-        """The one part that is asked for."""
+        """Read the one part of the newest checkpoint that ``what`` names."""
         try:
             with _orbax(by_all) as orbax:
                 parts = orbax.restore(
@@ -155,7 +155,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _no_tracebacks() -> Iterator[None]:
-    """What fails in a thread of orbax is raised where it is waited for, and not logged besides."""
+    """Orbax raises an error of its threads where the caller waits, so it need not log it too."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

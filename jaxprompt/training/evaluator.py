@@ -29,7 +29,7 @@ class Evaluator(NamedTuple):
     mesh: Mesh
     tokenizer: Tokenizer
     batch_size: int
-    signals: Signals  # one that comes meanwhile is heard at once
+    signals: Signals  # one that comes during an evaluation takes effect at once
 
     def validate(
         self,
@@ -46,7 +46,7 @@ class Evaluator(NamedTuple):
         scores: dict[int, Metrics] = {}
         for dataset in datasets:
             slots = [slot for slot, trial in enumerate(trials) if trial.dataset is dataset]
-            # without another dataset every prompt has the bank's length
+            # with a single dataset, every prompt has the length of the bank
             part = bank
             if bank is not None and len(datasets) > 1:
                 part = bank[np.array(slots), : dataset.length]
@@ -100,7 +100,7 @@ class Evaluator(NamedTuple):
     def baselines(
         self, params: registry.Params, task: TaskConfig, validation: Split, source: str
     ) -> tuple[float, float]:
-        """The task's first metric of the backbone alone, and of its commonest label."""
+        """The task's first metric of the untuned backbone, and of always giving one label."""
         metric = task.metrics[0]
         untuned = self.measure_one(params, None, task, validation, source)[metric]
         return untuned, majority(metric, validation.references, task.labels)

@@ -38,7 +38,7 @@ def of_backbone(config: registry.ModelConfig, fingerprint: str) -> Inputs:
 
 
 def of_rows(task: TaskConfig, splits: Mapping[str, Rows]) -> Inputs:
-    """The texts of each row by split; of rows that are answered, what they are judged by."""
+    """Digests of the texts of each split; outside of training also of the accepted answers."""
     digests = {}
     for name, rows in splits.items():
         texts: Iterable[object] = (to_text(task, row) for row in rows)
@@ -49,7 +49,7 @@ def of_rows(task: TaskConfig, splits: Mapping[str, Rows]) -> Inputs:
 
 
 def of_files(task: TaskConfig, eval_rows: int | None) -> Inputs:
-    """``of_rows`` where that is cheap: of files that are there."""
+    """``of_rows`` if all splits are local files, where it is cheap; else nothing."""
     names = [name for name in (task.train, task.validation, task.test) if name is not None]
     if task.source is not None or not all(Path(name).is_file() for name in names):
         return {}

@@ -57,7 +57,7 @@ class Job(Protocol):
         """Raise UserError where a checkpoint is of a run that read something else."""
 
     def restore_files(self, progress: Progress) -> None:
-        """Let what lies in the directory be what a checkpoint says."""
+        """Bring the files in the directory to the state that a checkpoint records."""
 
     def abstract_state(self, progress: Progress) -> TrainState:
         """Shapes, dtypes and shardings of the state of a checkpoint."""
@@ -102,16 +102,16 @@ TUNING = Kind(tune.prepare, tune.inputs_of_files)
 def train(
     config: RunConfig, reporter: Reporter | None = None, signals: Signals | None = None
 ) -> Result:
-    """Tune the prompts of ``config``, or go on with that.
+    """Tune the prompts of ``config``, or resume the run in its output.
 
     Killed at any moment and called again, it ends with a bit-identical prompt: batch k is a pure
     function of seed and k, and so is all randomness.
 
     Args:
         config: what to tune, on what, and the output directory.
-        reporter: hears lines of text and of every step; None: a progress bar where standard error
-            is a terminal or in a notebook, else nothing; ``NullReporter()``: nothing.
-        signals: those that end the run at a step that is saved.
+        reporter: gets lines of text and the figures of every step. None: a progress bar where
+            standard error is a terminal or in a notebook, else nothing. ``NullReporter()``: none.
+        signals: they end the run after a step whose state is saved.
 
     Returns:
         What ``result.json`` holds.
@@ -148,7 +148,7 @@ def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Resul
                     if progress.evaluation_due(rules):
                         log.flush()
                         if not progress.at_evaluation(rules):
-                            # with more steps the run goes on from here as if never evaluated here
+                            # a longer run resumes here as if this evaluation had never been
                             progress = save(job, state, progress, log)
                         active = progress.active
                         state, progress = job.evaluate(state, progress)
@@ -169,7 +169,7 @@ def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Resul
                 except Diverged as error:
                     if not progress.may_roll_back(rules):
                         raise
-                    state = None  # its memory is needed, also that which the error refers to
+                    state = None  # free its memory, also what the error's traceback holds
                     traceback.clear_frames(error.__traceback__)
                     state, progress = roll_back(job, progress, log)
                     steps = job.steps(progress)

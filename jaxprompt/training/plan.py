@@ -145,15 +145,15 @@ def needs(
     assert cost is not None, "plan_of refuses families that are not counted"
     parts = {"weights": sum(held), **cost.activations(model, work, layout.tensor)}
     gathered = 0
-    if small is not None:  # a layer as it is used, and the head
+    if small is not None:  # one dequantized layer, and the head
         dense = Weights.of(model, layout)
         parts["in_work"] += dense.layers * layout.fsdp // cost.depth(model.config)
         parts["in_work"] += dense.others * layout.fsdp // 2
     if layout.fsdp > 1:
-        # in one piece are the head, and a layer while the next one is on its way
+        # gathered at the same time: the head, a layer, and the next layer while it arrives
         parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(model.config)
         parts["in_work"] += held.others * layout.fsdp // (1 if model.config.tied else 2)
-        # each layer is put together forward and backward
+        # each layer is gathered in the forward and in the backward pass
         gathered = (2 * held.layers + held.others) * (layout.fsdp - 1)
     return parts, work.parts * (gathered + cost.shared(model, work, layout.tensor))
 

@@ -105,7 +105,7 @@ def stack_trainables(members: Sequence[Trainables]) -> Trainables:
     shapes = lambda trainables: [x.shape for x in jax.tree.leaves(trainables)]
     groups = [list(group) for _, group in itertools.groupby(members, shapes)]
     together = lambda *leaves: jnp.concatenate(leaves)
-    # a whole model may be in a lone one: no copy
+    # a single member may be a whole model, so it is not copied
     return join_groups([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
 
 
@@ -127,8 +127,8 @@ def keep_members(state: TrainState, slots: Sequence[int]) -> TrainState:
 def better_half(trials: Sequence[Trial], progress: Progress) -> list[Trial]:
     """The better half of trials, rounded up, in their order.
 
-    Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), by the best metric of each;
-    of equals the earlier ones go on.
+    Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), by the best metric of each.
+    In a tie the earlier ones go on.
     """
     ranked = sorted(trials, key=lambda t: (-progress.best[t.number], t.number))
     kept = {trial.number for trial in ranked[: max(1, math.ceil(len(trials) / 2))]}

@@ -382,7 +382,7 @@ def _tokenizer_place(
 
         replace_directory(place, write, lambda old: (old / note.name).is_file())
 
-    # by the first process alone: another training may come to another vocabulary
+    # only the first process trains it: a second training could give another vocabulary
     if not processes.on_process_zero(is_there):
         begin()
         reporter.say(f"training a tokenizer of {settings.vocabulary} rows")

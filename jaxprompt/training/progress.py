@@ -70,7 +70,7 @@ class Progress:
     tokens: int | None = None  # that pre-training has read
     inputs: Mapping[str, object] | None = None  # digests of what the run reads
     untuned: Mapping[str, float] | None = None  # by task: the metric of the backbone alone
-    majority: Mapping[str, float] | None = None  # by task: of always answering the commonest label
+    majority: Mapping[str, float] | None = None  # by task: the metric of the commonest label alone
 
     @classmethod
     def of_trials(cls, active: Sequence[int], **fields: object) -> "Progress":
@@ -104,7 +104,7 @@ class Progress:
         return self.evaluated < self.step and (last or self.at_evaluation(rules))
 
     def out_of_patience(self, rules: Rules) -> bool:
-        """An evaluation that a longer run does not have stops nothing."""
+        """Patience counts only at evaluations that a longer run has too."""
         return bool(
             rules.patience
             and self.at_evaluation(rules)

@@ -1,8 +1,8 @@
-"""What a run leaves: its best prompts or models, their metadata, and what checkpoints name of them.
+"""What a run leaves: its best prompts or models, their metadata, and copies for checkpoints.
 
-A run that was killed may have saved a better prompt after its newest checkpoint. When that part is
-run again, on other devices, it may not be the best again. So a prompt that a checkpoint names as
-the best is kept aside, as ``.prompt@STEP``, until no checkpoint names it any more.
+A run that was killed may have saved a better prompt after its newest checkpoint. When those steps
+are repeated on other devices, another prompt may be the best. So a prompt that a checkpoint names
+as the best is copied to ``.prompt@STEP``, until no checkpoint names it any more.
 """
 
 import json
@@ -89,7 +89,8 @@ def save_tuned(
     Args:
         arrays: what ``Method.export`` gives of one trial, with axis K of size 1.
         prompt: whether that is a prompt; else it is a whole model.
-        known: the step of what is there, if a checkpoint names it as the best: it is kept aside.
+        known: the step of the version on disk, if a checkpoint names it as the best: that version
+            is copied first. -1: none does.
     """
     weights = None if prompt else processes.fetch_to_zero(arrays)
     if jax.process_index() != 0:

@@ -75,7 +75,7 @@ def _read_settings(file: Path) -> Values | None:
         values = read_yaml(file.read_text(encoding="utf-8"), str(file))
     except (UserError, UnicodeDecodeError):
         return None
-    # a run writes all settings: a file that a person wrote has hardly ever all of these
+    # a run writes all settings; a file that a person wrote rarely has all three sections
     whole = isinstance(values, dict) and {"model", "train", "output"} <= values.keys()
     return recorded_names(values) if whole and isinstance(values["train"], dict) else None
 
@@ -105,8 +105,8 @@ def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
         values = _read_settings(folder / "config.yaml")
         if values is None:
             raise UserError("it does not hold all settings of a run.")
-        # through the schema: settings that are newer than the run had their defaults; its mesh is
-        # free, whatever axes had names then
+        # the schema gives settings that are newer than the run their defaults. The mesh may change,
+        # and its axes may have had other names
         before = parse(type(config), {k: v for k, v in values.items() if k != "mesh"})
     except UserError as error:
         raise UserError(
@@ -127,7 +127,7 @@ def _check_settings(folder: Path, config: RunConfig | PretrainConfig) -> None:
 
 
 def check_run(config: RunConfig | PretrainConfig) -> Path:
-    """The run directory, if a run may start there or the one in it go on; nothing is written.
+    """The run directory, if a run may start or resume there. Nothing is written.
 
     A run that has no checkpoint yet has nothing to lose: its settings may change.
     """
@@ -168,7 +168,7 @@ def clear_run(folder: Path) -> None:
 
 
 def load_result(config: RunConfig | PretrainConfig) -> Result | None:
-    """What ``result.json`` holds, if the run is complete; else whether it may go on was checked.
+    """What ``result.json`` holds if the run is complete, else None if the run may go on.
 
     A damaged result counts as none: it follows from the last checkpoint.
     """

@@ -104,7 +104,7 @@ class TrainStep:
         spread = functions.zeros_sharding()
         self._zero_grads = jax.jit(functions.zero_grads, out_shardings=spread)
         self._params: registry.Params | None = None  # of the last call
-        self._frozen_params: registry.Params = {}  # the same as the step takes them
+        self._frozen_params: registry.Params = {}  # these, in the form that the step takes
 
     def __call__(
         self, state: TrainState, params: registry.Params, batches: Sequence[Batch]
@@ -140,7 +140,7 @@ class StepFunctions:
     ):
         self.method = method
         self._model, self._optimizer, self._loss, self._mesh = model, optimizer, loss, mesh
-        # the devices that share the weights that are trained, if they do
+        # the mesh, if its devices share the trained weights
         shares = not method.frozen and parallel.divides_weights(mesh)
         self._shared_by = mesh if shares else None
         divided = method.frozen or shares
@@ -151,7 +151,7 @@ class StepFunctions:
     def single_step(
         self, state: TrainState, params: registry.Params, batch: Batch
     ) -> tuple[TrainState, Losses]:
-        """A step on a batch that is in one piece."""
+        """A step on a batch that is not cut into micro-batches."""
         return self.apply_gradients(state, self._stacked_sums(params, state.trainables, batch))
 
     def accumulate(
@@ -199,7 +199,7 @@ class StepFunctions:
                 self._sums_of_rows, self._mesh, self._axes, stacked=True
             )
             return work(params, trainables, batch)
-        # the parts that devices have of what is trained take the place of the parameters
+        # each device passes its part of the trained weights in place of the parameters
         work = parallel.shard_over_batch(
             lambda trainables, _, batch: self._sums_of_rows({}, trainables, batch),
             self._shared_by,

@@ -97,7 +97,7 @@ def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals
         UserError: rows, labels, words of a start or devices that a run cannot have.
     """
     method, mesh = METHODS[config.method], _make_mesh(config)
-    # before the backbone, which may take minutes to load: most mistakes are in the data
+    # data first, where most mistakes are: the backbone may take minutes to load
     limit, member_tasks = config.train.max_eval_examples, tasks_of(config.members())
     tasks = _by_name(member_tasks)
     rows = {name: read_splits(task, limit) for name, task in tasks.items()}
@@ -575,13 +575,13 @@ class Tuning:
     def _load_best(self, best: Trial) -> tuple[registry.Params, Float[Array, "1 P D"] | None, str]:
         """Parameters, bank and directory of what was saved as the best of a task."""
         if not self.method.uses_prompt:
-            # asked of the first process, which has then written it
+            # the first process answers, and has written the model by then
             path = processes.on_process_zero(lambda: str(best.task_dir / "model"))
             params = load_backbone(path, dtype=self.config.model.dtype, mesh=self.mesh).params
             return params, None, path
         path = best.task_dir / "prompt"
         like = np.zeros((best.length, self.backbone.config.d_model), np.float32)
         vectors = processes.broadcast_from_zero(lambda: load_prompt(path).vectors, like)
-        # placed as in training, for which the answers are compiled
+        # the sharding of training, for which the programs are compiled already
         bank = jax.device_put(vectors[None], parallel.replicated(self.mesh))
         return self.backbone.params, bank, str(path)

@@ -1,9 +1,9 @@
 """Decoder-only models in one ``flax.linen`` module: Llama, Mistral, Qwen2, SmolLM2.
 
 To the rest of the package this looks like T5: inputs are read, targets answer them
-(``models/registry.py``). Here both are one sequence. The last token of the input is what a target
-begins with, as T5's start id is. So a pass over targets yields exactly their logits, and the tokens
-before are read in the same pass or in an earlier one.
+(``models/base.py``). Here both are one sequence. A target begins with the last token of the input,
+where T5 has its start id. So a pass over targets yields exactly their logits. The tokens before the
+targets are read in the same pass or in an earlier one.
 
 A prompt in front of the text does not attend to the text, unless all of the input attends to
 itself. Where every row starts with a prompt (``layout.shared_prefix_length``), ``prepare`` computes

@@ -19,7 +19,7 @@ class DropoutSeeds(NamedTuple):
 
     seeds: Int[Array, " R"]
     positions: Int[Array, "#B S"]  # of each token in its example
-    examples: Int[Array, "B S"] | None = None  # which of the R a token is of; None: row b of b
+    examples: Int[Array, "B S"] | None = None  # the example of each token; None: row b is example b
 
     def keep_per_example(
         self, key: PRNGKeyArray, rate: float, size: int

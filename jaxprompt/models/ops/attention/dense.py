@@ -15,8 +15,8 @@ from jaxprompt.models.ops.matmul import float32_product, matmul
 class DenseMask(NamedTuple):
     """What is added to the logits: 0 where a query attends to a key, else -1e30.
 
-    It is made once for all layers: to compare segments in each would cost as much as a product. A
-    query that may attend to nothing gets a uniform average, which is finite and read by nobody.
+    It is made once for all layers: comparing segments in each layer would cost as much as a matrix
+    product. A query that may attend to nothing gets a uniform average: it is finite, and unused.
     """
 
     added: Float[Array, "#B 1 #T S"]

@@ -1,8 +1,8 @@
-"""Attention by kernels that keep logits out of memory; others maintain them.
+"""Flash attention: kernels of cuDNN and Pallas, which never write the logits to memory.
 
 On NVIDIA GPUs it is cuDNN's kernel, which ``jax.nn.dot_product_attention`` calls; on TPUs it is
 JAX's own in Pallas. Both compute as Dao et al. (2022, arXiv 2205.14135) do and take T5's bias. Both
-compute the bias's gradient even where nobody asks for it; Pallas's kernel makes one [N, S, S] for
+compute the bias's gradient even where it is not used; Pallas's kernel makes one [N, S, S] for
 each row. Where examples share rows, cuDNN's kernel has a bias of that size too, since the mask of
 each row is written into it. Letters: see ``jaxprompt.data.virtual_tokens``.
 """
@@ -27,7 +27,7 @@ _STEPS = {"cudnn": 2, "pallas": 128}
 _BLOCKS = (128, 256, 512)
 
 
-@no_type_check  # JAX also builds it of what is no array
+@no_type_check  # JAX also builds it from objects that are not arrays
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["segments", "lengths", "allowed"], meta_fields=["kernel"],

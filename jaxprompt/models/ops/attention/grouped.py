@@ -50,7 +50,7 @@ def grouped_attention(
 
     Only logits are concatenated, never keys. So no cache is copied, and a block that all rows share
     is multiplied once for all of them. A query that may attend to nothing gets a uniform average,
-    which is finite and read by nobody.
+    which is finite and unused.
     """
     batch, length, heads, width = query.shape
     groups = blocks[0].key.shape[2]

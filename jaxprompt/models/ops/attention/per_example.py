@@ -21,12 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprompt.models.precision import from_bits, to_bits
 
 _LOW = -1e30
-# logits of whole rows: up to this number they stay in a core's cache, and to compute all at once is
-# faster
+# up to so many logits, attention over whole rows stays in a core's cache and is faster
 LOGITS_AT_ONCE = 2**19
 
 
-@no_type_check  # JAX also builds it of what is no array
+@no_type_check  # JAX also builds it from objects that are not arrays
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["starts", "lengths", "bounds", "query_rows"], meta_fields=["widths"],
@@ -131,7 +130,7 @@ def best_widths(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
     up_to = {0: 0} | dict(
         zip(every, itertools.accumulate(needed[width] for width in every), strict=True)
     )
-    # the least work of all up to a width, and the widths that are it
+    # for the lengths up to a width: the least work, and the widths that reach it
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for _ in range(min(count, len(every))):
         best = {
