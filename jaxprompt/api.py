@@ -45,7 +45,7 @@ from jaxprompt.evaluation.metrics import check_metrics, diagnose, majority, meas
 from jaxprompt.evaluation.plots import draw_confusion, draw_prompt, figure_format
 from jaxprompt.inference.engine import Progress, ignore_progress
 from jaxprompt.inference.ensemble import check_one_form, ensemble_engine, likeliest, vote
-from jaxprompt.inference.predict import Predictions, predict_per_prompt, refuse_lost
+from jaxprompt.inference.predict import Predictions, check_finite_scores, predict_per_prompt
 from jaxprompt.inference.predict import predict as predict_examples
 from jaxprompt.inference.score import PairTokenizer, log_likelihoods
 from jaxprompt.inference.session import (
@@ -210,7 +210,7 @@ def _predict(
         session.engine, task, examples, session.tokenizer, batch_size=options.batch_size,
         pack=options.pack, progress=options.progress,
     )  # fmt: skip
-    refuse_lost(predictions.lost, len(examples), session.backbone.source)
+    check_finite_scores(predictions.lost, len(examples), session.backbone.source)
     return predictions
 
 
@@ -443,7 +443,7 @@ def evaluate_ensemble(sessions: Sequence[Session], **options: Unpack[EvaluationO
         progress=given.progress,
     )  # fmt: skip
     for number, own in enumerate(each, 1):
-        refuse_lost(own.lost, len(examples), f"Prompt {number} on {first.backbone.source}")
+        check_finite_scores(own.lost, len(examples), f"Prompt {number} on {first.backbone.source}")
     metrics = [measure(task, own.predictions, judges) for own in each]
     main = [own[task.metrics[0]] for own in metrics]
     joint = {way: measure(task, texts, judges) for way, texts in _joint(task, each).items()}
@@ -510,7 +510,7 @@ def score(
         warn(text)
     values = log_likelihoods(session.engine, examples, batch_size=batch_size, progress=progress)
     lost = np.flatnonzero(~np.isfinite(values)).tolist()
-    refuse_lost(lost, len(examples), session.backbone.source)
+    check_finite_scores(lost, len(examples), session.backbone.source)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}
         for value, example in zip(values, examples, strict=True)

@@ -59,11 +59,11 @@ def init(
     jaxprompt init train.csv --validation dev.csv --label topic --output my.yaml
     jaxprompt train my.yaml --dry-run
     """
-    from jaxprompt.cli.first_config import Asked, draft, write
+    from jaxprompt.cli.first_config import InitRequest, draft_config, write
 
     if output.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--output is {str(output)!r}; give a file that ends in .yaml.")
-    asked = Asked(
+    asked = InitRequest(
         data,
         output,
         text=options.text or (),
@@ -72,7 +72,7 @@ def init(
         test=options.test,
         backbone=options.backbone,
     )
-    made = draft(asked)
+    made = draft_config(asked)
     write(made, output, force=force)
     for reason in made.why:
         say(reason)

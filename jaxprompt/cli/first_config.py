@@ -41,7 +41,7 @@ NUMBER_WORDS = (
 ).split()
 
 
-class Asked(NamedTuple):
+class InitRequest(NamedTuple):
     """What the user wants to have, and what may be left to guessing (None)."""
 
     data: Path
@@ -86,7 +86,7 @@ class Draft(NamedTuple):
     why: list[str]
 
 
-def draft(asked: Asked) -> Draft:
+def draft_config(asked: InitRequest) -> Draft:
     """Guess a config for the file ``asked.data``. Nothing is written.
 
     Raises:
@@ -369,7 +369,7 @@ def guess_length(rows: Rows, text: Sequence[str]) -> int:
 # -- splits ----------------------------------------------------------------------------------------
 
 
-def place_rows(asked: Asked, rows: Rows, columns: Columns) -> Files:
+def place_rows(asked: InitRequest, rows: Rows, columns: Columns) -> Files:
     """Which file each split is read from. Splits that the user does not give are cut off."""
     given = {"train": asked.data, "validation": asked.validation, "test": asked.test}
     paths = {name: path for name, path in given.items() if path is not None}
@@ -454,7 +454,7 @@ COMMENTS = {
 }
 
 
-def render(task: Mapping[str, object], asked: Asked, why: Sequence[str]) -> str:
+def render(task: Mapping[str, object], asked: InitRequest, why: Sequence[str]) -> str:
     """The config as YAML with comments."""
     start = "class_labels" if "labels" in task else "sampled_vocabulary"
     lines = [

@@ -16,7 +16,7 @@ RENAMED = {
 }
 
 # name in another library (PEFT, transformers, OpenPrompt, t5x) -> the setting here
-FOREIGN = {
+ALIASES = {
     "lr": "train.learning_rate",
     "base_learning_rate": "train.learning_rate",
     "max_steps": "train.steps",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.config.names import FOREIGN, RENAMED
+from jaxprompt.config.names import ALIASES, RENAMED
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.values import Values
@@ -67,7 +67,7 @@ def find(name: str, schema: type[BaseModel] = RunConfig) -> list[Setting]:
     chosen = [s for s in every if s.key == name or s.key.startswith(f"{name}.")]
     chosen = chosen or [s for s in every if s.key.rpartition(".")[2] == name]
     if not chosen:
-        known = FOREIGN.get(name.rpartition(".")[2]) or RENAMED.get(name)
+        known = ALIASES.get(name.rpartition(".")[2]) or RENAMED.get(name)
         if known is not None:
             raise UserError(f"There is no setting {shown(name)}; it is called {known!r} here.")
         sections = dict.fromkeys(s.key.partition(".")[0] for s in every)

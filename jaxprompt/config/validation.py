@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.config.names import FOREIGN
+from jaxprompt.config.names import ALIASES
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -97,8 +97,8 @@ def _hint(schema: type[BaseModel], loc: Sequence[int | str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     if close and difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.8:
         return f"did you mean {close[0]!r}"
-    if name in FOREIGN:  # PEFT's and others' users
-        return f"it is called {FOREIGN[name]!r} here"
+    if name in ALIASES:  # PEFT's and others' users
+        return f"it is called {ALIASES[name]!r} here"
     elsewhere = [
         f"{section}.{name}"
         for section, field in schema.model_fields.items()

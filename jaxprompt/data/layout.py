@@ -34,7 +34,7 @@ class BatchLayout:
         return max(self.packed_widths, default=0)
 
 
-class Room(NamedTuple):
+class BatchBudget(NamedTuple):
     """How much one batch or micro-batch may hold, whatever the lengths of its examples."""
 
     positions: float = math.inf  # rows times the wider of inputs and targets
@@ -49,7 +49,7 @@ class Room(NamedTuple):
             depth: length of the targets.
             devices: the answer is a multiple of it.
 
-        >>> Room(positions=2048).rows(32, width=200, depth=4), Room().rows(32, 200, 4)
+        >>> BatchBudget(positions=2048).rows(32, width=200, depth=4), BatchBudget().rows(32, 200, 4)
         (8, 32)
         """
         rows = most

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprompt.data.batches import Batch, Example, fill_rows, make_batch
-from jaxprompt.data.layout import BatchLayout, Room, round_input_length, round_target_length
+from jaxprompt.data.layout import BatchBudget, BatchLayout, round_input_length, round_target_length
 
 # ``balance_rows`` compares at most so many pairs of examples: a few tenths of a second
 _MOST_PAIRS = 2**25
@@ -20,7 +20,7 @@ class Cut(NamedTuple):
     rows: int | None = None  # of a micro-batch; None: the batch is one
     layout: BatchLayout = BatchLayout()
     devices: int = 1
-    room: Room = Room()
+    room: BatchBudget = BatchBudget()
 
 
 def micro_rows(
@@ -48,7 +48,7 @@ def micro_batches(
     target_length: int | Sequence[int] | None = None,
     layout: BatchLayout = BatchLayout(),
     devices: int = 1,
-    room: Room = Room(),
+    room: BatchBudget = BatchBudget(),
 ) -> list[Batch]:
     """A batch as micro-batches of ``rows`` rows of similar length, the longest rows first.
 

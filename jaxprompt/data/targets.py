@@ -16,7 +16,7 @@ from jaxprompt.data.rows import Rows
 from jaxprompt.data.tokenizer import Tokenizer
 
 
-class Judged(NamedTuple):
+class EvalReferences(NamedTuple):
     """References of answers, and a warning for each kind of target that no answer can equal."""
 
     references: list[Reference]
@@ -25,7 +25,7 @@ class Judged(NamedTuple):
 
 def as_written(
     task: TaskConfig, judges: Sequence[Reference], tokenizer: Tokenizer, what: str = "targets"
-) -> Judged:
+) -> EvalReferences:
     """The references with their texts after encoding and decoding.
 
     Label words stay as they are, because an answer that spells a label becomes that label. A text
@@ -35,7 +35,7 @@ def as_written(
         what: the name of the rows in a warning, such as "validation targets".
     """
     if task.labels is not None:
-        return Judged(list(judges), [])
+        return EvalReferences(list(judges), [])
     texts = list(dict.fromkeys(text for one in judges for text in (one.text, *one.answers)))
     written, unknown, long = {}, set(), set()
     for text, ids in zip(texts, tokenizer.encode_targets(texts, task.separator), strict=True):
@@ -55,7 +55,10 @@ def as_written(
         for one in judges
         if out_of_reach.issuperset(one.answers) and not unknown.issuperset(one.answers)
     ]
-    return Judged(judged, [*_lost(lost, len(judged), what), *_cut(task, cut, len(judged), what)])
+    return EvalReferences(
+        judged,
+        [*_unreachable_warnings(lost, len(judged), what), *_cut(task, cut, len(judged), what)],
+    )
 
 
 def unknown_targets(
@@ -70,15 +73,15 @@ def unknown_targets(
         return []
     pairs = zip(references, examples, strict=True)
     lost = [one for one, example in pairs if (example.targets == tokenizer.unk_id).any()]
-    return _lost(lost, len(references), what)
+    return _unreachable_warnings(lost, len(references), what)
 
 
-def judged_by(task: TaskConfig, rows: Rows, tokenizer: Tokenizer) -> list[Reference]:
+def eval_references(task: TaskConfig, rows: Rows, tokenizer: Tokenizer) -> list[Reference]:
     """What answers to these rows are compared with."""
     return as_written(task, references(task, rows), tokenizer).references
 
 
-def _lost(lost: Sequence[Reference], count: int, what: str) -> list[str]:
+def _unreachable_warnings(lost: Sequence[Reference], count: int, what: str) -> list[str]:
     if not lost:
         return []
     return [

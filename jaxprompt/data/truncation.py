@@ -96,7 +96,7 @@ def fit(
         cut = _shorten([short[i] for i in over], above, column, room, lambda x: encode(x, pieces))
         for i, (row, own) in zip(over, cut, strict=True):
             short[i], ids[i] = row, own
-    lost = _lost(originals, short, ids, pieces, room, encode)
+    lost = _count_emptied_columns(originals, short, ids, pieces, room, encode)
     return dict(zip(long, ids, strict=True)), Truncation(len(rows), len(long), lost)
 
 
@@ -140,7 +140,7 @@ def _shorten(
     return list(zip(shortened, best, strict=True))
 
 
-def _lost(
+def _count_emptied_columns(
     originals: list[Row],
     rows: list[Row],
     ids: list[Parts],

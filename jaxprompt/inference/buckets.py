@@ -13,8 +13,8 @@ from jaxtyping import Int
 
 from jaxprompt.data.batches import Batch, Example, make_batch
 from jaxprompt.data.layout import (
+    BatchBudget,
     BatchLayout,
-    Room,
     round_input_length,
     round_target_length,
     target_lengths,
@@ -26,7 +26,7 @@ class BatchLimits(NamedTuple):
 
     rows: int  # at most, a multiple of ``devices``
     devices: int = 1  # that rows go over
-    room: Room = Room()
+    room: BatchBudget = BatchBudget()
     logits: int = 1  # positions per row whose logits a program holds at once
 
 

@@ -162,7 +162,7 @@ class Engine(NamedTuple):
                         examples, parts=-(-len(examples) // per_batch), devices=devices,
                         layout=packed.layout, target_length=depth,
                     )  # fmt: skip
-        room = registry.room(model.config, devices, training=False)
+        room = registry.budget(model.config, devices, training=False)
         limits = BatchLimits(rows, devices, room, logits)
         return model, inference_batches(examples, limits, model.layout)
 

@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
     """One prediction a row and, for rank classification, the log-likelihoods of all labels.
 
     lost: numbers of the rows for which the model's logits were not finite. Their predictions mean
-    nothing, see ``refuse_lost``.
+    nothing, see ``check_finite_scores``.
     """
 
     predictions: list[str]
@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
     lost: Sequence[int] = ()
 
 
-def refuse_lost(lost: Sequence[int], count: int, source: str) -> None:
+def check_finite_scores(lost: Sequence[int], count: int, source: str) -> None:
     """Raise a UserError where the scores of some of ``count`` rows are not finite.
 
     Finite logits give finite log-likelihoods, so minus infinity is refused like NaN.

@@ -100,7 +100,7 @@ def split_by_group(
 
 
 @contextlib.contextmanager
-def lent(trainables: Trainables) -> Iterator[Trainables]:
+def without_member_axis(trainables: Trainables) -> Iterator[Trainables]:
     """The trainables of a single member without axis K, in the same memory, within the block.
 
     Within the context no array of ``trainables`` itself can be used; afterwards it has them back.

@@ -20,16 +20,16 @@ def init_model(
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True)[None], params)
 
 
-def _alone(model: Model) -> Params:
+def _single_member(model: Model) -> Params:
     return jax.tree.map(lambda x: x[0], model)
 
 
 def inject_model(trainables: Model, params: Params) -> Injection:
     """The trained model instead of the frozen one."""
-    return Injection(params=_alone(trainables))
+    return Injection(params=_single_member(trainables))
 
 
-def _init_both(
+def _init_with_prompts(
     params: Params, start: Float[np.ndarray, "K P D"], config: PromptConfig, seed: int
 ) -> dict[str, PyTree]:
     vectors = prompt.init(params, start, config, seed) if start.size else {}
@@ -37,7 +37,7 @@ def _init_both(
 
 
 def _inject_both(trainables: dict[str, PyTree], params: Params) -> Injection:
-    return Injection(trainables.get("prompt"), params=_alone(trainables["model"]))
+    return Injection(trainables.get("prompt"), params=_single_member(trainables["model"]))
 
 
 MODEL_TUNING = Method(
@@ -52,7 +52,7 @@ MODEL_TUNING = Method(
 # the backbone and, where the mixture has them, virtual tokens. It is in no registry: its result is
 # a backbone, not something tuned on one
 PRETRAINING = Method(
-    _init_both,
+    _init_with_prompts,
     _inject_both,
     export=lambda trainables, injection: trainables["model"],
     frozen=False,

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from jaxprompt.data.layout import Room
+from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import micro_rows
 from jaxprompt.models.base import Cache as Cache
 from jaxprompt.models.base import Model as Model
@@ -112,7 +112,7 @@ def _sharing_rows(
         return model
     if rows < _MIN_EXAMPLES_PER_ROW or np.mean(lengths) < _MIN_MEAN_LENGTH:
         return model
-    if rows * depth * model.config.vocab_size > parallel.logits():
+    if rows * depth * model.config.vocab_size > parallel.max_logits():
         return model
     widths = per_example.best_widths(lengths, most_widths)
     return model.with_layout(packed_widths=widths, examples_per_row=rows)
@@ -150,14 +150,14 @@ def plan_microbatches(
         )  # fmt: skip
 
     if most_widths:
-        rows_shared = fitting(parallel.positions(shared=True))
+        rows_shared = fitting(parallel.max_positions(shared=True))
         shared = _sharing_rows(model, lengths, rows_shared // devices, most_widths, depth)
         if shared is not model:
             return shared, rows_shared
-    return model, fitting(parallel.positions())
+    return model, fitting(parallel.max_positions())
 
 
-def room(config: ModelConfig, devices: int, *, training: bool) -> Room:
+def budget(config: ModelConfig, devices: int, *, training: bool) -> BatchBudget:
     """What a batch or a micro-batch may hold on so many devices.
 
     In training, the rows of a micro-batch suit the mean length (``plan_microbatches``), so this
@@ -165,5 +165,5 @@ def room(config: ModelConfig, devices: int, *, training: bool) -> Room:
     up to this bound.
     """
     times = 8 if training else 2
-    targets = parallel.logits() * devices // config.vocab_size
-    return Room(times * parallel.positions() * devices, targets)
+    targets = parallel.max_logits() * devices // config.vocab_size
+    return BatchBudget(times * parallel.max_positions() * devices, targets)

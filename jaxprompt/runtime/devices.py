@@ -150,7 +150,7 @@ def cores_here(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return bound
 
 
-def crowding(devices: Sequence[Device], cores: int | None = None) -> str | None:
+def oversubscription_warning(devices: Sequence[Device], cores: int | None = None) -> str | None:
     """A warning where a CPU has more devices than cores, so that the devices take turns."""
     cores = cores or cores_here()
     if jax.process_count() > 1 or len(devices) <= cores or devices[0].platform != "cpu":

@@ -340,14 +340,14 @@ def shard_activation(x: jax.Array, place: Place, *axes: str | None) -> jax.Array
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *spec))
 
 
-def whole_rows_on_cpu(mesh: Mesh | None) -> bool:
+def supports_per_example_attention(mesh: Mesh | None) -> bool:
     """Whether a CPU device holds whole rows, so that attention takes one example at a time."""
     if jax.default_backend() != "cpu":
         return False
     return jax.device_count() == 1 if mesh is None else mesh.shape["tensor"] == 1
 
 
-def positions(cpu: bool | None = None, shared: bool = False) -> int:
+def max_positions(cpu: bool | None = None, shared: bool = False) -> int:
     """The number of positions that a device should compute at a time.
 
     The number for a CPU is measured to be fast. That for an accelerator is not measured: it is so
@@ -360,7 +360,7 @@ def positions(cpu: bool | None = None, shared: bool = False) -> int:
     return (2560 if shared else 1280) if cpu else 32_768
 
 
-def logits(cpu: bool | None = None) -> int:
+def max_logits(cpu: bool | None = None) -> int:
     """The number of logits that a device holds at a time: 0.5 GiB on a CPU, 1 GiB on others.
 
     The gradient of a loss holds about three times as much. Classification stays far below.
@@ -374,7 +374,7 @@ def device_put_global(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def moved(x: jax.Array, sharding: Sharding) -> jax.Array:
+def reshard(x: jax.Array, sharding: Sharding) -> jax.Array:
     """An array with another sharding. A process-local array must be the same in each process."""
     if jax.process_count() > 1 and x.is_fully_addressable:
         # what device_put makes of it has no parts that can be read (jax 0.10)

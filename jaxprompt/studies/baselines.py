@@ -17,7 +17,7 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.references import references, target_texts
 from jaxprompt.data.rows import Rows
-from jaxprompt.data.targets import judged_by
+from jaxprompt.data.targets import eval_references
 from jaxprompt.data.templates import answered, columns_of, to_text
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import measure
@@ -67,7 +67,9 @@ def with_template(task: TaskConfig, template: str) -> TaskConfig:
 def quality(session: Session, task: TaskConfig, rows: Rows) -> float:
     """The task's first metric."""
     predictions = predict_rows(session, task, rows).predictions
-    return measure(task, predictions, judged_by(task, rows, session.tokenizer))[task.metrics[0]]
+    return measure(task, predictions, eval_references(task, rows, session.tokenizer))[
+        task.metrics[0]
+    ]
 
 
 def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float | None:

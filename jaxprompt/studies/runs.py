@@ -32,7 +32,7 @@ from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
-from jaxprompt.data.targets import judged_by
+from jaxprompt.data.targets import eval_references
 from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.evaluation.metrics import majority, measure
 from jaxprompt.methods.artefact import load_prompt
@@ -216,11 +216,11 @@ def _measure(run: Run, suite: Suite, backbones: "_Backbones") -> Record:
     if task.labels and suite.illegal_rows:
         record |= free_generation(session, task, load_rows(task, "validation", suite.illegal_rows))
     for split, name in (("validation", "majority"), ("test", "majority_test")):
-        judges = judged_by(task, rows.get(split, []), session.tokenizer)
+        judges = eval_references(task, rows.get(split, []), session.tokenizer)
         record[name] = majority(task.metrics[0], judges, task.labels) if judges else None
     others = suite.also_eval_on.get(run.task, ()) if run.method in ("prompt", "full") else ()
     if others:
-        record["also"] = {other.name: _judged_on(session, other, limit) for other in others}
+        record["also"] = {other.name: _evaluate_on(session, other, limit) for other in others}
     record |= {"rows": len(rows["validation"]), "fingerprint": backbone.fingerprint}
     record["wall_seconds"] = round(time.monotonic() - start, 3)
     return record | {"settings": run.settings}
@@ -279,14 +279,14 @@ class _Warnings(NullReporter):
             self._say(f"    {text}")
 
 
-def _judged_on(session: Session, task: TaskConfig, limit: int | None) -> dict[str, float]:
+def _evaluate_on(session: Session, task: TaskConfig, limit: int | None) -> dict[str, float]:
     """All metrics of another task, on its test rows where it has any."""
     split = "test" if task.test else "validation"
     if limit is None or split == "test":
         return evaluate(session, task=task, split=split)["metrics"]
     rows = load_rows(task, split, limit)
     answers = predict_rows(session, task, rows, PredictOptions(pack=True))
-    return measure(task, answers.predictions, judged_by(task, rows, session.tokenizer))
+    return measure(task, answers.predictions, eval_references(task, rows, session.tokenizer))
 
 
 def _ensemble(run: Run, suite: Suite, task: TaskConfig, backbone: Backbone) -> Record:

@@ -13,7 +13,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.metrics import measure as measure_answers
 from jaxprompt.inference.engine import make_engine
-from jaxprompt.inference.predict import predict_per_prompt, refuse_lost
+from jaxprompt.inference.predict import check_finite_scores, predict_per_prompt
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
 from jaxprompt.runtime.signals import Signals
@@ -81,7 +81,7 @@ class Evaluator(NamedTuple):
             UserError: scores of some rows are not finite; it names ``source``.
         """
         [(measured, lost)] = self._measured(params, bank, task, split)
-        refuse_lost(lost, len(split.examples), source)
+        check_finite_scores(lost, len(split.examples), source)
         return measured
 
     def _measured(self, params, bank, task: TaskConfig, split: Split):

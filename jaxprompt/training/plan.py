@@ -89,7 +89,7 @@ def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: b
     if config.train.micro_batch_size is not None:
         some = max(config.train.micro_batch_size // layout.ways, 1)
     elif rows * inputs > (
-        most := parallel.positions(cpu, shared=config.train.length_bucketing_window == 0)
+        most := parallel.max_positions(cpu, shared=config.train.length_bucketing_window == 0)
     ):
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
         some = max(fitting, default=1)

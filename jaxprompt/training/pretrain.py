@@ -33,7 +33,7 @@ from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from jaxprompt.data.tokenizer_training import train_tokenizer
 from jaxprompt.evaluation.plots import draw_losses
 from jaxprompt.inference import generate
-from jaxprompt.methods.base import Trainables, lent
+from jaxprompt.methods.base import Trainables, without_member_axis
 from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.models import precision
 from jaxprompt.models.base import Runtime
@@ -45,7 +45,7 @@ from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.t5 import t5
 from jaxprompt.runtime import parallel, processes
-from jaxprompt.runtime.devices import crowding, describe
+from jaxprompt.runtime.devices import describe, oversubscription_warning
 from jaxprompt.runtime.files import replace_directory, write_atomically
 from jaxprompt.runtime.signals import Signals
 from jaxprompt.training import inputs
@@ -108,7 +108,7 @@ def prepare(
     for warning in schedule_warnings(settings):
         reporter.say(f"warning: {warning}")
     reporter.say(f"tokenizing; computing on {describe()}")
-    if warning := crowding(mesh.devices.flatten().tolist()):
+    if warning := oversubscription_warning(mesh.devices.flatten().tolist()):
         reporter.say(f"warning: {warning}")
     streams = open_streams(config, tokenizer, shape.vocab_size, run.path / "tokens", reporter.say)
     sizes = ", ".join(f"{name} {count:,}" for name, count in streams.tokens.items())
@@ -232,7 +232,7 @@ class Pretraining:
     def _scores(self, state: TrainState, step: int) -> dict[str, Metrics]:
         """The held-out scores of a step, which are computed once."""
         if self.scored is None or self.scored[0] != step:
-            with lent(state.trainables["model"]) as params, self.signals.free():
+            with without_member_axis(state.trainables["model"]) as params, self.signals.free():
                 bank = state.trainables.get("prompt")
                 scores = held_out_scores(params, bank, self.checks, self.model, self.mesh)
             self.scored = step, scores
@@ -267,7 +267,7 @@ class Pretraining:
         """Let the model fill in blanks, draw the losses and write the result."""
         assert state is not None and self.scored is not None
         scores = self.scored[1]
-        with lent(state.trainables["model"]) as params:
+        with without_member_axis(state.trainables["model"]) as params:
             samples = fill_in(
                 self.config, self.model, params, self.streams, self.tokenizer, self.mesh
             )
@@ -340,7 +340,7 @@ def _model(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Model:
         dropout=model.dropout,
         unroll=bool(model.unroll),
         remat=model.remat,
-        per_example_attention=parallel.whole_rows_on_cpu(mesh),
+        per_example_attention=parallel.supports_per_example_attention(mesh),
         flash=_flash(config, mesh),
     )
     return t5.T5Model(shape, runtime, BatchLayout(packed_widths=_widths(config)))
@@ -374,7 +374,9 @@ def _tokenizer_place(
 
     def train() -> None:
         share = settings.characters // len(config.text) if config.text else 0
-        texts = (text for source in config.text for text in _some(read_documents(source), share))
+        texts = (
+            text for source in config.text for text in _sample_texts(read_documents(source), share)
+        )
 
         def write(path: Path) -> None:
             train_tokenizer(texts, settings, path)
@@ -390,7 +392,7 @@ def _tokenizer_place(
     return str(place)
 
 
-def _some(texts: list[str], characters: int) -> list[str]:
+def _sample_texts(texts: list[str], characters: int) -> list[str]:
     """Evenly spaced ones of the texts, of about so many characters together."""
     step = max(1, -(-sum(map(len, texts)) // max(characters, 1)))
     return texts[::step]

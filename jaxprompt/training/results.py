@@ -167,7 +167,7 @@ def tidy(path: Path, step: int, oldest: int) -> None:
             shutil.rmtree(aside[at], ignore_errors=True)
 
 
-def kept_steps(trials: Sequence[Trial], progress: Progress) -> dict[Path, int]:
+def saved_best_steps(trials: Sequence[Trial], progress: Progress) -> dict[Path, int]:
     """The directories that hold a best prompt or model, and the step of each; -1: none yet."""
     steps = {
         trial.own_dir: progress.best_step[trial.number]
@@ -184,11 +184,11 @@ def restore_best(
     trials: Sequence[Trial], progress: Progress, result: Path, *, prompt: bool
 ) -> None:
     """Let every directory hold the best that a checkpoint names."""
-    for folder, step in kept_steps(trials, progress).items():
+    for folder, step in saved_best_steps(trials, progress).items():
         bring_back(tuned_in(folder, prompt), step, result)
 
 
 def tidy_best(trials: Sequence[Trial], progress: Progress, oldest: int, *, prompt: bool) -> None:
     """Remove what was kept aside for checkpoints before ``oldest``."""
-    for folder, step in kept_steps(trials, progress).items():
+    for folder, step in saved_best_steps(trials, progress).items():
         tidy(tuned_in(folder, prompt), step, oldest)

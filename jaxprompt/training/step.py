@@ -284,7 +284,7 @@ def first_state(
         state = TrainState(jnp.int32(0), trainables, optimizer.init(trainables))
         return jax.device_put(state, parallel.replicated(mesh))
     place = lambda some: shardings(some, method, model, mesh)
-    trainables = jax.tree.map(parallel.moved, trainables, place(trainables))
+    trainables = jax.tree.map(parallel.reshard, trainables, place(trainables))
     moments = jax.eval_shape(optimizer.init, trainables)
     # no device ever has more than its part
     moments = jax.jit(optimizer.init, out_shardings=place(moments))(trainables)

@@ -16,20 +16,20 @@ from jaxtyping import Array, Float, PyTree
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import with_member
-from jaxprompt.data.layout import Room
+from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import Cut
 from jaxprompt.data.sampling import Draw, training_batches
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import Method, Trainables, inject, lent
+from jaxprompt.methods.base import Method, Trainables, inject, without_member_axis
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
-from jaxprompt.runtime.devices import crowding, describe
+from jaxprompt.runtime.devices import describe, oversubscription_warning
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.runtime.signals import Signals
 from jaxprompt.training import inputs
@@ -65,11 +65,11 @@ from jaxprompt.training.population import (
 )
 from jaxprompt.training.progress import Judgement, Progress, Rules, best_trial, judge
 from jaxprompt.training.results import (
-    kept_steps,
     metadata_for,
     note_test,
     restore_best,
     save_tuned,
+    saved_best_steps,
     tidy_best,
 )
 from jaxprompt.training.run_dir import Result, RunDir
@@ -207,7 +207,7 @@ def _warnings(
     longest = max(trials, key=lambda trial: trial.length)
     sizes = length_warnings(longest.length, longest.dataset.training.examples)
     starts = start_warnings([t.config for t in trials], [t.task for t in trials])
-    crowded = filter(None, [crowding(mesh.devices.flatten().tolist())])
+    crowded = filter(None, [oversubscription_warning(mesh.devices.flatten().tolist())])
     return [*schedule_warnings(config.train), *starts, *truncated, *targets, *sizes, *crowded]
 
 
@@ -388,9 +388,9 @@ class Tuning:
         )
         # rows that the user asks for are not cut again
         room = (
-            Room()
+            BatchBudget()
             if settings.micro_batch_size
-            else registry.room(model.config, devices, training=True)
+            else registry.budget(model.config, devices, training=True)
         )
         batches = training_batches(
             examples,
@@ -415,7 +415,7 @@ class Tuning:
             injection = inject(self.method, state.trainables, self.backbone.params)
             scores = self.evaluator.validate(self.backbone.params, injection.embeddings, active)
         else:
-            with lent(state.trainables) as params:
+            with without_member_axis(state.trainables) as params:
                 scores = self.evaluator.validate(params, None, active)
         # weights that are not finite may give finite metrics
         total = [sum(metrics.values()) for metrics in scores]
@@ -446,7 +446,7 @@ class Tuning:
 
         arrays: what the method exports of all active trials.
         """
-        on_disk, saved = kept_steps(self.trials, before), self.run.checkpoints.latest_step()
+        on_disk, saved = saved_best_steps(self.trials, before), self.run.checkpoints.latest_step()
         for number in judgement.improved:
             trial, slot = self.trials[number], before.active.index(number)
             chosen = arrays

@@ -15,7 +15,7 @@ from jaxprompt.inference import generate, rank, score
 from jaxprompt.inference import predict as predicting
 from jaxprompt.inference.engine import make_engine, num_compilations
 from jaxprompt.inference.generate import BeamSearch
-from jaxprompt.inference.predict import predict, refuse_lost
+from jaxprompt.inference.predict import check_finite_scores, predict
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.ops.segments import shift_right
@@ -121,7 +121,7 @@ def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, mon
     found = asked(lost_head(params), model, task)
     assert list(found.lost) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
     with pytest.raises(UserError, match="m gives scores that are not finite numbers for 5 of 5"):
-        refuse_lost(found.lost, 5, "m")
+        check_finite_scores(found.lost, 5, "m")
     none = asked(params, model, task, count=0)
     assert none.predictions == [] and not none.lost
     assert none.scores is None or none.scores.shape == (0, 2)

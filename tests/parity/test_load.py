@@ -21,7 +21,7 @@ from jaxprompt.models.checkpoints import hf_t5, hub
 from jaxprompt.models.checkpoints.fingerprint import fingerprint
 from jaxprompt.models.checkpoints.leaf import DTYPES, Leaf, Piece, Tensor, fill, finite
 from jaxprompt.models.checkpoints.load import load_backbone, same_model
-from jaxprompt.models.checkpoints.metadata import told
+from jaxprompt.models.checkpoints.metadata import damage_as_user_error
 from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import t5
@@ -666,7 +666,7 @@ def test_what_no_reader_foresaw_is_one_sentence():
     for error in (RecursionError("x" * 9999), OverflowError("a\nb"), MemoryError(), KeyError(3)):
         with (
             pytest.raises(UserError, match="^m.bin cannot be read") as caught,
-            told("m.bin", "cannot be read"),
+            damage_as_user_error("m.bin", "cannot be read"),
         ):
             raise error
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

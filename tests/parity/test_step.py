@@ -10,7 +10,7 @@ from helpers_step import D, P, V, concatenated, examples, prompts, run, trainer
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import MeshConfig
 from jaxprompt.data.batches import make_batch, pack_batch
-from jaxprompt.data.layout import Room
+from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import micro_batches
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
@@ -132,7 +132,7 @@ def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_bat
     rows = [*examples(4), *examples(3, member=1)]
     long = np.random.default_rng(0).integers(3, V, 20).astype(np.int32)
     rows.insert(2, examples(5)[4]._replace(targets=long))
-    ours, more = model, {"room": Room(targets=60)}
+    ours, more = model, {"room": BatchBudget(targets=60)}
     if shared:
         ours = sharing(model)
         more = {"layout": ours.layout}

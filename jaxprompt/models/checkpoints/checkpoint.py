@@ -12,7 +12,7 @@ from jaxprompt.models.checkpoints.axes import axis_sizes
 from jaxprompt.models.checkpoints.gguf import read_gguf
 from jaxprompt.models.checkpoints.hf_files import open_weights
 from jaxprompt.models.checkpoints.leaf import Leaf, Tensor, check, check_depth
-from jaxprompt.models.checkpoints.metadata import told
+from jaxprompt.models.checkpoints.metadata import damage_as_user_error
 from jaxprompt.models.registry import Config
 from jaxprompt.runtime.json_file import read_json
 
@@ -35,7 +35,7 @@ def open_checkpoint(location: str, config_path: Path | None = None) -> Checkpoin
     Raises:
         UserError: a file is damaged, or tensors do not fit the config.
     """
-    with told(location, "cannot be read as a model"):
+    with damage_as_user_error(location, "cannot be read as a model"):
         if location.endswith(".gguf"):
             checkpoint = _open_gguf(location)
         elif t5x.is_t5x(location):

@@ -129,14 +129,14 @@ def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[
         where = next((t.file for t in tensors.values()), "the checkpoint")
         raise UserError(
             f"{where}: {len(missing)} of {len(pieces)} tensors are missing "
-            f"({_some(missing)}); the checkpoint is incomplete or belongs to "
+            f"({_first_names(missing)}); the checkpoint is incomplete or belongs to "
             "another config"
         )
     extra = sorted(set(tensors) - {piece.name for _, piece in pieces})
     if extra:
         raise UserError(
             f"{tensors[extra[0]].file}: {len(extra)} tensors have no place in this config's model "
-            f"({_some(extra)}); check config.json"
+            f"({_first_names(extra)}); check config.json"
         )
     for leaf, piece in pieces:
         tensor = tensors[piece.name]
@@ -153,7 +153,7 @@ def check(leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], sizes: Mapping[
             )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return listed(names[:3], 3) + (", ..." if len(names) > 3 else "")
 
 

@@ -26,7 +26,7 @@ from jaxprompt.models.checkpoints.axes import axis_sizes, leaf_at
 from jaxprompt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jaxprompt.models.checkpoints.fingerprint import Sample, fingerprints, sample
 from jaxprompt.models.checkpoints.leaf import DTYPES, Index, Leaf, Tensor, fill, layer_sizes
-from jaxprompt.models.checkpoints.metadata import told
+from jaxprompt.models.checkpoints.metadata import damage_as_user_error
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.ops.quantization import BITS, MATMUL_WEIGHTS, check_installed, quantize
@@ -187,7 +187,7 @@ def _runtime(
             f"model.attention is {compute.attention!r}, and {name} has an encoder, which sees all "
             "of its input; leave the key out"
         )
-    per_example = parallel.whole_rows_on_cpu(mesh)
+    per_example = parallel.supports_per_example_attention(mesh)
     return replace(
         runtime, per_example_attention=per_example, flash=kernel, dropout=compute.dropout
     )
@@ -267,7 +267,7 @@ def _load_leaf(
 
     def read(index: Index) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-        with told("/".join(leaf.path), "cannot be read from the checkpoint"):
+        with damage_as_user_error("/".join(leaf.path), "cannot be read from the checkpoint"):
             out = _aligned([stop - start for start, stop in bounds], dtype)
             fill(leaf, tensors, sizes, index, out)
         return out

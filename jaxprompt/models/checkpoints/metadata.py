@@ -2,8 +2,8 @@
 
 Files come from anywhere, so nothing in them is trusted. Each ``read_`` function returns a value of
 the right type in the right range, or raises UserError with the file, the key, the value and what is
-allowed. ``told`` is the last line of defence: it turns the exceptions that damage can still cause
-into a sentence.
+allowed. ``damage_as_user_error`` is the last line of defence: it turns the exceptions that damage
+can still cause into a sentence.
 
 Arguments of the ``read_`` functions: the file (``where``), its object (``raw``), the key, and the
 value to use if the key is absent or null (``default``).
@@ -28,7 +28,7 @@ _DAMAGE = (
 
 
 @contextlib.contextmanager
-def told(where: str | Path, what: str) -> Iterator[None]:
+def damage_as_user_error(where: str | Path, what: str) -> Iterator[None]:
     """Turn the exceptions that a damaged file can cause in the block into a UserError.
 
     Args:

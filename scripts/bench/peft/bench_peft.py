@@ -49,7 +49,7 @@ from jaxprompt.models.t5 import t5
 from jaxprompt.models.t5.config import released
 from jaxprompt.runtime.files import replace_directory, write_atomically
 from jaxprompt.runtime.memory import huge_pages
-from jaxprompt.runtime.parallel import positions
+from jaxprompt.runtime.parallel import max_positions
 
 Job = dict[str, Any]
 HERE = Path(__file__).parent
@@ -296,7 +296,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     options = parser.parse_args()
     options.batch_size = options.batch_size or ([32, 128, 256] if options.gpu else [32, 8])
-    options.positions = options.positions or positions(cpu=not options.gpu)
+    options.positions = options.positions or max_positions(cpu=not options.gpu)
     with comparing(options):
         result = run(options)
         print(tables(result))

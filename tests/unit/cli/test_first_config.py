@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxprompt.cli.first_config import Asked, Columns, draft, guess_columns, split_rows, write
+from jaxprompt.cli.first_config import (
+    Columns,
+    InitRequest,
+    draft_config,
+    guess_columns,
+    split_rows,
+    write,
+)
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.overrides import load_config
 from jaxprompt.data.references import references
@@ -38,7 +45,7 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 
 def made(tmp_path: Path, rows: list[dict], **asked):
     data = write_csv(tmp_path / "data.csv", rows)
-    draft_ = draft(Asked(data, tmp_path / "my.yaml", **asked))
+    draft_ = draft_config(InitRequest(data, tmp_path / "my.yaml", **asked))
     write(draft_, tmp_path / "my.yaml")
     return draft_, load_config(tmp_path / "my.yaml")
 
@@ -118,7 +125,7 @@ def test_what_a_yaml_file_would_read_otherwise_is_quoted(tmp_path):
 def test_what_cannot_be_guessed_is_refused_in_one_sentence(tmp_path, change, asked, words):
     data = write_csv(tmp_path / "data.csv", rows_of(**change))
     with pytest.raises(UserError) as error:
-        draft(Asked(data, tmp_path / "my.yaml", **asked))
+        draft_config(InitRequest(data, tmp_path / "my.yaml", **asked))
     assert words in str(error.value) and str(error.value).endswith(".")
 
 
@@ -128,10 +135,10 @@ def test_a_row_without_a_label_and_a_file_of_few_rows_are_refused(tmp_path):
     rows[7]["label"] = None
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="is empty in 1 of 60 rows, first in row 8"):
-        draft(Asked(data, tmp_path / "my.yaml"))
+        draft_config(InitRequest(data, tmp_path / "my.yaml"))
     write_csv(tmp_path / "few.csv", rows_of(6))
     with pytest.raises(UserError, match="has 6 rows, too few to cut validation rows off"):
-        draft(Asked(tmp_path / "few.csv", tmp_path / "my.yaml"))
+        draft_config(InitRequest(tmp_path / "few.csv", tmp_path / "my.yaml"))
 
 
 def test_nothing_that_is_there_is_overwritten_unless_asked(tmp_path):
@@ -151,7 +158,7 @@ def test_a_column_with_empty_cells_is_no_text_unless_it_is_the_only_one(tmp_path
     assert any("'subject', because 1 of its cells are empty" in text for text in draft_.why)
     data = tmp_path / "data.csv"
     with pytest.raises(UserError, match="'subject' of .* is empty in 1 of 60 rows, first in row 8"):
-        draft(Asked(data, tmp_path / "other.yaml", text=["subject"]))
+        draft_config(InitRequest(data, tmp_path / "other.yaml", text=["subject"]))
 
 
 def test_a_file_with_another_separator_is_told_so(tmp_path):
@@ -159,4 +166,4 @@ def test_a_file_with_another_separator_is_told_so(tmp_path):
     rows = [f"sentence number {i};{WORDS[i % 3]}" for i in range(60)]
     data.write_text("\n".join(["text;label", *rows]) + "\n")
     with pytest.raises(UserError, match="look separated by ';'"):
-        draft(Asked(data, tmp_path / "my.yaml"))
+        draft_config(InitRequest(data, tmp_path / "my.yaml"))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.names import FOREIGN, RENAMED, current_names, recorded_names
+from jaxprompt.config.names import ALIASES, RENAMED, current_names, recorded_names
 from jaxprompt.config.overrides import dump_yaml, load_config, set_value
 from jaxprompt.config.reference import settings
 from jaxprompt.config.schema import RunConfig
@@ -90,9 +90,9 @@ def test_an_override_of_an_old_key_is_set_under_the_new_one():
 
 def test_old_and_foreign_names_lead_to_settings_that_exist():
     keys = {setting.key for setting in settings()}
-    assert {*RENAMED.values(), *FOREIGN.values()} <= keys
+    assert {*RENAMED.values(), *ALIASES.values()} <= keys
     assert not keys & RENAMED.keys()
-    assert not keys & {f"{key.partition('.')[0]}.{name}" for name, key in FOREIGN.items()}
+    assert not keys & {f"{key.partition('.')[0]}.{name}" for name, key in ALIASES.items()}
 
 
 @pytest.mark.parametrize(

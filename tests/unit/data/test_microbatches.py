@@ -8,10 +8,7 @@ import pytest
 
 from jaxprompt.data import microbatches
 from jaxprompt.data.batches import Example
-from jaxprompt.data.layout import (
-    BatchLayout,
-    Room,
-)
+from jaxprompt.data.layout import BatchBudget, BatchLayout
 from jaxprompt.data.microbatches import balance_rows, micro_batches, micro_rows, packed_rows
 
 
@@ -78,7 +75,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
     assert [part.targets.shape for part in parts] == [(4, 200)] + [(4, 4)] * 3
     assert sum(part.weights.sum() for part in parts) == 15 * 3 + 200
     # one that holds more than there is room for is cut again, the others stay as they are
-    small = micro_batches(rows, rows=4, target_length=(4, 200), room=Room(targets=256))
+    small = micro_batches(rows, rows=4, target_length=(4, 200), room=BatchBudget(targets=256))
     assert [part.targets.shape for part in small] == [(1, 200)] * 4 + [(4, 4)] * 3
     for one, two in zip(parts[1:], small[4:], strict=True):
         assert_equal(one, two)
@@ -86,7 +83,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
     # all targets are shorter: nothing is other than with one length
     for one, two in zip(
         micro_batches(rows[:8], rows=4, target_length=4),
-        micro_batches(rows[:8], rows=4, target_length=(4, 200), room=Room(10**4, 10**4)),
+        micro_batches(rows[:8], rows=4, target_length=(4, 200), room=BatchBudget(10**4, 10**4)),
         strict=True,
     ):
         assert_equal(one, two)
@@ -101,7 +98,7 @@ def test_micro_batches_of_shared_rows_are_as_deep_as_their_own_targets():
 
 def test_a_micro_batch_of_long_rows_is_cut_where_it_holds_far_more_than_others():
     rows = [example([9] * n, [7]) for n in [500] * 4 + [20] * 28]
-    parts = micro_batches(rows, rows=16, room=Room(positions=4096))
+    parts = micro_batches(rows, rows=16, room=BatchBudget(positions=4096))
     assert [part.inputs.shape for part in parts] == [(8, 512)] * 2 + [(16, 32)]
 
 

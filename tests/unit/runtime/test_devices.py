@@ -120,7 +120,7 @@ def test_a_device_that_is_asked_for_and_not_there_is_a_sentence(monkeypatch, err
 
 def test_more_devices_than_cores_are_warned_of():
     some = jax.devices()[:3]
-    told = devices.crowding(some, cores=2)
+    told = devices.oversubscription_warning(some, cores=2)
     assert told and told.startswith("the mesh has 3 devices on 2 core(s)")
-    assert devices.crowding(some, cores=3) is None
-    assert devices.crowding([SimpleNamespace(platform="gpu")] * 8, cores=2) is None
+    assert devices.oversubscription_warning(some, cores=3) is None
+    assert devices.oversubscription_warning([SimpleNamespace(platform="gpu")] * 8, cores=2) is None

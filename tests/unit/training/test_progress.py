@@ -12,7 +12,7 @@ from jaxprompt.config.schema import RunConfig, TaskConfig, TrainConfig
 from jaxprompt.training.datasets import Split, TaskDataset
 from jaxprompt.training.population import better_half, population_table, survivors
 from jaxprompt.training.progress import MAX_ROLLBACKS, Progress, Rules, best_trial, judge
-from jaxprompt.training.results import kept_steps
+from jaxprompt.training.results import saved_best_steps
 from jaxprompt.training.trial import MetricName, by_task, make_trials, slot_order
 
 RULES = Rules(steps=12, evaluate_every=4, checkpoint_every=5)
@@ -188,7 +188,7 @@ def test_the_best_trial_is_the_first_to_reach_its_score():
         Progress.of_trials([0, 1, 2]), best=(0.5, 0.7, 0.7), best_step=(4, 8, 4)
     )
     assert best_trial(progress, run).number == 2
-    assert kept_steps(run, progress) == {
+    assert saved_best_steps(run, progress) == {
         Path("run/population/0"): 4, Path("run/population/1"): 8, Path("run/population/2"): 4,
         Path("run"): 4,
     }  # fmt: skip
