@@ -210,7 +210,7 @@ def _predict(
         session.engine, task, examples, session.tokenizer, batch_size=options.batch_size,
         pack=options.pack, progress=options.progress,
     )  # fmt: skip
-    check_finite_scores(predictions.lost, len(examples), session.backbone.source)
+    check_finite_scores(predictions.non_finite_rows, len(examples), session.backbone.source)
     return predictions
 
 
@@ -443,7 +443,9 @@ def evaluate_ensemble(sessions: Sequence[Session], **options: Unpack[EvaluationO
         progress=given.progress,
     )  # fmt: skip
     for number, own in enumerate(each, 1):
-        check_finite_scores(own.lost, len(examples), f"Prompt {number} on {first.backbone.source}")
+        check_finite_scores(
+            own.non_finite_rows, len(examples), f"Prompt {number} on {first.backbone.source}"
+        )
     metrics = [measure(task, own.predictions, judges) for own in each]
     main = [own[task.metrics[0]] for own in metrics]
     joint = {way: measure(task, texts, judges) for way, texts in _joint(task, each).items()}
@@ -509,8 +511,8 @@ def score(
     for text in odd:
         warn(text)
     values = log_likelihoods(session.engine, examples, batch_size=batch_size, progress=progress)
-    lost = np.flatnonzero(~np.isfinite(values)).tolist()
-    check_finite_scores(lost, len(examples), session.backbone.source)
+    non_finite_rows = np.flatnonzero(~np.isfinite(values)).tolist()
+    check_finite_scores(non_finite_rows, len(examples), session.backbone.source)
     return [
         {"log_likelihood": float(value), "tokens": len(example.targets)}
         for value, example in zip(values, examples, strict=True)

@@ -63,7 +63,7 @@ def init(
 
     if output.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--output is {str(output)!r}; give a file that ends in .yaml.")
-    asked = InitRequest(
+    request = InitRequest(
         data,
         output,
         text=options.text or (),
@@ -72,13 +72,13 @@ def init(
         test=options.test,
         backbone=options.backbone,
     )
-    made = draft_config(asked)
-    write(made, output, force=force)
-    for reason in made.why:
+    draft = draft_config(request)
+    write(draft, output, force=force)
+    for reason in draft.reasons:
         say(reason)
     say(f"Next: jaxprompt train {output} --dry-run")
-    files = {name: str(path) for name, path in made.files.paths.items()}
-    print_json({"config": str(output), "files": files, "rows": made.rows})
+    files = {name: str(path) for name, path in draft.files.paths.items()}
+    print_json({"config": str(output), "files": files, "rows": draft.rows})
 
 
 def tasks() -> None:

@@ -58,7 +58,7 @@ class Columns(NamedTuple):
 
     text: list[str]
     label: str
-    why: list[str]
+    reasons: list[str]
 
 
 class Labels(NamedTuple):
@@ -66,7 +66,7 @@ class Labels(NamedTuple):
 
     words: list[str]
     label_map: dict[str, str]  # value in the data -> word, where they differ
-    why: str
+    reasons: str
 
 
 class Files(NamedTuple):
@@ -74,7 +74,7 @@ class Files(NamedTuple):
 
     paths: dict[str, Path]  # train, validation, and perhaps test
     to_write: dict[Path, Rows]
-    why: list[str]
+    reasons: list[str]
 
 
 class Draft(NamedTuple):
@@ -83,38 +83,38 @@ class Draft(NamedTuple):
     text: str  # YAML with comments
     files: Files
     rows: dict[str, int]  # of each split
-    why: list[str]
+    reasons: list[str]
 
 
-def draft_config(asked: InitRequest) -> Draft:
-    """Guess a config for the file ``asked.data``. Nothing is written.
+def draft_config(request: InitRequest) -> Draft:
+    """Guess a config for the file ``request.data``. Nothing is written.
 
     Raises:
         UserError: something cannot be guessed, or the rows cannot be used.
     """
-    rows = read_rows(None, str(asked.data))
-    if asked.validation is None and len(rows) < FEWEST_ROWS:
+    rows = read_rows(None, str(request.data))
+    if request.validation is None and len(rows) < FEWEST_ROWS:
         raise UserError(
-            f"{asked.data} has {len(rows)} rows, too few to cut validation rows off; give at least "
-            f"{FEWEST_ROWS}, or a file with --validation."
+            f"{request.data} has {len(rows)} rows, too few to cut validation rows off; give at "
+            f"least {FEWEST_ROWS}, or a file with --validation."
         )
-    columns = guess_columns(rows, str(asked.data), asked.text, asked.label)
-    files = place_rows(asked, rows, columns)
+    columns = guess_columns(rows, str(request.data), request.text, request.label)
+    files = place_rows(request, rows, columns)
     splits = {
-        name: files.to_write[path] if path in files.to_write else _rows_of(path, asked.data, rows)
+        name: files.to_write[path] if path in files.to_write else _rows_of(path, request.data, rows)
         for name, path in files.paths.items()
     }
     labels = guess_labels(columns.label, splits)
-    why = [*columns.why, labels.why, *files.why]
+    reasons = [*columns.reasons, labels.reasons, *files.reasons]
     length = guess_length(rows, columns.text)
-    name = task_name(asked.output)
+    name = task_name(request.output)
     task = _task_values(name, columns, labels, files, length)
-    text = render(task, asked, why)
+    text = render(task, request, reasons)
     _check(text, splits)
-    return Draft(text, files, {name: len(some) for name, some in splits.items()}, why)
+    return Draft(text, files, {name: len(some) for name, some in splits.items()}, reasons)
 
 
-def write(made: Draft, output: Path, *, force: bool = False) -> None:
+def write(draft: Draft, output: Path, *, force: bool = False) -> None:
     """Write the config and the files of its splits.
 
     Raises:
@@ -123,17 +123,17 @@ def write(made: Draft, output: Path, *, force: bool = False) -> None:
     """
     from jaxprompt.data.writers import write_rows
 
-    targets = [output, *made.files.to_write]
+    targets = [output, *draft.files.to_write]
     for path in targets:
         if path.exists() and not force:
             raise UserError(
                 f"There is {shown(str(path))} already; name another --output, or allow it to be "
                 "replaced with --force."
             )
-        check_output(path, [source for source in made.files.paths.values() if source != path])
-    for path, rows in made.files.to_write.items():
+        check_output(path, [source for source in draft.files.paths.values() if source != path])
+    for path, rows in draft.files.to_write.items():
         write_rows(path, rows)
-    write_atomically(output, made.text)
+    write_atomically(output, draft.text)
 
 
 def _rows_of(path: Path, data: Path, rows: Rows) -> Rows:
@@ -203,24 +203,24 @@ def guess_columns(
             )
     if label is not None and label in text:
         raise UserError(f"Column {label!r} cannot be both text and label; name two columns.")
-    why = []
+    reasons = []
     if label is None:
         label, reason = _guess_label(columns, origin, text)
-        why.append(f"label: column {label!r}, because {reason} (--label names another)")
+        reasons.append(f"label: column {label!r}, because {reason} (--label names another)")
     guessed = not text
     if guessed:
         text, reason = _guess_text(columns, origin, label)
         text, without = _without_empty_cells(rows, text)
-        why += without
+        reasons += without
         if len(text) == 1 and without:
             reason = "it has text in every row"
         names = f"column{'s' * (len(text) > 1)} {' and '.join(map(repr, text))}"
-        why.insert(0, f"text: {names}, because {reason} (--text names another)")
+        reasons.insert(0, f"text: {names}, because {reason} (--text names another)")
     _check_cells(rows, [*text, label], origin)
     for name in text:
         if set(name) & set("{}"):
             raise UserError(f"Column {name!r} has braces in its name; rename it in {origin}.")
-    return Columns(list(text), label, why)
+    return Columns(list(text), label, reasons)
 
 
 def _empty_cells(rows: Rows, name: str) -> list[int]:
@@ -337,14 +337,16 @@ def guess_labels(column: str, splits: Mapping[str, Rows]) -> Labels:
     numbers = _all_numbers(list(counts))
     values = sorted(counts, key=int) if numbers else [v for v, _ in counts.most_common()]
     most, count = counts.most_common(1)[0]
-    told = f"the most frequent, {most!r}, has {count / counts.total():.0%} of the rows"
+    summary = f"the most frequent, {most!r}, has {count / counts.total():.0%} of the rows"
     if not numbers:
-        return Labels(values, {}, f"labels: the {len(values)} words of column {column!r}; {told}")
+        return Labels(
+            values, {}, f"labels: the {len(values)} words of column {column!r}; {summary}"
+        )
     words = {v: _number_word(v) for v in values}
     return Labels(
         list(words.values()), words,
         f"labels: column {column!r} has {len(values)} numbers, which stand for words that only you "
-        f"know; replace the words in labels and label_map; {told}",
+        f"know; replace the words in labels and label_map; {summary}",
     )  # fmt: skip
 
 
@@ -369,31 +371,32 @@ def guess_length(rows: Rows, text: Sequence[str]) -> int:
 # -- splits ----------------------------------------------------------------------------------------
 
 
-def place_rows(asked: InitRequest, rows: Rows, columns: Columns) -> Files:
+def place_rows(request: InitRequest, rows: Rows, columns: Columns) -> Files:
     """Which file each split is read from. Splits that the user does not give are cut off."""
-    given = {"train": asked.data, "validation": asked.validation, "test": asked.test}
+    given = {"train": request.data, "validation": request.validation, "test": request.test}
     paths = {name: path for name, path in given.items() if path is not None}
     needed = [*columns.text, columns.label]
     for path in paths.values():
-        first = rows[0] if path == asked.data else read_rows(None, str(path))[0]
+        first = rows[0] if path == request.data else read_rows(None, str(path))[0]
         missing = [name for name in needed if name not in first]
         if missing:
             raise UserError(
                 f"{path} has no column {missing[0]!r}; it has {listed(map(repr, first))}."
             )
-    if asked.validation is not None:
-        told = " and ".join(f"{name} {path}" for name, path in paths.items())
-        return Files(paths, {}, [f"splits: as named, {told}"])
-    names = ["train", "validation", *(["test"] if asked.test is None else [])]
-    parts = split_rows(rows, columns, names, str(asked.data))
-    beside = asked.output.with_suffix("")
+    if request.validation is not None:
+        summary = " and ".join(f"{name} {path}" for name, path in paths.items())
+        return Files(paths, {}, [f"splits: as named, {summary}"])
+    names = ["train", "validation", *(["test"] if request.test is None else [])]
+    parts = split_rows(rows, columns, names, str(request.data))
+    beside = request.output.with_suffix("")
     written = {
-        name: beside.with_name(f"{beside.name}-{name}{asked.data.suffix.lower()}") for name in names
+        name: beside.with_name(f"{beside.name}-{name}{request.data.suffix.lower()}")
+        for name in names
     }
-    told = ", ".join(f"{len(parts[name])} {name}" for name in names)
+    summary = ", ".join(f"{len(parts[name])} {name}" for name in names)
     reason = (
-        f"splits: {asked.data} is cut into {told} rows, by a hash of the text: the same in every "
-        "call, all labels in each, no text in two (--validation and --test name files)"
+        f"splits: {request.data} is cut into {summary} rows, by a hash of the text: the same in "
+        "every call, all labels in each, no text in two (--validation and --test name files)"
     )
     order = ("train", "validation", "test")
     both = paths | written
@@ -454,15 +457,16 @@ COMMENTS = {
 }
 
 
-def render(task: Mapping[str, object], asked: InitRequest, why: Sequence[str]) -> str:
+def render(task: Mapping[str, object], request: InitRequest, reasons: Sequence[str]) -> str:
     """The config as YAML with comments."""
     start = "class_labels" if "labels" in task else "sampled_vocabulary"
+    command = f"jaxprompt train {request.output}"
     lines = [
-        f"# jaxprompt train {asked.output}              (--dry-run checks all and writes nothing)",
-        f"# Made by `jaxprompt init {asked.data}`, which guessed:",
-        *(f"# - {' '.join(reason.split())}" for reason in why),
+        f"# {command}              (--dry-run checks all and writes nothing)",
+        f"# Made by `jaxprompt init {request.data}`, which guessed:",
+        *(f"# - {' '.join(reason.split())}" for reason in reasons),
         "",
-        f"backbone: {_scalar(asked.backbone)}  # `jaxprompt backbones` lists others",
+        f"backbone: {_scalar(request.backbone)}  # `jaxprompt backbones` lists others",
         "task:",
     ]
     for key, value in task.items():

@@ -48,7 +48,7 @@ def as_written(
         one._replace(text=written[one.text], answers=tuple(written[text] for text in one.answers))
         for one in judges
     ]
-    lost = [one for one in judges if unknown.issuperset(one.answers)]
+    unreachable = [one for one in judges if unknown.issuperset(one.answers)]
     out_of_reach = unknown | long
     cut = [
         one
@@ -57,7 +57,10 @@ def as_written(
     ]
     return EvalReferences(
         judged,
-        [*_unreachable_warnings(lost, len(judged), what), *_cut(task, cut, len(judged), what)],
+        [
+            *_unreachable_warnings(unreachable, len(judged), what),
+            *_cut(task, cut, len(judged), what),
+        ],
     )
 
 
@@ -72,8 +75,8 @@ def unknown_targets(
     if task.labels is not None or tokenizer.unk_id is None:
         return []
     pairs = zip(references, examples, strict=True)
-    lost = [one for one, example in pairs if (example.targets == tokenizer.unk_id).any()]
-    return _unreachable_warnings(lost, len(references), what)
+    unreachable = [one for one, example in pairs if (example.targets == tokenizer.unk_id).any()]
+    return _unreachable_warnings(unreachable, len(references), what)
 
 
 def eval_references(task: TaskConfig, rows: Rows, tokenizer: Tokenizer) -> list[Reference]:
@@ -81,12 +84,12 @@ def eval_references(task: TaskConfig, rows: Rows, tokenizer: Tokenizer) -> list[
     return as_written(task, references(task, rows), tokenizer).references
 
 
-def _unreachable_warnings(lost: Sequence[Reference], count: int, what: str) -> list[str]:
-    if not lost:
+def _unreachable_warnings(unreachable: Sequence[Reference], count: int, what: str) -> list[str]:
+    if not unreachable:
         return []
     return [
-        f"{len(lost)} of {count} {what} have characters that the backbone's vocabulary cannot "
-        f"write, such as {lost[0].text[:60]!r}; no answer can equal them"
+        f"{len(unreachable)} of {count} {what} have characters that the backbone's vocabulary "
+        f"cannot write, such as {unreachable[0].text[:60]!r}; no answer can equal them"
     ]
 
 

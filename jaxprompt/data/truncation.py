@@ -44,11 +44,11 @@ class Truncation(NamedTuple):
 
 def of_task(truncation: Truncation, task: TaskConfig, rows: str = "rows") -> str | None:
     """A sentence on the rows of a task, with the fix; None if nothing was cut."""
-    told = truncation.sentence(rows, f"task.max_input_length, {task.max_input_length}")
-    if told is None:
+    summary = truncation.sentence(rows, f"task.max_input_length, {task.max_input_length}")
+    if summary is None:
         return None
     hint = "" if task.truncate else ", or name in task.truncate what may be cut before the rest"
-    return f"{told}; raise it{hint}"
+    return f"{summary}; raise it{hint}"
 
 
 def columns_to_cut(task: TaskConfig) -> list[str]:
@@ -91,11 +91,11 @@ def fit(
     originals = [rows[number] for number in long]
     short, ids = list(originals), [whole(number) for number in long]
     for column in columns:
-        over = [i for i, own in enumerate(ids) if _size(own) > room]
+        over = [i for i, row_ids in enumerate(ids) if _size(row_ids) > room]
         above = [_size(ids[i]) for i in over]
         cut = _shorten([short[i] for i in over], above, column, room, lambda x: encode(x, pieces))
-        for i, (row, own) in zip(over, cut, strict=True):
-            short[i], ids[i] = row, own
+        for i, (row, row_ids) in zip(over, cut, strict=True):
+            short[i], ids[i] = row, row_ids
     lost = _count_emptied_columns(originals, short, ids, pieces, room, encode)
     return dict(zip(long, ids, strict=True)), Truncation(len(rows), len(long), lost)
 
@@ -121,7 +121,9 @@ def _shorten(
     best = encode([{**row, column: ""} for row in rows])
     fits, fails = [0] * len(rows), [len(text) for text in texts]
     for turn in range(_MOST_ROUNDS):
-        room_left = [_size(own) < room and fails[i] - fits[i] > 1 for i, own in enumerate(best)]
+        room_left = [
+            _size(row_ids) < room and fails[i] - fits[i] > 1 for i, row_ids in enumerate(best)
+        ]
         open_ = [i for i, more in enumerate(room_left) if more]
         if not open_:
             break
@@ -131,11 +133,11 @@ def _shorten(
             share = 0.5 if turn % 2 else (room - low) / max(above[i] - low, 1)
             tries.append(fits[i] + min(max(int(width * share), 1), width - 1))
         asked = [{**rows[i], column: texts[i][:k]} for i, k in zip(open_, tries, strict=True)]
-        for i, k, own in zip(open_, tries, encode(asked), strict=True):
-            if _size(own) <= room:
-                fits[i], best[i] = k, own
+        for i, k, row_ids in zip(open_, tries, encode(asked), strict=True):
+            if _size(row_ids) <= room:
+                fits[i], best[i] = k, row_ids
             else:
-                fails[i], above[i] = k, _size(own)
+                fails[i], above[i] = k, _size(row_ids)
     shortened = [{**row, column: text[:k]} for row, text, k in zip(rows, texts, fits, strict=True)]
     return list(zip(shortened, best, strict=True))
 
@@ -158,7 +160,7 @@ def _count_emptied_columns(
         sizes = dict.fromkeys(open_, 0)
         if over:
             heads = encode([rows[i] for i in over], before)
-            sizes |= {i: _size(own) for i, own in zip(over, heads, strict=True)}
+            sizes |= {i: _size(row_ids) for i, row_ids in zip(over, heads, strict=True)}
         for i in open_:
             if sizes[i] < room:
                 left[i] |= {name for name, _ in places[: number + 1]}

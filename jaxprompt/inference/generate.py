@@ -29,7 +29,10 @@ class BeamSearch(NamedTuple):
 
 
 def generation_program(task: TaskConfig) -> Program:
-    """Generated ids for each row: [task.max_target_length]; -1 throughout for a lost row."""
+    """Generated ids for each row: [task.max_target_length].
+
+    A row with logits that are not finite has -1 throughout.
+    """
     if task.decoding == "beam":
         search = BeamSearch(task.max_target_length, task.beams, task.length_penalty)
         return Program(beam, settings=(("search", search),), logits=task.beams)
@@ -59,13 +62,20 @@ def greedy(
         return (index < length) & ~jnp.all(ended)
 
     def step(state):
-        index, ids, output, ended, lost, cache = state
+        index, ids, output, ended, non_finite, cache = state
         logits, cache = model.decode_step(params, injection, cache, ids, index)
-        lost |= ~ended & ~_finite(logits)
+        non_finite |= ~ended & ~_finite(logits)
         best = _most_likely(logits)
         best = jnp.where(ended, config.pad_id, best)
         output = jax.lax.dynamic_update_index_in_dim(output, best, index, axis=1)
-        return index + 1, best, output, ended | lost | (best == config.eos_id), lost, cache
+        return (
+            index + 1,
+            best,
+            output,
+            ended | non_finite | (best == config.eos_id),
+            non_finite,
+            cache,
+        )
 
     state = (
         jnp.int32(0),
@@ -75,8 +85,8 @@ def greedy(
         jnp.zeros(batch, bool),
         cache,
     )
-    _, _, output, _, lost, _ = jax.lax.while_loop(unfinished, step, state)
-    return jnp.where(lost[:, None], -1, output)
+    _, _, output, _, non_finite, _ = jax.lax.while_loop(unfinished, step, state)
+    return jnp.where(non_finite[:, None], -1, output)
 
 
 def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
@@ -101,7 +111,7 @@ class _Beams(NamedTuple):
     ended: Int[Array, "B T"]
     ended_score: Float[Array, " B"]  # log p by length; the lowest number where there is none
     ids: Int[Array, " rows"]  # B x K of them
-    lost: Bool[Array, " B"]  # a logit was no finite number
+    non_finite: Bool[Array, " B"]  # a logit was no finite number
     cache: registry.Cache
 
 
@@ -141,7 +151,7 @@ def beam(
     def unfinished(state: _Beams):
         # an upper bound: log p only falls, and the length penalty is largest at full length
         hope = search.worth(jnp.max(state.live_scores, axis=1), search.length)
-        going = (hope > state.ended_score) & ~state.lost
+        going = (hope > state.ended_score) & ~state.non_finite
         return (state.position < search.length) & jnp.any(going)
 
     def step(state: _Beams):
@@ -151,14 +161,16 @@ def beam(
         ends = candidates.ids == config.eos_id
         ended, ended_score = _best_ended(state, candidates, ends, search)
         live, live_scores, ids, rows = _keep_live(candidates, ends, search.beams)
-        lost = state.lost | (~finite & ~empty)
+        non_finite = state.non_finite | (~finite & ~empty)
         cache = model.gather_beams(cache, rows)
-        return _Beams(state.position + 1, live, live_scores, ended, ended_score, ids, lost, cache)
+        return _Beams(
+            state.position + 1, live, live_scores, ended, ended_score, ids, non_finite, cache
+        )
 
     cache = model.tile_cache(cache, search.beams)
     state = jax.lax.while_loop(unfinished, step, _start(first, cache, empty, search, config.pad_id))
     ids = jnp.where((state.ended_score > _NEVER)[:, None], state.ended, state.live[:, 0])
-    ids = jnp.where(state.lost[:, None], -1, ids)
+    ids = jnp.where(state.non_finite[:, None], -1, ids)
     return jnp.where(empty[:, None], config.pad_id, ids)
 
 

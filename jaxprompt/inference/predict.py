@@ -26,25 +26,26 @@ _NO_TARGET = np.zeros(0, np.int32)
 class Predictions(NamedTuple):
     """One prediction a row and, for rank classification, the log-likelihoods of all labels.
 
-    lost: numbers of the rows for which the model's logits were not finite. Their predictions mean
-    nothing, see ``check_finite_scores``.
+    non_finite_rows: numbers of the rows for which the model's logits were not finite. Their
+    predictions mean nothing, see ``check_finite_scores``.
     """
 
     predictions: list[str]
     scores: Float[np.ndarray, "n C"] | None
-    lost: Sequence[int] = ()
+    non_finite_rows: Sequence[int] = ()
 
 
-def check_finite_scores(lost: Sequence[int], count: int, source: str) -> None:
+def check_finite_scores(non_finite_rows: Sequence[int], count: int, source: str) -> None:
     """Raise a UserError where the scores of some of ``count`` rows are not finite.
 
     Finite logits give finite log-likelihoods, so minus infinity is refused like NaN.
     """
-    if len(lost):
+    if len(non_finite_rows):
         raise UserError(
-            f"{source} gives scores that are not finite numbers for {len(lost)} of {count} rows, "
-            f"first for row {lost[0] + 1}: weights of the backbone or of the prompt are NaN or "
-            "infinite, or too large for the dtype; use a sound checkpoint, or load it as float32."
+            f"{source} gives scores that are not finite numbers for {len(non_finite_rows)} of "
+            f"{count} rows, first for row {non_finite_rows[0] + 1}: weights of the backbone or of "
+            "the prompt are NaN or infinite, or too large for the dtype; use a sound checkpoint, "
+            "or load it as float32."
         )
 
 
@@ -78,8 +79,8 @@ def predict(
         return _generate(engine, task, examples, tokenizer, batch_size, progress)
     program = rank_program(labels, tokenizer, task.separator)
     scores = engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
-    lost = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-    return Predictions([labels[i] for i in scores.argmax(axis=1)], scores, lost.tolist())
+    non_finite_rows = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    return Predictions([labels[i] for i in scores.argmax(axis=1)], scores, non_finite_rows.tolist())
 
 
 def _generate(
@@ -96,10 +97,10 @@ def _generate(
     engine = engine._replace(model=engine.model.with_config(eos_id=tokenizer.eos_id))
     program = generation_program(task)
     ids = engine.run(program, examples, batch_size=batch_size, progress=progress)
-    lost = np.flatnonzero((ids < 0).any(axis=1))
-    ids[lost] = engine.model.config.eos_id
+    non_finite_rows = np.flatnonzero((ids < 0).any(axis=1))
+    ids[non_finite_rows] = engine.model.config.eos_id
     texts = map(tokenizer.decode, ids)
-    return Predictions([legal.get(text, text) for text in texts], None, lost.tolist())
+    return Predictions([legal.get(text, text) for text in texts], None, non_finite_rows.tolist())
 
 
 def predict_per_prompt(
@@ -130,5 +131,5 @@ def predict_per_prompt(
 
 def _part(together: Predictions, start: int, stop: int) -> Predictions:
     scores = None if together.scores is None else together.scores[start:stop]
-    lost = [i - start for i in together.lost if start <= i < stop]
-    return Predictions(together.predictions[start:stop], scores, lost)
+    non_finite_rows = [i - start for i in together.non_finite_rows if start <= i < stop]
+    return Predictions(together.predictions[start:stop], scores, non_finite_rows)

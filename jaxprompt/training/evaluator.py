@@ -63,8 +63,8 @@ class Evaluator(NamedTuple):
     ) -> list[Metrics]:
         """The metrics of every prompt of the bank (of the model, without one) on a split."""
         return [
-            dict.fromkeys(task.metrics, math.nan) if lost else measured
-            for measured, lost in self._measured(params, bank, task, split)
+            dict.fromkeys(task.metrics, math.nan) if non_finite_rows else measured
+            for measured, non_finite_rows in self._measured(params, bank, task, split)
         ]
 
     def measure_one(
@@ -80,8 +80,8 @@ class Evaluator(NamedTuple):
         Raises:
             UserError: scores of some rows are not finite; it names ``source``.
         """
-        [(measured, lost)] = self._measured(params, bank, task, split)
-        check_finite_scores(lost, len(split.examples), source)
+        [(measured, non_finite_rows)] = self._measured(params, bank, task, split)
+        check_finite_scores(non_finite_rows, len(split.examples), source)
         return measured
 
     def _measured(self, params, bank, task: TaskConfig, split: Split):
@@ -92,10 +92,14 @@ class Evaluator(NamedTuple):
                 engine, task, split.examples, self.tokenizer, batch_size=self.batch_size
             )
         return [
-            ({} if each.lost else measure_answers(task, each.predictions, split.references),
-             each.lost)
+            (
+                {}
+                if each.non_finite_rows
+                else measure_answers(task, each.predictions, split.references),
+                each.non_finite_rows,
+            )
             for each in answers
-        ]  # fmt: skip
+        ]
 
     def baselines(
         self, params: registry.Params, task: TaskConfig, validation: Split, source: str

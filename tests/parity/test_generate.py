@@ -117,13 +117,13 @@ def test_answers_that_are_no_numbers_are_counted_and_refused(tiny, decoding, mon
     model, params = tiny
     task = TaskConfig(name="q", template="{text}", labels=["a", "b"], decoding=decoding,
                       max_target_length=4)  # fmt: skip
-    assert not asked(params, model, task).lost
+    assert not asked(params, model, task).non_finite_rows
     found = asked(lost_head(params), model, task)
-    assert list(found.lost) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
+    assert list(found.non_finite_rows) == [0, 1, 2, 3, 4] and len(found.predictions) == 5
     with pytest.raises(UserError, match="m gives scores that are not finite numbers for 5 of 5"):
-        check_finite_scores(found.lost, 5, "m")
+        check_finite_scores(found.non_finite_rows, 5, "m")
     none = asked(params, model, task, count=0)
-    assert none.predictions == [] and not none.lost
+    assert none.predictions == [] and not none.non_finite_rows
     assert none.scores is None or none.scores.shape == (0, 2)
 
 

@@ -270,7 +270,7 @@ def test_a_run_whose_scores_were_never_numbers_has_no_result(backbone, tmp_path,
     def lost(*args, **settings):
         asked.append(len(asked))
         found = predict(*args, **settings)
-        return [each._replace(lost=[0]) for each in found] if asked[-1] else found
+        return [each._replace(non_finite_rows=[0]) for each in found] if asked[-1] else found
 
     monkeypatch.setattr(evaluator, "predict_per_prompt", lost)
     with pytest.raises(UserError, match="No scores of task 'mine' .* finite numbers"):

@@ -283,7 +283,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
         found = predict(model, task, examples, *args, **kwargs)
         if len(found) == 2:
             right = [examples_of[id(examples)][i] for i in range(len(examples))]
-            found[0] = Predictions(right, None, lost=[1])
+            found[0] = Predictions(right, None, non_finite_rows=[1])
         return found
 
     split_of, examples_of = tune.build_dataset, {}
@@ -305,7 +305,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
 
 
 def test_a_backbone_that_answers_no_numbers_ends_the_run(backbone, tmp_path, monkeypatch):
-    lost = [Predictions(["yes"] * 8, None, lost=[2, 5])]
+    lost = [Predictions(["yes"] * 8, None, non_finite_rows=[2, 5])]
     monkeypatch.setattr(evaluator, "predict_per_prompt", lambda *args, **kwargs: lost)
     with pytest.raises(UserError, match="tiny gives scores that are not finite .* for 2 of 8 rows, "
                        "first for row 3"):  # fmt: skip

@@ -77,7 +77,7 @@ def test_numbers_get_words_that_a_person_can_replace(tmp_path):
     draft_, run = made(tmp_path, rows)
     task = resolve_task(run.task)
     assert task.label_map == {"0": "zero", "1": "one"} and task.labels == ["zero", "one"]
-    assert any("replace the words in labels and label_map" in reason for reason in draft_.why)
+    assert any("replace the words in labels and label_map" in reason for reason in draft_.reasons)
 
 
 def test_a_column_of_words_is_taken_before_the_one_with_their_numbers():
@@ -101,7 +101,7 @@ def test_a_column_of_free_text_is_generated(tmp_path):
     rows = [row | {"summary": f"thing {i}"} for i, row in enumerate(rows_of(300))]
     draft_, run = made(tmp_path, rows, text=["text"], label="summary")
     assert "labels" not in run.task and run.prompt.init == "sampled_vocabulary"
-    assert any("answers are written freely" in reason for reason in draft_.why)
+    assert any("answers are written freely" in reason for reason in draft_.reasons)
 
 
 def test_what_a_yaml_file_would_read_otherwise_is_quoted(tmp_path):
@@ -155,7 +155,7 @@ def test_a_column_with_empty_cells_is_no_text_unless_it_is_the_only_one(tmp_path
     rows = rows_of(60, subject=lambda i: "" if i == 7 else f"a subject of number {i}")
     draft_, run = made(tmp_path, rows)
     assert resolve_task(run.task).template == "{text}"
-    assert any("'subject', because 1 of its cells are empty" in text for text in draft_.why)
+    assert any("'subject', because 1 of its cells are empty" in text for text in draft_.reasons)
     data = tmp_path / "data.csv"
     with pytest.raises(UserError, match="'subject' of .* is empty in 1 of 60 rows, first in row 8"):
         draft_config(InitRequest(data, tmp_path / "other.yaml", text=["subject"]))
