@@ -3,9 +3,8 @@
 Rows may be in files or in memory (``data/memory.py``). The command line calls these functions, too.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, Unpack
@@ -26,7 +25,8 @@ from jaxprompt.data.memory import (
     Data,
     RowsLike,
     check_rows,
-    held,
+    digest_of,
+    only_plain,
     rows_in_memory,
     splits_in_memory,
 )
@@ -36,7 +36,7 @@ from jaxprompt.data.targets import as_written, label_warnings
 from jaxprompt.data.tasks.registry import class_words, resolve_task
 from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.tasks.splits import read_split
-from jaxprompt.data.templates import columns_of
+from jaxprompt.data.templates import columns_of, to_text
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.analysis import PromptReport, summarize
@@ -111,8 +111,8 @@ def train(
     config = _as_config(config)
     if data is None:
         return loop.train(config, reporter, signals)
-    with _with_rows(config, data) as run:
-        return loop.train(run, reporter, signals)
+    config, splits = _with_rows(config, data)
+    return loop.train(config, reporter, signals, splits)
 
 
 def _as_config(config: object) -> RunConfig:
@@ -128,15 +128,16 @@ def _as_config(config: object) -> RunConfig:
     )
 
 
-@contextlib.contextmanager
-def _with_rows(config: RunConfig, data: Data) -> Iterator[RunConfig]:
-    """The config of a run whose task reads rows in memory, as long as the block lasts."""
+def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, dict[str, Rows]]:
+    """The config of a run whose task has its rows in memory, and the rows of each split."""
     if "task" in config.prompt.population:
         raise UserError(
             "data holds the rows of one task, and prompt.population.task names several; leave one "
             "of them out."
         )
     task = {"name": config.task} if isinstance(config.task, str) else dict(config.task)
+    resolved = resolve_task(task)
+    used = _columns_used(resolved)
     if isinstance(data, Mapping):
         splits = splits_in_memory(data)
         missing = [name for name in ("train", "validation") if name not in splits]
@@ -145,15 +146,25 @@ def _with_rows(config: RunConfig, data: Data) -> Iterator[RunConfig]:
                 f"data has no {missing[0]} rows; give {{'train': rows, 'validation': rows}}, or "
                 "rows alone, which are cut into both."
             )
+        splits = {name: only_plain(rows, used, f"the {name} data") for name, rows in splits.items()}
     else:
-        splits = _cut(resolve_task(task), rows_in_memory(data, "data"))
+        rows = only_plain(rows_in_memory(data, "data"), used, "data")
+        splits = {**_cut(resolved, rows)}
     names = {name: name if name in splits else None for name in SPLITS}
-    with held(splits) as source:
-        yield config.model_copy(update={"task": task | {"source": source} | names})
+    source = f"memory:{digest_of(splits)}"
+    return config.model_copy(update={"task": task | {"source": source} | names}), splits
+
+
+def _columns_used(task: TaskConfig) -> list[str] | None:
+    """The columns that a task reads; None: its rule may read any."""
+    if task.rule is not None:
+        return None
+    columns = [*columns_of(task.template), *columns_of(task.target), task.answers, task.group]
+    return [column for column in columns if column is not None]
 
 
 def _cut(task: TaskConfig, rows: Rows) -> dict[str, list[Row]]:
-    """The rows of each split, of which no two share a text."""
+    """The rows of each split, of which no two share a group or, where there is none, a text."""
     advice = "give {'train': rows, 'validation': rows}."
     if task.rule is not None:
         raise UserError(f"Rows of task {task.name!r} are not cut into splits; {advice}")
@@ -162,7 +173,11 @@ def _cut(task: TaskConfig, rows: Rows) -> dict[str, list[Row]]:
             f"data has {len(rows)} rows, too few to cut validation rows off; give at least "
             f"{FEWEST_ROWS}, or {advice}"
         )
-    parts = hold_out(rows, columns_of(task.template), columns_of(task.target), SPLITS)
+    for number, row in enumerate(rows, 1):
+        to_text(task, row, f"row {number} of data")
+    references(task, rows, "data")  # every row may be one that is judged
+    together = columns_of(task.template) if task.group is None else [task.group]
+    parts = hold_out(rows, together, columns_of(task.target), SPLITS)
     if not all(parts.values()):
         raise UserError(
             f"data has too few rows of each label to cut validation and test rows off; {advice}"

@@ -1,23 +1,30 @@
-"""Rows that a Python program holds: which kinds there are, and how a run reads them by name.
+"""Rows that a Python program holds: which kinds there are, and the name that a run knows them by.
 
 The name of such rows is the digest of what they hold, as in ``memory:5f1c...``. It stands in the
 settings of a run, so that a run which is resumed with other rows is refused like one with other
 settings, and a name can never mean other rows.
 """
 
-import contextlib
+import datetime
+import decimal
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from jaxprompt.config.errors import UserError, listed, shown
-from jaxprompt.data.rows import Indexed, IndexedRows, Row, Rows, plain_value
+from jaxprompt.data.rows import Indexed, IndexedRows, LazyRows, Row, Rows, plain_value
 
 SPLITS = ("train", "validation", "test")
 
-# rows in use, by digest: one entry for each block that uses them
-_HELD: dict[str, list[Mapping[str, Rows]]] = {}
+# values that say the same in every process: what JSON and data frames hold
+_PLAIN = (
+    str, bytes, bool, int, float, np.generic, decimal.Decimal, uuid.UUID, datetime.date,
+    datetime.time, datetime.timedelta, type(None),
+)  # fmt: skip
 
 
 @runtime_checkable
@@ -55,8 +62,65 @@ def rows_in_memory(rows: object, origin: str | None = None) -> Rows:
     check_rows(rows, origin)
     assert isinstance(rows, Sequence | Iterable)
     if not isinstance(rows, list | tuple):  # a data set on disk is read row by row
-        return IndexedRows(rows)  # pyright: ignore[reportArgumentType]
-    return [{key: plain_value(value) for key, value in row.items()} for row in rows]
+        return _PlainRows(IndexedRows(rows))  # pyright: ignore[reportArgumentType]
+    return [_plain_row(row) for row in rows]
+
+
+def _plain_row(row: Row, left_out: Collection[str] = ()) -> Row:
+    return {key: plain_value(value) for key, value in row.items() if key not in left_out}
+
+
+class _PlainRows(LazyRows):
+    """Rows that are read when they are asked for, with values of plain Python."""
+
+    def __init__(self, source: Rows, left_out: Collection[str] = ()):
+        self._source, self._left_out = source, left_out
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (_plain_row(row, self._left_out) for row in self._source)
+
+    def row(self, number: int) -> Row:
+        return _plain_row(self._source[number], self._left_out)
+
+
+def only_plain(rows: Rows, used: Collection[str] | None, origin: str) -> Rows:
+    """The rows without the columns that hold objects, such as images, and that nothing uses.
+
+    Args:
+        used: The columns that a task uses. None: all.
+        origin: What errors call the rows.
+
+    Raises:
+        UserError: A used column holds an object. What it says may differ in the next process, so
+            that a run could not tell whether it goes on with the same rows.
+    """
+    left_out: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            if column in left_out or _is_plain(value):
+                continue
+            if used is None or column in used:
+                raise UserError(
+                    f"Column {column!r} is {shown(value)} in row {number} of {origin}; give text, "
+                    "a number, a date, or a list or mapping of these."
+                )
+            left_out.add(column)
+    if not left_out:
+        return rows
+    if isinstance(rows, list):
+        return [_plain_row(row, left_out) for row in rows]
+    return _PlainRows(rows, left_out)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return isinstance(value, _PLAIN)
 
 
 def check_rows(rows: object, origin: str | None = None) -> None:
@@ -118,27 +182,3 @@ def digest_of(splits: Mapping[str, Rows]) -> str:
             text = repr([(key, plain_value(row[key])) for key in sorted(row)])
             digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def held(splits: Mapping[str, Rows]) -> Iterator[str]:
-    """The source that ``read_rows`` reads these rows from, until the block ends."""
-    name = digest_of(splits)
-    _HELD.setdefault(name, []).append(splits)
-    try:
-        yield f"memory:{name}"
-    finally:
-        _HELD[name].pop()
-        if not _HELD[name]:
-            del _HELD[name]
-
-
-def held_rows(name: str, split: str) -> Rows:
-    """The rows of a split of what is held under this digest."""
-    holders = _HELD.get(name)
-    if not holders:
-        raise UserError(
-            f"The {split} rows were given to jp.train by a Python program (memory:{name[:12]}...), "
-            "and are not on disk; give them again, as data=, or name a file."
-        )
-    return holders[-1][split]

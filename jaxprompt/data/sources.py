@@ -8,7 +8,6 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.data.csv_file import read_csv
 from jaxprompt.data.json_lines import read_jsonl
-from jaxprompt.data.memory import held_rows
 from jaxprompt.data.parquet_file import read_parquet
 from jaxprompt.data.rows import IndexedRows, Row, Rows, plain_value
 
@@ -34,7 +33,10 @@ def read_rows(source: str | None, split: str, *, empty: bool = False) -> Rows:
     elif kind == "builtin" and colon:
         rows = _read_packaged(name, split)
     elif kind == "memory" and name:
-        rows = held_rows(name, split)
+        raise UserError(
+            f"The {split} rows were given to jp.train by a Python program (memory:{name[:12]}...), "
+            "and are not on disk; give them again, as data=, or name a file."
+        )
     elif kind == "folder" and name:
         rows = _read_folder(Path(expanded(name)), split)
     elif kind == "hf" and colon:

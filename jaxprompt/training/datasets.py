@@ -77,15 +77,17 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
     return tasks
 
 
-def read_splits(task: TaskConfig, eval_rows: int | None) -> Rows:
+def read_splits(task: TaskConfig, eval_rows: int | None, held: Rows | None = None) -> Rows:
     """The rows of all splits that the task has; of validation at most ``eval_rows``.
 
-    A test figure is of all test rows.
+    A test figure is of all test rows. ``held`` has the rows of splits that are in memory.
 
     Raises UserError for a row that cannot be trained on or, of other splits, judged.
     """
     rows = {
-        name: load_rows(task, name, eval_rows if name == "validation" else None)
+        name: load_rows(
+            task, name, eval_rows if name == "validation" else None, (held or {}).get(name)
+        )
         for name in ("train", "validation", "test")
         if name != "test" or task.test
     }

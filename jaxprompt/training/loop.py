@@ -5,14 +5,16 @@
 
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import RunConfig
+from jaxprompt.data.rows import Rows
 from jaxprompt.models import precision
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.signals import Interrupted, Signals
@@ -100,7 +102,10 @@ TUNING = Kind(tune.prepare, tune.inputs_of_files)
 
 
 def train(
-    config: RunConfig, reporter: Reporter | None = None, signals: Signals | None = None
+    config: RunConfig,
+    reporter: Reporter | None = None,
+    signals: Signals | None = None,
+    held: Mapping[str, Rows] | None = None,
 ) -> Result:
     """Tune the prompts of ``config``, or resume the run in its output.
 
@@ -112,6 +117,8 @@ def train(
         reporter: gets lines of text and the figures of every step. None: a progress bar where
             standard error is a terminal or in a notebook, else nothing. ``NullReporter()``: none.
         signals: they end the run after a step whose state is saved.
+        held: the rows of each split, where they are in memory. The task's source is their digest,
+            by which a run that goes on knows them.
 
     Returns:
         What ``result.json`` holds.
@@ -122,7 +129,10 @@ def train(
     """
     config = precision.resolve_config(config)
     with automatic(reporter, config.train.steps) as chosen:
-        return fit(config, TUNING, chosen, signals or Signals(install=False))
+        kind = TUNING
+        if held is not None:
+            kind = replace(TUNING, prepare=partial(tune.prepare, held=held))
+        return fit(config, kind, chosen, signals or Signals(install=False))
 
 
 def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Result:

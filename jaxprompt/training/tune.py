@@ -90,8 +90,13 @@ def _by_name(tasks: Sequence[TaskConfig]) -> dict[str, TaskConfig]:
     return {task.name: task for task in tasks}
 
 
-def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals) -> "Tuning":
+def prepare(
+    config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals, held: Rows | None = None
+) -> "Tuning":
     """Load the backbone and tokenize the rows of all trials. Nothing is written.
+
+    Args:
+        held: the rows of each split of the one task, where they are in memory.
 
     Raises:
         UserError: rows, labels, words of a start or devices that a run cannot have.
@@ -100,7 +105,7 @@ def prepare(config: RunConfig, run: RunDir, reporter: Reporter, signals: Signals
     # data first, where most mistakes are: the backbone may take minutes to load
     limit, member_tasks = config.train.max_eval_examples, tasks_of(config.members())
     tasks = _by_name(member_tasks)
-    rows = {name: read_splits(task, limit) for name, task in tasks.items()}
+    rows = {name: read_splits(task, limit, held) for name, task in tasks.items()}
     backbone, tokenizer = _load(config, mesh, reporter)
     datasets = _build_datasets(config, member_tasks, rows, tokenizer, backbone.config.vocab_size)
     digests = [

@@ -6,7 +6,10 @@ import pytest
 from helpers import make_backbone, make_rows, run_values, write_run
 
 import jaxprompt as jp
+from jaxprompt import api
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.validation import parse
 
 DATA = {"train": make_rows(24), "validation": make_rows(8)}
 
@@ -83,8 +86,20 @@ def test_rows_without_splits_are_cut_into_three(tuned, tmp_path):
     assert result["rows"] == 4 and result["test_rows"] == 4
     with pytest.raises(UserError, match="data has 8 rows, too few"):
         jp.train(values | {"output": str(tmp_path / "other")}, data=rows[:8])
+    with pytest.raises(UserError, match="needs column 'text', which row 13 of data lacks"):
+        jp.train(values | {"output": str(tmp_path / "other")}, data=rows[:12] + [{"label": "yes"}])
     with pytest.raises(UserError, match="data has too few rows of each label"):
         jp.train(values | {"output": str(tmp_path / "other")}, data=make_rows(24))
+
+
+def test_rows_of_one_group_stay_in_one_split(tuned, tmp_path):
+    values, _ = tuned
+    rows = [{"text": f"row {i}", "label": "yes" if i % 2 else "no", "question": i // 4}
+            for i in range(80)]  # fmt: skip
+    config = parse(RunConfig, values | {"task": values["task"] | {"group": "question"}})
+    _, splits = api._with_rows(config, rows)
+    groups = [{row["question"] for row in part} for part in splits.values()]
+    assert all(groups) and sum(map(len, groups)) == len(set.union(*groups)) == 20
 
 
 @pytest.mark.parametrize(
@@ -96,6 +111,7 @@ def test_rows_without_splits_are_cut_into_three(tuned, tmp_path):
         ([{"text": "it", "label": 1}], "row 25 of train has the label '1'; allowed are"),
         ([{"text": ["it"], "label": "yes"}], "Column 'text' is ['it'] in row 25 of train"),
         (["it"], "Rows of the train data are mappings"),
+        ([{"text": {"it"}, "label": "yes"}], "Column 'text' is {'it'} in row 25 of the train data"),
     ],
 )
 def test_a_wrong_row_is_told_as_that_of_a_file(tuned, tmp_path, train, said):

@@ -13,15 +13,17 @@ from jaxprompt.data.templates import to_text
 
 
 def read_split(
-    task: TaskConfig, split: str, data: str | None = None, *, training: bool = False
+    task: TaskConfig, split: str, data: str | Rows | None = None, *, training: bool = False
 ) -> Rows:
     """Rows of "train", "validation" or "test" in the form that the template wants.
 
     Args:
-        data: A file to read instead of the split.
+        data: A file to read, or rows to take, instead of the split.
         training: The rows are to be trained on, not to be answered and judged.
     """
-    name = data if data is not None else getattr(task, split)
+    name = data if isinstance(data, str) else getattr(task, split)
+    if data is not None and not isinstance(data, str):
+        return apply_rule(task, data, training=training, origin=name)
     if name is None:
         raise UserError(
             f"Task {task.name!r} names no {split} data; give task.{split}, or a file with --data."
@@ -30,14 +32,19 @@ def read_split(
     return apply_rule(task, rows, training=training, origin=name)
 
 
-def load_rows(task: TaskConfig, split: str, limit: int | None = None) -> Rows:
+def load_rows(
+    task: TaskConfig, split: str, limit: int | None = None, rows: Rows | None = None
+) -> Rows:
     """Rows of "train", "validation" or "test", evenly spaced where there are more than ``limit``.
 
     The input of every row is checked, and the target of rows to be trained on. Other rows may lack
     a usable label, as test splits do: they can be answered, and ``references`` refuses them. Where
     the task names a group, whole groups are taken, so that metrics of groups keep their meaning.
+
+    Args:
+        rows: Take these rows instead of reading those of the split.
     """
-    rows, name = read_split(task, split, training=split == "train"), getattr(task, split)
+    rows, name = read_split(task, split, rows, training=split == "train"), getattr(task, split)
     asked = task if split == "train" else task.model_copy(update={"target": "", "labels": None})
     for number, row in enumerate(rows, 1):
         to_text(asked, row, f"row {number} of {name}")

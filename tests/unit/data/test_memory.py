@@ -9,7 +9,7 @@ import pytest
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.data.holdout import hold_out
-from jaxprompt.data.memory import digest_of, held, rows_in_memory, splits_in_memory
+from jaxprompt.data.memory import digest_of, only_plain, rows_in_memory, splits_in_memory
 from jaxprompt.data.sources import read_rows
 from jaxprompt.data.templates import as_text
 
@@ -104,13 +104,27 @@ def test_a_digest_says_what_rows_hold_and_not_how_columns_are_ordered():
     assert len({digest, *map(digest_of, others)}) == len(others) + 1
 
 
-def test_held_rows_are_read_by_their_digest_until_the_last_holder_lets_go():
-    with held({"train": ROWS}) as source:
-        with held({"train": list(ROWS)}) as again:
-            assert again == source
-        assert read_rows(source, "train") == ROWS
+def test_rows_that_were_in_memory_are_not_on_disk():
     with pytest.raises(UserError, match="give them again, as data="):
-        read_rows(source, "train")
+        read_rows(f"memory:{digest_of({'train': ROWS})}", "train")
+
+
+def test_an_object_in_a_column_that_is_used_is_refused_and_others_are_left_out():
+    rows = [ROWS[0], ROWS[1] | {"picture": object()}]
+    assert only_plain(rows_in_memory(rows), ["text", "label"], "data") == ROWS
+    assert only_plain(ROWS, None, "data") is ROWS
+    for value in (object(), {"a", "b"}, [object()], {"x": object()}):
+        with pytest.raises(UserError, match=r"Column 'picture' is .* in row 2 of data; give text"):
+            only_plain([ROWS[0], ROWS[1] | {"picture": value}], ["picture"], "data")
+        with pytest.raises(UserError, match="in row 2 of data"):
+            only_plain([ROWS[0], ROWS[1] | {"picture": value}], None, "data")
+
+
+def test_values_of_a_data_set_are_plain_as_those_of_a_list():
+    rows = [{"text": b"it", "score": float("nan")}, {"text": b"was", "score": 1.0}]
+    kept = rows_in_memory(datasets.Dataset.from_list(rows))
+    assert list(kept) == [{"text": "it", "score": None}, {"text": "was", "score": 1.0}]
+    assert kept[1] == list(kept)[1] and len(kept) == 2
 
 
 def test_parts_of_rows_share_no_text_and_stay_what_they_are():
