@@ -17,8 +17,18 @@ from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
 
-# in a clone, a link to the folder configs/ of the repository; a wheel has the files themselves
-PACKAGED = Path(__file__).parent.parent / "builtin" / "configs"
+
+def _packaged_folder(package: Path) -> Path:
+    """The folder with the configs of the package.
+
+    In a clone it is a link to the repository's configs/, and a wheel has the files themselves.
+    Where links are not kept, as in a downloaded archive or on Windows, a file stands in its place.
+    """
+    folder = package / "builtin" / "configs"
+    return folder if folder.is_dir() else package.parent / "configs"
+
+
+PACKAGED = _packaged_folder(Path(__file__).parent.parent)
 
 
 def read_yaml(text: str, where: str) -> Value:
@@ -109,6 +119,11 @@ def _config_file(path: str | Path) -> Path:
     meant = str(path).removeprefix("configs/").removesuffix(".yaml")
     close = difflib.get_close_matches(meant[:80], known, n=1)
     hint = f": did you mean {close[0]!r}?" if close else f", such as {', '.join(known[:3])}."
+    if not known:
+        raise UserError(
+            f"No config file at {shown(str(file))}{looked_in(file)}, and this copy of the package "
+            "has no configs of its own; give the path of a YAML file, or install the package again."
+        )
     raise UserError(
         f"No config file at {shown(str(file))}{looked_in(file)}; give the path of a YAML file, or "
         f"the name of a config of the package{hint}"

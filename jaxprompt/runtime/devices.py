@@ -54,7 +54,7 @@ def available() -> list[Device]:
         raise UserError(
             f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here"
             f"{f' ({problem})' if problem else ''}; see that the device works and install JAX for "
-            "it (pip install 'jax[cuda12]' or 'jax[tpu]'), or unset JAX_PLATFORMS to take what "
+            "it (pip install 'jax[cuda13]' or 'jax[tpu]'), or unset JAX_PLATFORMS to take what "
             "there is."
         ) from None
 

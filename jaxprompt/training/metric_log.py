@@ -17,7 +17,7 @@ from jaxprompt.losses import Losses
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.training.divergence import check_members
 from jaxprompt.training.progress import Progress
-from jaxprompt.training.trackers import Tracker
+from jaxprompt.training.trackers import Outcome, Tracker
 from jaxprompt.training.trial import MetricName
 
 Metrics = dict[str, float]
@@ -45,13 +45,14 @@ class MetricWriter:
         trackers: Callable[[int], Sequence[Tracker]] = lambda step: (),
         say: Callable[[str], None] = lambda text: None,
     ):
-        self.folder, self._open_trackers, self._say = folder, trackers, say
+        self.folder, self._say = folder, say
         self._writes = jax.process_index() == 0
-        self._open(step)
+        self._open_file(step)
+        self._trackers = trackers(step) if self._writes else ()
 
-    def _open(self, step: int) -> None:
+    def _open_file(self, step: int) -> None:
         self.rows: list[Row] = []
-        self._file, self._trackers = None, ()
+        self._file = None
         if not self._writes:
             return
         path = self.folder / "metrics.jsonl"
@@ -61,7 +62,6 @@ class MetricWriter:
         self.rows = [row for row in rows if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
-        self._trackers = self._open_trackers(step)
 
     def write(self, row: Row) -> None:
         """Add a row; it has a ``step``, and every other number becomes a curve.
@@ -87,15 +87,18 @@ class MetricWriter:
 
     def truncate_after(self, step: int) -> None:
         """Forget the rows after ``step``."""
-        self.close()
-        self._open(step)
+        if self._file is not None:
+            self._file.close()
+        self._open_file(step)
+        for tracker in self._trackers:
+            tracker.truncate_after(step)
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self, outcome: Outcome = "finished") -> None:
+        """Flush and close; trackers are told how the run ended."""
         if self._file is not None:
             self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(outcome)
 
 
 def _read_rows(path: Path) -> tuple[list[Row], int]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TypeAlias
 
 import jax
@@ -21,10 +22,18 @@ from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import PART, write_atomically
 from jaxprompt.runtime.lock import LOCK, locked
+from jaxprompt.runtime.signals import Interrupted
 from jaxprompt.training import inputs
 from jaxprompt.training.checkpoint import CHECKSUMS, Checkpoints, checkpoint_folders
 from jaxprompt.training.metric_log import MetricWriter
-from jaxprompt.training.trackers import IDS, TrackedRun, Tracker, check_installed, open_trackers
+from jaxprompt.training.trackers import (
+    IDS,
+    Outcome,
+    TrackedRun,
+    Tracker,
+    check_installed,
+    open_trackers,
+)
 
 # what ``result.json`` holds; a run of several tasks has a ``tune.TaskResult`` of each in ``tasks``
 Result: TypeAlias = Values
@@ -237,6 +246,13 @@ def open_run(config: RunConfig | PretrainConfig) -> Iterator[Path]:
         yield folder
 
 
+def _outcome(error: type[BaseException] | None) -> Outcome:
+    """How a run ended that was left with this kind of error, or with none."""
+    if error is None:
+        return "finished"
+    return "interrupted" if issubclass(error, Interrupted | KeyboardInterrupt) else "failed"
+
+
 class RunDir:
     """The directory of one run. It knows nothing of what is trained.
 
@@ -255,8 +271,13 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
 
     def finished(self, known_inputs: Callable[[], inputs.Inputs]) -> Result | None:
         """The result of a complete run; None for a run that begins or goes on.
@@ -294,8 +315,9 @@ class RunDir:
 
     def open_metrics(self, step: int) -> None:
         """Rows after ``step``, which a killed run has left, go; -1: all rows."""
-        self.metrics = MetricWriter(self.path, step, trackers=self._trackers, say=self._say)
-        self._open.callback(self.metrics.close)
+        metrics = MetricWriter(self.path, step, trackers=self._trackers, say=self._say)
+        self.metrics = metrics
+        self._open.push(lambda kind, error, trace: metrics.close(_outcome(kind)))
 
     def _trackers(self, step: int) -> list[Tracker]:
         train = self.config.train

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import jaxprompt as jp
+from jaxprompt.models.checkpoints import load
 from jaxprompt.moved import MOVED
 
 MODULES = ["jaxprompt.training.loop", "jaxprompt.inference.predict", "jaxprompt.api"]
@@ -70,3 +71,19 @@ def test_a_module_inside_an_old_package_is_the_new_one():
         "import jaxprompt.training.loop as loop\n"
         "assert train is loop.train and inspect.isfunction(jp.train)"
     )
+
+
+@pytest.mark.parametrize("name", ["save_hf", "fingerprint"])
+def test_functions_that_have_moved_out_of_load_are_still_there_with_a_warning(name):
+    with pytest.warns(DeprecationWarning, match=f"{name} is now in jaxprompt.models.checkpoints"):
+        assert getattr(load, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        load.laod  # noqa: B018  # pyright: ignore
+
+
+def test_the_package_of_configs_gives_its_names_and_loads_no_schema_before():
+    code = "import sys, jaxprompt.config as config\n"
+    code += "assert 'jaxprompt.config.schema' not in sys.modules\n"
+    code += "from jaxprompt.config import RunConfig, UserError, load_config, parse, shown\n"
+    code += "assert all(map(callable, (getattr(config, n) for n in config._HOME)))\n"
+    run(code + "assert not hasattr(config, 'tarin')\n")

@@ -135,7 +135,7 @@ def test_the_python_of_the_first_document_runs(place, capsys):
     first = first.replace('"train.steps=200"', "*SMALL")
     first = first.replace('load_backbone("builtin")', 'load_backbone("tiny")')
     exec(first, {"SMALL": SMALL})
-    assert "largest class" in capsys.readouterr().out
+    assert "majority class" in capsys.readouterr().out
     assert (place / "runs" / "example" / "peft" / "adapter_config.json").is_file()
     frame = pandas.DataFrame(make_rows(40))
     names = {

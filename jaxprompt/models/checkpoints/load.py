@@ -6,6 +6,7 @@ and the largest tensor. With a sharding, only each device's slice is read.
 """
 
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +36,18 @@ from jaxprompt.runtime import parallel
 
 Params = registry.Params
 LOAD_DTYPES = ("float32", "bfloat16", "mixed")
+# names that were here -> the modules where they are now
+_MOVED = {
+    "save_hf": "jaxprompt.models.checkpoints.save",
+    "fingerprint": "jaxprompt.models.checkpoints.fingerprint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now in {_MOVED[name]}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(_MOVED[name]), name)
 
 
 class Backbone(NamedTuple):

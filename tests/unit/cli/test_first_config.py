@@ -59,6 +59,8 @@ def test_a_file_becomes_a_config_whose_splits_can_be_read_and_judged(tmp_path):
         rows = read_rows(None, getattr(task, name))
         assert len(references(task, rows)) == draft_.rows[name] > 0
     assert run.prompt.length == 100 and run.train.schedule == "linear"
+    recipe = load_config("own_data")  # what a person writes who copies a config
+    assert run.prompt == recipe.prompt and run.train == recipe.train
 
 
 def test_splits_are_disjoint_whole_and_the_same_whatever_the_order_of_rows():

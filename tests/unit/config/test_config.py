@@ -6,7 +6,7 @@ import jax
 import pytest
 from helpers import ROOT
 
-from jaxprompt.config import yaml12
+from jaxprompt.config import overrides, yaml12
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.overrides import (
     dump_yaml,
@@ -504,3 +504,18 @@ def test_a_population_has_a_bound():
     values = {"task": "supersense", "output": "x", "prompt": {"population": grid}}
     with pytest.raises(UserError, match="has 160,000 combinations, and at most 1,024 are trained"):
         parse(RunConfig, values)
+
+
+def test_configs_are_read_from_the_repository_where_the_link_to_them_is_not_kept(
+    tmp_path, monkeypatch
+):
+    package = tmp_path / "jaxprompt"
+    (package / "builtin").mkdir(parents=True)
+    (package / "builtin" / "configs").write_text("../../configs")
+    (tmp_path / "configs").mkdir()
+    monkeypatch.setattr(overrides, "PACKAGED", overrides._packaged_folder(package))
+    assert overrides.packaged_configs() == []
+    with pytest.raises(UserError, match="has no configs of its own; give the path of a YAML file"):
+        load_config("mine")
+    write(tmp_path / "configs", MINIMAL, "mine.yaml")
+    assert load_config("mine").output == "runs/a"
