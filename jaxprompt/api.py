@@ -97,7 +97,8 @@ def train(
         signals: they end the run after a step whose state is saved.
         data: rows instead of those that the task names: a list of mappings, a pandas data frame, a
             ``datasets.Dataset``, or a mapping of train, validation and perhaps test to one of
-            these. Rows without splits are cut into three, the same in every call.
+            these. Rows without splits are cut into three, the same in every
+            call; rows with one value in the column ``task.group`` stay together.
 
     Returns:
         What ``result.json`` holds.
@@ -128,7 +129,7 @@ def _as_config(config: object) -> RunConfig:
     )
 
 
-def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, dict[str, Rows]]:
+def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, Mapping[str, Rows]]:
     """The config of a run whose task has its rows in memory, and the rows of each split."""
     if "task" in config.prompt.population:
         raise UserError(
@@ -149,7 +150,7 @@ def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, dict[str, Rows
         splits = {name: only_plain(rows, used, f"the {name} data") for name, rows in splits.items()}
     else:
         rows = only_plain(rows_in_memory(data, "data"), used, "data")
-        splits = {**_cut(resolved, rows)}
+        splits = _cut(resolved, rows)
     names = {name: name if name in splits else None for name in SPLITS}
     source = f"memory:{digest_of(splits)}"
     return config.model_copy(update={"task": task | {"source": source} | names}), splits
