@@ -111,7 +111,7 @@ def draft_config(request: InitRequest) -> Draft:
     task = _task_values(name, columns, labels, files, length)
     text = render(task, request, reasons)
     _check(text, splits)
-    return Draft(text, files, {name: len(some) for name, some in splits.items()}, reasons)
+    return Draft(text, files, {name: len(part) for name, part in splits.items()}, reasons)
 
 
 def write(draft: Draft, output: Path, *, force: bool = False) -> None:
@@ -172,13 +172,13 @@ class _Column(NamedTuple):
 
 
 def _described(rows: Rows) -> dict[str, _Column]:
-    some = list(itertools.islice(rows, LOOKED_AT))
+    sample = list(itertools.islice(rows, LOOKED_AT))
     columns = {}
-    for name in dict.fromkeys(name for row in some for name in row):
-        texts = [_text_or_none(row.get(name), name) for row in some]
+    for name in dict.fromkeys(name for row in sample for name in row):
+        texts = [_text_or_none(row.get(name), name) for row in sample]
         values = [text for text in texts if text]
-        usable = bool(values) and not any(isinstance(row.get(name), list | dict) for row in some)
-        columns[name] = _Column(name, values, len(some) - len(values), usable)
+        usable = bool(values) and not any(isinstance(row.get(name), list | dict) for row in sample)
+        columns[name] = _Column(name, values, len(sample) - len(values), usable)
     return columns
 
 
@@ -359,10 +359,10 @@ def _number_word(value: str) -> str:
 
 def guess_length(rows: Rows, text: Sequence[str]) -> int:
     """Tokens that nearly all rows have at most, from their words; a multiple of 32."""
-    some = itertools.islice(rows, LOOKED_AT)
+    sample = itertools.islice(rows, LOOKED_AT)
     sizes = sorted(
         sum(len(re.findall(r"\w+|[^\w\s]", str(row.get(name) or ""))) for name in text)
-        for row in some
+        for row in sample
     )
     size = 1.6 * sizes[int(0.98 * (len(sizes) - 1))] + 8
     return min(MOST_TOKENS, max(64, -32 * int(-size // 32)))
@@ -412,8 +412,8 @@ def split_rows(
 ) -> dict[str, list[Row]]:
     """Parts of the rows as ``hold_out`` makes them. Raises UserError where one is empty."""
     parts = hold_out(rows, columns.text, [columns.label], names)
-    for name, some in parts.items():
-        if not some:
+    for name, part in parts.items():
+        if not part:
             raise UserError(
                 f"{origin} has too few rows of each label to cut {name} rows off; give a file "
                 f"with --{name if name != 'train' else 'validation'}."

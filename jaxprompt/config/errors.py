@@ -54,12 +54,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-40:]}"
 
 
-def listed(names: Iterable[object], most: int = 30) -> str:
+def listed(names: Iterable[object], max_names: int = 30) -> str:
     """Names for an error message, separated by commas; of many the first ones and their number.
 
-    >>> listed(["a", "b"]), listed("abcd", most=2)
+    >>> listed(["a", "b"]), listed("abcd", max_names=2)
     ('a, b', 'a, b, ... (4 in all)')
     """
     every = [str(name) for name in names]
-    some = [name if len(name) <= 80 else f"{name[:60]}..." for name in every[:most]]
-    return ", ".join(some) + (f", ... ({len(every)} in all)" if len(every) > most else "")
+    some = [name if len(name) <= 80 else f"{name[:60]}..." for name in every[:max_names]]
+    return ", ".join(some) + (f", ... ({len(every)} in all)" if len(every) > max_names else "")

@@ -102,10 +102,10 @@ def pack_batch(
     inputs = [[example.inputs for example in row] for row in rows_of_examples]
     targets = [[example.targets for example in row] for row in rows_of_examples]
     width = input_length or round_input_length(_longest(inputs), layout)
-    depth = target_length or round_target_length(_longest(targets))
+    target_length = target_length or round_target_length(_longest(targets))
     count = rows or len(rows_of_examples)
     input_ids, input_segments = fill_rows(inputs, count, width)
-    target_ids, target_segments = fill_rows(targets, count, depth)
+    target_ids, target_segments = fill_rows(targets, count, target_length)
     seeds = [row[0].dropout_seed if row else None for row in rows_of_examples]
     seeds += [None] * (count - len(seeds))
     return Batch(

@@ -40,21 +40,23 @@ class BatchBudget(NamedTuple):
     positions: float = math.inf  # rows times the wider of inputs and targets
     targets: float = math.inf  # rows times the length of targets: each position has V logits
 
-    def rows(self, most: int, width: int, depth: int, devices: int = 1) -> int:
-        """``most`` rows, halved until rows of these lengths fit.
+    def rows(self, max_rows: int, width: int, target_length: int, devices: int = 1) -> int:
+        """``max_rows`` rows, halved until rows of these lengths fit.
 
         Args:
-            most: rows to start from.
+            max_rows: rows to start from.
             width: length of the inputs.
-            depth: length of the targets.
+            target_length: length of the targets.
             devices: the answer is a multiple of it.
 
-        >>> BatchBudget(positions=2048).rows(32, width=200, depth=4), BatchBudget().rows(32, 200, 4)
-        (8, 32)
+        >>> BatchBudget(positions=2048).rows(32, width=200, target_length=4)
+        8
+        >>> BatchBudget().rows(32, width=200, target_length=4)
+        32
         """
-        rows = most
+        rows = max_rows
         while rows > devices and (
-            rows * max(width, depth) > self.positions or rows * depth > self.targets
+            rows * max(width, target_length) > self.positions or rows * target_length > self.targets
         ):
             rows = -(-rows // (2 * devices)) * devices
         return rows

@@ -20,7 +20,7 @@ class Cut(NamedTuple):
     rows: int | None = None  # of a micro-batch; None: the batch is one
     layout: BatchLayout = BatchLayout()
     devices: int = 1
-    room: BatchBudget = BatchBudget()
+    budget: BatchBudget = BatchBudget()
 
 
 def micro_rows(
@@ -48,7 +48,7 @@ def micro_batches(
     target_length: int | Sequence[int] | None = None,
     layout: BatchLayout = BatchLayout(),
     devices: int = 1,
-    room: BatchBudget = BatchBudget(),
+    budget: BatchBudget = BatchBudget(),
 ) -> list[Batch]:
     """A batch as micro-batches of ``rows`` rows of similar length, the longest rows first.
 
@@ -62,7 +62,7 @@ def micro_batches(
             one micro-batch 200 wide.
         layout: if it lets examples share rows, each of ``devices`` gets one row that holds as many
             examples as the device would else have rows.
-        room: a micro-batch that is too large for it is cut once more. The shapes of the parts
+        budget: a micro-batch that is too large for it is cut once more. The shapes of the parts
             follow from its lengths alone, so no more shapes are compiled.
     """
     lengths = target_length or round_target_length(max(len(e.targets) for e in examples))
@@ -72,17 +72,20 @@ def micro_batches(
             examples, parts=parts, devices=devices, layout=layout, target_length=lengths
         )
         return [batch for batch, _ in batches]
-    depth_of = [_shortest_that_holds(lengths, [example]) for example in examples]
-    sizes = [(depth, len(e.inputs)) for depth, e in zip(depth_of, examples, strict=True)]
+    padded_lengths = [_shortest_that_holds(lengths, [example]) for example in examples]
+    sizes = [
+        (padded_length, len(e.inputs))
+        for padded_length, e in zip(padded_lengths, examples, strict=True)
+    ]
     batches = []
     for part in length_sorted_microbatches(sizes, rows):
-        depth = depth_of[part[0]]
+        padded_length = padded_lengths[part[0]]
         width = round_input_length(max(len(examples[i].inputs) for i in part), layout)
-        fitting = room.rows(rows, width, depth, devices)
+        fitting = budget.rows(rows, width, padded_length, devices)
         batches += [
             make_batch(
                 [examples[i] for i in part[first : first + fitting]],
-                rows=fitting, input_length=width, target_length=depth,
+                rows=fitting, input_length=width, target_length=padded_length,
             )
             for first in range(0, len(part), fitting)
         ]  # fmt: skip
@@ -104,7 +107,7 @@ def length_sorted_microbatches(
     return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
-def balance_rows(lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
+def balance_rows(lengths: Sequence[int], count: int, max_per_row: int) -> list[list[int]]:
     """Distribute examples over ``count`` rows that are about equally long.
 
     The longest examples are placed first, each in the row that is shortest. Then the longest row
@@ -113,12 +116,12 @@ def balance_rows(lengths: Sequence[int], count: int, most: int) -> list[list[int
 
     Args:
         lengths: of the examples.
-        most: examples in a row.
+        max_per_row: examples in a row.
 
     Returns:
         The numbers of the examples in each row.
 
-    >>> balance_rows([3, 9, 4, 8], count=2, most=2)
+    >>> balance_rows([3, 9, 4, 8], count=2, max_per_row=2)
     [[0, 1], [2, 3]]
     """
     sizes = np.array(lengths)
@@ -127,7 +130,7 @@ def balance_rows(lengths: Sequence[int], count: int, most: int) -> list[list[int
     for i in np.argsort(-sizes, kind="stable"):
         length, row, held = heapq.heappop(shortest)
         row_of[i], total[row] = row, length + sizes[i]
-        if held + 1 < most:
+        if held + 1 < max_per_row:
             heapq.heappush(shortest, (int(total[row]), row, held + 1))
     pairs = 0
     while pairs < _MOST_PAIRS:
@@ -177,18 +180,18 @@ def packed_rows(
         raise ValueError(
             f"An example has {max(lengths)} ids, more than {layout.max_packed_length}."
         )
-    most = layout.examples_per_row
-    groups = balance_rows(lengths, parts * devices, most)
+    max_per_row = layout.examples_per_row
+    groups = balance_rows(lengths, parts * devices, max_per_row)
     width = max(sum(lengths[i] for i in group) for group in groups)
     width = -(-width // 64) * 64
     empty = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
     for first in range(0, len(groups), devices):
         rows = groups[first : first + devices]
-        numbers = np.array([[*group, *[-1] * (most - len(group))] for group in rows])
+        numbers = np.array([[*group, *[-1] * (max_per_row - len(group))] for group in rows])
         answers = [empty if i < 0 else examples[i]._replace(inputs=empty.inputs)
                    for i in numbers.flat]  # fmt: skip
-        depth = _shortest_that_holds(target_length, answers)
-        batch = make_batch(answers, input_length=1, target_length=depth)
+        padded_length = _shortest_that_holds(target_length, answers)
+        batch = make_batch(answers, input_length=1, target_length=padded_length)
         inputs = [[examples[i].inputs for i in group] for group in rows]
         ids, segments = fill_rows(inputs, devices, width)
         yield batch._replace(inputs=ids, segments=segments), numbers.reshape(-1)

@@ -127,7 +127,7 @@ def training_batches(
             chosen += with_dropout_seeds(members_own, random_stream(seed, start + int(step)))
         return micro_batches(
             chosen, rows=cut.rows or len(chosen), target_length=depths, layout=cut.layout,
-            devices=cut.devices, room=cut.room,
+            devices=cut.devices, budget=cut.budget,
         )  # fmt: skip
 
     steps = grain.MapDataset.range(2**31 - 1 - start).map(batch)

@@ -216,19 +216,19 @@ def _draw_text(
     A stretch may cross the end of a document. Half of the stretches start with a document, and the
     others anywhere.
     """
-    room, depth = config.input_length, config.target_length
+    room, target_length = config.input_length, config.target_length
     noise = {"noise_density": config.noise_density, "mean_span": config.mean_span}
     if objective == "span_corruption":
         fits = lambda n: all(
-            a <= b for a, b in zip(span_lengths(n, **noise), (room, depth), strict=True)
+            a <= b for a, b in zip(span_lengths(n, **noise), (room, target_length), strict=True)
         )
     else:
-        fits = lambda n: n <= room - 1 and depth >= 2
-    largest = max((n for n in range(2, room + depth) if fits(n)), default=0)
+        fits = lambda n: n <= room - 1 and target_length >= 2
+    largest = max((n for n in range(2, room + target_length) if fits(n)), default=0)
     if largest < 4:
         raise UserError(
-            f"Rows of {room} input and {depth} target tokens are too short for {objective}; "
-            "raise input_length or target_length."
+            f"Rows of {room} input and {target_length} target tokens are too short for "
+            f"{objective}; raise input_length or target_length."
         )
     low, high = config.text_length or (largest, largest)
     low, high = min(low, largest), min(high, largest)
@@ -245,7 +245,7 @@ def _draw_text(
         ids = texts.ids[start : start + size]
         if objective == "span_corruption":
             return span_corruption(ids, rng, sentinels=sentinels, eos=tokenizer.eos_id, **noise)
-        return prefix_lm(ids, rng, eos=tokenizer.eos_id, longest_target=depth)
+        return prefix_lm(ids, rng, eos=tokenizer.eos_id, longest_target=target_length)
 
     return draw
 

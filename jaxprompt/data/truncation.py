@@ -132,8 +132,8 @@ def _shorten(
             low, width = _size(best[i]), fails[i] - fits[i]
             share = 0.5 if turn % 2 else (room - low) / max(above[i] - low, 1)
             tries.append(fits[i] + min(max(int(width * share), 1), width - 1))
-        asked = [{**rows[i], column: texts[i][:k]} for i, k in zip(open_, tries, strict=True)]
-        for i, k, row_ids in zip(open_, tries, encode(asked), strict=True):
+        candidates = [{**rows[i], column: texts[i][:k]} for i, k in zip(open_, tries, strict=True)]
+        for i, k, row_ids in zip(open_, tries, encode(candidates), strict=True):
             if _size(row_ids) <= room:
                 fits[i], best[i] = k, row_ids
             else:

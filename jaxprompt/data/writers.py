@@ -85,9 +85,9 @@ def write_rows(path: Path, rows: Rows, held: int | None = None) -> None:
     try:
         write_output(path, lambda file: dump(file, rows), held)
     except Exception as error:  # a full disk, a reader that has gone, a value of an odd type
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(
-            f"{str(path)!r} cannot be written ({why[:200]}); the {len(rows)} rows are in "
+            f"{str(path)!r} cannot be written ({reason[:200]}); the {len(rows)} rows are in "
             f"{_rescue(path, rows)}, as JSON lines."
         ) from None
 

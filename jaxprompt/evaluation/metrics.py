@@ -156,9 +156,9 @@ def bleu(
     """Corpus BLEU by sacrebleu with T5's tokenization "intl"; every reference counts; 0 to 1."""
     pairs = _pairs(predictions, references)
     sacrebleu = _package("bleu")
-    most = max(len(r.answers) for _, r in pairs)
+    max_answers = max(len(r.answers) for _, r in pairs)
     streams = [
-        [r.answers[i] if i < len(r.answers) else None for _, r in pairs] for i in range(most)
+        [r.answers[i] if i < len(r.answers) else None for _, r in pairs] for i in range(max_answers)
     ]
     result = sacrebleu.corpus_bleu(list(predictions), streams, tokenize="intl")
     return result.score / 100

@@ -137,33 +137,33 @@ class Engine(NamedTuple):
         inputs = [example.inputs for example in examples]
         for model, chosen in registry.by_shared_prefix(self.model, inputs, self.prompt_length):
             injection = _prepare(self.params, self.injection, model)
-            some = [examples[number] for number in chosen]
-            placed, batches = self._batches(model, program.logits, some, batch_size, pack)
+            group = [examples[number] for number in chosen]
+            placed, batches = self._batches(model, program.logits, group, batch_size, pack)
             compiled = self.compile(program, injection, placed)
             for batch, numbers in batches:
                 yield np.where(numbers < 0, -1, chosen[numbers]), compiled(batch)
 
     def _batches(
-        self, model: registry.Model, logits: int, examples: Sequence[Example], most: int,
+        self, model: registry.Model, logits: int, examples: Sequence[Example], max_rows: int,
         pack: bool,
     ) -> tuple[registry.Model, Iterator[tuple[Batch, np.ndarray]]]:  # fmt: skip
         devices = parallel.num_batch_shards(self.mesh)
-        rows = -(-most // devices) * devices  # filled with empty rows
+        rows = -(-max_rows // devices) * devices  # filled with empty rows
         if pack:
             lengths = [len(example.inputs) for example in examples]
             if len(examples) >= FEWEST_PACKED and _count_widths(lengths) >= FEWEST_LENGTHS:
                 packed, per_batch = registry.plan_microbatches(
-                    model, lengths, batch_size=rows, devices=devices, depth=logits,
-                    most_widths=6,  # without a gradient they compile in half the time
+                    model, lengths, batch_size=rows, devices=devices, target_length=logits,
+                    max_widths=6,  # without a gradient they compile in half the time
                 )  # fmt: skip
                 if packed is not model:
-                    depth = round_target_length(max(len(e.targets) for e in examples))
+                    target_length = round_target_length(max(len(e.targets) for e in examples))
                     return packed, packed_rows(
                         examples, parts=-(-len(examples) // per_batch), devices=devices,
-                        layout=packed.layout, target_length=depth,
+                        layout=packed.layout, target_length=target_length,
                     )  # fmt: skip
-        room = registry.budget(model.config, devices, training=False)
-        limits = BatchLimits(rows, devices, room, logits)
+        budget = registry.budget(model.config, devices, training=False)
+        limits = BatchLimits(rows, devices, budget, logits)
         return model, inference_batches(examples, limits, model.layout)
 
 

@@ -23,7 +23,7 @@ class BeamSearch(NamedTuple):
     beams: int = 4
     alpha: float = 0.6
 
-    def worth(self, scores: jax.Array, count: jax.Array | int) -> jax.Array:
+    def length_penalized_score(self, scores: jax.Array, count: jax.Array | int) -> jax.Array:
         """log p / ((5 + n) / 6)^alpha of hypotheses of n ids (Wu et al. 2016, equation 14)."""
         return scores / ((5.0 + count) / 6.0) ** self.alpha
 
@@ -150,7 +150,7 @@ def beam(
 
     def unfinished(state: _Beams):
         # an upper bound: log p only falls, and the length penalty is largest at full length
-        hope = search.worth(jnp.max(state.live_scores, axis=1), search.length)
+        hope = search.length_penalized_score(jnp.max(state.live_scores, axis=1), search.length)
         going = (hope > state.ended_score) & ~state.non_finite
         return (state.position < search.length) & jnp.any(going)
 
@@ -212,11 +212,13 @@ def _continue(state: _Beams, logits: Float[Array, "rows V"], beams: int) -> _Can
 def _best_ended(
     state: _Beams, candidates: _Candidates, ends: Bool[Array, "B C"], search: BeamSearch
 ) -> tuple[Int[Array, "B T"], Float[Array, " B"]]:
-    """The best hypothesis of each row that has ended by now, and its worth."""
+    """The best hypothesis of each row that has ended by now, and its score."""
     # a hypothesis that ends must be among the best K, or it would not have been continued either
     ending = ends & (jnp.arange(2 * search.beams) < search.beams)
     ending &= candidates.scores > _NEVER / 2
-    values = jnp.where(ending, search.worth(candidates.scores, state.position + 1), _NEVER)
+    values = jnp.where(
+        ending, search.length_penalized_score(candidates.scores, state.position + 1), _NEVER
+    )
     best = jnp.argmax(values, axis=1)[:, None]
     score = jnp.take_along_axis(values, best, axis=1)[:, 0]
     text = jnp.take_along_axis(candidates.texts, best[:, :, None], axis=1)[:, 0]

@@ -46,9 +46,9 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     size = -(-len(labels) // count)
     groups = [labels[i : i + size] for i in range(0, len(labels), size)]
     pairs = [_tree(group) for group in groups]
-    most = node_bucket(max(len(beginnings) for beginnings, _ in pairs))
+    max_nodes = node_bucket(max(len(beginnings) for beginnings, _ in pairs))
     nodes = np.concatenate([nodes for _, nodes in pairs])
-    trees = [_padded(beginnings, most) for beginnings, _ in pairs]
+    trees = [_padded(beginnings, max_nodes) for beginnings, _ in pairs]
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)
 
 

@@ -94,7 +94,7 @@ _MIN_MEAN_LENGTH, _MIN_EXAMPLES_PER_ROW = 96, 4
 
 
 def _sharing_rows(
-    model: AnyModel, lengths: Sequence[int], rows: int, most_widths: int, depth: int
+    model: AnyModel, lengths: Sequence[int], rows: int, max_widths: int, target_length: int
 ) -> AnyModel:
     """The model for batches whose rows several examples of ``lengths`` share.
 
@@ -105,16 +105,16 @@ def _sharing_rows(
         model: for examples in rows of their own.
         lengths: of the inputs.
         rows: padded rows that one shared row takes the place of.
-        most_widths: see ``plan_microbatches``.
-        depth: tokens of the longest target.
+        max_widths: see ``plan_microbatches``.
+        target_length: tokens of the longest target.
     """
     if not isinstance(model, T5Model) or not model.runtime.per_example_attention:
         return model
     if rows < _MIN_EXAMPLES_PER_ROW or np.mean(lengths) < _MIN_MEAN_LENGTH:
         return model
-    if rows * depth * model.config.vocab_size > parallel.max_logits():
+    if rows * target_length * model.config.vocab_size > parallel.max_logits():
         return model
-    widths = per_example.best_widths(lengths, most_widths)
+    widths = per_example.best_widths(lengths, max_widths)
     return model.with_layout(packed_widths=widths, examples_per_row=rows)
 
 
@@ -125,8 +125,8 @@ def plan_microbatches(
     batch_size: int,
     devices: int,
     rows: int | None = None,
-    most_widths: int = 4,
-    depth: int = 1,
+    max_widths: int = 4,
+    target_length: int = 1,
 ) -> tuple[AnyModel, int]:
     """The model for batches of examples of ``lengths``, and the rows of their micro-batches.
 
@@ -138,9 +138,9 @@ def plan_microbatches(
         batch_size: examples of a batch.
         devices: that its rows go over.
         rows: None for as many as suit the data and the device.
-        most_widths: for how many widths attention is compiled where examples share rows; 0: no
+        max_widths: for how many widths attention is compiled where examples share rows; 0: no
             examples share rows.
-        depth: tokens of the longest target.
+        target_length: tokens of the longest target.
     """
 
     def fitting(positions: int) -> int:
@@ -149,9 +149,9 @@ def plan_microbatches(
             multiple=devices,
         )  # fmt: skip
 
-    if most_widths:
+    if max_widths:
         rows_shared = fitting(parallel.max_positions(shared=True))
-        shared = _sharing_rows(model, lengths, rows_shared // devices, most_widths, depth)
+        shared = _sharing_rows(model, lengths, rows_shared // devices, max_widths, target_length)
         if shared is not model:
             return shared, rows_shared
     return model, fitting(parallel.max_positions())

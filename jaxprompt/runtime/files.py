@@ -238,9 +238,9 @@ def _shown(path: Path | str) -> str:
     return text if len(text) <= 400 else f"{text[:400]}...'"
 
 
-def _unwritable(path: Path, why: str = "") -> UserError:
-    why = f" ({why})" if why else ""
+def _unwritable(path: Path, reason: str = "") -> UserError:
+    reason = f" ({reason})" if reason else ""
     return UserError(
-        f"{_shown(path)} cannot be written{why}; name a file in a directory that exists and may be "
-        "written to."
+        f"{_shown(path)} cannot be written{reason}; name a file in a directory that exists and may "
+        "be written to."
     )

@@ -27,7 +27,7 @@ class Signals:
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
-    AGAIN = 1.0  # seconds after which it is raised anew
+    RESEND_SECONDS = 1.0  # seconds after which it is raised anew
 
     def __init__(self, install: bool = True):
         self._install, self._held, self._came = install, False, ""
@@ -62,7 +62,7 @@ class Signals:
             raise Interrupted(f"stopped by {self._came}")
 
     def _remind(self, number: int) -> None:
-        while not self._over.wait(self.AGAIN):
+        while not self._over.wait(self.RESEND_SECONDS):
             with self._sending:
                 if not self._held and not self._over.is_set():
                     self._again = True
@@ -86,7 +86,7 @@ class Signals:
             yield
 
     @contextlib.contextmanager
-    def free(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """A long part of ``held`` that leaves nothing half done: a signal in it raises at once."""
         self.check()
         with self._set(False):

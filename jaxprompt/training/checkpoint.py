@@ -53,15 +53,15 @@ class Checkpoints:
     """The checkpoints in one directory; the newest ``keep`` are kept.
 
     Of several processes the first one alone reads and writes: no other needs to see the directory.
-    in_parts: for states as large as a model. Each process reads and writes what its devices hold,
+    sharded: for states as large as a model. Each process reads and writes what its devices hold,
     in a directory that all of them see.
     """
 
     def __init__(
         self, path: Path, keep: int, say: Callable[[str], None] = lambda text: None,
-        *, in_parts: bool = False,
+        *, sharded: bool = False,
     ):  # fmt: skip
-        self.path, self._keep, self._in_parts = path.absolute(), keep, in_parts
+        self.path, self._keep, self._sharded = path.absolute(), keep, sharded
         self._latest = processes.on_process_zero(lambda: newest_good(self.path, say))
 
     def save(self, step: int, state: TrainState, progress: dict[str, object]) -> None:
@@ -71,12 +71,12 @@ class Checkpoints:
         stored = _Stored(*state)
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(
-                stored if self._in_parts else jax.tree.map(np.asarray, processes.fetch(stored))
+                stored if self._sharded else jax.tree.map(np.asarray, processes.fetch(stored))
             ),
             progress=ocp.args.JsonSave(progress),
         )
         write = partial(self._writing, step, partial(self._write, step, what))
-        if self._in_parts:
+        if self._sharded:
             write()
         else:
             processes.on_process_zero(write)
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def _write(self, step: int, what: ocp.args.Composite) -> None:
         self.path.mkdir(exist_ok=True)
-        with _no_tracebacks(), _orbax(self._in_parts) as orbax:
+        with _no_tracebacks(), _orbax(self._sharded) as orbax:
             orbax.save(self.path / str(step), args=what)
 
     def _complete(self, step: int) -> None:
@@ -117,7 +117,7 @@ class Checkpoints:
 
         The devices may be others than those that it was saved from.
         """
-        if self._in_parts:
+        if self._sharded:
             place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             what = ocp.args.StandardRestore(jax.tree.map(place, _Stored(*like)))
             state = TrainState(*self._load(True, state=what))
@@ -131,7 +131,7 @@ class Checkpoints:
                 f"Checkpoint {self._latest} in {str(self.path)!r} holds step {int(state.step)}; "
                 "delete its folder to go on from an earlier one."
             )
-        if self._in_parts:
+        if self._sharded:
             return state
         return jax.tree.map(
             lambda value, x: parallel.device_put_global(value, x.sharding), state, like

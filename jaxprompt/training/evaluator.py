@@ -87,7 +87,7 @@ class Evaluator(NamedTuple):
     def _measured(self, params, bank, task: TaskConfig, split: Split):
         """Pairs of metrics and the numbers of the rows whose scores are not finite."""
         engine = make_engine(params, Injection(bank), self.model, self.mesh)
-        with self.signals.free():
+        with self.signals.interruptible():
             answers = predict_per_prompt(
                 engine, task, split.examples, self.tokenizer, batch_size=self.batch_size
             )

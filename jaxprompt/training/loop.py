@@ -42,7 +42,7 @@ class Job(Protocol):
         ...
 
     @property
-    def in_parts(self) -> bool:
+    def sharded(self) -> bool:
         """Whether states are as large as a model."""
         ...
 
@@ -149,7 +149,7 @@ def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Resul
         job = kind.prepare(config, run, reporter, signals)
         run.open()  # locks the directory
         with signals.held():  # a signal waits for `check`
-            run.open_checkpoints(in_parts=job.in_parts)
+            run.open_checkpoints(sharded=job.sharded)
             state, progress = restore(job) or job.start()
             log = StepLog(run.metrics, reporter, job.names, progress.seconds)
             steps = job.steps(progress)

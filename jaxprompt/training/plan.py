@@ -85,15 +85,17 @@ def layouts(
 def work_of(config: RunConfig, layout: Layout, inputs: int, targets: int, cpu: bool) -> Work:
     """Rows of the longest length that a device holds at a time, as the loop cuts batches."""
     rows = config.train.batch_size * len(config.members()) // layout.ways
-    some = rows
+    micro_rows = rows
     if config.train.micro_batch_size is not None:
-        some = max(config.train.micro_batch_size // layout.ways, 1)
+        micro_rows = max(config.train.micro_batch_size // layout.ways, 1)
     elif rows * inputs > (
-        most := parallel.max_positions(cpu, shared=config.train.length_bucketing_window == 0)
+        max_positions := parallel.max_positions(
+            cpu, shared=config.train.length_bucketing_window == 0
+        )
     ):
-        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= most]
-        some = max(fitting, default=1)
-    return Work(some, rows // some, inputs, targets)
+        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * inputs <= max_positions]
+        micro_rows = max(fitting, default=1)
+    return Work(micro_rows, rows // micro_rows, inputs, targets)
 
 
 @functools.lru_cache(maxsize=4)
@@ -208,8 +210,8 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
         member.prompt.length + task.max_input_length
         for member, task in zip(members, tasks, strict=True)
     )
-    depth = max(4 if task.labels else task.max_target_length for task in tasks)
-    targets = round_target_length(depth)
+    longest_target = max(4 if task.labels else task.max_target_length for task in tasks)
+    targets = round_target_length(longest_target)
     cost = registry.cost(shape)
     if cost is None or not METHODS[config.method].uses_prompt:
         raise UserError(

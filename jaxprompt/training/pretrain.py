@@ -164,7 +164,7 @@ class Pretraining:
         return [MetricName("", "loss")]
 
     @property
-    def in_parts(self) -> bool:
+    def sharded(self) -> bool:
         return True
 
     # -- states
@@ -232,7 +232,10 @@ class Pretraining:
     def _scores(self, state: TrainState, step: int) -> dict[str, Metrics]:
         """The held-out scores of a step, which are computed once."""
         if self.scored is None or self.scored[0] != step:
-            with without_member_axis(state.trainables["model"]) as params, self.signals.free():
+            with (
+                without_member_axis(state.trainables["model"]) as params,
+                self.signals.interruptible(),
+            ):
                 bank = state.trainables.get("prompt")
                 scores = held_out_scores(params, bank, self.checks, self.model, self.mesh)
             self.scored = step, scores

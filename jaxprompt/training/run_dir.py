@@ -307,10 +307,10 @@ class RunDir:
     def _lock(self) -> None:
         self._open.enter_context(open_run(self.config))
 
-    def open_checkpoints(self, *, in_parts: bool) -> None:
-        """``in_parts``: for states as large as a model, see ``Checkpoints``."""
+    def open_checkpoints(self, *, sharded: bool) -> None:
+        """``sharded``: for states as large as a model, see ``Checkpoints``."""
         self.checkpoints = Checkpoints(
-            self.path / "checkpoints", self.config.train.keep, self._say, in_parts=in_parts
+            self.path / "checkpoints", self.config.train.keep, self._say, sharded=sharded
         )
 
     def open_metrics(self, step: int) -> None:

@@ -276,7 +276,7 @@ class Tuning:
         return [trial.name for trial in self.trials]
 
     @property
-    def in_parts(self) -> bool:
+    def sharded(self) -> bool:
         return not self.method.frozen
 
     @property
@@ -383,16 +383,16 @@ class Tuning:
             batch_size=settings.batch_size * len(active),
             devices=devices,
             rows=settings.micro_batch_size,
-            depth=max(len(example.targets) for each in unique for example in each),
+            target_length=max(len(example.targets) for each in unique for example in each),
             # with a window, rows have hardly any padding and their total lengths differ
-            most_widths=4 if settings.length_bucketing_window == 0 else 0,
+            max_widths=4 if settings.length_bucketing_window == 0 else 0,
         )
         optimizer = self._optimizer(progress)
         step = make_train_step(
             model, self.method, optimizer, mesh=self.mesh, z_loss=settings.z_loss
         )
         # rows that the user asks for are not cut again
-        room = (
+        budget = (
             BatchBudget()
             if settings.micro_batch_size
             else registry.budget(model.config, devices, training=True)
@@ -404,7 +404,7 @@ class Tuning:
                 [trial.config.train.seed for trial in active],
                 settings.length_bucketing_window,
             ),
-            Cut(micro, model.layout, devices, room),
+            Cut(micro, model.layout, devices, budget),
             start=progress.step,
             relabel=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
         )

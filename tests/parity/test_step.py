@@ -132,7 +132,7 @@ def test_a_step_on_micro_batches_of_different_depths_equals_one_on_the_whole_bat
     rows = [*examples(4), *examples(3, member=1)]
     long = np.random.default_rng(0).integers(3, V, 20).astype(np.int32)
     rows.insert(2, examples(5)[4]._replace(targets=long))
-    ours, more = model, {"room": BatchBudget(targets=60)}
+    ours, more = model, {"budget": BatchBudget(targets=60)}
     if shared:
         ours = sharing(model)
         more = {"layout": ours.layout}

@@ -94,13 +94,13 @@ def test_the_second_signal_does_not_wait():
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(Interrupted):
             signals.check()
-        with pytest.raises(Interrupted), signals.free():
+        with pytest.raises(Interrupted), signals.interruptible():
             pass
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_in_a_callback_that_swallows_it_is_heard_all_the_same(monkeypatch):
-    monkeypatch.setattr(Signals, "AGAIN", 0.05)
+    monkeypatch.setattr(Signals, "RESEND_SECONDS", 0.05)
 
     class Swallows:
         def __del__(self):

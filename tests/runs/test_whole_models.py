@@ -173,7 +173,7 @@ def test_a_checkpoint_written_by_the_first_process_alone_is_read_in_parts(tmp_pa
     spec = PartitionSpec(None, "fsdp", "tensor")
     place = jax.tree.map(lambda x: parallel.replicated(mesh), state)
     place = place._replace(trainables={"w": NamedSharding(mesh, spec)})
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, in_parts=True)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, sharded=True)
     assert checkpoints.progress() == {"at": 3}
     found = checkpoints.restore(parallel.with_sharding(state, place))
     assert found.trainables["w"].sharding.spec == spec

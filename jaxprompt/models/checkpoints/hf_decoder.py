@@ -59,7 +59,7 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
         num_kv_heads=groups,
         head_dim=head_dim(path, raw, "head_dim", width, heads, groups),
         d_ff=read_size(path, raw, "intermediate_size"),
-        num_layers=read_size(path, raw, "num_hidden_layers", most=MOST_LAYERS),
+        num_layers=read_size(path, raw, "num_hidden_layers", max_value=MOST_LAYERS),
         model_type=kind,
         activation=_ACTIVATIONS[activation],
         tied=tied,
@@ -98,7 +98,7 @@ def _rope(path: Path, raw: Mapping[str, object]) -> tuple[float, tuple[float, ..
             "all layers"
         )
     where = rope if rope.get("rope_theta") is not None else raw
-    theta = read_number(path, where, "rope_theta", 10_000.0, least=1.0)
+    theta = read_number(path, where, "rope_theta", 10_000.0, min_value=1.0)
     share = read_number(path, {**raw, **rope}, "partial_rotary_factor", 1.0)
     if share != 1:
         raise UserError(f"{path}: partial_rotary_factor is {share:g}; only 1 is supported")
@@ -120,7 +120,7 @@ def _rope(path: Path, raw: Mapping[str, object]) -> tuple[float, tuple[float, ..
     lacking = [key for key in keys[kind] if rope.get(key) is None]
     if lacking:
         raise UserError(f"{path}: rotary positions of type {kind!r} need {lacking[0]}")
-    scaling = tuple(read_number(path, rope, key, least=1e-6) for key in keys[kind])
+    scaling = tuple(read_number(path, rope, key, min_value=1e-6) for key in keys[kind])
     if kind == "llama3" and scaling[1] >= scaling[2]:
         raise UserError(
             f"{path}: low_freq_factor is {scaling[1]:g} and high_freq_factor {scaling[2]:g}; the "

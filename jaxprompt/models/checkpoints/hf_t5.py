@@ -59,7 +59,7 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
         path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]
     )
     scaled = family != "mt5" and read_flag(path, raw, "tie_word_embeddings", True)
-    layers = read_size(path, raw, "num_layers", most=MOST_LAYERS)
+    layers = read_size(path, raw, "num_layers", max_value=MOST_LAYERS)
     rows = read_size(path, raw, "vocab_size")
     buckets = read_size(path, raw, "relative_attention_num_buckets", 32)
     farthest = read_size(path, raw, "relative_attention_max_distance", 128)
@@ -76,7 +76,9 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
         head_dim=read_size(path, raw, "d_kv"),
         d_ff=read_size(path, raw, "d_ff"),
         num_encoder_layers=layers,
-        num_decoder_layers=read_size(path, raw, "num_decoder_layers", layers, most=MOST_LAYERS),
+        num_decoder_layers=read_size(
+            path, raw, "num_decoder_layers", layers, max_value=MOST_LAYERS
+        ),
         gated=gated,
         activation=activation,
         tied=tied,

@@ -55,15 +55,17 @@ def read_size(
     key: str,
     default: int | None = None,
     *,
-    most: int = MOST,
+    max_value: int = MOST,
 ) -> int:
-    """A whole number from 1 to ``most``."""
+    """A whole number from 1 to ``max_value``."""
     value = raw.get(key)
     value = default if value is None else value
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: {key} is {shown(value)}, expected a whole number above 0")
-    if value > most:
-        raise UserError(f"{where}: {key} is {shown(value)}, expected a whole number up to {most:,}")
+    if value > max_value:
+        raise UserError(
+            f"{where}: {key} is {shown(value)}, expected a whole number up to {max_value:,}"
+        )
     return value
 
 
@@ -90,19 +92,19 @@ def read_number(
     key: str,
     default: float | None = None,
     *,
-    least: float = 0.0,
-    most: float = math.inf,
+    min_value: float = 0.0,
+    max_value: float = math.inf,
 ) -> float:
-    """A finite number above or equal to ``least``, and at most ``most``."""
+    """A finite number above or equal to ``min_value``, and at most ``max_value``."""
     value = raw.get(key)
     value = default if value is None else value
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300:
         number = float(value)
-    if not least <= number <= min(most, 1e30):  # neither NaN nor a number beyond float32
-        top = "" if most == math.inf else f" and at most {most:g}"
+    if not min_value <= number <= min(max_value, 1e30):  # neither NaN nor a number beyond float32
+        top = "" if max_value == math.inf else f" and at most {max_value:g}"
         raise UserError(
-            f"{where}: {key} is {shown(value)}, expected a number of at least {least:g}{top}"
+            f"{where}: {key} is {shown(value)}, expected a number of at least {min_value:g}{top}"
         )
     return number
 
@@ -111,7 +113,7 @@ def read_epsilon(
     where: str | Path, raw: Mapping[str, object], key: str, default: float | None
 ) -> float:
     """The number that a norm adds to the mean square: small, never negative."""
-    return read_number(where, raw, key, default, most=1.0)
+    return read_number(where, raw, key, default, max_value=1.0)
 
 
 def read_choice(

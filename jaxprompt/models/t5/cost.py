@@ -39,9 +39,9 @@ def activations(model: T5Model, work: Work, num_shards: int) -> dict[str, int]:
     layer_bytes += logits * 8
     layers = config.num_encoder_layers
     if runtime.remat:
-        kept = layers * positions * config.d_model * size + layer_bytes
+        saved_activations = layers * positions * config.d_model * size + layer_bytes
     else:
-        kept = layers * layer_bytes
+        saved_activations = layers * layer_bytes
     workspace = positions * max(2 * mlp_width, 4 * attention_width) * size
     workspace += 2 * positions * config.d_model * 4
     workspace += 2 * logits * 4
@@ -49,7 +49,7 @@ def activations(model: T5Model, work: Work, num_shards: int) -> dict[str, int]:
         workspace += positions * heads * work.inputs * 4
     head = 3 * work.rows * work.targets * (config.vocab_size // num_shards) * 4
     bias = heads * work.inputs**2 * 4
-    return {"kept": kept + bias, "in_work": max(workspace, head)}
+    return {"kept": saved_activations + bias, "in_work": max(workspace, head)}
 
 
 def depth(config: T5Config) -> int:

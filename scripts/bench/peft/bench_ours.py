@@ -121,7 +121,7 @@ class Ours:
         lengths = [len(example.inputs) for examples in drawn for example in examples]
         model, many = registry.plan_microbatches(
             backbone.model, lengths, batch_size=job["batch_size"],
-            devices=parallel.num_batch_shards(self.mesh), most_widths=4 if job["micro"] else 0,
+            devices=parallel.num_batch_shards(self.mesh), max_widths=4 if job["micro"] else 0,
         )  # fmt: skip
         rows = rows if model is backbone.model else many
         if key not in self.steps:

@@ -58,12 +58,12 @@ def ours(backbone, settings: TrainConfig, start, examples, indices, length: int)
     state = init_state(method, optimizer, backbone.params, start[None])
     model = registry.with_shared_prefix(backbone.model, [e.inputs for e in examples], length)
     step = make_train_step(model, method, optimizer, z_loss=settings.z_loss)
-    depth = round_target_length(max(len(e.targets) for e in examples))
+    target_length = round_target_length(max(len(e.targets) for e in examples))
     times, losses, seen = [], [], set()
     for number, chosen in enumerate(indices):
         began = time.perf_counter()
         drawn = [examples[i] for i in chosen]
-        batch = make_batch(drawn, target_length=depth, layout=model.layout)
+        batch = make_batch(drawn, target_length=target_length, layout=model.layout)
         state, found = step(state, backbone.params, [batch])
         losses.append(float(found.loss[0]))
         compiles = batch.inputs.shape not in seen

@@ -25,12 +25,12 @@ def test_shared_rows_are_about_equally_long_and_hold_every_example_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = rng.integers(30, 200, 32).tolist()
-        found = balance_rows(lengths, 8, most=6)
+        found = balance_rows(lengths, 8, max_per_row=6)
         assert sorted(i for row in found for i in row) == list(range(32))
         assert max(map(len, found)) <= 6
         longest = max(sum(lengths[i] for i in row) for row in found)
         assert longest < 1.02 * sum(lengths) / 8
-    assert balance_rows([5, 5, 5], 2, most=2) in ([[0, 2], [1]], [[0], [1, 2]])
+    assert balance_rows([5, 5, 5], 2, max_per_row=2) in ([[0, 2], [1]], [[0], [1, 2]])
 
 
 def test_shared_rows_are_this():
@@ -75,7 +75,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
     assert [part.targets.shape for part in parts] == [(4, 200)] + [(4, 4)] * 3
     assert sum(part.weights.sum() for part in parts) == 15 * 3 + 200
     # one that holds more than there is room for is cut again, the others stay as they are
-    small = micro_batches(rows, rows=4, target_length=(4, 200), room=BatchBudget(targets=256))
+    small = micro_batches(rows, rows=4, target_length=(4, 200), budget=BatchBudget(targets=256))
     assert [part.targets.shape for part in small] == [(1, 200)] * 4 + [(4, 4)] * 3
     for one, two in zip(parts[1:], small[4:], strict=True):
         assert_equal(one, two)
@@ -83,7 +83,7 @@ def test_one_long_target_makes_one_micro_batch_deep():
     # all targets are shorter: nothing is other than with one length
     for one, two in zip(
         micro_batches(rows[:8], rows=4, target_length=4),
-        micro_batches(rows[:8], rows=4, target_length=(4, 200), room=BatchBudget(10**4, 10**4)),
+        micro_batches(rows[:8], rows=4, target_length=(4, 200), budget=BatchBudget(10**4, 10**4)),
         strict=True,
     ):
         assert_equal(one, two)
@@ -98,7 +98,7 @@ def test_micro_batches_of_shared_rows_are_as_deep_as_their_own_targets():
 
 def test_a_micro_batch_of_long_rows_is_cut_where_it_holds_far_more_than_others():
     rows = [example([9] * n, [7]) for n in [500] * 4 + [20] * 28]
-    parts = micro_batches(rows, rows=16, room=BatchBudget(positions=4096))
+    parts = micro_batches(rows, rows=16, budget=BatchBudget(positions=4096))
     assert [part.inputs.shape for part in parts] == [(8, 512)] * 2 + [(16, 32)]
 
 
@@ -112,7 +112,7 @@ def test_the_swaps_of_shared_rows_are_bounded(monkeypatch):
     def longest(pairs):
         asked.clear()
         monkeypatch.setattr(microbatches, "_MOST_PAIRS", pairs)
-        found = balance_rows(lengths, 250, most=20)
+        found = balance_rows(lengths, 250, max_per_row=20)
         assert sorted(i for row in found for i in row) == list(range(4000))
         return max(sum(lengths[i] for i in row) for row in found), len(asked)
 

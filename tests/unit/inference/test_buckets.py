@@ -48,7 +48,7 @@ def test_the_shapes_of_evaluation_follow_from_the_longest_example_and_the_number
 
     def shapes(lengths, **more):
         rows = [example(range(n), []) for n in lengths]
-        limits = BatchLimits(16, room=BatchBudget(positions=1024), **more)
+        limits = BatchLimits(16, budget=BatchBudget(positions=1024), **more)
         return [batch.inputs.shape for batch, _ in inference_batches(rows, limits)]
 
     assert shapes([20] * 40) == [(16, 32)] * 3
@@ -61,7 +61,7 @@ def test_the_shapes_of_evaluation_follow_from_the_longest_example_and_the_number
 
 def test_one_long_target_makes_one_batch_deep():
     rows = [example([5, 1], range(4)) for _ in range(499)] + [example([6, 1], range(600))]
-    limits = BatchLimits(64, room=BatchBudget(positions=2048, targets=4096))
+    limits = BatchLimits(64, budget=BatchBudget(positions=2048, targets=4096))
     found = list(inference_batches(rows, limits))
     assert [batch.targets.shape for batch, _ in found] == [(1, 1024)] + [(64, 4)] * 8
     numbers = np.concatenate([own for _, own in found])
@@ -90,6 +90,6 @@ def test_rows_come_from_few_buckets_that_devices_divide():
 
 def test_logits_bound_the_rows_of_a_batch():
     """Many labels, or beams, hold many logits a row, though there are no targets."""
-    rows = lambda logits: fitting_rows(64, 32, 4, BatchLimits(64, room=room, logits=logits))
-    room = BatchBudget(targets=640)
+    rows = lambda logits: fitting_rows(64, 32, 4, BatchLimits(64, budget=budget, logits=logits))
+    budget = BatchBudget(targets=640)
     assert [rows(n) for n in (1, 10, 11, 80, 1000)] == [64, 64, 32, 8, 1]

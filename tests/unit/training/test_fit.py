@@ -44,7 +44,7 @@ class Counting:
     lost_at: list[int]
     events: list[str]
     names = [MetricName("", "accuracy")]
-    in_parts = False
+    sharded = False
     inputs = {"rows": "some"}
 
     def start(self):
