@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, Unpack
 import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.config.overrides import load_config
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.schema import RunConfig, TaskConfig
@@ -21,7 +22,6 @@ from jaxprompt.data.batches import Example
 from jaxprompt.data.examples import tokenize
 from jaxprompt.data.holdout import FEWEST_ROWS, hold_out
 from jaxprompt.data.memory import (
-    SPLITS,
     Data,
     RowsLike,
     check_rows,
@@ -400,7 +400,7 @@ class _Questions(NamedTuple):
 
 def _questions(session: Session, given: _Evaluation) -> _Questions:
     data, split = given.data, given.split
-    if split not in ("train", "validation", "test"):
+    if split not in SPLITS:
         raise UserError(f"The split is {shown(split)}; give train, validation or test.")
     task = prompt_task(session.prompt, given.task)
     check_metrics(task)

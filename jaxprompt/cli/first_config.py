@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.config.overrides import read_yaml
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
@@ -398,10 +399,9 @@ def place_rows(request: InitRequest, rows: Rows, columns: Columns) -> Files:
         f"splits: {request.data} is cut into {summary} rows, by a hash of the text: the same in "
         "every call, all labels in each, no text in two (--validation and --test name files)"
     )
-    order = ("train", "validation", "test")
     both = paths | written
     return Files(
-        {name: both[name] for name in order if name in both},
+        {name: both[name] for name in SPLITS if name in both},
         {written[name]: parts[name] for name in names},
         [reason],
     )

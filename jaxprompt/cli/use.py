@@ -16,6 +16,7 @@ from jaxprompt.cli.options import (
 )
 from jaxprompt.cli.output import check_rows_output, files_of, print_json, say_devices
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.limits import SPLITS
 
 
 class Questions(NamedTuple):
@@ -52,7 +53,7 @@ def evaluate(
     jaxprompt eval runs/a/prompt runs/b/prompt
     jaxprompt eval --backbone builtin --task supersense
     """
-    if questions.split not in ("train", "validation", "test"):
+    if questions.split not in SPLITS:
         raise UserError(f"--split is {questions.split!r}; allowed are train, validation and test.")
     first, *others = prompts or [None]
     if others and (report or figure is not None):

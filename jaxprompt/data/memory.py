@@ -16,9 +16,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.data.rows import Indexed, IndexedRows, LazyRows, Row, Rows, plain_value
-
-SPLITS = ("train", "validation", "test")
 
 # values that say the same in every process: what JSON and data frames hold
 _PLAIN = (

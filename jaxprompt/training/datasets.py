@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import Example
@@ -88,7 +89,7 @@ def read_splits(task: TaskConfig, eval_rows: int | None, held: Rows | None = Non
         name: load_rows(
             task, name, eval_rows if name == "validation" else None, (held or {}).get(name)
         )
-        for name in ("train", "validation", "test")
+        for name in SPLITS
         if name != "test" or task.test
     }
     for name in rows.keys() - {"train"}:

@@ -59,3 +59,8 @@ def test_the_ending_of_an_output_may_be_in_capitals_as_that_of_an_input(tmp_path
     write_rows(tmp_path / "OUT.CSV", [{"text": "a, b"}])
     assert (tmp_path / "OUT.CSV").read_text().startswith('"text"')
     assert list(read_rows(None, str(tmp_path / "OUT.CSV"))) == [{"text": "a, b"}]
+
+
+def test_an_argument_of_loading_that_does_not_exist_is_named():
+    with pytest.raises(TypeError, match="'drop'"):
+        jp.load_backbone("builtin-small", drop=0.1)  # pyright: ignore[reportCallIssue]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.config.values import Values
 from jaxprompt.data.rows import Row
 
@@ -24,7 +25,7 @@ def label_words(*words: str) -> Entry:
 
 
 TRAIN_AND_VALIDATION: Entry = {"train": "train", "validation": "validation"}
-THREE_SPLITS: Entry = TRAIN_AND_VALIDATION | {"test": "test"}
+THREE_SPLITS: Entry = {name: name for name in SPLITS}
 TRUE_OR_FALSE: Entry = {
     "labels": ["False", "True"],
     "label_map": {"0": "False", "1": "True", "False": "False", "True": "True"},

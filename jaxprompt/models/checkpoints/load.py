@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -67,15 +67,25 @@ class Backbone(NamedTuple):
         return self.model.config
 
 
-class _Compute(NamedTuple):
-    """How the model is computed."""
+class ComputeOptions(TypedDict, total=False):
+    """How a loaded model is computed; see ``load_backbone``."""
 
-    dtype: str
-    unroll: bool
-    remat: bool
     dropout: float
+    unroll: bool | None
+    remat: bool
     attention: str
     flash: bool
+
+
+class _Compute(NamedTuple):
+    """All options of computing, with their defaults."""
+
+    dtype: str
+    dropout: float = 0.0
+    unroll: bool | None = None
+    remat: bool = False
+    attention: str = "causal"
+    flash: bool = False
 
 
 class _Storage(NamedTuple):
@@ -91,15 +101,11 @@ def load_backbone(
     *,
     dtype: str | None = "float32",
     mesh: Mesh | None = None,
-    dropout: float = 0.0,
-    unroll: bool | None = None,
-    remat: bool = False,
-    attention: str = "causal",
     config: str | Path | None = None,
     trainable: bool = False,
     quantization: str | None = None,
-    flash: bool = False,
     weights: str | None = None,
+    **compute: Unpack[ComputeOptions],
 ) -> Backbone:
     """Load a Hugging Face directory or hub id, a T5X checkpoint, a GGUF file, "builtin", "smollm2".
 
@@ -107,18 +113,18 @@ def load_backbone(
         dtype: of parameters and computation: "float32", "bfloat16" or "mixed" (float32, with the
             operands of matrix products rounded to bfloat16). None: what suits the backend.
         mesh: the devices over which weights are spread, see runtime/parallel.py. None: the default.
-        dropout: the rate, for a T5.
-        unroll: whether the loop over layers is unrolled. That takes longer to compile, and runs no
-            faster on CPUs.
-        remat: whether activations of layers are computed again for the gradient.
-        attention: of a decoder-only model: "causal", "prompt" or "prefix", see decoder/config.py.
         config: a config.json to use instead of the checkpoint's own. A T5X checkpoint has none;
             without this argument its config follows from its shapes.
         trainable: whether the weights will be trained. If not, "mixed" keeps operands of matrix
             products in bfloat16, which takes half the memory.
         quantization: "int8", "int4" or "nf4" for these operands, see ops/quantization.py.
-        flash: whether a T5's encoder attends by an accelerator's kernel, see flash_attention.py.
         weights: the old name of ``quantization``.
+        dropout: the rate, for a T5.
+        unroll: whether the loop over layers is unrolled. That takes longer to compile, and runs no
+            faster on CPUs.
+        remat: whether activations of layers are computed again for the gradient.
+        attention: of a decoder-only model: "causal", "prompt" or "prefix", see decoder/config.py.
+        flash: whether a T5's encoder attends by an accelerator's kernel, see flash_attention.py.
 
     Raises:
         UserError: the name is unknown, a file is damaged, or tensors do not fit the config.
@@ -127,11 +133,9 @@ def load_backbone(
         note = "load_backbone(weights=...) is now load_backbone(quantization=...); rename it"
         warnings.warn(note, DeprecationWarning, stacklevel=2)
         quantization = weights
-    compute = _Compute(
-        precision.resolve_dtype(dtype), bool(unroll), remat, dropout, attention, flash
-    )
+    how = _Compute(precision.resolve_dtype(dtype), **compute)
     config_path = None if config is None else Path(expanded(config))
-    return _load(str(name_or_path), config_path, compute, _Storage(mesh, trainable, quantization))
+    return _load(str(name_or_path), config_path, how, _Storage(mesh, trainable, quantization))
 
 
 def _load(name: str, config_path: Path | None, compute: _Compute, storage: _Storage) -> Backbone:
@@ -181,7 +185,9 @@ def _runtime(
     config: registry.Config, compute: _Compute, name: str, mesh: Mesh | None
 ) -> registry.Runtime:
     """The runtime of a model; UserError for a choice that its family does not have."""
-    runtime = registry.Runtime(dtype=compute.dtype, unroll=compute.unroll, remat=compute.remat)
+    runtime = registry.Runtime(
+        dtype=compute.dtype, unroll=bool(compute.unroll), remat=compute.remat
+    )
     if isinstance(config, DecoderConfig):
         if compute.flash:
             raise UserError(

@@ -286,10 +286,10 @@ class DecoderModel(Model):
         segments = jnp.ones((1, length), jnp.int32)
         mask = _self_mask(self, ids[:1], segments, positions, is_input=True)
         context = LayerContext(_angles(self.config, positions), mask)
-        key_values = self._key_values(params, injection, ids, PastKeyValues(), context)
+        _, key_values = self._apply(params, injection, ids, PastKeyValues(), context, 0)
         return injection._replace(shared_prefix=key_values)
 
-    def _run(
+    def _apply(
         self,
         params: Params,
         injection: Injection,
@@ -297,24 +297,10 @@ class DecoderModel(Model):
         past: PastKeyValues,
         context: LayerContext,
         scored: int,
-    ) -> tuple[Float[Array, "B t V"], KeyValues]:
-        """Logits of the last ``scored`` positions, at least one, and the keys and values of all."""
+    ) -> PyTree:
+        """Logits of the last ``scored`` positions or None, and the keys and values of all."""
         bank = injection.embeddings
-        output: PyTree = Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
-        return output
-
-    def _key_values(
-        self,
-        params: Params,
-        injection: Injection,
-        ids: Int[Array, "B T"],
-        past: PastKeyValues,
-        context: LayerContext,
-    ) -> KeyValues:
-        """The keys and values of a pass without logits."""
-        bank = injection.embeddings
-        output: PyTree = Decoder(self).apply({"params": params}, ids, bank, past, context, 0)
-        return output[1]
+        return Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
 
     def logits(
         self,
@@ -340,7 +326,7 @@ class DecoderModel(Model):
         prefix_mask = _prefix_mask(self, positions)
         context = LayerContext(angles, mask, text.prompt_numbers, prefix_mask)
         ids, past = jnp.concatenate([text.ids, ids], axis=1), PastKeyValues(injection.shared_prefix)
-        return self._run(params, injection, ids, past, context, targets.shape[1])[0]
+        return self._apply(params, injection, ids, past, context, targets.shape[1])[0]
 
     def prefill(
         self,
@@ -358,7 +344,8 @@ class DecoderModel(Model):
             _prefix_mask(self, text.positions),
         )
         past = PastKeyValues(injection.shared_prefix)
-        return Prefill(text, self._key_values(params, injection, text.ids, past, context))
+        _, key_values = self._apply(params, injection, text.ids, past, context, 0)
+        return Prefill(text, key_values)
 
     def score_tree(
         self, params: Params, injection: Injection, prefill: Prefill, tree: Tree
@@ -376,7 +363,7 @@ class DecoderModel(Model):
         )
         past = PastKeyValues(injection.shared_prefix, prefill.key_values)
         ids = jnp.where(tree.ids < 0, first, tree.ids)
-        return self._run(params, injection, ids, past, context, shape[1])[0]
+        return self._apply(params, injection, ids, past, context, shape[1])[0]
 
     def init_decode(
         self, params: Params, prefill: Prefill, length: int
@@ -411,7 +398,7 @@ class DecoderModel(Model):
             index,
         )
         past = PastKeyValues(injection.shared_prefix, cache.prefill.key_values, answer)
-        logits, answer = self._run(params, injection, ids[:, None], past, context, 1)
+        logits, answer = self._apply(params, injection, ids[:, None], past, context, 1)
         return logits[:, 0], cache._replace(answer=answer)
 
     def tile_cache(self, cache: DecodeCache, times: int) -> DecodeCache:
