@@ -55,7 +55,7 @@ def greedy(
     """
     config, batch = model.config, inputs.shape[0]
     prefill = model.prefill(params, injection, inputs, segments)
-    first, cache = model.init_decode(params, prefill, length)
+    first, cache = model.init_decode(params, injection, prefill, length)
 
     def unfinished(state):
         index, _, _, ended, _, _ = state
@@ -145,7 +145,7 @@ def beam(
     """
     config = model.config
     prefill = model.prefill(params, injection, inputs, segments)
-    first, cache = model.init_decode(params, prefill, search.length)
+    first, cache = model.init_decode(params, injection, prefill, search.length)
     empty = ~jnp.any(segments > 0, axis=1)  # such rows generate nothing
 
     def unfinished(state: _Beams):

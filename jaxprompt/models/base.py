@@ -164,7 +164,7 @@ class Model:
         raise NotImplementedError
 
     def init_decode(
-        self, params: Params, prefill: Prefill, length: int
+        self, params: Params, injection: Injection, prefill: Prefill, length: int
     ) -> tuple[Int[Array, " B"], Cache]:
         """The ids that generation begins with, and an empty cache for ``length`` tokens."""
         raise NotImplementedError

@@ -14,19 +14,35 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.models.base import Model, ModelConfig, Params, Runtime
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.activations import ACTIVATIONS, gate
+from jaxprompt.models.ops.changes import Member, of_rows, project, scaled
 from jaxprompt.models.ops.dropout import DropoutSeeds
-from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.norm import rms_norm
 from jaxprompt.runtime import parallel
+
+
+def variables(params: Params, injection: Injection) -> dict[str, PyTree]:
+    """The collections of Linen's variables: the parameters, and what changes the layers."""
+    if injection.layers is None:
+        return {"params": params}
+    return {"params": params, "tuned": injection.layers}
+
+
+def tuned(module: nn.Module, name: str) -> PyTree | None:
+    """What the injection has for ``name`` of a module, with leaves [K, ...]; None for nothing."""
+    return module.get_variable("tuned", name) if module.has_variable("tuned", name) else None
 
 
 class Norm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], member: Member = None) -> Float[Array, "B S D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        added = tuned(self, "scale")  # [K, D]
+        if added is not None:
+            scale = scale + of_rows(added, member, len(x))[:, None]
         return rms_norm(x, scale, self.eps)
 
 
@@ -66,21 +82,27 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R T D"], dropout: DropoutSeeds | None
+        self, x: Float[Array, "R T D"], dropout: DropoutSeeds | None, member: Member = None
     ) -> Float[Array, "R T D"]:
         c, runtime = self.model.config, self.model.runtime
         width = c.d_model // runtime.place.fsdp
         wide = nn.initializers.normal(c.d_model**-0.5), (width, c.d_ff)
-        project = functools.partial(dense, "bsd,df->bsf", runtime=runtime)
+
+        def into(name):
+            change, weight = tuned(self, name), self.param(name, *wide)
+            return project("bsd,df->bsf", x, weight, change, member, runtime)
+
         if c.gated:
-            wi_0, wi_1 = self.param("wi_0", *wide), self.param("wi_1", *wide)
-            hidden = gate(project(x, wi_0), project(x, wi_1), c.activation, runtime.mixed)
+            hidden = gate(into("wi_0"), into("wi_1"), c.activation, runtime.mixed)
         else:
-            hidden = ACTIVATIONS[c.activation](project(x, self.param("wi", *wide)))
+            hidden = ACTIVATIONS[c.activation](into("wi"))
+        scale = tuned(self, "hidden")  # [K, F]
+        if scale is not None:
+            hidden = scaled(hidden, scale, member)
         hidden = Dropout(runtime.dropout)(hidden, dropout)
         hidden = parallel.shard_activation(hidden, runtime.place, None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
-        return dense("bsf,fd->bsd", hidden, wo, runtime)
+        return project("bsf,fd->bsd", hidden, wo, tuned(self, "wo"), member, runtime)
 
 
 class TokenEmbedder(nn.Module):
@@ -127,6 +149,8 @@ def stacked(
 ) -> Callable[[Model], nn.Module]:
     """The class of ``depth`` layers scanned over axis 0 of their parameters.
 
+    What an injection has for them is scanned over axis 1, behind that of its members.
+
     ``in_axes`` says of each argument after the first whether it is stacked too (0) or the same for
     all layers (``nn.broadcast``). Unrolled, it is the same scan: one parameter tree for both.
     """
@@ -134,7 +158,7 @@ def stacked(
     layer = nn.remat(layer, prevent_cse=runtime.unroll) if runtime.remat else layer
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "tuned": 1},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,

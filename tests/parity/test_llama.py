@@ -156,7 +156,7 @@ def test_reading_then_answering_equals_one_pass(name, attention, shared):
         injection = model.prepare(b.params, Injection(bank))
         prefill = model.prefill(b.params, injection, batch.inputs, batch.segments)
         answered = model.score_tree(b.params, injection, prefill, tree)
-        ids, cache = model.init_decode(b.params, prefill, batch.targets.shape[1])
+        ids, cache = model.init_decode(b.params, injection, prefill, batch.targets.shape[1])
         steps = []
         for index in range(batch.targets.shape[1]):
             scores, cache = model.decode_step(b.params, injection, cache, ids, jnp.int32(index))

@@ -58,7 +58,9 @@ def test_cached_decoding_equals_teacher_forcing(tiny, name):
     target_segments = np.ones_like(target_segments)
     whole = forward(params, bank(), model, inputs, segments, targets, target_segments)
     injection = Injection(bank())
-    cache = model.init_decode(params, model.prefill(params, injection, inputs, segments), 6)[1]
+    cache = model.init_decode(
+        params, injection, model.prefill(params, injection, inputs, segments), 6
+    )[1]
     step = jax.jit(functools.partial(model.decode_step, params, injection))
     ids = shift_right(jnp.asarray(targets), jnp.asarray(target_segments), 0)
     for index in range(6):

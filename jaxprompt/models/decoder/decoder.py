@@ -22,12 +22,22 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.base import Model, Params
-from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
+from jaxprompt.models.blocks import (
+    Mlp,
+    Norm,
+    TokenEmbedder,
+    abstract,
+    named_axes,
+    stacked,
+    tuned,
+)
+from jaxprompt.models.blocks import variables as variables_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
 from jaxprompt.models.injection import Injection, KeyValues
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
+from jaxprompt.models.ops.changes import Member, changed, project
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.segments import (
     last_of_segment,
@@ -55,6 +65,7 @@ class LayerContext(NamedTuple):
     prefix_mask: Bool[Array, "#B #T P"] | None = None  # None: all of it
     input_mask: Bool[Array, "#B #T S"] | None = None
     cache_index: Int[Array, ""] | int = 0  # where the cache is written
+    member: Int[Array, " B"] | None = None  # of each row of inputs, see ``Injection``
 
 
 class Attention(nn.Module):
@@ -75,20 +86,24 @@ class Attention(nn.Module):
             self.key_bias = self.param("key_bias", zeros, narrow)
             self.value_bias = self.param("value_bias", zeros, narrow)
 
-    def _project(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T N H"]:
+    def _project(
+        self, x: Float[Array, "B T D"], name: str, member: Member
+    ) -> Float[Array, "B T N H"]:
         spec = "bsd,dnh->bsnh" if name == "query" else "bsd,dgh->bsgh"
         y = dense(spec, x, getattr(self, name), self.model.runtime)
         if self.model.config.qkv_bias:
             y += getattr(self, f"{name}_bias").astype(y.dtype)
-        return y
+        change = tuned(self, name)
+        return y if change is None else changed(y, spec, x, change, member)
 
     def __call__(
         self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Attention to the past and to ``x``, and the keys and values of ``x`` or of the cache."""
-        query = rotate(self._project(x, "query"), context.angles)
-        key = rotate(self._project(x, "key"), context.angles)
-        value = self._project(x, "value")
+        member = context.member
+        query = rotate(self._project(x, "query", member), context.angles)
+        key = rotate(self._project(x, "key", member), context.angles)
+        value = self._project(x, "value", member)
         if past.cache is not None:
             at = (0, context.cache_index, 0, 0)
             key = jax.lax.dynamic_update_slice(past.cache.key, key, at)
@@ -103,7 +118,9 @@ class Attention(nn.Module):
                 prefix = KeyValues(prefix.key[rows], prefix.value[rows])
             blocks.insert(0, KeyBlock(*prefix, context.prefix_mask))
         y = grouped_attention(query, blocks)
-        return dense("btnh,nhd->btd", y, self.out, self.model.runtime), KeyValues(key, value)
+        change, runtime = tuned(self, "out"), self.model.runtime
+        y = project("btnh,nhd->btd", y, self.out, change, member, runtime)
+        return y, KeyValues(key, value)
 
 
 class Layer(nn.Module):
@@ -115,9 +132,10 @@ class Layer(nn.Module):
         self.attention, self.mlp = Attention(model), Mlp(model)
 
     def __call__(self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext):
-        y, key_values = self.attention(self.attention_norm(x), past, context)
+        member = context.member
+        y, key_values = self.attention(self.attention_norm(x, member), past, context)
         x = x + y
-        x = x + self.mlp(self.mlp_norm(x), None)
+        x = x + self.mlp(self.mlp_norm(x, member), None, member)
         return shard_activation(x, self.model.runtime.place), key_values
 
 
@@ -145,7 +163,7 @@ class Decoder(nn.Module):
         x, key_values = self.layers(self.token_embedder(ids, bank), past, context)
         if scored == 0:
             return None, key_values
-        y = self.final_norm(x[:, x.shape[1] - scored :])
+        y = self.final_norm(x[:, x.shape[1] - scored :], context.member)
         tied = self.model.config.tied
         table = self.token_embedder.embedding if tied else self.head
         return head(y, table, self.model.runtime.mixed, tied), key_values
@@ -286,7 +304,8 @@ class DecoderModel(Model):
         segments = jnp.ones((1, length), jnp.int32)
         mask = _self_mask(self, ids[:1], segments, positions, is_input=True)
         context = LayerContext(_angles(self.config, positions), mask)
-        _, key_values = self._apply(params, injection, ids, PastKeyValues(), context, 0)
+        each = injection.for_rows(count, jnp.arange(count))
+        _, key_values = self._apply(params, each, ids, PastKeyValues(), context, 0)
         return injection._replace(shared_prefix=key_values)
 
     def _apply(
@@ -299,8 +318,9 @@ class DecoderModel(Model):
         scored: int,
     ) -> PyTree:
         """Logits of the last ``scored`` positions or None, and the keys and values of all."""
-        bank = injection.embeddings
-        return Decoder(self).apply({"params": params}, ids, bank, past, context, scored)
+        variables = variables_of(params, injection)
+        context = context._replace(member=injection.member)
+        return Decoder(self).apply(variables, ids, injection.embeddings, past, context, scored)
 
     def logits(
         self,
@@ -366,7 +386,7 @@ class DecoderModel(Model):
         return self._apply(params, injection, ids, past, context, shape[1])[0]
 
     def init_decode(
-        self, params: Params, prefill: Prefill, length: int
+        self, params: Params, injection: Injection, prefill: Prefill, length: int
     ) -> tuple[Int[Array, " B"], DecodeCache]:
         """The last id of every input, with which its answer begins, and an empty cache."""
         text, key = prefill.text, prefill.key_values.key

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
+    x: Float[Array, "*B D"], scale: Float[Array, "*#B D"], eps: float
 ) -> Float[Array, "*B D"]:
     """Divide by the root mean square, in float32, then scale; the result has the dtype of ``x``.
 

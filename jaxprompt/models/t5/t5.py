@@ -15,21 +15,30 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.models import blocks
 from jaxprompt.models.base import Model, Params
-from jaxprompt.models.blocks import Mlp, Norm, TokenEmbedder, abstract, named_axes, stacked
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.blocks import (
+    Mlp,
+    Norm,
+    TokenEmbedder,
+    abstract,
+    named_axes,
+    stacked,
+    tuned,
+)
+from jaxprompt.models.injection import Injection, leaf_at
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.dense import dense_mask
 from jaxprompt.models.ops.attention.mask import (
     AttentionMask,
     CrossAttentionMask,
+    UnprojectedKernel,
     attend_unprojected,
     cross_attention_mask,
     encoder_mask,
 )
+from jaxprompt.models.ops.changes import Member, changed, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.positions import relative_bias
-from jaxprompt.models.ops.quantization import Weight
 from jaxprompt.models.ops.segments import segment_mask, shift_right
 from jaxprompt.models.t5.config import AXES, T5Config
 from jaxprompt.runtime.parallel import shard_activation
@@ -52,14 +61,18 @@ class Attention(nn.Module):
         self.drop_keys = blocks.DropKeys(runtime.dropout, c.num_heads)
 
     def keys_values(
-        self, x: Float[Array, "B S D"]
+        self, x: Float[Array, "B S D"], member: Member
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        return self._project(x, self.key), self._project(x, self.value)
+        return self._project(x, "key", member), self._project(x, "value", member)
 
-    def _project(self, x: Float[Array, "B S D"], kernel: Weight) -> Float[Array, "B S N H"]:
-        runtime = self.model.runtime
-        y = dense("bsd,dnh->bsnh", x, kernel, runtime)
+    def _project(self, x: Float[Array, "B S D"], name: str, member: Member):
+        runtime, change = self.model.runtime, tuned(self, name)
+        y = project("bsd,dnh->bsnh", x, getattr(self, name), change, member, runtime)
         return shard_activation(y, runtime.place, None, "heads", None)
+
+    def _out(self, y: Float[Array, "R T N H"], member: Member) -> Float[Array, "R T D"]:
+        change, runtime = tuned(self, "out"), self.model.runtime
+        return project("btnh,nhd->btd", y, self.out, change, member, runtime)
 
     def attend(
         self,
@@ -68,15 +81,15 @@ class Attention(nn.Module):
         mask: AttentionMask,
         bias: Float[Array, "1 N W X"] | None,
         dropout: DropoutSeeds | None,
+        member: Member,
     ) -> Float[Array, "R T D"]:
         """Attention of ``x`` to keys and values; ``dropout`` is that of the keys."""
-        runtime, query = self.model.runtime, self._project(x, self.query)
-        key, value = keys_values
+        query, (key, value) = self._project(x, "query", member), keys_values
         keep = self.drop_keys(dropout, x.dtype)
         if keep is not None:  # to drop a key's weight is to drop its value
             value = value * keep[..., None]
-        y = mask.attend(query, key, value, bias, mixed=runtime.mixed)
-        return dense("btnh,nhd->btd", y, self.out, runtime)
+        y = mask.attend(query, key, value, bias, mixed=self.model.runtime.mixed)
+        return self._out(y, member)
 
     def cross_attend(
         self,
@@ -84,18 +97,29 @@ class Attention(nn.Module):
         encoded: Float[Array, "B S D"],
         mask: CrossAttentionMask,
         dropout: DropoutSeeds | None,
+        member: Member,
     ) -> Float[Array, "R T D"]:
         """Attention of ``x`` to an encoder's output, without keys and values if that is less work.
 
         ``dropout`` is that of the encoder's positions.
         """
-        runtime = self.model.runtime
-        if x.shape[1] >= self.model.config.head_dim // 2:
-            return self.attend(x, self.keys_values(encoded), mask, None, dropout)
-        query = self._project(x, self.query)
+        changes = tuned(self, "key"), tuned(self, "value")
+        with_bias = any(change is not None and change.bias is not None for change in changes)
+        if x.shape[1] >= self.model.config.head_dim // 2 or with_bias:
+            keys_values = self.keys_values(encoded, member)
+            return self.attend(x, keys_values, mask, None, dropout, member)
+        query = self._project(x, "query", member)
         keep = self.drop_keys(dropout, x.dtype)
-        y = attend_unprojected(query, (self.key, self.value), encoded, mask, keep, runtime)
-        return dense("btnh,nhd->btd", y, self.out, runtime)
+        y = attend_unprojected(
+            query,
+            (UnprojectedKernel(self.key, changes[0]), UnprojectedKernel(self.value, changes[1])),
+            encoded,
+            mask,
+            keep,
+            member,
+            self.model.runtime,
+        )
+        return self._out(y, member)
 
 
 class LayerContext(NamedTuple):
@@ -109,6 +133,7 @@ class LayerContext(NamedTuple):
     cross_attention_mask: CrossAttentionMask | None = None
     dropout: DropoutSeeds | None = None  # None: no dropout
     cross_dropout: DropoutSeeds | None = None  # of the encoder's positions
+    member: Int[Array, " B"] | None = None  # of each row of inputs, see ``Injection``
 
 
 class LayerCache(NamedTuple):
@@ -149,11 +174,13 @@ class EncoderLayer(nn.Module):
         bias, dropout = context.bias, context.dropout
         if bias is None:
             bias = _bias(self.relative_bias, context, self.model.config, True)
-        y = self.attention_norm(x)
-        keys_values = self.attention.keys_values(y)
-        y = self.attention.attend(y, keys_values, context.attention_mask, bias, dropout)
+        member = context.member
+        y = self.attention_norm(x, member)
+        keys_values = self.attention.keys_values(y, member)
+        y = self.attention.attend(y, keys_values, context.attention_mask, bias, dropout, member)
         x = x + self.dropout(y, dropout)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x), dropout), dropout)
+        y = self.mlp(self.mlp_norm(x, member), dropout, member)
+        x = x + self.dropout(y, dropout)
         return shard_activation(x, self.model.runtime.place), None
 
 
@@ -173,17 +200,21 @@ class DecoderLayer(nn.Module):
         bias, dropout = context.bias, context.dropout
         if bias is None:
             bias = _bias(self.relative_bias, context, self.model.config, False)
-        y = self.self_attention_norm(x)
-        key, value = self.self_attention.keys_values(y)
+        member = context.member
+        y = self.self_attention_norm(x, member)
+        key, value = self.self_attention.keys_values(y, member)
         if cache is not None:
             at = (0, context.query_positions[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-        y = self.self_attention.attend(y, (key, value), context.attention_mask, bias, dropout)
+        y = self.self_attention.attend(
+            y, (key, value), context.attention_mask, bias, dropout, member
+        )
         x = x + self.dropout(y, dropout)
-        y = self._cross_attend(self.cross_attention_norm(x), cache, context)
+        y = self._cross_attend(self.cross_attention_norm(x, member), cache, context)
         x = x + self.dropout(y, dropout)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x), dropout), dropout)
+        y = self.mlp(self.mlp_norm(x, member), dropout, member)
+        x = x + self.dropout(y, dropout)
         filled = None if cache is None else (key, value)
         return shard_activation(x, self.model.runtime.place), filled
 
@@ -192,8 +223,10 @@ class DecoderLayer(nn.Module):
         assert mask is not None
         if cache is None:
             assert context.encoded is not None
-            return attention.cross_attend(y, context.encoded, mask, context.cross_dropout)
-        return attention.attend(y, (cache.cross_key, cache.cross_value), mask, None, None)
+            dropout = context.cross_dropout
+            return attention.cross_attend(y, context.encoded, mask, dropout, context.member)
+        keys_values = cache.cross_key, cache.cross_value
+        return attention.attend(y, keys_values, mask, None, None, context.member)
 
 
 class Stack(nn.Module):
@@ -223,7 +256,7 @@ class Stack(nn.Module):
             context = context._replace(bias=bias)
         x = self.dropout(x, context.dropout)
         x, filled = self.layers(x, context) if is_encoder else self.layers(x, cache, context)
-        return self.dropout(self.final_norm(x), context.dropout), filled
+        return self.dropout(self.final_norm(x, context.member), context.dropout), filled
 
 
 class T5(nn.Module):
@@ -248,7 +281,8 @@ class T5(nn.Module):
         mask, width = encoder_mask(segments, self.model)
         positions = jnp.arange(width)
         seeds = None if dropout_seed is None else seeds_of_segments(dropout_seed, segments)
-        context = LayerContext(positions, positions, mask, dropout=seeds)
+        member = injection.member
+        context = LayerContext(positions, positions, mask, dropout=seeds, member=member)
         return self.encoder(self.token_embedder(inputs, injection.embeddings), context)[0]
 
     def decode(
@@ -269,8 +303,9 @@ class T5(nn.Module):
         widths = self.model.layout.packed_widths
         cross_mask = cross_attention_mask(segments, encoded.segments, widths)
         context = LayerContext(
-            positions, positions, mask, encoded=encoded.hidden, cross_attention_mask=cross_mask
-        )
+            positions, positions, mask, encoded=encoded.hidden, cross_attention_mask=cross_mask,
+            member=injection.member,
+        )  # fmt: skip
         if dropout_seed is not None:
             context = context._replace(
                 dropout=seeds_of_rows(dropout_seed, len(positions)),
@@ -292,6 +327,7 @@ class T5(nn.Module):
             positions,
             dense_mask((positions <= index)[None, None, None, :]),
             cross_attention_mask=dense_mask((cache.segments > 0)[:, None, None, :]),
+            member=injection.member,
         )
         x = self.token_embedder(ids[:, None], injection.embeddings)
         y, filled = self.decoder(x, context, cache.layers)
@@ -338,10 +374,11 @@ class T5Model(Model):
     def logical_axes(self) -> Params:
         return logical_axes(self.config)
 
-    def _apply(self, params: Params, method: str, *args: PyTree) -> PyTree:
+    def _apply(self, params: Params, method: str, injection: Injection, *args: PyTree) -> PyTree:
         rngs = {"dropout": jax.random.key(0)}  # a stream for each layer; a batch's seeds vary
-        arrays = jax.tree.map(jnp.asarray, args)
-        return T5(self).apply({"params": params}, *arrays, rngs=rngs, method=method)
+        injection, *arrays = jax.tree.map(jnp.asarray, (injection, *args))
+        variables = blocks.variables(params, injection)
+        return T5(self).apply(variables, injection, *arrays, rngs=rngs, method=method)
 
     def encode(
         self,
@@ -419,23 +456,33 @@ class T5Model(Model):
         return self.decode(params, injection, prefill, ids, jnp.ones_like(ids), None, tree)
 
     def init_decode(
-        self, params: Params, prefill: Encoded, length: int
+        self, params: Params, injection: Injection, prefill: Encoded, length: int
     ) -> tuple[Int[Array, " B"], DecodeCache]:
         """The start id of every row, and a cache in which only cross-attention is filled.
 
         One product over the stacked kernels gives all layers at once.
         """
         c, (hidden, segments) = self.config, prefill
-        kernels = params["decoder"]["layers"]["cross_attention"]
         cross_key, cross_value = (
-            dense("bsd,ldnh->lbsnh", hidden, kernels[name], self.runtime)
-            for name in ("key", "value")
+            self._cross_projection(params, injection, hidden, name) for name in ("key", "value")
         )
         batch = len(segments)
         shape = c.num_decoder_layers, batch, length, c.num_heads, c.head_dim
         empty = jnp.zeros(shape, hidden.dtype)
         ids = jnp.full((batch,), c.decoder_start_id, jnp.int32)
         return ids, DecodeCache(LayerCache(empty, empty, cross_key, cross_value), segments)
+
+    def _cross_projection(
+        self, params: Params, injection: Injection, hidden: Float[Array, "B S D"], name: str
+    ) -> Float[Array, "L B S N H"]:
+        """The keys or the values of all layers of the decoder."""
+        path = "decoder", "layers", "cross_attention", name
+        kernel, change = leaf_at(params, path), leaf_at(injection.layers, path)
+        y = dense("bsd,ldnh->lbsnh", hidden, kernel, self.runtime)
+        if change is None:
+            return y
+        add = lambda y, change: changed(y, "bsd,dnh->bsnh", hidden, change, injection.member)
+        return jax.vmap(add, in_axes=(0, 1))(y, change)
 
     def decode_step(
         self,

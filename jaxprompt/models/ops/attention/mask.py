@@ -6,13 +6,15 @@ mask is a pytree that is made once for all layers. Letters: see ``jaxprompt.data
 R is B, or G B where each of the G examples of a row is answered in a row of its own.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.models.base import Model, Runtime
+from jaxprompt.models.injection import Projection
 from jaxprompt.models.ops.attention import flash_attention, per_example
 from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.changes import low_rank_of_heads, scaled, transposed_low_rank
 from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.quantization import Weight
 from jaxprompt.models.ops.segments import segment_mask
@@ -99,12 +101,20 @@ def cross_attention_mask(
     return dense_mask(segment_mask(targets, inputs))
 
 
+class UnprojectedKernel(NamedTuple):
+    """A kernel of keys or values [D, N, H], and a change of it that has no bias."""
+
+    weight: Weight
+    change: Projection | None = None
+
+
 def attend_unprojected(
     query: Float[Array, "R T N H"],
-    kernels: tuple[Weight, Weight],
+    kernels: tuple[UnprojectedKernel, UnprojectedKernel],
     encoded: Float[Array, "B S D"],
     mask: CrossAttentionMask,
     keep: Float[Array, "B S N"] | None = None,
+    member: Int[Array, " B"] | None = None,
     runtime: Runtime = Runtime(),
 ) -> Float[Array, "R T N H"]:
     """Attention of few queries to ``encoded``, which is not projected to keys and values.
@@ -114,13 +124,23 @@ def attend_unprojected(
 
     Args:
         query: of each position and head.
-        kernels: of keys and of values, [D, N, H].
+        kernels: of keys and of values.
         encoded: output of the encoder.
         mask: which positions of it each query attends to.
         keep: multiplies the weights, by key and head (dropout).
+        member: of each row of inputs, see ``Injection``.
         runtime: how products are computed.
     """
-    key_kernel, value_kernel = kernels
-    projected = dense("btnh,dnh->btnd", query, key_kernel, runtime)
-    y = mask.attend_to_vectors(projected, encoded, keep, mixed=runtime.mixed)
-    return dense("btnd,dnh->btnh", y, value_kernel, runtime)
+    (key, key_change), (value, value_change) = kernels
+    if key_change is not None and key_change.scale is not None:
+        query = scaled(query, key_change.scale, member)
+    projected = dense("btnh,dnh->btnd", query, key, runtime)
+    if key_change is not None and key_change.low_rank is not None:
+        projected += transposed_low_rank(query, key_change.low_rank, member)
+    attended = mask.attend_to_vectors(projected, encoded, keep, mixed=runtime.mixed)
+    y = dense("btnd,dnh->btnh", attended, value, runtime)
+    if value_change is not None and value_change.low_rank is not None:
+        y += low_rank_of_heads(attended, value_change.low_rank, member)
+    if value_change is not None and value_change.scale is not None:
+        y = scaled(y, value_change.scale, member)
+    return y
