@@ -152,6 +152,7 @@ def _alone(leaf: Float[Array, "1 ..."]) -> Float[Array, "..."]:
 
 def _float32(params: Params, path: Path) -> Float[Array, "..."]:
     leaf = leaf_at(params, path)
+    assert leaf is not None
     return jnp.asarray(from_bits(leaf) if _is_bits(leaf) else leaf, jnp.float32)
 
 
