@@ -33,9 +33,13 @@ def weights(name):
     return jax.tree.map(draw, MODELS[name].abstract_params())
 
 
+def random(rng, *sizes):
+    return jnp.asarray(0.3 * rng.normal(size=(1, *sizes)), jnp.float32)
+
+
 def change(name, shape, rng, parts, with_bias):
     """A change of a kernel [L, *in, *out] with some of the parts."""
-    draw = lambda *sizes: (0.3 * rng.normal(size=(1, *sizes))).astype("f4")
+    draw = lambda *sizes: random(rng, *sizes)
     summed = 2 if name == "out" else 1
     depth, inputs, outputs = shape[0], shape[1 : 1 + summed], shape[1 + summed :]
     return Projection(
@@ -55,9 +59,9 @@ def changes_of(params, parts, rng):
         elif name in KERNELS:
             layers[name] = change(name, value.shape, rng, parts, f"{name}_bias" in params)
             if name == "wo" and "hidden" in parts:
-                layers["hidden"] = (0.3 * rng.normal(size=(1, *value.shape[:2]))).astype("f4")
+                layers["hidden"] = random(rng, *value.shape[:2])
         elif name == "scale" and "norms" in parts:
-            layers[name] = (0.3 * rng.normal(size=(1, *value.shape))).astype("f4")
+            layers[name] = random(rng, *value.shape)
     return layers
 
 
@@ -93,7 +97,7 @@ def test_the_frozen_model_stays_as_it_is():
 
 def test_scales_of_hidden_values_alone_go_into_the_rows_of_wo():
     params = weights("gated T5")
-    layers = {"encoder": {"layers": {"mlp": {"hidden": np.full((1, 2, 24), 0.5, "f4")}}}}
+    layers = {"encoder": {"layers": {"mlp": {"hidden": jnp.full((1, 2, 24), 0.5)}}}}
     merged = merge(params, Injection(layers=layers))
     wo = params["encoder"]["layers"]["mlp"]["wo"]
     np.testing.assert_array_equal(merged["encoder"]["layers"]["mlp"]["wo"], wo * 1.5)
@@ -103,7 +107,7 @@ def test_a_weight_in_bfloat16_is_rounded_once():
     """W (1 + hidden) (1 + scale) with one rounding at the end, for numbers and for their bits."""
     rng = np.random.default_rng(0)
     wo = jnp.asarray(rng.normal(size=(2, 24, 16)), jnp.bfloat16)
-    hidden, scale = (rng.normal(size=(1, 2, n)).astype("f4") for n in (24, 16))
+    hidden, scale = (random(rng, 2, n) for n in (24, 16))
     layers = {"layers": {"mlp": {"hidden": hidden, "wo": Projection(scale=scale)}}}
     exact = np.float32(wo) * (1 + hidden[0, :, :, None]) * (1 + scale[0, :, None])
     for stored in (wo, jnp.asarray(np.asarray(wo).view(np.uint16))):
@@ -120,23 +124,23 @@ def refused(params, layers, **fields):
 
 
 def test_what_no_weight_can_hold_is_refused_by_name():
-    params, zeros = weights("gated T5"), np.zeros((1, 2, 4), np.float32)
+    params, zeros = weights("gated T5"), jnp.zeros((1, 2, 4))
     part = Adapter(zeros, zeros, zeros, zeros)
     text = refused(params, {"encoder": {"layers": {"mlp_adapter": part}}})
     assert text.startswith("The method has adapters (encoder/layers/mlp_adapter), which no weight")
     prefix = {"attention": {"prefix": Prefix(zeros, zeros)}}
     assert "prefixes of keys and values" in refused(params, {"encoder": {"layers": prefix}})
-    bias = {"attention": {"query": Projection(bias=np.zeros((1, 2, 4, 4), np.float32))}}
+    bias = {"attention": {"query": Projection(bias=jnp.zeros((1, 2, 4, 4)))}}
     text = refused(params, {"encoder": {"layers": bias}})
     assert "biases (encoder/layers/attention/query), where this backbone has none" in text
-    assert "virtual tokens" in refused(params, None, embeddings=np.zeros((1, 3, 16), np.float32))
+    assert "virtual tokens" in refused(params, None, embeddings=jnp.zeros((1, 3, 16)))
     assert "does not have" in refused(params, {"layers": {"mlp": {"hidden": zeros}}})
 
 
 def test_quantized_weights_are_refused():
     pytest.importorskip("qwix")
     weight = quantize(jnp.ones((2, 16, 4, 4)), ("layers", "embed", "heads", "kv"), "int8")
-    change = Projection(scale=np.zeros((1, 2, 4, 4), np.float32))
+    change = Projection(scale=jnp.zeros((1, 2, 4, 4)))
     text = refused(
         {"layers": {"attention": {"query": weight}}}, {"layers": {"attention": {"query": change}}}
     )
@@ -145,4 +149,4 @@ def test_quantized_weights_are_refused():
 
 def test_one_member_is_merged_at_a_time():
     with pytest.raises(ValueError, match="2 members"):
-        merge({}, Injection(layers={"mlp": {"hidden": np.zeros((2, 3))}}))
+        merge({}, Injection(layers={"mlp": {"hidden": jnp.zeros((2, 3))}}))

@@ -19,7 +19,8 @@ from jaxprompt.models.ops.activations import ACTIVATIONS
 from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.quantization import Weight
 
-Member = Int[Array, " B"] | None
+# of each row of inputs, for which there may be several rows of targets, so it has its own letter
+Member = Int[Array, " inputs"] | None
 
 T = TypeVar("T")
 
