@@ -45,7 +45,7 @@ from jaxprompt.evaluation.metrics import check_metrics, diagnose, majority, meas
 from jaxprompt.evaluation.plots import draw_confusion, draw_prompt, figure_format
 from jaxprompt.inference.engine import Progress, ignore_progress
 from jaxprompt.inference.ensemble import check_one_form, ensemble_engine, likeliest, vote
-from jaxprompt.inference.predict import Predictions, check_finite_scores, predict_per_prompt
+from jaxprompt.inference.predict import Predictions, check_finite_scores, predict_per_member
 from jaxprompt.inference.predict import predict as predict_examples
 from jaxprompt.inference.score import PairTokenizer, log_likelihoods
 from jaxprompt.inference.session import (
@@ -454,7 +454,7 @@ def evaluate_ensemble(sessions: Sequence[Session], **options: Unpack[EvaluationO
         given.warn(text)
     task, judges = questions.task, questions.references
     examples = _inputs(first, task, questions.rows, questions.origin, given.warn)
-    each = predict_per_prompt(
+    each = predict_per_member(
         engine, task, examples, first.tokenizer, batch_size=given.batch_size,
         progress=given.progress,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 from jaxprompt.config.schema import TrainConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.methods.registry import METHODS
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state, make_train_step
 
 V, P, D = 61, 4, 16
@@ -35,7 +35,7 @@ def prompts(count):
 @functools.cache
 def trainer(model, method="prompt-tuning", name="adafactor-t5x", rate=0.3, mesh=None):
     """An optimizer and its compiled step, shared by the tests."""
-    optimizer = per_prompt(TrainConfig(optimizer=name, learning_rate=rate))
+    optimizer = per_member(TrainConfig(optimizer=name, learning_rate=rate))
     return optimizer, make_train_step(model, METHODS[method], optimizer, mesh=mesh, z_loss=1e-4)
 
 

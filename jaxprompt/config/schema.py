@@ -8,51 +8,30 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from jaxprompt.config.errors import UserError, listed, shown
-from jaxprompt.config.limits import MOST_PROMPTS, MOST_ROWS
-from jaxprompt.config.names import current_section
+from jaxprompt.config.fields import Count, PathText, Positive, Rate, Schema, Seed, Size, Weight
+from jaxprompt.config.limits import MOST_PROMPTS
+from jaxprompt.config.methods import (
+    OWN_RATE,
+    PROMPTS,
+    SECTIONS,
+    SECTIONS_OF,
+    AdapterConfig,
+    BitfitConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixConfig,
+    PTuningConfig,
+    parts_of,
+    with_recipe,
+)
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
-
-# steps are int32 on the device and seeds 32 bits of a random key; a size beyond memory is a typo
-Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
-Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Size = Annotated[int, Field(gt=0, le=MOST_ROWS, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
-# a file, a directory, or a name that cannot begin with ~
-PathText = Annotated[
-    str, AfterValidator(expanded), WithJsonSchema({"type": "string", "format": "path"})
-]
-Rate = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(gt=0)]
-
-
-class Schema(BaseModel):
-    """Unknown keys are refused, and nothing changes once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    # where the settings stand in a config; old names are known by it
-    section: ClassVar[str] = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_names_are_read(cls, values: object) -> object:
-        """Settings under their present names (``config/names.py``)."""
-        return current_section(values, cls.section) if isinstance(values, Mapping) else values
 
 
 class TaskConfig(Schema):
@@ -226,7 +205,8 @@ class ModelConfig(Schema):
     )
 
 
-PopulationKey = Literal["seed", "learning_rate", "length", "task", "init", "text", "file"]
+# keys of a population that are not of a method's own section
+POPULATION_KEYS = ("seed", "learning_rate", "length", "task", "init", "text", "file")
 
 
 class PromptConfig(Schema):
@@ -269,11 +249,13 @@ class PromptConfig(Schema):
         default=False,
         description="Cuts or repeats the vectors of `prompt.file` where its length differs.",
     )
-    population: dict[PopulationKey, list[Value]] = Field(
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+    population: dict[str, list[Value]] = Field(
         default={},
         description=(
-            "Lists of values; a prompt for each combination is trained in one step, each as if it "
-            "were alone. Example: {seed: [0, 1], learning_rate: [0.1, 0.3]}."
+            "Lists of values; a member for each combination is trained in one step, each as if it "
+            "were alone. Keys: seed, learning_rate, length, task, init, text, file, or a setting "
+            "of the method, such as lora.rank. Example: {seed: [0, 1], learning_rate: [0.1, 0.3]}."
         ),
     )
     bottleneck: Size = Field(
@@ -288,9 +270,15 @@ class PromptConfig(Schema):
 
     @field_validator("population")
     @classmethod
-    def _paths_are_expanded(
-        cls, grid: dict[PopulationKey, list[Value]]
-    ) -> dict[PopulationKey, list[Value]]:
+    def _paths_are_expanded(cls, grid: dict[str, list[Value]]) -> dict[str, list[Value]]:
+        for key in grid:
+            section, _, name = key.partition(".")
+            known = SECTIONS[section].model_fields if section in SECTIONS else ()
+            if key not in POPULATION_KEYS and name not in known:
+                raise ValueError(
+                    f"{shown(key)} cannot vary in a population; vary {listed(POPULATION_KEYS)}, or "
+                    f"a setting of {listed(SECTIONS)}, such as lora.rank"
+                )
         files = [expanded(x) if isinstance(x, str) else x for x in grid.get("file", [])]
         return {**grid, "file": files} if "file" in grid else grid
 
@@ -451,16 +439,27 @@ class RunConfig(Schema):
             "change, or a task of your own with `name` and `template`."
         )
     )
-    method: Literal[
-        "prompt-tuning", "residual-prompt-tuning", "superposition-prompt-tuning", "model-tuning"
-    ] = Field(
+    method: str = Field(
         default="prompt-tuning",
-        description=("What is trained. model-tuning: all weights, the paper's baseline."),
+        description=(
+            "What is trained: prompt-tuning, residual-prompt-tuning, superposition-prompt-tuning, "
+            "p-tuning, prefix-tuning, p-tuning-v2, lora, ia3, adapter, bitfit, norm-tuning, mam, "
+            "parts joined by +, as in prompt+lora, or model-tuning (all weights, the paper's "
+            "baseline). It also chooses the defaults of `train` that are usual for it."
+        ),
     )
     model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")
     prompt: PromptConfig = Field(
         default=PromptConfig(), description="Length and start of the prompt."
     )
+    p_tuning: PTuningConfig = Field(default=PTuningConfig(), description="The network of p-tuning.")
+    prefix: PrefixConfig = Field(
+        default=PrefixConfig(), description="Keys and values of prefix tuning."
+    )
+    lora: LoraConfig = Field(default=LoraConfig(), description="Low-rank changes of weights.")
+    ia3: IA3Config = Field(default=IA3Config(), description="Scales of activations.")
+    adapter: AdapterConfig = Field(default=AdapterConfig(), description="Bottleneck adapters.")
+    bitfit: BitfitConfig = Field(default=BitfitConfig(), description="Biases.")
     train: TrainConfig = Field(
         default=TrainConfig(), description="Optimizer, evaluations, checkpoints."
     )
@@ -469,10 +468,42 @@ class RunConfig(Schema):
         min_length=1, description="Directory of the run; a run in it is resumed."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_suit_the_method(cls, values: object) -> object:
+        """What nobody set has the value that is usual for the method (``config/methods.py``)."""
+        return with_recipe(values) if isinstance(values, Mapping) else values
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, method: str) -> str:
+        parts_of(method)
+        return method
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the method, such as prompt and lora."""
+        return parts_of(self.method)
+
+    @property
+    def prompt_length(self) -> int:
+        """The virtual tokens of a row; 0 for a method without any."""
+        return self.prompt.length if {*self.parts} & {*PROMPTS} else 0
+
+    @property
+    def changes_layers(self) -> bool:
+        """Whether a part acts within the layers, and not by virtual tokens alone."""
+        return bool({*self.parts} - {*PROMPTS, "model"})
+
+    def learning_rates(self) -> dict[str, float]:
+        """The peak learning rate of each part."""
+        own = {part: getattr(self, SECTIONS_OF[part]).learning_rate for part in self.parts}
+        return {part: rate or self.train.learning_rate for part, rate in own.items()}
+
     @model_validator(mode="after")
     def _start_has_enough_rows(self) -> "RunConfig":
         inits = [self.prompt.init, *self.prompt.population.get("init", [])]
-        if self.method == "superposition-prompt-tuning" and "file" in inits:
+        if "superposition-prompt" in self.parts and "file" in inits:
             raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 
@@ -500,6 +531,19 @@ class RunConfig(Schema):
             return self
         if self.method == "model-tuning":
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
+        for key in grid:
+            section = key.partition(".")[0]
+            if section in SECTIONS and section not in map(SECTIONS_OF.get, self.parts):
+                raise ValueError(
+                    f"prompt.population varies {key}, and method={self.method} has no {section}; "
+                    "leave it out, or choose another method"
+                )
+        rates = [getattr(self, SECTIONS_OF[part]).learning_rate for part in self.parts]
+        if "learning_rate" in grid and None not in rates:
+            raise ValueError(
+                "prompt.population varies learning_rate, and every part of the method has its own; "
+                f"vary {SECTIONS_OF[self.parts[0]]}.learning_rate"
+            )
         if "task" in grid and isinstance(self.task, dict):
             raise ValueError(
                 f"task has keys of its own ({listed(self.task)}), and prompt.population.task "
@@ -523,19 +567,24 @@ class RunConfig(Schema):
         return [self._member(choice) for choice in self.choices()]
 
     def _member(self, choice: Mapping[str, Value]) -> "RunConfig":
-        optimization = {k: v for k, v in choice.items() if k in ("seed", "learning_rate")}
-        start = {k: v for k, v in choice.items() if k not in ("task", *optimization)}
-        alone = {"successive_halving_every": None}
-        return self.model_copy(
-            update={
-                "task": choice.get("task", self.task),
-                "prompt": self.prompt.model_copy(update={**start, "population": {}}),
-                "train": self.train.model_copy(update={**optimization, **alone}),
-            }
-        )
+        changes: dict[str, Values] = {
+            "prompt": {"population": {}},
+            "train": {"successive_halving_every": None},
+        }
+        for key, value in choice.items():
+            section, _, name = key.rpartition(".")
+            if not section:
+                section = "train" if key in ("seed", "learning_rate") else "prompt"
+            if key != "task":
+                changes.setdefault(section, {})[name] = value
+        sections = {
+            section: getattr(self, section).model_copy(update=values)
+            for section, values in changes.items()
+        }
+        return self.model_copy(update={"task": choice.get("task", self.task), **sections})
 
 
-def _check_grid(grid: Mapping[PopulationKey, Sequence[object]]) -> None:
+def _check_grid(grid: Mapping[str, Sequence[object]]) -> None:
     """Refuse a population with a repeated value, with no value, or with too many combinations."""
     for key, choices in grid.items():
         if not choices or len({repr(x) for x in choices}) < len(choices):

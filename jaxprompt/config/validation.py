@@ -105,7 +105,8 @@ def _hint(schema: type[BaseModel], loc: Sequence[int | str]) -> str:
         if name in getattr(field.annotation, "model_fields", ())
     ]
     if elsewhere:
-        return f"did you mean {elsewhere[0]!r}"
+        usual = [key for key in elsewhere if key.startswith("train.")]
+        return f"did you mean {(usual or elsewhere)[0]!r}"
     return f"did you mean {close[0]!r}" if close else f"allowed are {', '.join(allowed)}"
 
 

@@ -27,6 +27,8 @@ class BatchLayout:
     # example is longer than the last. Empty: each example has a row of its own.
     packed_widths: tuple[int, ...] = ()
     examples_per_row: int = 1  # at most; each is then answered in a row of its own
+    # Examples of several members never share a row. Needed where members change the layers.
+    one_member_per_row: bool = False
 
     @property
     def max_packed_length(self) -> int:

@@ -152,6 +152,20 @@ def balance_rows(lengths: Sequence[int], count: int, max_per_row: int) -> list[l
     return rows
 
 
+def _rows_of_members(
+    members: Sequence[int], lengths: Sequence[int], count: int, layout: BatchLayout
+) -> list[list[int]]:
+    """``balance_rows`` for each member apart, of which each gets its share of ``count`` rows."""
+    groups = []
+    for member in dict.fromkeys(members):
+        own = [i for i, each in enumerate(members) if each == member]
+        needed = -(-len(own) // layout.examples_per_row)
+        rows = max(needed, count * len(own) // len(members))
+        parts = balance_rows([lengths[i] for i in own], rows, layout.examples_per_row)
+        groups += [[own[i] for i in part] for part in parts]
+    return groups
+
+
 def packed_rows(
     examples: Sequence[Example],
     *,
@@ -180,14 +194,18 @@ def packed_rows(
         raise ValueError(
             f"An example has {max(lengths)} ids, more than {layout.max_packed_length}."
         )
-    max_per_row = layout.examples_per_row
-    groups = balance_rows(lengths, parts * devices, max_per_row)
+    max_per_row, rows = layout.examples_per_row, parts * devices
+    if layout.one_member_per_row:
+        groups = _rows_of_members([example.member for example in examples], lengths, rows, layout)
+        groups += [[] for _ in range(-len(groups) % devices)]
+    else:
+        groups = balance_rows(lengths, rows, max_per_row)
     width = max(sum(lengths[i] for i in group) for group in groups)
     width = -(-width // 64) * 64
     empty = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
     for first in range(0, len(groups), devices):
         rows = groups[first : first + devices]
-        numbers = np.array([[*group, *[-1] * (max_per_row - len(group))] for group in rows])
+        numbers = np.array([[*g, *[-1] * (max_per_row - len(g))] for g in rows], int)
         answers = [empty if i < 0 else examples[i]._replace(inputs=empty.inputs)
                    for i in numbers.flat]  # fmt: skip
         padded_length = _shortest_that_holds(target_length, answers)

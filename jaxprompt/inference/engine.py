@@ -66,10 +66,9 @@ class Engine(NamedTuple):
         return 0 if bank is None else bank.shape[1]
 
     @property
-    def num_prompts(self) -> int:
-        """K, or 1 for the backbone without a prompt."""
-        bank = self.injection.embeddings
-        return 1 if bank is None else bank.shape[0]
+    def num_members(self) -> int:
+        """K, or 1 for the backbone as it is."""
+        return self.injection.num_members
 
     def run(
         self,
@@ -150,6 +149,8 @@ class Engine(NamedTuple):
         devices = parallel.num_batch_shards(self.mesh)
         rows = -(-max_rows // devices) * devices  # filled with empty rows
         if pack:
+            mixed = self.injection.layers is not None and self.num_members > 1
+            model = model.with_layout(one_member_per_row=True) if mixed else model
             lengths = [len(example.inputs) for example in examples]
             if len(examples) >= FEWEST_PACKED and _count_widths(lengths) >= FEWEST_LENGTHS:
                 packed, per_batch = registry.plan_microbatches(
@@ -199,6 +200,7 @@ def _compiled(mesh, function, teacher_forced, model, settings):
     def apply_to_rows(params, shared, batch):
         _traces.append(function)  # runs while jax traces, which is once for each program
         injection, *operands = shared
+        injection = injection.for_rows(len(batch.inputs), batch.member)
         rows = batch.inputs, batch.segments
         if teacher_forced:
             rows += batch.targets, batch.target_segments

@@ -103,7 +103,7 @@ def _generate(
     return Predictions([legal.get(text, text) for text in texts], None, non_finite_rows.tolist())
 
 
-def predict_per_prompt(
+def predict_per_member(
     engine: Engine,
     task: TaskConfig,
     examples: Sequence[Example],
@@ -112,21 +112,21 @@ def predict_per_prompt(
     batch_size: int,
     progress: Progress = ignore_progress,
 ) -> list[Predictions]:
-    """The predictions of every prompt of the bank (of the bare backbone, if it has none).
+    """The predictions of every member of the injection (of the bare backbone, if it has none).
 
-    All prompts share the same batches: an example is there once for each prompt.
+    All members share the same batches: an example is there once for each.
     """
     vocabulary, length = engine.model.config.vocab_size, engine.prompt_length
     repeated = [
         with_member(example, k, vocabulary, length)
-        for k in range(engine.num_prompts)
+        for k in range(engine.num_members)
         for example in examples
     ]
     together = predict(
         engine, task, repeated, tokenizer, batch_size=batch_size, pack=True, progress=progress
     )
     count = len(examples)
-    return [_part(together, k * count, (k + 1) * count) for k in range(engine.num_prompts)]
+    return [_part(together, k * count, (k + 1) * count) for k in range(engine.num_members)]
 
 
 def _part(together: Predictions, start: int, stop: int) -> Predictions:

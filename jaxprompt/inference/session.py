@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
@@ -12,6 +10,7 @@ from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.inference.engine import Engine, make_engine
 from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
+from jaxprompt.methods.layers import check_fit
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
 from jaxprompt.models.injection import Injection
@@ -72,7 +71,7 @@ def open_session(
         model = registry.with_attention(loaded.model, _attention(prompt))
         loaded = loaded._replace(model=model)
         check_pair(prompt, loaded, any_backbone)
-        injection = Injection(jnp.asarray(prompt.vectors)[None])
+        injection = prompt.injection
     source = tokenizer or recorded.get("tokenizer") or loaded.path
     words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
     words = words.for_table(loaded.config.vocab_size)
@@ -126,6 +125,8 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
             f"The prompt has vectors of {width} numbers and {backbone.source} has d_model "
             f"{backbone.config.d_model}; use the backbone that the prompt was tuned on."
         )
+    if prompt.layers is not None:
+        check_fit(prompt.layers, backbone.params, backbone.source)
     kind = prompt.metadata.get("peft", {}).get("task_type")
     fitting = "CAUSAL_LM" if registry.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
     if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:

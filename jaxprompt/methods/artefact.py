@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.paths import expanded, looked_in
+from jaxprompt.methods.layers import from_tensors, to_tensors
 from jaxprompt.methods.model_card import model_card
 from jaxprompt.methods.peft import PEFT_CONFIG, read_peft, save_peft
 from jaxprompt.methods.tuned import (
@@ -22,12 +23,14 @@ from jaxprompt.methods.tuned import (
     checked_vectors,
     read_object,
     read_tensor,
+    read_tensors,
 )
 from jaxprompt.runtime.files import replace_directory
 
 __all__ = ["Prompt", "load_prompt", "save_peft", "save_prompt"]
 
-FORMAT = 1
+# 1 holds vectors alone, 2 also changes of the layers
+FORMATS = (1, 2)
 TENSORS, METADATA, CARD = "prompt.safetensors", "prompt.json", "README.md"
 
 
@@ -38,13 +41,20 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         UserError: ``path`` holds anything but an artefact, the vectors are not finite numbers, or
             the metadata holds values that JSON cannot say.
     """
-    vectors, metadata = checked_prompt(prompt)
+    vectors, metadata, layers = checked_prompt(prompt)
     length, width = vectors.shape
-    text = as_json({"format": FORMAT, **metadata, "length": length, "width": width})
+    known: dict[str, object] = {**metadata, "length": length, "width": width}
+    tensors = {"prompt": np.ascontiguousarray(vectors)} if length else {}
+    known["format"] = 1
+    if layers is not None:
+        changes, settings = to_tensors(layers)
+        tensors |= {name: np.ascontiguousarray(array) for name, array in changes.items()}
+        known |= {"format": 2, "layers": settings}
+    text = as_json(known)
 
     def write(folder: Path) -> None:
         # bytes, so that a full disk is an OSError
-        (folder / TENSORS).write_bytes(save({"prompt": np.ascontiguousarray(vectors)}))
+        (folder / TENSORS).write_bytes(save(tensors))
         (folder / METADATA).write_bytes(text)
         # what has no UTF-8 form, half a surrogate, is shown as an escape
         (folder / CARD).write_bytes(
@@ -87,20 +97,27 @@ def load_prompt(path: str | Path) -> Prompt:
 
 def _read_artefact(path: Path) -> Prompt:
     values = read_object(path / METADATA)
-    if values.get("format") != FORMAT:
+    if values.get("format") not in FORMATS:
         raise UserError(
             f"{path / METADATA} has format {shown(values.get('format'))} and this version reads "
-            f"{FORMAT}."
+            f"{listed(FORMATS)}."
         )
     metadata = check_metadata(values, f"{path / METADATA} is damaged:")
-    vectors = checked_vectors(read_tensor(path / TENSORS, "prompt"), path)
+    layers = None
+    if values["format"] == 1:
+        vectors = checked_vectors(read_tensor(path / TENSORS, "prompt"), path)
+    else:
+        tensors = read_tensors(path / TENSORS)
+        nothing = np.zeros((0, metadata.get("width", 0)), np.float32)
+        vectors = checked_vectors(tensors.pop("prompt", nothing), path, True)
+        layers = from_tensors(tensors, metadata.get("layers"))
     for key, size in zip(("length", "width"), vectors.shape, strict=True):
         if metadata.get(key, size) != size:
             raise UserError(
                 f"{path / METADATA} says {key} {values[key]} and {TENSORS} has {size}; the two "
                 "files do not belong together."
             )
-    return Prompt(vectors, metadata)
+    return checked_prompt(Prompt(vectors, metadata, layers))
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -44,7 +44,6 @@ MODEL_TUNING = Method(
     init_model,
     inject_model,
     num_start_vectors=lambda config: 0,
-    export=lambda trainables, injection: trainables,
     uses_prompt=False,
     frozen=False,
 )
@@ -54,6 +53,5 @@ MODEL_TUNING = Method(
 PRETRAINING = Method(
     _init_with_prompts,
     _inject_both,
-    export=lambda trainables, injection: trainables["model"],
     frozen=False,
 )

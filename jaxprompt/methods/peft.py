@@ -45,7 +45,12 @@ def save_peft(path: str | Path, prompt: Prompt, *, base_model: str | None = None
         UserError: ``path`` holds anything but an adapter that was written here, or the vectors are
             not finite numbers.
     """
-    vectors, metadata = checked_prompt(prompt)
+    vectors, metadata, layers = checked_prompt(prompt)
+    if layers is not None:
+        raise UserError(
+            "The prompt changes layers of the model, and only vectors are written as a PEFT "
+            "adapter yet; use a prompt of virtual tokens."
+        )
     config = _peft_config(vectors.shape, metadata)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model

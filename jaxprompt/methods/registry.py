@@ -1,14 +1,33 @@
 """The tuning methods by the names that ``method:`` of a config has for them."""
 
-from jaxprompt.methods.base import Method
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.methods.base import Method, composed
 from jaxprompt.methods.full import MODEL_TUNING
+from jaxprompt.methods.ia3 import ia3
+from jaxprompt.methods.lora import lora
 from jaxprompt.methods.prompt import PROMPT_TUNING
 from jaxprompt.methods.residual import RESIDUAL_PROMPT_TUNING
 from jaxprompt.methods.superposition import SUPERPOSITION_PROMPT_TUNING
 
+# those without settings of their own
 METHODS: dict[str, Method] = {
     "prompt-tuning": PROMPT_TUNING,
     "residual-prompt-tuning": RESIDUAL_PROMPT_TUNING,
     "superposition-prompt-tuning": SUPERPOSITION_PROMPT_TUNING,
     "model-tuning": MODEL_TUNING,
 }
+
+
+def method_of(config: RunConfig) -> Method:
+    """The method of a run, with the settings of its parts."""
+    parts = {name: _part(name, config) for name in config.parts}
+    return composed(parts) if len(parts) > 1 else parts[config.parts[0]]
+
+
+def _part(name: str, config: RunConfig) -> Method:
+    match name:
+        case "lora":
+            return lora(config.lora)
+        case "ia3":
+            return ia3(config.ia3)
+    return METHODS[f"{name}-tuning"]

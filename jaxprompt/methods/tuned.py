@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, cast, get_origin, get_type_hints, is_typeddict
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.values import Values
+from jaxprompt.methods.layers import from_tensors, to_tensors
+from jaxprompt.models.injection import Injection, Layers
 from jaxprompt.runtime.json_file import read_json
 
 
@@ -47,7 +51,8 @@ class Metadata(TypedDict, total=False):
     """What is known about a prompt; files of others have little of it. Other keys are kept, too."""
 
     format: int
-    length: int  # vectors
+    length: int  # vectors; 0 for a method without any
+    layers: dict[str, Values]  # settings of adapters, by their path in the tree
     width: int  # of a vector
     method: str
     backbone: BackboneRecord
@@ -64,10 +69,21 @@ class Metadata(TypedDict, total=False):
 
 
 class Prompt(NamedTuple):
-    """A tuned prompt: float32 vectors and what is known about it (little for foreign files)."""
+    """What was tuned: float32 vectors, changes of the layers, and what is known about it.
+
+    Little is known of files of others. A method without virtual tokens has no vectors: P is 0.
+    """
 
     vectors: Float[np.ndarray, "P D"]
     metadata: Metadata
+    # arrays [L, ...] of one member, see ``jaxprompt.models.injection.Layers``
+    layers: Layers | None = None
+
+    @property
+    def injection(self) -> Injection:
+        """It as an injection of one member."""
+        bank = jnp.asarray(self.vectors)[None] if len(self.vectors) else None
+        return Injection(bank, jax.tree.map(lambda x: jnp.asarray(x)[None], self.layers))
 
     @property
     def facts(self) -> Metadata:
@@ -81,8 +97,27 @@ def checked_prompt(prompt: Prompt) -> Prompt:
     """A prompt that Python made, checked as one that is read. Raises UserError."""
     if not isinstance(prompt, Prompt):
         raise UserError(f"A prompt is {shown(prompt)}; give a path, or Prompt(vectors, metadata).")
-    vectors = checked_vectors(np.asarray(prompt.vectors), "The prompt")
-    return Prompt(vectors, check_metadata(prompt.metadata, "The prompt's metadata:"))
+    vectors = checked_vectors(np.asarray(prompt.vectors), "The prompt", prompt.layers is not None)
+    metadata = check_metadata(prompt.metadata, "The prompt's metadata:")
+    return Prompt(vectors, metadata, _checked_layers(prompt.layers))
+
+
+def _checked_layers(layers: Layers | None) -> Layers | None:
+    """Changes as NumPy arrays. Raises UserError where a number is not finite."""
+    if layers is None:
+        return None
+    tensors, settings = to_tensors(jax.tree.map(np.asarray, layers))
+    for name, tensor in tensors.items():
+        check_finite(np.asarray(tensor), f"The tensor {name!r}")
+    return from_tensors(tensors, settings)
+
+
+def check_finite(tensor: np.ndarray, where: str) -> None:
+    """Raise a UserError unless all numbers are finite, or truth values."""
+    if tensor.dtype.kind not in "fb" and tensor.dtype.name != "bfloat16":
+        raise UserError(f"{where} holds {str(tensor.dtype)[:80]}; it must be of float numbers.")
+    if tensor.dtype.kind != "b" and not np.isfinite(np.asarray(tensor, np.float32)).all():
+        raise UserError(f"{where} holds values that are not finite; it is unusable.")
 
 
 def as_json(metadata: Mapping[str, object]) -> bytes:
@@ -166,19 +201,28 @@ def read_object(path: Path) -> Values:
         raise UserError(f"{error}.") from None
 
 
-def read_tensor(path: Path, name: str) -> np.ndarray:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file. Raises UserError, which names the file."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except Exception as error:  # the library's own, or NumPy's for a type or rank it does not know
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} is damaged or missing: {problem[:200]}.") from None
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    tensors = read_tensors(path)
     if name not in tensors:
         raise UserError(f"{path} holds {shown(sorted(tensors))} and no tensor {name!r}.")
     return tensors[name]
 
 
-def checked_vectors(vectors: np.ndarray, path: Path | str) -> Float[np.ndarray, "P D"]:
+def checked_vectors(
+    vectors: np.ndarray, path: Path | str, may_be_none: bool = False
+) -> Float[np.ndarray, "P D"]:
     number = vectors.dtype.kind == "f" or vectors.dtype.name == "bfloat16"  # of ml_dtypes
+    if may_be_none and vectors.ndim == 2 and number and len(vectors) == 0:
+        return np.zeros(vectors.shape, np.float32)
     if vectors.ndim != 2 or not number or 0 in vectors.shape:
         raise UserError(
             f"{path} holds {str(vectors.dtype)[:80]} of shape {list(vectors.shape)}; "

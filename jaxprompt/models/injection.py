@@ -6,10 +6,10 @@ Letters: see ``jaxprompt.data.virtual_tokens``; r is a rank, m the width of an a
 
 import dataclasses
 import functools
-from typing import NamedTuple, TypeAlias, no_type_check
+from typing import NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params = dict[str, PyTree]
@@ -63,7 +63,6 @@ class Prefix(NamedTuple):
     used: Bool[Array, "*K P"] | None = None
 
 
-@no_type_check  # JAX also builds it of what is no array
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["down", "down_bias", "up", "up_bias"],
@@ -135,11 +134,19 @@ class Injection(NamedTuple):
         return self._replace(member=member.reshape(rows, -1)[:, 0])
 
 
-def members(injection: Injection, numbers: Int[Array, " k"]) -> Injection:
-    """The injection of some of the members."""
-    take = lambda leaf: jnp.take(leaf, numbers, axis=0)
-    kept = jax.tree.map(take, (injection.embeddings, injection.layers))
-    return injection._replace(embeddings=kept[0], layers=kept[1])
+def some_members(
+    injection: Injection, numbers: Int[np.ndarray, " k"], length: int | None = None
+) -> Injection:
+    """The injection of some of the members.
+
+    Args:
+        numbers: of the members.
+        length: virtual tokens of each of them; None: as many as the bank has.
+    """
+    take = lambda leaf: leaf[numbers]
+    bank = injection.embeddings
+    bank = None if bank is None else bank[numbers, :length]
+    return injection._replace(embeddings=bank, layers=jax.tree.map(take, injection.layers))
 
 
 def leaf_at(tree: Params | Layers | None, path: tuple[str, ...]) -> PyTree | None:

@@ -6,16 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.metrics import majority
 from jaxprompt.evaluation.metrics import measure as measure_answers
 from jaxprompt.inference.engine import make_engine
-from jaxprompt.inference.predict import check_finite_scores, predict_per_prompt
+from jaxprompt.inference.predict import check_finite_scores, predict_per_member
 from jaxprompt.models import registry
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, some_members
 from jaxprompt.runtime.signals import Signals
 from jaxprompt.training.datasets import Split
 from jaxprompt.training.metric_log import Metrics
@@ -34,22 +33,22 @@ class Evaluator(NamedTuple):
     def validate(
         self,
         params: registry.Params,
-        bank: Float[Array, "K P D"] | None,
+        injection: Injection,
         trials: Sequence[Trial],
     ) -> list[Metrics]:
         """The validation metrics of trials, by slot. NaN where a model's scores are not finite.
 
         Args:
-            bank: the prompts of the trials, by slot; None for a whole model.
+            injection: of the trials, by slot.
         """
         datasets = list({id(trial.dataset): trial.dataset for trial in trials}.values())
         scores: dict[int, Metrics] = {}
         for dataset in datasets:
             slots = [slot for slot, trial in enumerate(trials) if trial.dataset is dataset]
             # with a single dataset, every prompt has the length of the bank
-            part = bank
-            if bank is not None and len(datasets) > 1:
-                part = bank[np.array(slots), : dataset.length]
+            part = injection
+            if len(datasets) > 1:
+                part = some_members(injection, np.array(slots), dataset.length)
             each = self.measure(params, part, dataset.task, dataset.validation)
             scores |= zip(slots, each, strict=True)
         return [scores[slot] for slot in range(len(trials))]
@@ -57,38 +56,38 @@ class Evaluator(NamedTuple):
     def measure(
         self,
         params: registry.Params,
-        bank: Float[Array, "K P D"] | None,
+        injection: Injection,
         task: TaskConfig,
         split: Split,
     ) -> list[Metrics]:
-        """The metrics of every prompt of the bank (of the model, without one) on a split."""
+        """The metrics of every member of the injection on a split."""
         return [
             dict.fromkeys(task.metrics, math.nan) if non_finite_rows else measured
-            for measured, non_finite_rows in self._measured(params, bank, task, split)
+            for measured, non_finite_rows in self._measured(params, injection, task, split)
         ]
 
     def measure_one(
         self,
         params: registry.Params,
-        bank: Float[Array, "1 P D"] | None,
+        injection: Injection,
         task: TaskConfig,
         split: Split,
         source: str,
     ) -> Metrics:
-        """The metrics of one prompt or model.
+        """The metrics of an injection of one member, or of the model as it is.
 
         Raises:
             UserError: scores of some rows are not finite; it names ``source``.
         """
-        [(measured, non_finite_rows)] = self._measured(params, bank, task, split)
+        [(measured, non_finite_rows)] = self._measured(params, injection, task, split)
         check_finite_scores(non_finite_rows, len(split.examples), source)
         return measured
 
-    def _measured(self, params, bank, task: TaskConfig, split: Split):
+    def _measured(self, params, injection, task: TaskConfig, split: Split):
         """Pairs of metrics and the numbers of the rows whose scores are not finite."""
-        engine = make_engine(params, Injection(bank), self.model, self.mesh)
+        engine = make_engine(params, injection, self.model, self.mesh)
         with self.signals.interruptible():
-            answers = predict_per_prompt(
+            answers = predict_per_member(
                 engine, task, split.examples, self.tokenizer, batch_size=self.batch_size
             )
         return [
@@ -106,5 +105,5 @@ class Evaluator(NamedTuple):
     ) -> tuple[float, float]:
         """The task's first metric of the untuned backbone, and of always giving one label."""
         metric = task.metrics[0]
-        untuned = self.measure_one(params, None, task, validation, source)[metric]
+        untuned = self.measure_one(params, Injection(), task, validation, source)[metric]
         return untuned, majority(metric, validation.references, task.labels)

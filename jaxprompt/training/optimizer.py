@@ -1,15 +1,15 @@
 """Optimizers and learning rates by name, built from optax, vmapped over the members of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxprompt.config.schema import Optimization
-from jaxprompt.methods.base import join_groups, length_groups, num_members, split_by_group
+from jaxprompt.methods.base import join_groups, member_groups, num_members, split_by_group
 
 # Step of the LM-adapted checkpoints. The authors' code restores it, so the decay of the second
 # moment starts almost at 1, and RMS clipping stays active for the whole run.
@@ -93,28 +93,39 @@ def make_optimizer(
     )
 
 
-def per_prompt(
-    config: Optimization, peaks: Sequence[float] | None = None
+Rates = float | Mapping[str, float]  # of a member, or of each part of its method
+
+
+def per_member(
+    config: Optimization, peaks: Sequence[Rates] | None = None
 ) -> optax.GradientTransformation:
     """An optimizer of K members at once: clipping and factoring see one member at a time.
 
     Args:
-        peaks: the learning rate of each member, in their order; None: the config's for all.
+        peaks: the learning rate of each member, in their order; None: the config's for all. Where
+            trainables have several parts, each part has a rate, and an optimizer of its own.
     """
 
+    def optimizer(rates: PyTree) -> optax.GradientTransformation:
+        if not isinstance(rates, dict):
+            return make_optimizer(config, rates)
+        parts = {part: make_optimizer(config, rate) for part, rate in rates.items()}
+        return optax.partition(parts, lambda params: {part: part for part in params})
+
     def init(params):
-        each = jax.vmap(make_optimizer(config).init)
-        return join_groups([each(group) for group in length_groups(params)])
+        like = config.learning_rate if peaks is None else peaks[0]
+        each = jax.vmap(optimizer(like).init)
+        return join_groups([each(group) for group in member_groups(params)])
 
     def update(updates, state, params=None):
-        total = num_members(updates)
-        rates = jnp.full(total, config.learning_rate) if peaks is None else jnp.asarray(peaks)
-        each = jax.vmap(lambda rate, *args: make_optimizer(config, rate).update(*args))
+        rates = [config.learning_rate] * num_members(updates) if peaks is None else peaks
+        stacked = jax.tree.map(lambda *rate: jnp.asarray(rate), *rates)
+        each = jax.vmap(lambda rate, *args: optimizer(rate).update(*args))
         groups = zip(
-            split_by_group(rates, updates),
-            length_groups(updates),
-            length_groups(state, like=updates),
-            length_groups(params),
+            split_by_group(stacked, updates),
+            member_groups(updates),
+            member_groups(state, like=updates),
+            member_groups(params),
             strict=True,
         )
         results = [each(*group) for group in groups]

@@ -19,14 +19,14 @@ from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.tasks.registry import resolve_task
-from jaxprompt.methods.registry import METHODS
+from jaxprompt.methods.registry import method_of
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state
 
 GIB = 2**30
@@ -207,13 +207,13 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
     tasks = [resolve_task(member.task) for member in members]
     shape = open_config(config.backbone)
     inputs = inputs or max(
-        member.prompt.length + task.max_input_length
+        member.prompt_length + task.max_input_length
         for member, task in zip(members, tasks, strict=True)
     )
     longest_target = max(4 if task.labels else task.max_target_length for task in tasks)
     targets = round_target_length(longest_target)
     cost = registry.cost(shape)
-    if cost is None or not METHODS[config.method].uses_prompt:
+    if cost is None or config.method == "model-tuning":
         raise UserError(
             f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
             "on T5; measure a run of a few steps instead."
@@ -322,7 +322,9 @@ def _memory_here() -> float:
 
 def state_bytes(config: RunConfig, shape: registry.Config) -> int:
     """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
-    method, optimizer = METHODS[config.method], per_prompt(config.train)
+    method = method_of(config)
+    lone = len(config.parts) == 1
+    optimizer = per_member(config.train, None if lone else [config.learning_rates()])
     params = registry.model_for(shape).abstract_params()
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

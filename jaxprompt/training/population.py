@@ -19,21 +19,21 @@ from jaxprompt.data.batches import Example
 from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import Trainables, join_groups, length_groups, num_members
+from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
 from jaxprompt.methods.init import Vocabulary, initial_prompt
-from jaxprompt.methods.registry import METHODS
+from jaxprompt.methods.registry import method_of
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.training.progress import Progress
 from jaxprompt.training.step import TrainState
-from jaxprompt.training.trial import Trial, by_task, slot_order
+from jaxprompt.training.trial import Structure, Trial, by_task, slot_order
 
 
 def init_trainables(
     member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer
 ) -> Trainables:
     """The trainables [1, ...] that a prompt, or a whole model, starts from."""
-    method, table = METHODS[member.method], backbone.params["token_embedder"]["embedding"]
+    method, table = method_of(member), backbone.params["token_embedder"]["embedding"]
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
         words = class_words(task)
@@ -64,7 +64,7 @@ def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) ->
     """A sentence for each start from class labels that is not what its name says."""
     warnings = []
     for member, task in zip(members, tasks, strict=True):
-        method, count = METHODS[member.method], len(class_words(task))
+        method, count = method_of(member), len(class_words(task))
         if not method.uses_prompt or member.prompt.init != "class_labels":
             continue
         rows = method.num_start_vectors(member.prompt)
@@ -97,13 +97,20 @@ def length_warnings(length: int, examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def stack_trainables(members: Sequence[Trainables]) -> Trainables:
-    """The trainables of members, [1, ...] each, as one: [K, ...] for each length.
+def stack_trainables(
+    members: Sequence[Trainables], structures: Sequence[Structure] | None = None
+) -> Trainables:
+    """The trainables of members, [1, ...] each, as one: [K, ...] for each structure.
 
-    Members of one length must follow each other.
+    Members of one structure must follow each other.
+
+    Args:
+        structures: of each member, see ``Trial.structure``; None: those of one shape have one.
     """
-    shapes = lambda trainables: [x.shape for x in jax.tree.leaves(trainables)]
-    groups = [list(group) for _, group in itertools.groupby(members, shapes)]
+    shapes = lambda tree: str(jax.tree.map(jnp.shape, tree))
+    keys = structures or [*map(shapes, members)]
+    pairs = itertools.groupby(zip(keys, members, strict=True), lambda pair: pair[0])
+    groups = [[member for _, member in group] for _, group in pairs]
     together = lambda *leaves: jnp.concatenate(leaves)
     # a single member may be a whole model, so it is not copied
     return join_groups([g[0] if len(g) == 1 else jax.tree.map(together, *g) for g in groups])
@@ -111,9 +118,9 @@ def stack_trainables(members: Sequence[Trainables]) -> Trainables:
 
 def keep_members(state: TrainState, slots: Sequence[int]) -> TrainState:
     """The state with the members in these slots only."""
-    optimizers = length_groups(state.optimizer, like=state.trainables)
+    optimizers = member_groups(state.optimizer, like=state.trainables)
     kept, first = [], 0
-    for both in zip(length_groups(state.trainables), optimizers, strict=True):
+    for both in zip(member_groups(state.trainables), optimizers, strict=True):
         last = first + num_members(both[0])
         chosen = jnp.asarray([slot - first for slot in slots if first <= slot < last])
         if chosen.size:

@@ -51,7 +51,7 @@ from jaxprompt.runtime.signals import Signals
 from jaxprompt.training import inputs
 from jaxprompt.training.loop import Kind, fit
 from jaxprompt.training.metric_log import MetricName, Metrics, NullReporter, Reporter, StepLog
-from jaxprompt.training.optimizer import per_prompt, schedule_warnings
+from jaxprompt.training.optimizer import per_member, schedule_warnings
 from jaxprompt.training.progress import Progress
 from jaxprompt.training.run_dir import Result, RunDir
 from jaxprompt.training.step import (
@@ -129,7 +129,7 @@ def prepare(
         tokenizer_path=tokenizer_path,
         streams=streams,
         checks=held_out_batches(config, streams),
-        optimizer=per_prompt(settings),
+        optimizer=per_member(settings),
         inputs=reads,
     )
 
@@ -492,7 +492,7 @@ def save_model(folder: Path, model: t5.T5Model, state: TrainState, tokenizer: st
 
     All processes call it, and the first one writes.
     """
-    weights = processes.fetch_to_zero(PRETRAINING.export(state.trainables, Injection()))
+    weights = processes.fetch_to_zero(state.trainables["model"])
     if jax.process_index() != 0:
         return
 

@@ -9,14 +9,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import flax
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 import jaxprompt
 from jaxprompt.data.tokenizer import copy_tokenizer
@@ -24,6 +23,7 @@ from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.methods.tuned import Metadata
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.save import save_hf
+from jaxprompt.models.injection import Injection, Params
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import replace_directory
 from jaxprompt.training.metric_log import Metrics
@@ -75,30 +75,31 @@ def note_test(folder: Path, scores: dict[str, float]) -> None:
 
 def save_tuned(
     folder: Path,
-    arrays: Mapping[str, PyTree],
+    tuned: Injection | Params,
     backbone: Backbone,
     metadata: Metadata,
     known: int = -1,
-    *,
-    prompt: bool,
 ) -> None:
     """Write what was tuned: the prompt artefact, or the whole model as a Hugging Face directory.
 
     All processes call it, and the first one writes.
 
     Args:
-        arrays: what ``Method.export`` gives of one trial, with axis K of size 1.
-        prompt: whether that is a prompt; else it is a whole model.
+        tuned: the injection of one trial, or a whole model with an axis K of size 1.
         known: the step of the version on disk, if a checkpoint names it as the best: that version
             is copied first. -1: none does.
     """
-    weights = None if prompt else processes.fetch_to_zero(arrays)
+    prompt = isinstance(tuned, Injection)
+    weights = None if prompt else processes.fetch_to_zero(tuned)
     if jax.process_index() != 0:
         return
     _put_aside(tuned_in(folder, prompt), known)
-    if prompt:
-        vectors = np.asarray(jax.device_get(arrays["prompt"]))[0]
-        save_prompt(folder / "prompt", Prompt(vectors, metadata))
+    if isinstance(tuned, Injection):
+        bank, layers = jax.tree.map(
+            lambda x: np.asarray(x)[0], jax.device_get((tuned.embeddings, tuned.layers))
+        )
+        vectors = np.zeros((0, backbone.config.d_model), np.float32) if bank is None else bank
+        save_prompt(folder / "prompt", Prompt(vectors, metadata, layers))
         return
 
     def write(path: Path) -> None:

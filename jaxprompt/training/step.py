@@ -17,9 +17,8 @@ from jaxprompt.losses import Loss, Losses, LossSums, cross_entropy
 from jaxprompt.methods.base import (
     Method,
     Trainables,
-    inject,
     join_groups,
-    length_groups,
+    member_groups,
     num_members,
     split_by_group,
 )
@@ -47,7 +46,7 @@ class StepSums(NamedTuple):
         """The gradient of each member's mean over all of its target tokens."""
         num_tokens = jnp.maximum(self.losses.num_tokens, 1.0)
         share = lambda x, by: x / by.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-        groups = length_groups(self.gradient)
+        groups = member_groups(self.gradient)
         mean = [
             jax.tree.map(functools.partial(share, by=tokens), group)
             for group, tokens in zip(groups, split_by_group(num_tokens, self.gradient), strict=True)
@@ -82,7 +81,7 @@ def _summed_losses(
     """The objective of each member and what is reported, as sums over target tokens."""
     arrays: PyTree = jax.tree.map(jnp.asarray, batch)
     params = params if injection.params is None else injection.params
-    prepared = model.prepare(params, injection)
+    prepared = model.prepare(params, injection).for_rows(len(arrays.inputs), arrays.member)
     logits = model.logits(
         params, prepared, arrays.inputs, arrays.segments, arrays.targets, arrays.target_segments,
         arrays.dropout_seed,
@@ -180,7 +179,7 @@ class StepFunctions:
             )
 
         def objective(trainables):
-            injection = inject(self.method, trainables, params)
+            injection = self.method.inject(trainables, params)
             if self._shared_by is not None:
                 whole = parallel.gather_params(injection.params, self._axes, self._place)
                 injection = injection._replace(params=whole)
@@ -294,7 +293,7 @@ def first_state(
 
 def all_finite(trainables: Trainables) -> Bool[np.ndarray, " K"]:
     """Whether all numbers of a member are finite."""
-    return np.concatenate(processes.fetch(_all_finite(length_groups(trainables))))
+    return np.concatenate(processes.fetch(_all_finite(member_groups(trainables))))
 
 
 @jax.jit

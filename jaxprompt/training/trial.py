@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from jaxprompt.config.methods import SECTIONS, SECTIONS_OF
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.training.datasets import TaskDataset
+
+# what members must have in common to share one pytree
+Structure: TypeAlias = tuple[int, str]  # virtual tokens, and the settings of the method's parts
 
 
 class MetricName(NamedTuple):
@@ -41,6 +45,16 @@ class Trial:
     def length(self) -> int:
         """Virtual tokens of its prompt; 0 for a whole model."""
         return self.dataset.length
+
+    @property
+    def structure(self) -> Structure:
+        """What decides the shapes of its trainables, and what they do to the model."""
+        sections = {SECTIONS_OF[part] for part in self.config.parts} & {*SECTIONS}
+        settings = [
+            getattr(self.config, section).model_dump_json(exclude={"learning_rate"})
+            for section in sorted(sections)
+        ]
+        return self.length, ";".join(settings)
 
     @property
     def metric(self) -> str:
@@ -82,5 +96,5 @@ def by_task(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
 
 
 def slot_order(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials as they follow each other in the state: those of one length stand together."""
-    return sorted(trials, key=lambda trial: (trial.length, trial.number))
+    """The trials as they follow each other in the state: those of one structure stand together."""
+    return sorted(trials, key=lambda trial: (trial.structure, trial.number))

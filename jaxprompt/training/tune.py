@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
@@ -22,11 +21,18 @@ from jaxprompt.data.sampling import Draw, training_batches
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
-from jaxprompt.methods.base import Method, Trainables, inject, without_member_axis
-from jaxprompt.methods.registry import METHODS
+from jaxprompt.methods.base import (
+    Method,
+    Trainables,
+    grouped,
+    member_groups,
+    without_member_axis,
+)
+from jaxprompt.methods.layers import joined
+from jaxprompt.methods.registry import method_of
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, some_members
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.devices import describe, oversubscription_warning
@@ -52,7 +58,7 @@ from jaxprompt.training.metric_log import (
     StepLog,
     log_scores,
 )
-from jaxprompt.training.optimizer import per_prompt, schedule_warnings
+from jaxprompt.training.optimizer import per_member, schedule_warnings
 from jaxprompt.training.population import (
     as_markdown,
     init_trainables,
@@ -101,7 +107,7 @@ def prepare(
     Raises:
         UserError: rows, labels, words of a start or devices that a run cannot have.
     """
-    method, mesh = METHODS[config.method], _make_mesh(config)
+    method, mesh = method_of(config), _make_mesh(config)
     # data first, where most mistakes are: the backbone may take minutes to load
     limit, member_tasks = config.train.max_eval_examples, tasks_of(config.members())
     tasks = _by_name(member_tasks)
@@ -164,7 +170,7 @@ def _load(config: RunConfig, mesh: Mesh, reporter: Reporter) -> tuple[Backbone, 
         unroll=model.unroll,
         remat=model.remat,
         attention=model.attention,
-        trainable=not METHODS[config.method].uses_prompt,
+        trainable=not method_of(config).frozen,
         flash=model.flash,
     )
     tokenizer = load_tokenizer(
@@ -182,11 +188,7 @@ def _build_datasets(
     tasks: of each member.
     """
     members = config.members()
-    uses_prompt = METHODS[config.method].uses_prompt
-    keys = [
-        (task.name, member.prompt.length if uses_prompt else 0)
-        for member, task in zip(members, tasks, strict=True)
-    ]
+    keys = [(task.name, member.prompt_length) for member, task in zip(members, tasks, strict=True)]
     by_name = _by_name(tasks)
     built = {
         (name, length): build_dataset(by_name[name], rows[name], tokenizer, length, vocabulary)
@@ -294,7 +296,7 @@ class Tuning:
         self.restore_files(progress)
         trainables = self._take_starts()
         state = first_state(
-            stack_trainables([trainables[number] for number in progress.active]),
+            self._stacked(trainables, progress),
             self.method,
             self._optimizer(progress),
             self.backbone.model,
@@ -343,8 +345,8 @@ class Tuning:
 
     def restore_files(self, progress: Progress) -> None:
         """Let the best prompts on disk be those of ``progress``."""
-        result, prompt = self.run.path / "result.json", self.method.uses_prompt
-        restore = partial(restore_best, self.trials, progress, result, prompt=prompt)
+        result, frozen = self.run.path / "result.json", self.method.frozen
+        restore = partial(restore_best, self.trials, progress, result, prompt=frozen)
         processes.on_process_zero(restore)
 
     def abstract_state(self, progress: Progress) -> TrainState:
@@ -354,18 +356,42 @@ class Tuning:
         optimizer = self._optimizer(progress)
 
         def begin(shapes: list[Trainables]) -> TrainState:
-            trainables = stack_trainables([shapes[number] for number in progress.active])
+            trainables = self._stacked(shapes, progress)
             return TrainState(jax.numpy.int32(0), trainables, optimizer.init(trainables))
 
         like = jax.eval_shape(begin, self.shapes)
         places = shardings(like, self.method, self.backbone.model, self.mesh)
         return parallel.with_sharding(like, places)
 
+    def _active(self, progress: Progress) -> list[Trial]:
+        """The trials that go on, by slot."""
+        return [self.trials[number] for number in progress.active]
+
+    def _stacked(self, trainables: Sequence[Trainables], progress: Progress) -> Trainables:
+        """The trainables of the active trials as one, of those of all trials."""
+        structures = [trial.structure for trial in self._active(progress)]
+        return stack_trainables([trainables[number] for number in progress.active], structures)
+
+    def _methods(self, progress: Progress) -> list[Method]:
+        """The method of each structure that active trials have."""
+        groups = itertools.groupby(self._active(progress), lambda trial: trial.structure)
+        return [method_of(next(members).config) for _, members in groups]
+
+    def _injections(self, state: TrainState, progress: Progress) -> list[Injection]:
+        """The injection of each structure that active trials have."""
+        pairs = zip(self._methods(progress), member_groups(state.trainables), strict=True)
+        return [method.inject(group, self.backbone.params) for method, group in pairs]
+
     def _optimizer(self, progress: Progress) -> optax.GradientTransformation:
-        active = [self.trials[number] for number in progress.active]
         factor = progress.learning_rate_factor()
-        rates = [trial.config.train.learning_rate * factor for trial in active]
-        return per_prompt(self.config.train, rates)
+        rates = [
+            {part: rate * factor for part, rate in trial.config.learning_rates().items()}
+            for trial in self._active(progress)
+        ]
+        lone = len(self.config.parts) == 1
+        return per_member(
+            self.config.train, [next(iter(each.values())) for each in rates] if lone else rates
+        )
 
     # -- steps
 
@@ -377,10 +403,13 @@ class Tuning:
         examples = [trial.dataset.training.examples for trial in active]
         unique = {id(each): each for each in examples}.values()
         inputs = [example.inputs for each in unique for example in each]
+        model = registry.with_shared_prefix(self.backbone.model, inputs, length)
+        # where members change the layers, each has rows of its own
+        apart = self.config.changes_layers and len(active) > 1
         model, micro = registry.plan_microbatches(
-            registry.with_shared_prefix(self.backbone.model, inputs, length),
+            model.with_layout(one_member_per_row=True) if apart else model,
             [len(ids) for ids in inputs],
-            batch_size=settings.batch_size * len(active),
+            batch_size=settings.batch_size * (1 if apart else len(active)),
             devices=devices,
             rows=settings.micro_batch_size,
             target_length=max(len(example.targets) for each in unique for example in each),
@@ -389,7 +418,11 @@ class Tuning:
         )
         optimizer = self._optimizer(progress)
         step = make_train_step(
-            model, self.method, optimizer, mesh=self.mesh, z_loss=settings.z_loss
+            model,
+            grouped(self._methods(progress)),
+            optimizer,
+            mesh=self.mesh,
+            z_loss=settings.z_loss,
         )
         # rows that the user asks for are not cut again
         budget = (
@@ -414,22 +447,23 @@ class Tuning:
 
     def evaluate(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Score the active trials, keep the best, and stop the worse half where that is due."""
-        active = [self.trials[number] for number in progress.active]
-        injection = Injection()
+        active = self._active(progress)
+        groups: list[Injection] = []
         if self.method.frozen:
-            injection = inject(self.method, state.trainables, self.backbone.params)
-            scores = self.evaluator.validate(self.backbone.params, injection.embeddings, active)
+            groups = self._injections(state, progress)
+            scores = self.evaluator.validate(self.backbone.params, joined(groups), active)
         else:
             with without_member_axis(state.trainables) as params:
-                scores = self.evaluator.validate(params, None, active)
+                scores = self.evaluator.validate(params, Injection(), active)
         # weights that are not finite may give finite metrics
         total = [sum(metrics.values()) for metrics in scores]
         finite = all_finite(state.trainables) & np.isfinite(total)
         ranked = [metrics[trial.metric] for trial, metrics in zip(active, scores, strict=True)]
         judgement = judge(progress, self.trials, ranked, finite.tolist())
         by_number = dict(zip(progress.active, scores, strict=True))
-        arrays = self.method.export(state.trainables, injection)
-        self._keep_best(arrays, progress, judgement, by_number)
+        # by slot, without what fills up the structures of other members
+        alone = [some_members(g, np.array([k])) for g in groups for k in range(g.num_members)]
+        self._keep_best(alone or [state.trainables], progress, judgement, by_number)
         shown = [k for k, ok in zip(progress.active, finite, strict=True) if ok]
         log_scores(
             self.run.metrics,
@@ -442,21 +476,18 @@ class Tuning:
 
     def _keep_best(
         self,
-        arrays: Mapping[str, PyTree],
+        tuned: Sequence[Injection] | Sequence[Trainables],
         before: Progress,
         judgement: Judgement,
         scores: Mapping[int, Metrics],
     ) -> None:
         """Save the trials that improved, and of each task the best.
 
-        arrays: what the method exports of all active trials.
+        tuned: of each active trial, by slot: its injection, or a whole model.
         """
         on_disk, saved = saved_best_steps(self.trials, before), self.run.checkpoints.latest_step()
         for number in judgement.improved:
             trial, slot = self.trials[number], before.active.index(number)
-            chosen = arrays
-            if self.method.uses_prompt:
-                chosen = {k: x[slot : slot + 1, : trial.length] for k, x in arrays.items()}
             metadata = metadata_for(trial, self.backbone, scores[number], judgement.progress)
             folders = [trial.own_dir]
             if number in judgement.task_best:
@@ -468,9 +499,7 @@ class Tuning:
                 if saved is None or known > saved:  # no checkpoint names it
                     known = -1
                 self.run.remove_result()
-                save_tuned(
-                    folder, chosen, self.backbone, metadata, known, prompt=self.method.uses_prompt
-                )
+                save_tuned(folder, tuned[slot], self.backbone, metadata, known)
 
     def _halve(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """At the last step too: the run may get more of them."""
@@ -493,7 +522,7 @@ class Tuning:
         if jax.process_index() == 0:
             oldest = self.run.oldest_checkpoint()
             oldest = progress.step if oldest is None else oldest
-            tidy_best(self.trials, progress, oldest, prompt=self.method.uses_prompt)
+            tidy_best(self.trials, progress, oldest, prompt=self.method.frozen)
 
     # -- result
 
@@ -515,7 +544,7 @@ class Tuning:
                 sum(progress.trained) * settings.batch_size / max(seconds, 1e-9), 3
             ),
             "frozen_parameters": (
-                quantization.count(self.backbone.params) if self.method.uses_prompt else 0
+                quantization.count(self.backbone.params) if self.method.frozen else 0
             ),
             "inputs": self.all_inputs,
         }
@@ -533,7 +562,7 @@ class Tuning:
     def _task_result(self, members: Sequence[Trial], progress: Progress) -> TaskResult:
         """What came of a task: its best trial, which is the one in ``task_dir``."""
         best = best_trial(progress, slot_order(members))
-        folder, uses_prompt = best.task_dir, self.method.uses_prompt
+        folder, frozen = best.task_dir, self.method.frozen
         if progress.best_step[best.number] < 0:
             raise UserError(
                 f"No scores of task {best.task.name!r} on its validation rows were finite numbers, "
@@ -550,8 +579,8 @@ class Tuning:
             "rows": len(best.dataset.validation.examples),
             "best_step": progress.best_step[best.number],
             "trainable_parameters": sum(x.size for x in jax.tree.leaves(self.shapes[best.number])),
-            "prompt": str(folder / "prompt") if uses_prompt else None,
-            "model": None if uses_prompt else str(folder / "model"),
+            "prompt": str(folder / "prompt") if frozen else None,
+            "model": None if frozen else str(folder / "model"),
             **self._test(best),
         }
         if jax.process_index() == 0:
@@ -567,26 +596,32 @@ class Tuning:
         test = best.dataset.test
         if test is None:
             return {}
-        params, bank, source = self._load_best(best)
+        params, injection, source = self._load_best(best)
         try:
-            metrics = self.evaluator.measure_one(params, bank, best.task, test, source)
+            metrics = self.evaluator.measure_one(params, injection, best.task, test, source)
         except UserError as error:
             self.reporter.say(f"warning: the test has no figure: {error}")
             return {"test_error": str(error)}
-        if self.method.uses_prompt:
+        if self.method.frozen:
             note_test(Path(source), metrics)
         return {"test_rows": len(test.examples), "test": metrics}
 
-    def _load_best(self, best: Trial) -> tuple[registry.Params, Float[Array, "1 P D"] | None, str]:
-        """Parameters, bank and directory of what was saved as the best of a task."""
-        if not self.method.uses_prompt:
+    def _load_best(self, best: Trial) -> tuple[registry.Params, Injection, str]:
+        """Parameters, injection and directory of what was saved as the best of a task."""
+        if not self.method.frozen:
             # the first process answers, and has written the model by then
             path = processes.on_process_zero(lambda: str(best.task_dir / "model"))
             params = load_backbone(path, dtype=self.config.model.dtype, mesh=self.mesh).params
-            return params, None, path
+            return params, Injection(), path
         path = best.task_dir / "prompt"
-        like = np.zeros((best.length, self.backbone.config.d_model), np.float32)
-        vectors = processes.broadcast_from_zero(lambda: load_prompt(path).vectors, like)
+        method = method_of(best.config)
+        like = jax.eval_shape(method.inject, self.shapes[best.number], self.backbone.params)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        saved = processes.broadcast_from_zero(lambda: _numpy(load_prompt(path).injection), zeros)
         # the sharding of training, for which the programs are compiled already
-        bank = jax.device_put(vectors[None], parallel.replicated(self.mesh))
-        return self.backbone.params, bank, str(path)
+        injection = jax.device_put(saved, parallel.replicated(self.mesh))
+        return self.backbone.params, injection, str(path)
+
+
+def _numpy(tree: Injection) -> Injection:
+    return jax.tree.map(np.asarray, tree)

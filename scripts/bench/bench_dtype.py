@@ -21,7 +21,7 @@ from jaxprompt.data.batches import Batch
 from jaxprompt.methods.full import PRETRAINING
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models.checkpoints.load import LOAD_DTYPES, load_backbone
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state, make_train_step
 
 ROWS, PROMPT, STEPS = 32, 20, 3  # STEPS a round
@@ -56,7 +56,7 @@ def job(name: str, dtype: str, path: str):
     else:
         method, settings, frozen = METHODS["prompt-tuning"], TrainConfig(), backbone.params
         batch, prompts = random_batch(rows, 64, 4, PROMPT), np.ones((1, PROMPT, width), np.float32)
-    optimizer = per_prompt(settings)
+    optimizer = per_member(settings)
     step = make_train_step(backbone.model, method, optimizer)
     held = [init_state(method, optimizer, backbone.params, prompts)]
 

@@ -41,7 +41,7 @@ from jaxprompt.models.t5.config import released
 from jaxprompt.runtime.files import replace_directory, write_atomically
 from jaxprompt.runtime.markdown import markdown_table
 from jaxprompt.runtime.memory import start_again_with_huge_pages
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state, make_train_step
 
 sys.path.append(str(Path(__file__).parent / "peft"))
@@ -102,7 +102,7 @@ def peak(dtype: str, size: int = 2048) -> Callable[[], float]:
 def compiled(backbone: Backbone, point: Point) -> tuple[Callable[[], float], dict[str, int]]:
     """A function that takes a step and tells its seconds, and the memory that a step asks for."""
     vocabulary, width = backbone.params["token_embedder"]["embedding"].shape
-    optimizer = per_prompt(SETTINGS)
+    optimizer = per_member(SETTINGS)
     step = make_train_step(backbone.model, METHOD, optimizer)
     start = np.ones((point.prompts, point.vectors, width), np.float32)
     batch = random_batch(

@@ -168,7 +168,7 @@ def make_program(config: "RunConfig", devices: int, options: argparse.Namespace)
 
     from jaxprompt.methods.registry import METHODS
     from jaxprompt.runtime import parallel
-    from jaxprompt.training.optimizer import per_prompt
+    from jaxprompt.training.optimizer import per_member
     from jaxprompt.training.step import init_state, make_train_step
 
     model, method = make_model(config), METHODS[config.method]
@@ -182,7 +182,7 @@ def make_program(config: "RunConfig", devices: int, options: argparse.Namespace)
         model.abstract_params(kept),
         model.logical_axes(),
     )
-    optimizer = per_prompt(config.train)
+    optimizer = per_member(config.train)
     rows = 1, method.num_start_vectors(config.prompt), model.config.d_model
     start = np.zeros(rows, np.float32)
     state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)

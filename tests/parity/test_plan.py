@@ -20,7 +20,7 @@ from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
 from jaxprompt.training import plan
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.plan import Layout, layouts, plan_of
 from jaxprompt.training.step import init_state, make_train_step
 
@@ -56,7 +56,7 @@ def compiled(model, work, layout, prompt=20):
         MeshConfig(data=layout.data, fsdp=layout.fsdp, tensor=layout.tensor),
         jax.devices()[: layout.ways * layout.tensor],
     )
-    method, optimizer = METHODS["prompt-tuning"], per_prompt(config().train)
+    method, optimizer = METHODS["prompt-tuning"], per_member(config().train)
     place, everywhere = parallel.parameter_sharding(mesh), parallel.replicated(mesh)
     array = jax.ShapeDtypeStruct
 

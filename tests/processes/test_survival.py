@@ -70,17 +70,17 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(whole, backbone, tm
 
 
 def test_a_signal_in_an_evaluation_is_heard_at_once(whole, backbone, tmp_path, monkeypatch):
-    run, answer = config(backbone, tmp_path), evaluator.predict_per_prompt
+    run, answer = config(backbone, tmp_path), evaluator.predict_per_member
     calls = []
 
-    def predict_per_prompt(*args, **kwargs):
+    def predict_per_member(*args, **kwargs):
         calls.append(0)
         if len(calls) == 3:  # untuned, step 4, step 8
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
         return answer(*args, **kwargs)
 
-    monkeypatch.setattr(evaluator, "predict_per_prompt", predict_per_prompt)
+    monkeypatch.setattr(evaluator, "predict_per_member", predict_per_member)
     with Signals() as signals, pytest.raises(Interrupted, match="after step 8, which is saved"):
         train(run, None, signals)
     train(run)

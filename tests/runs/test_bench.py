@@ -232,8 +232,8 @@ def test_the_target_is_what_the_best_rate_first_had(script, tmp_path):
 
 def test_evaluations_of_a_run_are_timed_one_by_one(script, monkeypatch, tmp_path):
     bench = script("bench_time_to_accuracy")
-    name = "predict_per_prompt"
-    monkeypatch.setattr(bench.evaluator, name, bench.evaluator.predict_per_prompt)
+    name = "predict_per_member"
+    monkeypatch.setattr(bench.evaluator, name, bench.evaluator.predict_per_member)
     values = run_values(make_backbone(tmp_path / "backbone"), tmp_path)
     values["train"] |= {"steps": 5}
     found = bench.ours(values)

@@ -265,14 +265,14 @@ def test_more_steps_go_on_with_the_prompt_of_the_checkpoint(backbone, tmp_path, 
 
 def test_a_run_whose_scores_were_never_numbers_has_no_result(backbone, tmp_path, monkeypatch):
     """Its losses may be finite all the time: other rows are trained on than judged."""
-    predict, asked = evaluator.predict_per_prompt, []
+    predict, asked = evaluator.predict_per_member, []
 
     def lost(*args, **settings):
         asked.append(len(asked))
         found = predict(*args, **settings)
         return [each._replace(non_finite_rows=[0]) for each in found] if asked[-1] else found
 
-    monkeypatch.setattr(evaluator, "predict_per_prompt", lost)
+    monkeypatch.setattr(evaluator, "predict_per_member", lost)
     with pytest.raises(UserError, match="No scores of task 'mine' .* finite numbers"):
         train(run_config(backbone, tmp_path, train={"steps": 4}))
     assert len(asked) == 2  # the bare model and the prompt at step 4

@@ -216,7 +216,7 @@ def test_tasks_that_cannot_be_together(backbone, tmp_path, change, words):
 
 
 def test_trees_of_one_length_stay_one_tree():
-    from jaxprompt.methods.base import length_groups, num_members
+    from jaxprompt.methods.base import member_groups, num_members
     from jaxprompt.training.population import keep_members, stack_trainables
     from jaxprompt.training.step import TrainState
 
@@ -224,7 +224,7 @@ def test_trees_of_one_length_stay_one_tree():
     trees = [tree(3, 0), tree(3, 1), tree(5, 2), tree(5, 3)]
     assert stack_trainables(trees[:2])["prompt"].shape == (2, 3, 2)
     both = stack_trainables(trees)
-    assert [t["prompt"].shape for t in length_groups(both)] == [(2, 3, 2), (2, 5, 2)]
+    assert [t["prompt"].shape for t in member_groups(both)] == [(2, 3, 2), (2, 5, 2)]
     assert num_members(both) == 4
     state = TrainState(jax.numpy.int32(0), both, tuple(t["prompt"] + 10 for t in both))
     kept = keep_members(state, [2, 3])
@@ -277,7 +277,7 @@ def test_a_prompt_that_is_most_of_what_a_row_holds_is_warned_of():
 
 def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, monkeypatch):
     """The vectors are finite here and the answers right: only the scores are not."""
-    predict = evaluator.predict_per_prompt
+    predict = evaluator.predict_per_member
 
     def lost(model, task, examples, *args, **kwargs):
         found = predict(model, task, examples, *args, **kwargs)
@@ -294,7 +294,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
         examples_of[id(given.validation.examples)] = texts
         return given
 
-    monkeypatch.setattr(evaluator, "predict_per_prompt", lost)
+    monkeypatch.setattr(evaluator, "predict_per_member", lost)
     monkeypatch.setattr(tune, "build_dataset", assigned)
     run = run_config(backbone, tmp_path / "a", prompt={"population": {"seed": [0, 1]}})
     result = train(run)
@@ -306,7 +306,7 @@ def test_answers_that_are_no_numbers_are_one_members_matter(backbone, tmp_path, 
 
 def test_a_backbone_that_answers_no_numbers_ends_the_run(backbone, tmp_path, monkeypatch):
     lost = [Predictions(["yes"] * 8, None, non_finite_rows=[2, 5])]
-    monkeypatch.setattr(evaluator, "predict_per_prompt", lambda *args, **kwargs: lost)
+    monkeypatch.setattr(evaluator, "predict_per_member", lambda *args, **kwargs: lost)
     with pytest.raises(UserError, match="tiny gives scores that are not finite .* for 2 of 8 rows, "
                        "first for row 3"):  # fmt: skip
         train(run_config(backbone, tmp_path / "a"))

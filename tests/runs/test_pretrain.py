@@ -44,11 +44,11 @@ SHAPE = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32,
 def one_compilation():
     """Runs of equal settings share their compiled step, on the one device that is enough here."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("per_prompt", "make_train_step"):
+        for name in ("per_member", "make_train_step"):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
-        make = module.per_prompt
+        make = module.per_member
         # the schedule of these runs does not depend on their number of steps
-        patch.setattr(module, "per_prompt", lambda t: make(t.model_copy(update=SAME)))
+        patch.setattr(module, "per_member", lambda t: make(t.model_copy(update=SAME)))
         patch.setattr(parallel, "make_mesh", lambda mesh: MAKE_MESH(mesh, jax.devices()[:1]))
         jax.config.update("jax_disable_most_optimizations", True)  # compilation is what takes long
         yield

@@ -84,7 +84,7 @@ def scale(monkeypatch):
         monkeypatch.setattr(owner, name, around)
 
     for owner, name in ((Checkpoints, "save"), (Checkpoints, "restore"),
-                        (evaluator, "predict_per_prompt"), (tune, "save_tuned"),
+                        (evaluator, "predict_per_member"), (tune, "save_tuned"),
                         (pretrain, "held_out_scores"), (pretrain, "fill_in"),
                         (pretrain, "save_model")):  # fmt: skip
         weighed(owner, name)

@@ -26,7 +26,7 @@ from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.injection import Injection
 from jaxprompt.runtime import devices, parallel
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state, make_train_step
 
 Job = dict[str, Any]
@@ -110,7 +110,7 @@ class Ours:
             weight_decay=0.0, z_loss=0.0, clip=1.0,
         )  # fmt: skip
         optimizer, key = (
-            per_prompt(settings),
+            per_member(settings),
             (job["dtype"], job["dropout"], job["attention"], size),
         )
         rng = np.random.default_rng(0)

@@ -77,7 +77,7 @@ def ours(values: dict[str, Any]) -> Events:
     """A whole run in this process: each evaluation of it, with the clock at its end."""
     config, calls = parse(RunConfig, values), []
     devices.start([config.train.batch_size], config.mesh)  # as the command does
-    began, judge = time.perf_counter(), evaluator.predict_per_prompt
+    began, judge = time.perf_counter(), evaluator.predict_per_member
 
     def timed(*args, **kwargs):
         paused = time.perf_counter()
@@ -85,7 +85,7 @@ def ours(values: dict[str, Any]) -> Events:
         calls.append((time.perf_counter() - began, time.perf_counter() - paused))
         return answers
 
-    evaluator.predict_per_prompt = timed  # the loop has no hook for the clock
+    evaluator.predict_per_member = timed  # the loop has no hook for the clock
     loop.train(config)
     log = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "validation/accuracy" in row]

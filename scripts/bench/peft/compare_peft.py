@@ -41,7 +41,7 @@ from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.checkpoints.save import save_hf
 from jaxprompt.runtime.files import replace_directory
 from jaxprompt.studies.options import read_task
-from jaxprompt.training.optimizer import per_prompt
+from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state, make_train_step
 
 
@@ -54,7 +54,7 @@ def padded(rows: list[np.ndarray]) -> np.ndarray:
 
 def ours(backbone, settings: TrainConfig, start, examples, indices, length: int):
     """Vectors after training, and each step's time and loss (the first of a shape compiles)."""
-    method, optimizer = METHODS["prompt-tuning"], per_prompt(settings)
+    method, optimizer = METHODS["prompt-tuning"], per_member(settings)
     state = init_state(method, optimizer, backbone.params, start[None])
     model = registry.with_shared_prefix(backbone.model, [e.inputs for e in examples], length)
     step = make_train_step(model, method, optimizer, z_loss=settings.z_loss)

@@ -111,8 +111,8 @@ def _attended(form, mixed=False):
     def value(query, encoded, kernels):
         if form == "to":
             runtime = Runtime(dtype="mixed" if mixed else "float32")
-            both = UnprojectedKernel(kernels[0]), UnprojectedKernel(kernels[1])
-            y = attend_unprojected(query, both, encoded, mask, keep, runtime=runtime)
+            pair = UnprojectedKernel(kernels[0]), UnprojectedKernel(kernels[1])
+            y = attend_unprojected(query, pair, encoded, mask, keep, runtime=runtime)
         else:
             key, val = (matmul("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
             val = val * keep[..., None]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxprompt.config.schema import TrainConfig
-from jaxprompt.training.optimizer import make_optimizer, per_prompt, schedule, schedule_warnings
+from jaxprompt.training.optimizer import make_optimizer, per_member, schedule, schedule_warnings
 
 
 def t5x_adafactor(prompt, grads, *, first_step):
@@ -77,7 +77,7 @@ def test_the_originals_updates_stay_clipped_where_those_from_step_0_shrink():
 @pytest.mark.parametrize("name", ["adafactor-t5x", "adafactor", "adamw"])
 def test_prompts_updated_together_equal_prompts_updated_alone(name):
     settings, peaks = TrainConfig(optimizer=name, clip=0.5), [0.1, 0.3, 1.0]
-    together = per_prompt(settings, peaks)
+    together = per_member(settings, peaks)
     rng = np.random.default_rng(0)
     prompts = jnp.asarray(rng.normal(size=(3, 130, 128)), jnp.float32)
     grads = jnp.asarray(rng.normal(size=(3, 130, 128)) * [[[1]], [[50]], [[0.01]]], jnp.float32)

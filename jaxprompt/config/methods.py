@@ -1,0 +1,262 @@
+"""The methods: their parts, the settings of each part, and the recipes that are usual for them."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.fields import Schema, Size, Weight
+from jaxprompt.config.values import Values
+
+OWN_RATE = "Peak learning rate of this part alone. null: `train.learning_rate`."
+Stack = Literal["encoder", "decoder", "cross"]
+STACKS: tuple[Stack, ...] = ("encoder", "decoder", "cross")
+
+
+class LoraConfig(Schema):
+    """Low-rank changes of frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    section = "lora"
+
+    rank: Size = Field(default=8, description="Columns of the low-rank factors.")
+    alpha: Weight = Field(default=8.0, description="The change is multiplied by alpha / rank.")
+    rank_stabilized: bool = Field(
+        default=False,
+        description="Multiplies by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).",
+    )
+    targets: (
+        list[Literal["query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo"]] | Literal["all"]
+    ) = Field(
+        default=["query", "value"],
+        description="Weights that change, by their names in the parameter tree. all: all of them.",
+    )
+    stacks: list[Stack] = Field(
+        default=[*STACKS],
+        description=(
+            "Where they change: in the encoder, the decoder, its cross-attention. A decoder-only "
+            "model has a decoder alone."
+        ),
+    )
+    init: Literal["uniform", "gaussian"] = Field(
+        default="uniform",
+        description=(
+            "The first factor. uniform: within 1 / sqrt(inputs), as in PEFT. gaussian: of standard "
+            "deviation 1 / rank. The second starts at 0."
+        ),
+    )
+    ratio: Weight = Field(
+        default=1.0,
+        description=(
+            "The second factor learns so many times as fast (LoRA+, arXiv 2402.12354); for AdamW."
+        ),
+    )
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
+class IA3Config(Schema):
+    """Scales of keys, values and the MLP (Liu et al. 2022, arXiv 2205.05638)."""
+
+    section = "ia3"
+
+    targets: list[Literal["key", "value", "hidden"]] = Field(
+        default=["key", "value", "hidden"],
+        description="What is scaled; hidden: what the last product of the MLP reads.",
+    )
+    stacks: list[Stack] = Field(default=[*STACKS], description="As in `lora.stacks`.")
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
+class PrefixConfig(Schema):
+    """Keys and values in front of those of the text (Li and Liang 2021, arXiv 2101.00190)."""
+
+    section = "prefix"
+
+    length: Size = Field(default=30, description="Keys and values of each attention.")
+    places: list[Stack] = Field(
+        default=[*STACKS],
+        description=(
+            "Which attention has them: the encoder's, the decoder's, the one from decoder to "
+            "encoder. A decoder-only model has a decoder alone."
+        ),
+    )
+    mlp: Size | None = Field(
+        default=512,
+        description=(
+            "Width of the network that makes them in training (an embedding, tanh between two "
+            "matrices); it is not stored with the prompt. null: they are trained themselves."
+        ),
+    )
+    init: Literal["text", "normal", "zeros"] = Field(
+        default="normal",
+        description="text: the keys and values that the frozen model has for `prefix.text`.",
+    )
+    text: str | None = Field(default=None, description="Text that `init: text` starts from.")
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
+class PTuningConfig(Schema):
+    """The network that makes the vectors of p-tuning (Liu et al. 2021, arXiv 2103.10385)."""
+
+    section = "p_tuning"
+
+    encoder: Literal["mlp", "lstm"] = Field(
+        default="mlp", description="Three matrices with ReLU, or a bidirectional LSTM and two."
+    )
+    width: Size | None = Field(default=None, description="Of its layers. null: d_model.")
+
+
+class AdapterConfig(Schema):
+    """Bottleneck networks between the layers (Houlsby et al. 2019, arXiv 1902.00751)."""
+
+    section = "adapter"
+
+    placement: Literal["sequential", "parallel"] = Field(
+        default="sequential",
+        description="Behind a sublayer, or beside it (He et al. 2021, arXiv 2110.04366).",
+    )
+    after: list[Literal["attention", "cross", "mlp"]] = Field(
+        default=["mlp"],
+        description="Sublayers that have one; cross: the decoder's cross-attention.",
+    )
+    reduction: Weight = Field(default=16.0, description="The width is d_model divided by this.")
+    width: Size | None = Field(default=None, description="Width. null: as `reduction` says.")
+    activation: Literal["relu", "gelu", "silu"] = Field(
+        default="relu", description="Between the two matrices; gelu in its tanh form."
+    )
+    reads: Literal["output", "sum", "input", "normed"] = Field(
+        default="sum",
+        description=(
+            "What it reads: the sublayer's output, its sum with the residual stream, the residual "
+            "stream before the sublayer, or that behind the sublayer's norm."
+        ),
+    )
+    scale: Weight = Field(default=1.0, description="Multiplies what it gives.")
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
+class BitfitConfig(Schema):
+    """Biases of all projections (Ben Zaken et al. 2021, arXiv 2106.10199)."""
+
+    section = "bitfit"
+
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
+SECTIONS: Mapping[str, type[Schema]] = {
+    kind.section: kind
+    for kind in (PTuningConfig, PrefixConfig, LoraConfig, IA3Config, AdapterConfig, BitfitConfig)
+}
+
+# methods with virtual tokens, of which one can be a part
+PROMPTS = ("prompt", "residual-prompt", "superposition-prompt", "p-tuning")
+# the section that has the learning rate of each part
+SECTIONS_OF: Mapping[str, str] = {
+    **dict.fromkeys(PROMPTS, "prompt"),
+    "prefix": "prefix",
+    "lora": "lora",
+    "ia3": "ia3",
+    "adapter": "adapter",
+    "bitfit": "bitfit",
+    "norm": "bitfit",
+    "model": "train",
+}
+# what `method` may be, beside parts joined by +
+METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
+    "prompt-tuning": ("prompt",),
+    "residual-prompt-tuning": ("residual-prompt",),
+    "superposition-prompt-tuning": ("superposition-prompt",),
+    "p-tuning": ("p-tuning",),
+    "prefix-tuning": ("prefix",),
+    "p-tuning-v2": ("prefix",),
+    "lora": ("lora",),
+    "ia3": ("ia3",),
+    "adapter": ("adapter",),
+    "bitfit": ("bitfit",),
+    "norm-tuning": ("norm",),
+    "mam": ("prefix", "adapter"),
+    "model-tuning": ("model",),
+}
+
+
+def parts_of(method: str) -> tuple[str, ...]:
+    """The parts of a method: those of its name, or those that + joins.
+
+    Raises:
+        UserError: a part is unknown, is there twice, or goes with no other.
+    """
+    if method in METHOD_NAMES:
+        return METHOD_NAMES[method]
+    parts = tuple(METHOD_NAMES.get(part, (part,)) for part in method.split("+"))
+    flat = tuple(part for some in parts for part in some)
+    unknown = [part for part in flat if part not in SECTIONS_OF]
+    if unknown:
+        raise UserError(
+            f"method is {shown(method)} and {shown(unknown[0])} is no method; use one of "
+            f"{listed(METHOD_NAMES)}, or join parts by +, as in prompt+lora"
+        )
+    if len({*flat}) < len(flat) or len({*flat} & {*PROMPTS}) > 1 or "model" in flat:
+        raise UserError(
+            f"method is {shown(method)}: a part is there twice, or two parts have virtual tokens, "
+            "or one is the whole model; join others"
+        )
+    return flat
+
+
+# The usual recipe of each part: method.md of the papers' codes, see methods/README.md
+_ADAMW: Values = {"optimizer": "adamw", "schedule": "linear", "weight_decay": 0.0}
+RECIPES: Mapping[str, Values] = {
+    "lora": {"train": {**_ADAMW, "learning_rate": 4e-4}},
+    "ia3": {
+        "train": {"optimizer": "adafactor", "learning_rate": 3e-3, "schedule": "linear"},
+    },
+    "prefix-tuning": {"train": {**_ADAMW, "learning_rate": 5e-4}},
+    "p-tuning-v2": {
+        "prefix": {"places": ["encoder"], "mlp": None},
+        "train": {**_ADAMW, "learning_rate": 7e-3},
+    },
+    "adapter": {"train": {**_ADAMW, "learning_rate": 3e-4}},
+    "bitfit": {"train": {**_ADAMW, "learning_rate": 3e-4}},
+    "norm-tuning": {"train": {**_ADAMW, "learning_rate": 3e-4}},
+    "mam": {
+        "adapter": {"placement": "parallel", "reads": "normed", "reduction": 2.0, "scale": 4.0},
+        "prefix": {"learning_rate": 5e-4},
+        "train": {**_ADAMW, "learning_rate": 3e-4},
+    },
+}
+# for AdamW, where several parts are trained together
+_RATES = {
+    **dict.fromkeys(PROMPTS, 0.3),
+    "prefix": 5e-4,
+    "lora": 4e-4,
+    "ia3": 3e-3,
+    "adapter": 3e-4,
+    "bitfit": 3e-4,
+    "norm": 3e-4,
+}
+# share of the steps in which the rate rises, where the schedule is linear (LoRA, appendix D)
+WARMUP = 0.06
+
+
+def with_recipe(values: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a run with the recipe of its method for all that is not set."""
+    method = values.get("method")
+    name = {"prefix": "prefix-tuning", "norm": "norm-tuning"}.get(str(method), str(method))
+    recipe = RECIPES.get(name, {})
+    if isinstance(method, str) and "+" in method:
+        parts = [part for some in method.split("+") for part in METHOD_NAMES.get(some, (some,))]
+        recipe = {"train": _ADAMW}
+        for part in parts:
+            if part in _RATES:
+                recipe = {**recipe, SECTIONS_OF[part]: {"learning_rate": _RATES[part]}}
+    full = dict(values)
+    for section, settings in recipe.items():
+        given = full.get(section, {})
+        if isinstance(given, Mapping):
+            full[section] = {**settings, **given}
+    train = full.get("train")
+    if recipe and isinstance(train, Mapping) and train.get("schedule") == "linear":
+        steps = train.get("steps", 30_000)
+        if isinstance(steps, int) and "warmup_steps" not in train:
+            full["train"] = {**train, "warmup_steps": round(WARMUP * steps)}
+    return full
