@@ -6,7 +6,7 @@ Letters: see ``jaxprompt.data.virtual_tokens``; r is a rank, m the width of an a
 
 import dataclasses
 import functools
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, no_type_check
 
 import jax
 import numpy as np
@@ -63,6 +63,7 @@ class Prefix(NamedTuple):
     used: Bool[Array, "*K P"] | None = None
 
 
+@no_type_check  # JAX also builds it of what is no array
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["down", "down_bias", "up", "up_bias"],

@@ -17,12 +17,13 @@ from jaxprompt.models.checkpoints.metadata import (
     read_size,
 )
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.ops.activations import HUGGING_FACE_NAMES
 from jaxprompt.runtime.json_file import JsonObject, read_json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # SmolLM2 is a llama
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # that older versions saved
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh", "gelu_new")
 
 
 def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
@@ -61,7 +62,7 @@ def config_from_json(path: Path, *, tied: bool) -> DecoderConfig:
         d_ff=read_size(path, raw, "intermediate_size"),
         num_layers=read_size(path, raw, "num_hidden_layers", max_value=MOST_LAYERS),
         model_type=kind,
-        activation=_ACTIVATIONS[activation],
+        activation=HUGGING_FACE_NAMES[activation],
         tied=tied,
         qkv_bias=kind == "qwen2",
         rope_theta=theta,

@@ -16,19 +16,12 @@ from jaxprompt.models.checkpoints.metadata import (
     read_size,
 )
 from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths, tree_axes
+from jaxprompt.models.ops.activations import HUGGING_FACE_NAMES
 from jaxprompt.models.t5.config import T5Config
 from jaxprompt.runtime.json_file import JsonObject, read_json
 
-# Names of activations -> ours. A plain "gelu" outside "gated-gelu" is the exact form in
-# transformers. No T5 uses it, so it is not here.
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu_new": "gelu",
-    "gelu_fast": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "silu": "silu",
-    "swish": "silu",
-}
+# A plain "gelu" outside "gated-gelu" is the exact form. No T5 uses it, so it is not here.
+_ACTIVATIONS = {name: ours for name, ours in HUGGING_FACE_NAMES.items() if name != "gelu"}
 _DEFAULT_PROJECTION = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu"}
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"

@@ -37,7 +37,7 @@ from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
 from jaxprompt.models.injection import Injection, KeyValues
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import Member, changed, project
+from jaxprompt.models.ops.changes import Member, adapted, changed, project
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.segments import (
     last_of_segment,
@@ -133,9 +133,11 @@ class Layer(nn.Module):
 
     def __call__(self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext):
         member = context.member
-        y, key_values = self.attention(self.attention_norm(x, member), past, context)
-        x = x + y
-        x = x + self.mlp(self.mlp_norm(x, member), None, member)
+        h = self.attention_norm(x, member)
+        y, key_values = self.attention(h, past, context)
+        x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
+        h = self.mlp_norm(x, member)
+        x = adapted(x, h, self.mlp(h, None, member), tuned(self, "mlp_adapter"), member)
         return shard_activation(x, self.model.runtime.place), key_values
 
 

@@ -8,10 +8,23 @@ from jaxtyping import Array, Float
 
 from jaxprompt.models.precision import from_bits, to_bits
 
+# all are 0 at 0, so the zeros that pad a narrow adapter change nothing
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
+}
+
+# names of transformers, AdapterHub and a config's ``adapter.activation`` -> ours
+HUGGING_FACE_NAMES = {
+    "relu": "relu",
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "silu": "silu",
+    "swish": "silu",
 }
 
 

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.models.base import Runtime
-from jaxprompt.models.injection import LowRank, Projection
+from jaxprompt.models.injection import Adapter, LowRank, Projection
+from jaxprompt.models.ops.activations import ACTIVATIONS
 from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.quantization import Weight
 
-Member = Int[Array, " B"] | None
+# of each row of inputs, for which there may be several rows of targets, so it has its own letter
+Member = Int[Array, " inputs"] | None
 
 T = TypeVar("T")
 
@@ -98,6 +100,34 @@ def low_rank(
     a = a.reshape(len(a), math.prod(a.shape[1 : 1 + summed]), rank)
     narrow = _times(flat, a)
     return _times(narrow, b.reshape(len(b), rank, -1)).reshape(*x.shape[:2], *out)
+
+
+def adapted(
+    x: Float[Array, "B T D"],
+    normed: Float[Array, "B T D"],
+    result: Float[Array, "B T D"],
+    adapter: Adapter | None,
+    member: Member,
+) -> Float[Array, "B T D"]:
+    """The residual stream behind a sublayer: x + result and, if there is one, what an adapter adds.
+
+    An adapter's products are in the dtype of ``x``, with float32 sums.
+
+    Args:
+        x: the residual stream before the sublayer.
+        normed: x behind the sublayer's norm.
+        result: what the sublayer gives, after its dropout. That of an adapter is not dropped.
+        adapter: leaves [K, ...]; None for none. See ``Adapter``.
+        member: of each row of inputs, see ``of_rows``.
+    """
+    total = x + result
+    if adapter is None:
+        return total
+    read = {"output": result, "sum": total, "input": x, "normed": normed}[adapter.reads]
+    mine = of_rows(adapter, member, len(x))
+    narrow = _times(read.astype(x.dtype), mine.down) + mine.down_bias[:, None].astype(x.dtype)
+    wide = _times(ACTIVATIONS[adapter.activation](narrow), mine.up)
+    return total + adapter.scale * (wide + mine.up_bias[:, None].astype(x.dtype))
 
 
 def transposed_low_rank(

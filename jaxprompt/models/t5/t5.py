@@ -35,7 +35,7 @@ from jaxprompt.models.ops.attention.mask import (
     cross_attention_mask,
     encoder_mask,
 )
-from jaxprompt.models.ops.changes import Member, changed, project
+from jaxprompt.models.ops.changes import Member, adapted, changed, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.positions import relative_bias
@@ -175,12 +175,14 @@ class EncoderLayer(nn.Module):
         if bias is None:
             bias = _bias(self.relative_bias, context, self.model.config, True)
         member = context.member
-        y = self.attention_norm(x, member)
-        keys_values = self.attention.keys_values(y, member)
-        y = self.attention.attend(y, keys_values, context.attention_mask, bias, dropout, member)
-        x = x + self.dropout(y, dropout)
-        y = self.mlp(self.mlp_norm(x, member), dropout, member)
-        x = x + self.dropout(y, dropout)
+        h = self.attention_norm(x, member)
+        keys_values = self.attention.keys_values(h, member)
+        y = self.attention.attend(h, keys_values, context.attention_mask, bias, dropout, member)
+        y = self.dropout(y, dropout)
+        x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
+        h = self.mlp_norm(x, member)
+        y = self.dropout(self.mlp(h, dropout, member), dropout)
+        x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
         return shard_activation(x, self.model.runtime.place), None
 
 
@@ -201,20 +203,23 @@ class DecoderLayer(nn.Module):
         if bias is None:
             bias = _bias(self.relative_bias, context, self.model.config, False)
         member = context.member
-        y = self.self_attention_norm(x, member)
-        key, value = self.self_attention.keys_values(y, member)
+        h = self.self_attention_norm(x, member)
+        key, value = self.self_attention.keys_values(h, member)
         if cache is not None:
             at = (0, context.query_positions[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
         y = self.self_attention.attend(
-            y, (key, value), context.attention_mask, bias, dropout, member
+            h, (key, value), context.attention_mask, bias, dropout, member
         )
-        x = x + self.dropout(y, dropout)
-        y = self._cross_attend(self.cross_attention_norm(x, member), cache, context)
-        x = x + self.dropout(y, dropout)
-        y = self.mlp(self.mlp_norm(x, member), dropout, member)
-        x = x + self.dropout(y, dropout)
+        y = self.dropout(y, dropout)
+        x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
+        h = self.cross_attention_norm(x, member)
+        y = self.dropout(self._cross_attend(h, cache, context), dropout)
+        x = adapted(x, h, y, tuned(self, "cross_attention_adapter"), member)
+        h = self.mlp_norm(x, member)
+        y = self.dropout(self.mlp(h, dropout, member), dropout)
+        x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
         filled = None if cache is None else (key, value)
         return shard_activation(x, self.model.runtime.place), filled
 
