@@ -553,6 +553,11 @@ def inspect(
     """Nearest words, norms, similarities of the session's prompt; ``figure`` draws them (.png)."""
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
+    if not len(session.prompt.vectors):
+        raise UserError(
+            f"The method {session.prompt.metadata.get('method')!r} has no vectors to inspect; "
+            "inspect a prompt of virtual tokens."
+        )
     if not isinstance(nearest, int | np.integer) or nearest < 1:
         raise UserError(f"nearest is {shown(nearest)}; give a whole number from 1 on.")
     if figure is not None:

@@ -238,6 +238,29 @@ _RATES = {
 WARMUP = 0.06
 
 
+# a rate that is so many times as high or low as the usual one is likely a mistake
+_FAR = 30.0
+
+
+def rate_warnings(optimizer: str, rates: Mapping[str, float]) -> list[str]:
+    """A sentence for each part whose learning rate is far from the usual one.
+
+    Args:
+        optimizer: of the run; rates of Adafactor and AdamW are compared with those of AdamW.
+        rates: the peak rate of each part.
+    """
+    warnings = []
+    for part, rate in rates.items():
+        usual = _RATES.get(part)
+        if part in PROMPTS or usual is None or usual / _FAR < rate < usual * _FAR:
+            continue
+        warnings.append(
+            f"the learning rate of {part} is {rate:g} with {optimizer}, and {usual:g} is usual; a "
+            f"config for another method may have set it, so set train.learning_rate={usual:g}"
+        )
+    return warnings
+
+
 def with_recipe(values: Mapping[str, object]) -> dict[str, object]:
     """The settings of a run with the recipe of its method for all that is not set."""
     method = values.get("method")

@@ -6,14 +6,13 @@ Lester et al. 2021, section 6: the prompts are one bank on one frozen backbone.
 import collections
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.inference.engine import Engine
 from jaxprompt.inference.session import Session, TaskLike, prompt_task
-from jaxprompt.models.injection import Injection
+from jaxprompt.methods.layers import joined
 
 
 def vote(predictions: Sequence[list[str]]) -> list[str]:
@@ -39,23 +38,24 @@ def likeliest(scores: Float[np.ndarray, "N n C"], labels: Sequence[str]) -> list
 
 
 def ensemble_engine(sessions: Sequence[Session]) -> Engine:
-    """One engine with the prompts of all sessions as its bank, in order.
+    """One engine with what was tuned for all sessions as its members, in order.
 
-    Raises UserError unless all fit one bank of one backbone.
+    Methods may differ. Raises UserError unless all fit one backbone and have one length.
     """
-    vectors = [session.prompt.vectors for session in sessions if session.prompt is not None]
-    if len(vectors) < len(sessions) or len({rows.shape for rows in vectors}) > 1:
+    prompts = [session.prompt for session in sessions if session.prompt is not None]
+    lengths = [len(prompt.vectors) for prompt in prompts]
+    if len(prompts) < len(sessions) or len({*lengths}) > 1:
         raise UserError(
-            f"Prompts of an ensemble have one length; these have {sorted(map(len, vectors))}; "
-            "leave out those of another length."
+            f"Prompts of an ensemble have one length; these have {sorted(lengths)}; leave out "
+            "those of another length."
         )
     if len({(id(s.backbone.params), s.backbone.model) for s in sessions}) > 1:
         raise UserError(
             "Prompts of an ensemble share one loaded backbone and its attention; open all sessions "
             "with the same Backbone, and leave out prompts tuned with another model.attention."
         )
-    bank = jnp.stack([jnp.asarray(rows) for rows in vectors])
-    return sessions[0].engine._replace(injection=Injection(bank))
+    injection = joined([prompt.injection for prompt in prompts])
+    return sessions[0].engine._replace(injection=injection)
 
 
 # keys of a task that say which rows there are and what is measured, not how a row is written

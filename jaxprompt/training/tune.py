@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.methods import rate_warnings
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import with_member
 from jaxprompt.data.layout import BatchBudget
@@ -215,7 +216,9 @@ def _warnings(
     sizes = length_warnings(longest.length, longest.dataset.training.examples)
     starts = start_warnings([t.config for t in trials], [t.task for t in trials])
     crowded = filter(None, [oversubscription_warning(mesh.devices.flatten().tolist())])
-    return [*schedule_warnings(config.train), *starts, *truncated, *targets, *sizes, *crowded]
+    rates = rate_warnings(config.train.optimizer, config.learning_rates())
+    mistakes = [*schedule_warnings(config.train), *rates, *starts]
+    return [*mistakes, *truncated, *targets, *sizes, *crowded]
 
 
 def _starts(

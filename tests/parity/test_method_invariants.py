@@ -1,0 +1,275 @@
+"""What holds of every method: one set of tests for all of them.
+
+The members are not neutral: random numbers are added to all that is trained.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_step import V, examples
+
+from jaxprompt.config.schema import MeshConfig, RunConfig, TrainConfig
+from jaxprompt.data.batches import make_batch
+from jaxprompt.data.layout import BatchLayout
+from jaxprompt.data.microbatches import packed_rows
+from jaxprompt.methods.registry import method_of
+from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.decoder.decoder import DecoderModel
+from jaxprompt.models.injection import Injection
+from jaxprompt.models.merge import merge
+from jaxprompt.models.ops import quantization
+from jaxprompt.models.t5.t5 import T5Config, T5Model
+from jaxprompt.runtime import parallel
+from jaxprompt.training.optimizer import per_member
+from jaxprompt.training.step import TrainState, batch_losses, make_train_step
+
+P, K = 4, 3
+LORA = {"rank": 2, "targets": "all"}
+# method -> settings; the prompt is P vectors where there is one
+CASES = {
+    "lora": {"lora": LORA},
+    "ia3": {},
+    "prompt+lora": {"lora": LORA},
+    "prompt+ia3": {},
+}
+EXACT_AT_START = {"lora", "ia3"}
+MERGED = {"lora", "ia3"}
+
+T5 = T5Model(
+    T5Config(
+        vocab_size=V, d_model=16, num_heads=3, head_dim=4, d_ff=24,
+        num_encoder_layers=2, num_decoder_layers=2,
+    )
+)  # fmt: skip
+DECODER = DecoderModel(
+    DecoderConfig(
+        vocab_size=V, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, num_layers=2,
+        qkv_bias=True,
+    )
+)  # fmt: skip
+MODELS = {"t5": T5, "decoder": DECODER}
+
+
+@functools.cache
+def weights(family):
+    return jax.jit(MODELS[family].init_params)(jax.random.key(0))
+
+
+@functools.cache
+def method(name):
+    return method_of(RunConfig(task="boolq", output="x", method=name, **settings(name)))
+
+
+def settings(name):
+    return {"prompt": {"length": P}, **CASES[name]}
+
+
+def has_prompt(name):
+    return method(name).uses_prompt
+
+
+@functools.cache
+def started(name, family):
+    """Trainables of K members before step 0."""
+    start = np.random.default_rng(3).normal(size=(K, P, 16)).astype(np.float32)
+    start = start if has_prompt(name) else start[:, :0]
+    run = RunConfig(task="boolq", output="x", method=name, **settings(name))
+    return method(name).init(weights(family), start, run.prompt, 0)
+
+
+@functools.cache
+def trained(name, family):
+    """The same with random numbers added: no member is neutral or like another."""
+    rng = np.random.default_rng(4)
+    noise = lambda x: x + jnp.asarray(rng.normal(size=x.shape, scale=0.3), jnp.float32)
+    return jax.tree.map(noise, started(name, family))
+
+
+def alone(tree, member):
+    return jax.tree.map(lambda x: x[member : member + 1], tree)
+
+
+def rows_of(name, count, member=0, seed=0):
+    rows = examples(count, member=member, seed=seed)
+    if has_prompt(name):
+        return rows
+    return [e._replace(inputs=e.inputs[P:]) for e in rows]
+
+
+def own(name, examples):
+    """Examples of a member as those of a lone one."""
+    shift = lambda e: np.where(e.inputs >= V, e.inputs - e.member * P, e.inputs)
+    return [e._replace(inputs=shift(e), member=0) for e in examples]
+
+
+def mixed_rows(name):
+    """Examples of all members, in turns."""
+    each = [rows_of(name, 2, member=k) for k in range(K)]
+    return [rows[i] for i in range(2) for rows in each]
+
+
+def batch_of(rows, **kwargs):
+    return make_batch(rows, input_length=32, target_length=4, **kwargs)
+
+
+@functools.cache
+def step_of(name, family, mesh=None):
+    run = RunConfig(task="boolq", output="x", method=name, **settings(name))
+    rates = run.learning_rates()
+    peaks = [rates] if len(rates) > 1 else [*rates.values()]
+    make = lambda count: per_member(TrainConfig(optimizer="adamw"), peaks * count)
+    return {
+        count: (
+            make(count),
+            make_train_step(MODELS[family], method(name), make(count), mesh=mesh, z_loss=1e-4),
+        )
+        for count in (1, K)
+    }
+
+
+def stepped(name, family, trainables, batch, mesh=None):
+    """The trainables after a step, and the losses."""
+    count = len(jax.tree.leaves(trainables)[0])
+    optimizer, step = step_of(name, family, mesh)[count]
+    copy = jax.tree.map(jnp.array, trainables)
+    state = TrainState(jnp.int32(0), copy, optimizer.init(copy))
+    batches = [batch]
+    if mesh is not None:
+        state = jax.device_put(state, parallel.replicated(mesh))
+        batches = parallel.put_batch(batches, mesh)
+    state, losses = step(state, weights(family), batches)
+    jax.block_until_ready(losses)
+    return state.trainables, losses
+
+
+def close(a, b, tolerance=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+every = pytest.mark.parametrize("name", CASES)
+families = pytest.mark.parametrize("family", MODELS)
+
+
+@functools.cache
+def logits_of(family):
+    model = MODELS[family]
+
+    @jax.jit
+    def logits(params, injection, batch):
+        prepared = model.prepare(params, injection).for_rows(len(batch.inputs), batch.member)
+        return model.logits(
+            params, prepared, batch.inputs, batch.segments, batch.targets, batch.target_segments
+        )
+
+    return logits
+
+
+@pytest.mark.parametrize("name", sorted(EXACT_AT_START))
+@families
+def test_a_neutral_start_is_the_frozen_model_bit_for_bit(name, family):
+    injection = method(name).inject(alone(started(name, family), 0), weights(family))
+    batch = batch_of(rows_of(name, 3))
+    at_start = logits_of(family)(weights(family), injection, batch)
+    frozen = logits_of(family)(weights(family), Injection(), batch)
+    np.testing.assert_array_equal(at_start, frozen)
+
+
+@every
+@families
+def test_members_together_equal_each_alone_and_no_nan_spreads(name, family):
+    trainables, rows = trained(name, family), mixed_rows(name)
+    together, losses = stepped(name, family, trainables, batch_of(rows))
+    for k in range(K):
+        mine = own(name, [e for e in rows if e.member == k])
+        single, loss = stepped(name, family, alone(trainables, k), batch_of(mine))
+        close(alone(together, k), single)
+        assert float(losses.loss[k]) == pytest.approx(float(loss.loss[0]), rel=1e-5)
+    lost = jax.tree.map(lambda x: x.at[1].set(jnp.nan), trainables)
+    others, _ = stepped(name, family, lost, batch_of(rows))
+    for k in (0, 2):
+        jax.tree.map(np.testing.assert_array_equal, alone(others, k), alone(together, k))
+
+
+@every
+@families
+def test_cached_decoding_equals_teacher_forcing(name, family):
+    model, params = MODELS[family], weights(family)
+    injection = method(name).inject(trained(name, family), params)
+    batch = batch_of(mixed_rows(name))
+    wanted = logits_of(family)(params, injection, batch)
+
+    @jax.jit
+    def decode(injection, batch):
+        prepared = model.prepare(params, injection).for_rows(len(batch.inputs), batch.member)
+        read = model.prefill(params, prepared, batch.inputs, batch.segments)
+        ids, cache = model.init_decode(params, prepared, read, 4)
+        cache = model.tile_cache(cache, 2)  # as beams have it
+        given = jnp.repeat(batch.targets, 2, axis=0).T
+
+        def step(carry, position):
+            ids, cache = carry
+            logits, cache = model.decode_step(params, prepared, cache, ids, position)
+            return (given[position], cache), logits
+
+        return jax.lax.scan(step, (jnp.repeat(ids, 2), cache), jnp.arange(4))[1]
+
+    logits = decode(injection, batch).transpose(1, 0, 2)
+    there = batch.target_segments > 0
+    for beam in range(2):
+        np.testing.assert_allclose(logits[beam::2][there], wanted[there], rtol=3e-5, atol=3e-5)
+
+
+@every
+def test_examples_that_share_rows_have_the_gradient_of_padded_ones(name):
+    params, trainables, rows = weights("t5"), trained(name, "t5"), mixed_rows(name)
+    layout = BatchLayout(packed_widths=(8, 16), examples_per_row=2, one_member_per_row=True)
+    shared = T5.with_runtime(per_example_attention=True).with_layout(**vars(layout))
+    [(packed, _)] = packed_rows(rows, parts=1, devices=K, layout=layout, target_length=4)
+
+    def gradient(model, batch):
+        def loss(trainables):
+            injection = method(name).inject(trainables, params)
+            return batch_losses(params, injection, model, batch, num_members=K)[0]
+
+        return jax.jit(jax.grad(loss))(trainables)
+
+    close(gradient(shared, packed), gradient(T5, batch_of(rows)), 2e-4)
+
+
+@every
+def test_devices_together_equal_one(name):
+    mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    batch = batch_of(mixed_rows(name))
+    trainables = trained(name, "t5")
+    close(*(stepped(name, "t5", trainables, batch, m)[0] for m in (mesh, None)), 5e-5)
+
+
+@every
+def test_a_quantized_backbone_trains(name):
+    inside = lambda axes: axes[0] == "layers" and len(axes) > 2
+    shrink = lambda x, axes: quantization.quantize(x, axes, "int8") if inside(axes) else x
+    small = parallel.map_with_axes(shrink, weights("t5"), T5.logical_axes())
+    batch = batch_of(mixed_rows(name))
+
+    def loss(trainables, params):
+        injection = method(name).inject(trainables, params)
+        return batch_losses(params, injection, T5, batch, num_members=K)[0]
+
+    gradient = jax.jit(jax.grad(loss))(trained(name, "t5"), small)
+    assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", sorted(MERGED))
+@families
+def test_a_merged_model_equals_the_unmerged_one(name, family):
+    params = weights(family)
+    injection = method(name).inject(alone(trained(name, family), 1), params)
+    batch = batch_of(rows_of(name, 3))
+    merged = logits_of(family)(merge(params, injection), Injection(), batch)
+    np.testing.assert_allclose(
+        merged, logits_of(family)(params, injection, batch), rtol=1e-4, atol=1e-4
+    )
