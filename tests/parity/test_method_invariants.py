@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers_step import V, examples
 
-from jaxprompt.config.schema import MeshConfig, RunConfig, TrainConfig
+from jaxprompt.config.schema import MeshConfig, RunConfig
 from jaxprompt.data.batches import make_batch
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.data.microbatches import packed_rows
@@ -23,7 +24,6 @@ from jaxprompt.models.merge import merge
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.t5.t5 import T5Config, T5Model
 from jaxprompt.runtime import parallel
-from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import TrainState, batch_losses, make_train_step
 
 P, K = 4, 3
@@ -115,32 +115,24 @@ def batch_of(rows, **kwargs):
     return make_batch(rows, input_length=32, target_length=4, **kwargs)
 
 
+# Adam would make a sign of a gradient that is nearly 0
+OPTIMIZER = optax.sgd(0.1)
+
+
 @functools.cache
 def step_of(name, family, mesh=None):
-    run = RunConfig(task="boolq", output="x", method=name, **settings(name))
-    rates = run.learning_rates()
-    peaks = [rates] if len(rates) > 1 else [*rates.values()]
-    make = lambda count: per_member(TrainConfig(optimizer="adamw"), peaks * count)
-    return {
-        count: (
-            make(count),
-            make_train_step(MODELS[family], method(name), make(count), mesh=mesh, z_loss=1e-4),
-        )
-        for count in (1, K)
-    }
+    return make_train_step(MODELS[family], method(name), OPTIMIZER, mesh=mesh, z_loss=1e-4)
 
 
 def stepped(name, family, trainables, batch, mesh=None):
     """The trainables after a step, and the losses."""
-    count = len(jax.tree.leaves(trainables)[0])
-    optimizer, step = step_of(name, family, mesh)[count]
     copy = jax.tree.map(jnp.array, trainables)
-    state = TrainState(jnp.int32(0), copy, optimizer.init(copy))
+    state = TrainState(jnp.int32(0), copy, OPTIMIZER.init(copy))
     batches = [batch]
     if mesh is not None:
         state = jax.device_put(state, parallel.replicated(mesh))
         batches = parallel.put_batch(batches, mesh)
-    state, losses = step(state, weights(family), batches)
+    state, losses = step_of(name, family, mesh)(state, weights(family), batches)
     jax.block_until_ready(losses)
     return state.trainables, losses
 
