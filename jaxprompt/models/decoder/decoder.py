@@ -9,6 +9,9 @@ A prompt in front of the text does not attend to the text, unless all of the inp
 itself. Where every row starts with a prompt (``layout.shared_prefix_length``), ``prepare`` computes
 its keys and values once for all rows instead of once for each. It is exactly the same function, in
 training too.
+
+A prefix of keys and values (prefix tuning) is in front of all that. Its keys have been rotated, and
+text and prompts have the positions after it.
 """
 
 import dataclasses
@@ -34,10 +37,10 @@ from jaxprompt.models.blocks import (
 from jaxprompt.models.blocks import variables as variables_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
-from jaxprompt.models.injection import Injection, KeyValues
+from jaxprompt.models.injection import Injection, KeyValues, Prefix, leaf_at
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import Member, adapted, changed, project
+from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.segments import (
     last_of_segment,
@@ -51,7 +54,7 @@ from jaxprompt.runtime.parallel import shard_activation
 class PastKeyValues(NamedTuple):
     """What earlier passes have computed for this pass to attend to."""
 
-    prefix: KeyValues | None = None  # of a prompt that leads every row; rows are prompts
+    prompt: KeyValues | None = None  # of a prompt that leads every row; rows are prompts
     inputs: KeyValues | None = None
     cache: KeyValues | None = None  # this pass writes into it
 
@@ -62,10 +65,11 @@ class LayerContext(NamedTuple):
     angles: Float[Array, "#B T half"]
     attention_mask: Bool[Array, "#B T S"]  # of the pass's own tokens, or of the cache
     prompt_numbers: Int[Array, " B"] | None = None  # the prompt that leads each row
-    prefix_mask: Bool[Array, "#B #T P"] | None = None  # None: all of it
+    prompt_mask: Bool[Array, "#B #T P"] | None = None  # None: all of it
     input_mask: Bool[Array, "#B #T S"] | None = None
     cache_index: Int[Array, ""] | int = 0  # where the cache is written
     member: Int[Array, " B"] | None = None  # of each row of inputs, see ``Injection``
+    prefix_mask: Bool[Array, "#B #T P"] | None = None  # of the method's prefix; None: all of it
 
 
 class Attention(nn.Module):
@@ -111,12 +115,17 @@ class Attention(nn.Module):
         blocks = [KeyBlock(key, value, context.attention_mask)]
         if past.inputs is not None:
             blocks.insert(0, KeyBlock(*past.inputs, context.input_mask))
-        if past.prefix is not None:
-            prefix = past.prefix  # all rows share a lone prompt
-            if prefix.key.shape[0] > 1:
+        if past.prompt is not None:
+            prompt = past.prompt  # all rows share a lone prompt
+            if prompt.key.shape[0] > 1:
                 rows = context.prompt_numbers
-                prefix = KeyValues(prefix.key[rows], prefix.value[rows])
-            blocks.insert(0, KeyBlock(*prefix, context.prefix_mask))
+                prompt = KeyValues(prompt.key[rows], prompt.value[rows])
+            blocks.insert(0, KeyBlock(*prompt, context.prompt_mask))
+        prefix = tuned(self, "prefix")
+        if prefix is not None:
+            of_row = of_rows((prefix.key, prefix.value), member, len(x))
+            in_dtype = jax.tree.map(lambda leaf: leaf.astype(x.dtype), of_row)
+            blocks.insert(0, KeyBlock(*in_dtype, context.prefix_mask))
         y = grouped_attention(query, blocks)
         change, runtime = tuned(self, "out"), self.model.runtime
         y = project("btnh,nhd->btd", y, self.out, change, member, runtime)
@@ -196,14 +205,49 @@ class DecodeCache(NamedTuple):
     answer: KeyValues
 
 
-def _text(model: "DecoderModel", inputs: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Text:
-    prompt_numbers, prefix = None, model.layout.shared_prefix_length
-    if prefix:
-        prompt_numbers = jnp.maximum(inputs[:, 0] - model.config.vocab_size, 0) // prefix
-        inputs, segments = inputs[:, prefix:], segments[:, prefix:]
+def _text(
+    model: "DecoderModel",
+    injection: Injection,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+) -> Text:
+    prompt_numbers, prompt = None, model.layout.shared_prefix_length
+    if prompt:
+        prompt_numbers = jnp.maximum(inputs[:, 0] - model.config.vocab_size, 0) // prompt
+        inputs, segments = inputs[:, prompt:], segments[:, prompt:]
     visible = jnp.where(last_of_segment(segments), 0, segments)
-    positions = prefix + positions_in_segments(segments)
+    start = _prefix_length(injection, len(inputs)) + prompt
+    positions = start + positions_in_segments(segments)
     return Text(inputs, segments, positions, visible, prompt_numbers)
+
+
+def _prefix(injection: Injection) -> Prefix | None:
+    """The prefix of all layers, with leaves [K, L, P, ...]."""
+    return leaf_at(injection.layers, ("layers", "attention", "prefix"))
+
+
+def _prefix_length(injection: Injection, rows: int) -> Int[Array, "R 1"] | int:
+    """The positions of the prefix in front of each row, the same in all layers."""
+    prefix = _prefix(injection)
+    if prefix is None:
+        return 0
+    if prefix.used is None:
+        return prefix.key.shape[2]
+    lengths = jnp.sum(prefix.used[:, 0], axis=-1, keepdims=True)
+    return of_rows(lengths, injection.member, rows)
+
+
+def _prefix_mask(
+    config: DecoderConfig, injection: Injection, queries: Int[Array, "B T"]
+) -> Bool[Array, "#B #T P"] | None:
+    """Which keys of the prefix each query, at these positions, attends to; None for all or none."""
+    prefix = _prefix(injection)
+    if prefix is None or (prefix.used is None and config.window is None):
+        return None
+    size, rows = prefix.key.shape[2], len(queries)
+    # a shorter prefix ends the places, the first of which then are before position 0
+    keys = jnp.arange(size)[None] + _prefix_length(injection, rows) - size
+    return (keys >= 0)[:, None] & _within_window(config, queries, keys)
 
 
 def _angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T half"]:
@@ -248,13 +292,16 @@ def _input_mask(
     return same & _within_window(config, positions, text.positions)
 
 
-def _prefix_mask(
-    model: "DecoderModel", positions: Int[Array, "B T"]
+def _prompt_mask(
+    model: "DecoderModel", injection: Injection, positions: Int[Array, "B T"]
 ) -> Bool[Array, "B T P"] | None:
-    prefix = model.layout.shared_prefix_length
-    if not prefix or model.config.window is None:
+    prompt = model.layout.shared_prefix_length
+    if not prompt or model.config.window is None:
         return None
-    return _within_window(model.config, positions, jnp.arange(prefix)[None])
+    keys = jnp.arange(prompt)[None]
+    if _prefix(injection) is not None:
+        keys += _prefix_length(injection, len(positions))
+    return _within_window(model.config, positions, keys)
 
 
 def _last_input_token(
@@ -302,11 +349,17 @@ class DecoderModel(Model):
             return injection
         count, length, _ = bank.shape
         ids = self.config.vocab_size + jnp.arange(count * length).reshape(count, length)
+        each = injection.for_rows(count, jnp.arange(count))
         positions = jnp.arange(length)[None]
+        if _prefix(each) is not None:
+            positions += _prefix_length(each, count)
         segments = jnp.ones((1, length), jnp.int32)
         mask = _self_mask(self, ids[:1], segments, positions, is_input=True)
-        context = LayerContext(_angles(self.config, positions), mask)
-        each = injection.for_rows(count, jnp.arange(count))
+        context = LayerContext(
+            _angles(self.config, positions),
+            mask,
+            prefix_mask=_prefix_mask(self.config, each, positions),
+        )
         _, key_values = self._apply(params, each, ids, PastKeyValues(), context, 0)
         return injection._replace(shared_prefix=key_values)
 
@@ -335,7 +388,7 @@ class DecoderModel(Model):
         dropout_seed: Int[AnyArray, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Teacher-forced logits in one pass over inputs and targets; there is no dropout."""
-        text = _text(self, jnp.asarray(inputs), jnp.asarray(segments))
+        text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         targets, target_segments = jnp.asarray(targets), jnp.asarray(target_segments)
         ids, positions = _decoder_inputs(text, targets, target_segments)
         text_mask = _self_mask(self, text.ids, text.segments, text.positions, is_input=True)
@@ -345,8 +398,11 @@ class DecoderModel(Model):
         mask = jnp.block([[text_mask, hidden], [input_mask, target_mask]])
         positions = jnp.concatenate([text.positions, positions], axis=1)
         angles = _angles(self.config, positions)
-        prefix_mask = _prefix_mask(self, positions)
-        context = LayerContext(angles, mask, text.prompt_numbers, prefix_mask)
+        prompt_mask = _prompt_mask(self, injection, positions)
+        prefix_mask = _prefix_mask(self.config, injection, positions)
+        context = LayerContext(
+            angles, mask, text.prompt_numbers, prompt_mask, prefix_mask=prefix_mask
+        )
         ids, past = jnp.concatenate([text.ids, ids], axis=1), PastKeyValues(injection.shared_prefix)
         return self._apply(params, injection, ids, past, context, targets.shape[1])[0]
 
@@ -358,12 +414,13 @@ class DecoderModel(Model):
         segments: Int[AnyArray, "B S"],
     ) -> Prefill:
         """The keys and values of the inputs."""
-        text = _text(self, jnp.asarray(inputs), jnp.asarray(segments))
+        text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         context = LayerContext(
             _angles(self.config, text.positions),
             _self_mask(self, text.ids, text.segments, text.positions, is_input=True),
             text.prompt_numbers,
-            _prefix_mask(self, text.positions),
+            _prompt_mask(self, injection, text.positions),
+            prefix_mask=_prefix_mask(self.config, injection, text.positions),
         )
         past = PastKeyValues(injection.shared_prefix)
         _, key_values = self._apply(params, injection, text.ids, past, context, 0)
@@ -380,8 +437,9 @@ class DecoderModel(Model):
             _angles(self.config, positions),
             jnp.asarray(tree.visible) & _within_window(self.config, positions, positions),
             text.prompt_numbers,
-            _prefix_mask(self, positions),
+            _prompt_mask(self, injection, positions),
             _input_mask(self.config, text, segments, positions),
+            prefix_mask=_prefix_mask(self.config, injection, positions),
         )
         past = PastKeyValues(injection.shared_prefix, prefill.key_values)
         ids = jnp.where(tree.ids < 0, first, tree.ids)
@@ -406,8 +464,8 @@ class DecoderModel(Model):
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], DecodeCache]:
         text, answer = cache.prefill.text, cache.answer
-        prefix = self.layout.shared_prefix_length
-        first = prefix + jnp.sum(text.visible_segments > 0, axis=-1, keepdims=True)
+        start = _prefix_length(injection, len(ids)) + self.layout.shared_prefix_length
+        first = start + jnp.sum(text.visible_segments > 0, axis=-1, keepdims=True)
         positions = first + index
         cached = first + jnp.arange(answer.key.shape[2])
         window = _within_window(self.config, positions, cached)
@@ -415,9 +473,10 @@ class DecoderModel(Model):
             _angles(self.config, positions),
             (cached <= positions)[:, None] & window,
             text.prompt_numbers,
-            _prefix_mask(self, positions),
+            _prompt_mask(self, injection, positions),
             _input_mask(self.config, text, jnp.ones_like(positions), positions),
             index,
+            prefix_mask=_prefix_mask(self.config, injection, positions),
         )
         past = PastKeyValues(injection.shared_prefix, cache.prefill.key_values, answer)
         logits, answer = self._apply(params, injection, ids[:, None], past, context, 1)

@@ -51,3 +51,34 @@ def relative_bias(
         offsets, bidirectional=bidirectional, buckets=table.shape[0], max_distance=max_distance
     )
     return jnp.take(table, numbers, axis=0).transpose(2, 0, 1)[None]
+
+
+def prefix_bias(
+    table: Float[Array, "R N"],
+    offsets: Int[Array, "#B T P"],
+    *,
+    bidirectional: bool,
+    max_distance: int,
+) -> Float[Array, "#B N T P"]:
+    """Attention bias of a prefix's keys from a table of R buckets.
+
+    Args:
+        table: of the text's bias.
+        offsets: of each key from each query, see ``prefix_offsets``.
+        bidirectional: whether the table has buckets of keys after a query.
+        max_distance: from which on all distances share a bucket.
+    """
+    numbers = relative_buckets(
+        offsets, bidirectional=bidirectional, buckets=table.shape[0], max_distance=max_distance
+    )
+    return jnp.take(table, numbers, axis=0).transpose(0, 3, 1, 2)
+
+
+def prefix_offsets(queries: Int[Array, "#B T"], length: int) -> Int[Array, "#B T {length}"]:
+    """From each query to the keys of a prefix, whose positions are -P to -1.
+
+    Args:
+        queries: their positions in their own segment, before which the prefix is.
+        length: P.
+    """
+    return jnp.arange(-length, 0) - queries[:, :, None]

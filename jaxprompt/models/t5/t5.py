@@ -24,22 +24,24 @@ from jaxprompt.models.blocks import (
     stacked,
     tuned,
 )
-from jaxprompt.models.injection import Injection, leaf_at
+from jaxprompt.models.injection import Injection, Prefix, leaf_at
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.dense import dense_mask
 from jaxprompt.models.ops.attention.mask import (
     AttentionMask,
     CrossAttentionMask,
+    CrossKernels,
     UnprojectedKernel,
     attend_unprojected,
     cross_attention_mask,
     encoder_mask,
 )
-from jaxprompt.models.ops.changes import Member, adapted, changed, project
+from jaxprompt.models.ops.attention.prefix import with_prefix
+from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
 from jaxprompt.models.ops.matmul import dense, head
-from jaxprompt.models.ops.positions import relative_bias
-from jaxprompt.models.ops.segments import segment_mask, shift_right
+from jaxprompt.models.ops.positions import prefix_bias, prefix_offsets, relative_bias
+from jaxprompt.models.ops.segments import positions_in_segments, segment_mask, shift_right
 from jaxprompt.models.t5.config import AXES, T5Config
 from jaxprompt.runtime.parallel import shard_activation
 
@@ -79,17 +81,26 @@ class Attention(nn.Module):
         x: Float[Array, "R T D"],
         keys_values: tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]],
         mask: AttentionMask,
-        bias: Float[Array, "1 N W X"] | None,
+        bias: "Bias",
         dropout: DropoutSeeds | None,
         member: Member,
     ) -> Float[Array, "R T D"]:
-        """Attention of ``x`` to keys and values; ``dropout`` is that of the keys."""
+        """Attention of ``x`` to a prefix, keys and values; ``dropout`` is that of the latter."""
         query, (key, value) = self._project(x, "query", member), keys_values
         keep = self.drop_keys(dropout, x.dtype)
         if keep is not None:  # to drop a key's weight is to drop its value
             value = value * keep[..., None]
-        y = mask.attend(query, key, value, bias, mixed=self.model.runtime.mixed)
+        mixed, prefix = self.model.runtime.mixed, self._prefix(member, len(x))
+        if prefix is None:
+            y = mask.attend(query, key, value, bias.text, mixed=mixed)
+        else:
+            part = mask.attend_part(query, key, value, bias.text, mixed=mixed)
+            y = with_prefix(part, query, prefix, bias.prefix)
         return self._out(y, member)
+
+    def _prefix(self, member: Member, rows: int) -> Prefix | None:
+        prefix = tuned(self, "prefix")
+        return None if prefix is None else of_rows(prefix, member, rows)
 
     def cross_attend(
         self,
@@ -107,12 +118,16 @@ class Attention(nn.Module):
         with_bias = any(change is not None and change.bias is not None for change in changes)
         if x.shape[1] >= self.model.config.head_dim // 2 or with_bias:
             keys_values = self.keys_values(encoded, member)
-            return self.attend(x, keys_values, mask, None, dropout, member)
+            return self.attend(x, keys_values, mask, Bias(), dropout, member)
         query = self._project(x, "query", member)
         keep = self.drop_keys(dropout, x.dtype)
         y = attend_unprojected(
             query,
-            (UnprojectedKernel(self.key, changes[0]), UnprojectedKernel(self.value, changes[1])),
+            CrossKernels(
+                UnprojectedKernel(self.key, changes[0]),
+                UnprojectedKernel(self.value, changes[1]),
+                self._prefix(member, len(x)),
+            ),
             encoded,
             mask,
             keep,
@@ -122,18 +137,27 @@ class Attention(nn.Module):
         return self._out(y, member)
 
 
+class Bias(NamedTuple):
+    """What is added to the logits of an attention: nothing in cross-attention."""
+
+    text: Float[Array, "1 N T S"] | None = None
+    prefix: Float[Array, "#R N T P"] | None = None
+
+
 class LayerContext(NamedTuple):
     """What all layers of a stack read and none writes."""
 
     query_positions: Int[Array, " T"]  # in the row
     key_positions: Int[Array, " S"]
     attention_mask: AttentionMask
-    bias: Float[Array, "1 N T S"] | None = None  # None: each layer has its own
+    bias: Bias | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
     cross_attention_mask: CrossAttentionMask | None = None
     dropout: DropoutSeeds | None = None  # None: no dropout
     cross_dropout: DropoutSeeds | None = None  # of the encoder's positions
     member: Int[Array, " B"] | None = None  # of each row of inputs, see ``Injection``
+    # from each query to the keys of a prefix of self-attention; None: it has none
+    prefix_offsets: Int[Array, "#R T P"] | None = None
 
 
 class LayerCache(NamedTuple):
@@ -152,11 +176,37 @@ def _bias_table(module: nn.Module, c: T5Config) -> Float[Array, "buckets N"]:
 
 def _bias(
     table: Float[Array, "buckets N"], context: LayerContext, c: T5Config, bidirectional: bool
-) -> Float[Array, "1 N T S"]:
-    return relative_bias(
-        table, context.query_positions, context.key_positions,
-        bidirectional=bidirectional, max_distance=c.max_distance,
-    )  # fmt: skip
+) -> Bias:
+    queries, keys, offsets = context.query_positions, context.key_positions, context.prefix_offsets
+    form = {"bidirectional": bidirectional, "max_distance": c.max_distance}
+    text = relative_bias(table, queries, keys, **form)
+    return Bias(text, None if offsets is None else prefix_bias(table, offsets, **form))
+
+
+def _prefix_offsets(
+    injection: Injection,
+    path: tuple[str, ...],
+    *,
+    segments: Int[Array, "R T"] | None = None,
+    positions: Int[Array, " T"] | None = None,
+) -> Int[Array, "#R T P"] | None:
+    """The offsets for the prefix at a path, from queries given by their segments.
+
+    positions: where queries do not follow each other in a segment, their positions in it instead.
+    """
+    prefix = leaf_at(injection.layers, (*path, "prefix"))
+    if prefix is None:
+        return None
+    if positions is None:
+        assert segments is not None
+        queries = positions_in_segments(segments)
+    else:
+        queries = positions[None]
+    return prefix_offsets(queries, prefix.key.shape[2])
+
+
+_ENCODER = "encoder", "layers", "attention"
+_DECODER = "decoder", "layers", "self_attention"
 
 
 class EncoderLayer(nn.Module):
@@ -231,7 +281,7 @@ class DecoderLayer(nn.Module):
             dropout = context.cross_dropout
             return attention.cross_attend(y, context.encoded, mask, dropout, context.member)
         keys_values = cache.cross_key, cache.cross_value
-        return attention.attend(y, keys_values, mask, None, None, context.member)
+        return attention.attend(y, keys_values, mask, Bias(), None, context.member)
 
 
 class Stack(nn.Module):
@@ -286,8 +336,10 @@ class T5(nn.Module):
         mask, width = encoder_mask(segments, self.model)
         positions = jnp.arange(width)
         seeds = None if dropout_seed is None else seeds_of_segments(dropout_seed, segments)
-        member = injection.member
-        context = LayerContext(positions, positions, mask, dropout=seeds, member=member)
+        context = LayerContext(
+            positions, positions, mask, dropout=seeds, member=injection.member,
+            prefix_offsets=_prefix_offsets(injection, _ENCODER, segments=segments),
+        )  # fmt: skip
         return self.encoder(self.token_embedder(inputs, injection.embeddings), context)[0]
 
     def decode(
@@ -301,15 +353,17 @@ class T5(nn.Module):
     ) -> Float[Array, "R T V"]:
         if tree is None:
             positions = jnp.arange(decoder_inputs.shape[1])
+            offsets = _prefix_offsets(injection, _DECODER, segments=segments)
             visible = positions[None, :] <= positions[:, None]
         else:
             positions, visible = jnp.asarray(tree.depths), jnp.asarray(tree.visible)
+            offsets = _prefix_offsets(injection, _DECODER, positions=positions)
         mask = dense_mask(segment_mask(segments, segments) & visible)
         widths = self.model.layout.packed_widths
         cross_mask = cross_attention_mask(segments, encoded.segments, widths)
         context = LayerContext(
             positions, positions, mask, encoded=encoded.hidden, cross_attention_mask=cross_mask,
-            member=injection.member,
+            member=injection.member, prefix_offsets=offsets,
         )  # fmt: skip
         if dropout_seed is not None:
             context = context._replace(
@@ -326,13 +380,14 @@ class T5(nn.Module):
         ids: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], tuple[Float[Array, "L B T N H"], Float[Array, "L B T N H"]]]:
-        positions = jnp.arange(cache.layers.self_key.shape[2])
+        positions, query = jnp.arange(cache.layers.self_key.shape[2]), index[None]
         context = LayerContext(
-            index[None],
+            query,
             positions,
             dense_mask((positions <= index)[None, None, None, :]),
             cross_attention_mask=dense_mask((cache.segments > 0)[:, None, None, :]),
             member=injection.member,
+            prefix_offsets=_prefix_offsets(injection, _DECODER, positions=query),
         )
         x = self.token_embedder(ids[:, None], injection.embeddings)
         y, filled = self.decoder(x, context, cache.layers)

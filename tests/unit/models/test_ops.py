@@ -6,7 +6,11 @@ import pytest
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.ops.activations import ACTIVATIONS, gate
 from jaxprompt.models.ops.attention.dense import dense_mask
-from jaxprompt.models.ops.attention.mask import UnprojectedKernel, attend_unprojected
+from jaxprompt.models.ops.attention.mask import (
+    CrossKernels,
+    UnprojectedKernel,
+    attend_unprojected,
+)
 from jaxprompt.models.ops.matmul import head, matmul
 from jaxprompt.models.ops.norm import rms_norm
 from jaxprompt.models.ops.positions import relative_buckets
@@ -111,8 +115,8 @@ def _attended(form, mixed=False):
     def value(query, encoded, kernels):
         if form == "to":
             runtime = Runtime(dtype="mixed" if mixed else "float32")
-            pair = UnprojectedKernel(kernels[0]), UnprojectedKernel(kernels[1])
-            y = attend_unprojected(query, pair, encoded, mask, keep, runtime=runtime)
+            both = CrossKernels(UnprojectedKernel(kernels[0]), UnprojectedKernel(kernels[1]))
+            y = attend_unprojected(query, both, encoded, mask, keep, runtime=runtime)
         else:
             key, val = (matmul("bsd,dnh->bsnh", encoded, k, mixed) for k in kernels)
             val = val * keep[..., None]

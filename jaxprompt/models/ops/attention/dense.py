@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxprompt.models.ops.attention.prefix import Part
 from jaxprompt.models.ops.matmul import float32_product, matmul
 
 
@@ -31,10 +32,26 @@ class DenseMask(NamedTuple):
         mixed: bool = False,
     ) -> Float[Array, "B T N H"]:
         """Multi-head attention with unscaled logits and float32 softmax, see ``AttentionMask``."""
+        logits = self._logits(query, key, bias, mixed)
+        return _weighted_sum(logits, value, mixed)
+
+    def attend_part(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S N H"],
+        value: Float[Array, "B S N H"],
+        bias: Float[Array, "#B N T S"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend``, to which attention to other keys can be added."""
+        logits = self._logits(query, key, bias, mixed)
+        log_total = jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
+        return Part(_weighted_sum(logits, value, mixed), log_total)
+
+    def _logits(self, query, key, bias, mixed: bool) -> Float[Array, "B N T S"]:
         logits = float32_product("btnh,bsnh->bnts", query, key, mixed) + self.added
-        logits = logits if bias is None else logits + bias
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        return matmul("bnts,bsnh->btnh", weights, value, mixed)
+        return logits if bias is None else logits + bias
 
     def attend_to_vectors(
         self,
@@ -45,14 +62,41 @@ class DenseMask(NamedTuple):
         mixed: bool = False,
     ) -> Float[Array, "B T N D"]:
         """Attention to vectors that are both keys and values, see ``CrossAttentionMask``."""
+        logits = self._logits_of_vectors(query, vectors, mixed)
+        return _weighted_sum_of_vectors(logits, vectors, keep, mixed)
+
+    def attend_part_to_vectors(
+        self,
+        query: Float[Array, "B T N D"],
+        vectors: Float[Array, "B S D"],
+        keep: Float[Array, "B S N"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend_to_vectors``, to which attention to other keys can be added."""
+        logits = self._logits_of_vectors(query, vectors, mixed)
+        y = _weighted_sum_of_vectors(logits, vectors, keep, mixed)
+        return Part(y, jax.nn.logsumexp(logits, axis=-1))
+
+    def _logits_of_vectors(self, query, vectors, mixed: bool) -> Float[Array, "B T N S"]:
         rows, length, heads, width = query.shape
         flat = query.reshape(rows, length * heads, width)
         logits = float32_product("bqd,bsd->bqs", flat, vectors, mixed)
-        logits = logits.reshape(rows, length, heads, -1) + self.added.swapaxes(1, 2)
-        weights = jax.nn.softmax(logits, axis=-1).astype(vectors.dtype)
-        weights = weights if keep is None else weights * keep.swapaxes(1, 2)[:, None]
-        weights = weights.reshape(rows, length * heads, -1)
-        return matmul("bqs,bsd->bqd", weights, vectors, mixed).reshape(query.shape)
+        return logits.reshape(rows, length, heads, -1) + self.added.swapaxes(1, 2)
+
+
+def _weighted_sum(logits, value, mixed: bool) -> Float[Array, "B T N H"]:
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return matmul("bnts,bsnh->btnh", weights, value, mixed)
+
+
+def _weighted_sum_of_vectors(logits, vectors, keep, mixed: bool) -> Float[Array, "B T N D"]:
+    rows, length, heads, _ = logits.shape
+    weights = jax.nn.softmax(logits, axis=-1).astype(vectors.dtype)
+    weights = weights if keep is None else weights * keep.swapaxes(1, 2)[:, None]
+    weights = weights.reshape(rows, length * heads, -1)
+    y = matmul("bqs,bsd->bqd", weights, vectors, mixed)
+    return y.reshape(rows, length, heads, -1)
 
 
 def dense_mask(allowed: Bool[Array, "#B 1 #T S"]) -> DenseMask:

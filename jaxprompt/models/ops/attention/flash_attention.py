@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.models.ops.attention.prefix import Part
 from jaxprompt.models.ops.segments import segment_mask
 
 KERNELS = {"gpu": "cudnn", "tpu": "pallas"}
@@ -68,6 +69,21 @@ class FlashMask:
         compute = _cudnn if self.kernel == "cudnn" else _pallas
         y = compute(wide, jnp.pad(bias, ((0, 0), (0, 0), more, more)), self)
         return y[:, :size].astype(query.dtype)
+
+    def attend_part(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T N H"],
+        value: Float[Array, "B T N H"],
+        bias: Float[Array, "1 N T T"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """Refused: the kernels' log totals have no gradient."""
+        raise UserError(
+            "model.flash is on and prefix.places has encoder; flash kernels have no attention to "
+            "a prefix, leave model.flash out or set prefix.places to [decoder, cross]."
+        )
 
 
 def kernel(flash: bool, dtype: str, mesh: Mesh | None, backend: str | None = None) -> str:

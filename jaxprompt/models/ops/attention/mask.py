@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.models.base import Model, Runtime
-from jaxprompt.models.injection import Projection
+from jaxprompt.models.injection import Prefix, Projection
 from jaxprompt.models.ops.attention import flash_attention, per_example
 from jaxprompt.models.ops.attention.dense import dense_mask
+from jaxprompt.models.ops.attention.prefix import Part, with_prefix
 from jaxprompt.models.ops.changes import low_rank_of_heads, scaled, transposed_low_rank
 from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.quantization import Weight
@@ -44,6 +45,18 @@ class AttentionMask(Protocol):
         """
         ...
 
+    def attend_part(
+        self,
+        query: Float[Array, "R T N H"],
+        key: Float[Array, "B S N H"],
+        value: Float[Array, "B S N H"],
+        bias: Float[Array, "#B N T S"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend``, to which attention to other keys can be added."""
+        ...
+
 
 @runtime_checkable
 class CrossAttentionMask(AttentionMask, Protocol):
@@ -65,6 +78,17 @@ class CrossAttentionMask(AttentionMask, Protocol):
             keep: multiplies the weights, by key and head (dropout).
             mixed: as in ``attend``.
         """
+        ...
+
+    def attend_part_to_vectors(
+        self,
+        query: Float[Array, "R T N D"],
+        vectors: Float[Array, "B S D"],
+        keep: Float[Array, "B S N"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend_to_vectors``, to which attention to other keys can be added."""
         ...
 
 
@@ -108,9 +132,20 @@ class UnprojectedKernel(NamedTuple):
     change: Projection | None = None
 
 
+class CrossKernels(NamedTuple):
+    """What the keys and the values of an encoder's output are made with, and a prefix of them.
+
+    prefix: leaves [#R, P, ...].
+    """
+
+    key: UnprojectedKernel
+    value: UnprojectedKernel
+    prefix: Prefix | None = None
+
+
 def attend_unprojected(
     query: Float[Array, "R T N H"],
-    kernels: tuple[UnprojectedKernel, UnprojectedKernel],
+    kernels: CrossKernels,
     encoded: Float[Array, "B S D"],
     mask: CrossAttentionMask,
     keep: Float[Array, "B S N"] | None = None,
@@ -124,23 +159,30 @@ def attend_unprojected(
 
     Args:
         query: of each position and head.
-        kernels: of keys and of values.
+        kernels: of keys and of values. Their prefix is in front of those of ``encoded``.
         encoded: output of the encoder.
         mask: which positions of it each query attends to.
         keep: multiplies the weights, by key and head (dropout).
         member: of each row of inputs, see ``Injection``.
         runtime: how products are computed.
     """
-    (key, key_change), (value, value_change) = kernels
+    (key, key_change), (value, value_change), prefix = kernels
+    given = query
     if key_change is not None and key_change.scale is not None:
         query = scaled(query, key_change.scale, member)
     projected = dense("btnh,dnh->btnd", query, key, runtime)
     if key_change is not None and key_change.low_rank is not None:
         projected += transposed_low_rank(query, key_change.low_rank, member)
-    attended = mask.attend_to_vectors(projected, encoded, keep, mixed=runtime.mixed)
+    log_total: Float[Array, "R T N"] | None = None
+    if prefix is None:
+        attended = mask.attend_to_vectors(projected, encoded, keep, mixed=runtime.mixed)
+    else:
+        attended, log_total = mask.attend_part_to_vectors(
+            projected, encoded, keep, mixed=runtime.mixed
+        )
     y = dense("btnd,dnh->btnh", attended, value, runtime)
     if value_change is not None and value_change.low_rank is not None:
         y += low_rank_of_heads(attended, value_change.low_rank, member)
     if value_change is not None and value_change.scale is not None:
         y = scaled(y, value_change.scale, member)
-    return y
+    return y if log_total is None else with_prefix(Part(y, log_total), given, prefix)

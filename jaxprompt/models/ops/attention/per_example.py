@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprompt.models.ops.attention.prefix import Part
 from jaxprompt.models.precision import from_bits, to_bits
 
 _LOW = -1e30
@@ -60,6 +61,19 @@ class PerExampleMask:
         """
         return self._attend(query, key, value, bias, None, mixed)
 
+    def attend_part(
+        self,
+        query: Float[Array, "R T N H"],
+        key: Float[Array, "B S N H"],
+        value: Float[Array, "B S N H"],
+        bias: Float[Array, "1 N W W"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend``, to which attention to other keys can be added."""
+        y, log_total = self._attend(query, key, value, bias, None, mixed, with_log_total=True)
+        return Part(y, log_total.reshape(query.shape[:3]))
+
     def attend_to_vectors(
         self,
         query: Float[Array, "R T N D"],
@@ -69,20 +83,45 @@ class PerExampleMask:
         mixed: bool = False,
     ) -> Float[Array, "R T N D"]:
         """Attention to vectors that are both keys and values, see ``CrossAttentionMask``."""
-        rows, length, heads, width = query.shape
-        # the heads share their keys, so they are queries of one head
-        queries = query.reshape(rows, length * heads, width)[:, :, None]
-        one_head = vectors[:, :, None]
+        queries, one_head = _as_one_head(query, vectors)
         return self._attend(queries, one_head, one_head, None, keep, mixed).reshape(query.shape)
 
-    def _attend(self, query, key, value, bias, keep, mixed: bool) -> jax.Array:
-        """keep [B, S, M] multiplies weights by key. M is N, or M / N queries in turn are heads."""
+    def attend_part_to_vectors(
+        self,
+        query: Float[Array, "R T N D"],
+        vectors: Float[Array, "B S D"],
+        keep: Float[Array, "B S N"] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> Part:
+        """``attend_to_vectors``, to which attention to other keys can be added."""
+        queries, one_head = _as_one_head(query, vectors)
+        y, log_total = self._attend(
+            queries, one_head, one_head, None, keep, mixed, with_log_total=True
+        )
+        return Part(y.reshape(query.shape), log_total.reshape(query.shape[:3]))
+
+    def _attend(self, query, key, value, bias, keep, mixed: bool, *, with_log_total: bool = False):
+        """keep [B, S, M] multiplies weights by key. M is N, or M / N queries in turn are heads.
+
+        Returns:
+            The result; with log totals, that and those, [R T, N].
+        """
         flat = [x.reshape(-1, *query.shape[2:]) for x in (query, key, value)]
         mixed = mixed or query.dtype == jnp.bfloat16
         bias = None if bias is None else bias[0]
         keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
-        form = _Form(mixed, query.shape[1])
-        return _attend(form, *flat, bias, keep, self).reshape(query.shape)
+        form = _Form(mixed, query.shape[1], with_log_total)
+        results = _attend(form, *flat, bias, keep, self)
+        if with_log_total:
+            return results[0].reshape(query.shape), results[1]
+        return results.reshape(query.shape)
+
+
+def _as_one_head(query: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Heads that share their keys, as queries of one head."""
+    rows, length, heads, width = query.shape
+    return query.reshape(rows, length * heads, width)[:, :, None], vectors[:, :, None]
 
 
 def per_example_mask(
@@ -150,10 +189,12 @@ class _Form:
 
     mixed: bool
     row_length: int  # of queries
+    with_log_total: bool = False  # the log of the sum of exp(logits) is a result too
 
 
-def _attend_each(form, query, key, value, bias, keep, mask) -> jax.Array:
-    return _forward(form, query, key, value, bias, keep, mask)[0]
+def _attend_each(form, query, key, value, bias, keep, mask):
+    y, (*_, log_total) = _forward(form, query, key, value, bias, keep, mask)
+    return (y, log_total) if form.with_log_total else y
 
 
 _attend = jax.custom_vjp(_attend_each, nondiff_argnums=(0,))
@@ -274,12 +315,21 @@ def _attend_forward(form, query, key, value, bias, keep, mask):
     query, key, value, bias, keep, mask = jax.tree.map(lambda x: x.value, primals)
     y, residuals = _forward(form, query, key, value, bias, keep, mask)
     like = jnp.zeros((0, *query.shape[1:]), query.dtype)
-    return y, (residuals, bias, keep, mask, like, learned)
+    results = (y, residuals[-1]) if form.with_log_total else y
+    return results, (residuals, bias, keep, mask, like, learned)
+
+
+def _instantiated(cotangent):
+    is_zero = isinstance(cotangent, SymbolicZero)
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if is_zero else cotangent
 
 
 def _attend_backward(form, residuals, cotangent):
     (*stored, log_total), bias, keep, mask, like, learned = residuals
-    if isinstance(cotangent, SymbolicZero):
+    of_log_total: jax.Array | None = None
+    if form.with_log_total:
+        cotangent, of_log_total = map(_instantiated, cotangent)
+    elif isinstance(cotangent, SymbolicZero):
         return None, None, None, None, None, None
     cotangent = _stored(cotangent, form.mixed)
     heads, size = like.shape[1:]
@@ -300,6 +350,9 @@ def _attend_backward(form, residuals, cotangent):
         of_weights = _dropped(_product("th,sh->ts", grad, value), keep, keys, heads)
         mean = jnp.sum(weights * of_weights, axis=-1, keepdims=True)
         of_logits = weights * (of_weights - mean)
+        if of_log_total is not None:  # its gradient by the logits is the weights
+            of_total = queries.read(of_log_total, 1)
+            of_logits += weights * jnp.where(queries.inside[:, None], of_total, 0)
         narrow = of_logits.astype(query.dtype)
         weights = _dropped(weights, keep, keys, heads).astype(query.dtype)
         of_query = _product("ts,sh->th", narrow, key)
