@@ -111,24 +111,30 @@ class AdapterConfig(Schema):
 
     section = "adapter"
 
-    placement: Literal["sequential", "parallel"] = Field(
-        default="sequential",
-        description="Behind a sublayer, or beside it (He et al. 2021, arXiv 2110.04366).",
-    )
     after: list[Literal["attention", "cross", "mlp"]] = Field(
-        default=["mlp"],
+        default=["attention", "mlp"],
         description="Sublayers that have one; cross: the decoder's cross-attention.",
     )
-    reduction: Weight = Field(default=16.0, description="The width is d_model divided by this.")
+    reduction: Weight = Field(default=32.0, description="The width is d_model divided by this.")
     width: Size | None = Field(default=None, description="Width. null: as `reduction` says.")
-    activation: Literal["relu", "gelu", "silu"] = Field(
-        default="relu", description="Between the two matrices; gelu in its tanh form."
+    activation: Literal["relu", "gelu", "gelu_exact", "silu"] = Field(
+        default="gelu", description="Between the two matrices; gelu is its tanh form."
     )
     reads: Literal["output", "sum", "input", "normed"] = Field(
-        default="sum",
+        default="output",
         description=(
-            "What it reads: the sublayer's output, its sum with the residual stream, the residual "
-            "stream before the sublayer, or that behind the sublayer's norm."
+            "What it reads. output: what the sublayer gives (Houlsby). sum: that and the residual "
+            "stream (Pfeiffer, arXiv 2005.00247). normed: what the sublayer reads, the residual "
+            "stream behind its norm (parallel, He et al., arXiv 2110.04366). input: the residual "
+            "stream before the norm, as AdapterHub's par_bn does on T5."
+        ),
+    )
+    init: Literal["normal", "zeros"] = Field(
+        default="normal",
+        description=(
+            "normal: both matrices of standard deviation 0.02, so the start is near the frozen "
+            "model. zeros: the second is 0, so it is the frozen model; the first is within "
+            "1 / sqrt(d_model). Biases start at 0."
         ),
     )
     scale: Weight = Field(default=1.0, description="Multiplies what it gives.")
@@ -140,6 +146,7 @@ class BitfitConfig(Schema):
 
     section = "bitfit"
 
+    norms: bool = Field(default=False, description="Trains the scales of all norms, too.")
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
 
 
@@ -172,6 +179,9 @@ METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
     "lora": ("lora",),
     "ia3": ("ia3",),
     "adapter": ("adapter",),
+    "houlsby": ("adapter",),
+    "pfeiffer": ("adapter",),
+    "parallel": ("adapter",),
     "bitfit": ("bitfit",),
     "norm-tuning": ("norm",),
     "mam": ("prefix", "adapter"),
@@ -205,6 +215,16 @@ def parts_of(method: str) -> tuple[str, ...]:
 
 # The usual recipe of each part: method.md of the papers' codes, see methods/README.md
 _ADAMW: Values = {"optimizer": "adamw", "schedule": "linear", "weight_decay": 0.0}
+# He et al. 2021, arXiv 2110.04366
+_PARALLEL: Values = {
+    "after": ["mlp"],
+    "reads": "normed",
+    "reduction": 2.0,
+    "activation": "relu",
+    "scale": 4.0,
+    "init": "zeros",
+}
+_ADAPTERS: Values = {**_ADAMW, "learning_rate": 3e-4}
 RECIPES: Mapping[str, Values] = {
     "lora": {"train": {**_ADAMW, "learning_rate": 4e-4}},
     "ia3": {
@@ -215,12 +235,18 @@ RECIPES: Mapping[str, Values] = {
         "prefix": {"places": ["encoder"], "mlp": None},
         "train": {**_ADAMW, "learning_rate": 7e-3},
     },
-    "adapter": {"train": {**_ADAMW, "learning_rate": 3e-4}},
+    "adapter": {"train": _ADAPTERS},
+    "houlsby": {"adapter": {"reduction": 16.0, "activation": "silu"}, "train": _ADAPTERS},
+    "pfeiffer": {
+        "adapter": {"after": ["mlp"], "reads": "sum", "reduction": 16.0, "activation": "relu"},
+        "train": _ADAPTERS,
+    },
+    "parallel": {"adapter": _PARALLEL, "train": _ADAPTERS},
     "bitfit": {"train": {**_ADAMW, "learning_rate": 3e-4}},
     "norm-tuning": {"train": {**_ADAMW, "learning_rate": 3e-4}},
     "mam": {
-        "adapter": {"placement": "parallel", "reads": "normed", "reduction": 2.0, "scale": 4.0},
-        "prefix": {"learning_rate": 5e-4},
+        "adapter": _PARALLEL,
+        "prefix": {"mlp": 800, "learning_rate": 5e-4},
         "train": {**_ADAMW, "learning_rate": 3e-4},
     },
 }
@@ -267,11 +293,14 @@ def with_recipe(values: Mapping[str, object]) -> dict[str, object]:
     name = {"prefix": "prefix-tuning", "norm": "norm-tuning"}.get(str(method), str(method))
     recipe = RECIPES.get(name, {})
     if isinstance(method, str) and "+" in method:
-        parts = [part for some in method.split("+") for part in METHOD_NAMES.get(some, (some,))]
         recipe = {"train": _ADAMW}
-        for part in parts:
-            if part in _RATES:
-                recipe = {**recipe, SECTIONS_OF[part]: {"learning_rate": _RATES[part]}}
+        for name in method.split("+"):
+            own = RECIPES.get(name, {})
+            recipe |= {section: own[section] for section in own if section != "train"}
+            for part in METHOD_NAMES.get(name, (name,)):
+                if part in _RATES:
+                    section = SECTIONS_OF[part]
+                    recipe[section] = {"learning_rate": _RATES[part], **recipe.get(section, {})}
     full = dict(values)
     for section, settings in recipe.items():
         given = full.get(section, {})

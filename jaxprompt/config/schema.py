@@ -443,9 +443,10 @@ class RunConfig(Schema):
         default="prompt-tuning",
         description=(
             "What is trained: prompt-tuning, residual-prompt-tuning, superposition-prompt-tuning, "
-            "p-tuning, prefix-tuning, p-tuning-v2, lora, ia3, adapter, bitfit, norm-tuning, mam, "
-            "parts joined by +, as in prompt+lora, or model-tuning (all weights, the paper's "
-            "baseline). It also chooses the defaults of `train` that are usual for it."
+            "p-tuning, prefix-tuning, p-tuning-v2, lora, ia3, adapter, houlsby, pfeiffer, "
+            "parallel, bitfit, norm-tuning, mam, parts joined by +, as in prompt+lora, or "
+            "model-tuning (all weights, the paper's baseline). It also chooses the defaults of "
+            "`train` that are usual for it."
         ),
     )
     model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")

@@ -25,7 +25,7 @@ from jaxprompt.models.injection import (
 Path = tuple[str, ...]  # of modules and a name, as in the parameter tree
 
 # of the modules that have attention or an MLP: the stack of ``lora.stacks`` and the like
-_STACKS: Mapping[Path, str] = {
+SUBLAYERS: Mapping[Path, str] = {
     ("encoder", "layers", "attention"): "encoder",
     ("encoder", "layers", "mlp"): "encoder",
     ("decoder", "layers", "self_attention"): "decoder",
@@ -51,7 +51,7 @@ class Kernel(NamedTuple):
 
 def kernels(params: Params, stacks: Sequence[str]) -> Iterator[Kernel]:
     """The weights of all projections in some of the stacks, in the order of their paths."""
-    for module, stack in _STACKS.items():
+    for module, stack in SUBLAYERS.items():
         inner = at(params, module)
         if inner is None or stack not in stacks:
             continue

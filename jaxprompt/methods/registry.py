@@ -1,10 +1,13 @@
 """The tuning methods by the names that ``method:`` of a config has for them."""
 
 from jaxprompt.config.schema import RunConfig
+from jaxprompt.methods.adapter import adapter
 from jaxprompt.methods.base import Method, composed
+from jaxprompt.methods.bitfit import bitfit
 from jaxprompt.methods.full import MODEL_TUNING
 from jaxprompt.methods.ia3 import ia3
 from jaxprompt.methods.lora import lora
+from jaxprompt.methods.norm_tuning import norm_tuning
 from jaxprompt.methods.prompt import PROMPT_TUNING
 from jaxprompt.methods.residual import RESIDUAL_PROMPT_TUNING
 from jaxprompt.methods.superposition import SUPERPOSITION_PROMPT_TUNING
@@ -30,4 +33,10 @@ def _part(name: str, config: RunConfig) -> Method:
             return lora(config.lora)
         case "ia3":
             return ia3(config.ia3)
+        case "adapter":
+            return adapter(config.adapter)
+        case "bitfit":
+            return bitfit(config.bitfit)
+        case "norm":
+            return norm_tuning()
     return METHODS[f"{name}-tuning"]
