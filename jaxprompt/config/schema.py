@@ -87,6 +87,13 @@ class TaskConfig(Schema):
             "beam: generate text, also where there are labels."
         ),
     )
+    length_normalized: bool = Field(
+        default=False,
+        description=(
+            "rank: the most likely label is that of the highest mean log-likelihood of a token, as "
+            "in T-Few, instead of the highest sum."
+        ),
+    )
     beams: Size = Field(default=4, description="Hypotheses of a beam search.")
     length_penalty: Annotated[float, Field(ge=0)] = Field(
         default=0.6,
@@ -350,6 +357,21 @@ class Optimization(Schema):
 class TrainConfig(Optimization):
     """Tuning. Defaults are the paper's, except where a description says otherwise."""
 
+    unlikelihood_loss: Rate = Field(
+        default=0.0,
+        description=(
+            "Factor of T-Few's unlikelihood loss: the mean of -log(1 - p) over the tokens of all "
+            "wrong labels, added to cross-entropy. Tasks with labels only; T-Few has 1."
+        ),
+    )
+    length_normalized_loss: Rate = Field(
+        default=0.0,
+        description=(
+            "Factor of T-Few's length-normalized loss: cross-entropy of the right label among all, "
+            "by a softmax over the mean log p of their tokens. Tasks with labels only; T-Few has 1 "
+            "and judges with `task.length_normalized`."
+        ),
+    )
     eval_batch_size: Size = Field(default=64, description="Rows of an evaluation batch.")
     max_eval_examples: Positive | None = Field(
         default=None,

@@ -5,11 +5,23 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxprompt.data.layout import BatchLayout, round_input_length, round_target_length
 
 AnyArray = np.ndarray | jax.Array  # NumPy's until a batch is put on a mesh, then jax's
+
+
+class Choices(NamedTuple):
+    """Which of the C labels of a run an example is asked to choose from, see ``label_sets.py``.
+
+    Of one example, or of R rows of targets. Rows without an example have weight 0.
+    """
+
+    right: Int[AnyArray, "*R"]  # the number of the label that is its target
+    wrong: Bool[AnyArray, "*R C"]  # the other labels that its task has
+    token_weight: Float[AnyArray, "*R"]  # of each token of a wrong label
+    example_weight: Float[AnyArray, "*R"]  # of the choice itself
 
 
 class Example(NamedTuple):
@@ -19,6 +31,7 @@ class Example(NamedTuple):
     targets: Int[np.ndarray, " t"]
     member: int = 0  # the number of the member of the run (the prompt) that it belongs to
     dropout_seed: int | None = None  # its dropout is drawn from this number
+    choices: Choices | None = None  # for losses that compare labels
 
 
 def with_member(example: Example, member: int, vocabulary: int, length: int) -> Example:
@@ -58,6 +71,7 @@ class Batch(NamedTuple):
     member: Int[AnyArray, " R *G"]
     weights: Float[AnyArray, "R T"]
     dropout_seed: Int[AnyArray, " R"] | None = None  # of each row of targets; None: no dropout
+    choices: Choices | None = None  # of each row of targets; None where the loss compares no labels
 
 
 def make_batch(
@@ -116,7 +130,21 @@ def pack_batch(
         _members(rows_of_examples, count),
         (target_segments > 0).astype(np.float32),
         None if set(seeds) == {None} else np.array([n or 0 for n in seeds], np.int32),
+        _choices(rows_of_examples, count),
     )
+
+
+def _choices(rows_of_examples: Sequence[Sequence[Example]], count: int) -> Choices | None:
+    """``Batch.choices`` of ``count`` rows."""
+    each = [row[0].choices if row else None for row in rows_of_examples]
+    some = next((choices for choices in each if choices is not None), None)
+    if some is None:
+        return None
+    if any(len(row) > 1 for row in rows_of_examples):
+        raise ValueError("Examples with labels to choose from have rows of targets of their own.")
+    empty = Choices(*map(np.zeros_like, some))
+    each += [None] * (count - len(each))
+    return Choices(*map(np.stack, zip(*(choices or empty for choices in each), strict=True)))
 
 
 def _members(rows_of_examples: Sequence[Sequence[Example]], count: int) -> Int[np.ndarray, " R *G"]:

@@ -98,6 +98,7 @@ def training_batches(
     *,
     start: int = 0,
     relabel: Callable[[Example, int], Example] = lambda example, member: example,
+    complete: Callable[[Sequence[Example]], Sequence[Example]] = list,
 ) -> Iterator[list[Batch]]:
     """Batches ``start``, ``start + 1``, ... without end, made ahead of time by grain's threads.
 
@@ -107,6 +108,7 @@ def training_batches(
         cut: each batch comes as its micro-batches.
         start: the number of the first batch.
         relabel: ``relabel(example, k)`` makes an example one of member k.
+        complete: is given all examples of a batch, before it is cut.
     """
     import grain
 
@@ -126,7 +128,7 @@ def training_batches(
             members_own = [relabel(dataset[i], member) for i in numbers]
             chosen += with_dropout_seeds(members_own, random_stream(seed, start + int(step)))
         return micro_batches(
-            chosen, rows=cut.rows or len(chosen), target_length=depths, layout=cut.layout,
+            complete(chosen), rows=cut.rows or len(chosen), target_length=depths, layout=cut.layout,
             devices=cut.devices, budget=cut.budget,
         )  # fmt: skip
 

@@ -26,6 +26,8 @@ _NO_TARGET = np.zeros(0, np.int32)
 class Predictions(NamedTuple):
     """One prediction a row and, for rank classification, the log-likelihoods of all labels.
 
+    Where the task is ``length_normalized``, they are means over a label's tokens instead of sums.
+
     non_finite_rows: numbers of the rows for which the model's logits were not finite. Their
     predictions mean nothing, see ``check_finite_scores``.
     """
@@ -79,6 +81,9 @@ def predict(
         return _generate(engine, task, examples, tokenizer, batch_size, progress)
     program = rank_program(labels, tokenizer, task.separator)
     scores = engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
+    if task.length_normalized:
+        encoded = tokenizer.encode_targets(labels, task.separator)
+        scores = scores / np.array([len(ids) for ids in encoded], np.float32)
     non_finite_rows = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     return Predictions([labels[i] for i in scores.argmax(axis=1)], scores, non_finite_rows.tolist())
 

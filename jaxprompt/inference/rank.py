@@ -12,6 +12,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
+from jaxprompt.models.label_scores import map_trees
 from jaxprompt.models.label_tree import LabelTrees, label_trees
 
 
@@ -46,19 +47,11 @@ def label_log_likelihoods(
     examples share rows, there are ``layout.examples_per_row`` times B results.
     """
     prefill = model.prefill(params, injection, inputs, segments)
-    (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
-    size = -(-count // groups)
 
-    def in_groups(x):
-        x = jnp.pad(x, ((0, groups * size - count), (0, 0)), constant_values=-1)
-        return x.reshape(groups, size, -1)
-
-    def score(group):
-        tree, nodes, tokens = group
+    def score(tree, nodes, tokens):
         logits = model.score_tree(params, injection, prefill, tree)
         scores = logits[:, nodes, jnp.maximum(tokens, 0)]
         scores -= jax.nn.logsumexp(logits, axis=-1)[:, nodes]
         return jnp.sum(scores * (tokens >= 0), axis=-1)
 
-    scores = jax.lax.map(score, (labels.trees, in_groups(labels.nodes), in_groups(labels.tokens)))
-    return scores.swapaxes(0, 1).reshape(-1, groups * size)[:, :count]
+    return map_trees(score, labels)

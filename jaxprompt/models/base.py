@@ -150,16 +150,27 @@ class Model:
         injection: Injection,
         inputs: Int[AnyArray, "B S"],
         segments: Int[AnyArray, "B S"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Prefill:
-        """Read the inputs once, so that they can be answered any number of times."""
+        """Read the inputs once, so that they can be answered any number of times.
+
+        dropout_seed: of each example; None for no dropout.
+        """
         raise NotImplementedError
 
     def score_tree(
-        self, params: Params, injection: Injection, prefill: Prefill, tree: Tree
+        self,
+        params: Params,
+        injection: Injection,
+        prefill: Prefill,
+        tree: Tree,
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R n V"]:
         """Float32 logits after each of the n beginnings of an answer in ``tree``.
 
         R is B or, where examples share rows, ``layout.examples_per_row`` times B.
+
+        dropout_seed: that ``prefill`` got; None for no dropout.
         """
         raise NotImplementedError
 

@@ -21,6 +21,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.evaluation.metrics import check_metrics
+from jaxprompt.training.label_losses import check_labels_to_compare
 
 Rows = Mapping[str, RowsOfSplit]  # of each split
 
@@ -66,8 +67,9 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
     """The task of each prompt. Raises UserError where results of two could not be told apart."""
     tasks = [resolve_task(member.task) for member in members]
     by_name = {task.name: task for task in tasks}
-    for task in tasks:
+    for member, task in zip(members, tasks, strict=True):
         check_metrics(task)
+        check_labels_to_compare(member.train, task)
         if task != by_name[task.name]:
             raise UserError(
                 f"prompt.population.task has different tasks of the name {task.name!r}; give each "

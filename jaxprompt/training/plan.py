@@ -26,6 +26,7 @@ from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
+from jaxprompt.training.label_losses import compares_labels
 from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import init_state
 
@@ -210,7 +211,11 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
         member.prompt_length + task.max_input_length
         for member, task in zip(members, tasks, strict=True)
     )
-    longest_target = max(4 if task.labels else task.max_target_length for task in tasks)
+    # where a loss compares labels, the tree of all of them is read
+    of_labels = lambda labels: 4 * (len(labels) if compares_labels(config.train) else 1)
+    longest_target = max(
+        of_labels(task.labels) if task.labels else task.max_target_length for task in tasks
+    )
     targets = round_target_length(longest_target)
     cost = registry.cost(shape)
     if cost is None or config.method == "model-tuning":

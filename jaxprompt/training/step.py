@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.data.batches import Batch
-from jaxprompt.losses import Loss, Losses, LossSums, cross_entropy
+from jaxprompt.losses import LabelLoss, Loss, Losses, LossSums, cross_entropy
 from jaxprompt.methods.base import (
     Method,
     Trainables,
@@ -24,6 +24,7 @@ from jaxprompt.methods.base import (
 )
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
+from jaxprompt.models.label_scores import token_scores
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
@@ -62,30 +63,33 @@ def batch_losses(
     *,
     num_members: int,
     z_loss: float = 0.0,
+    loss: Loss | LabelLoss | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
     """The objective (the sum over members of each member's own mean) and what it is made of.
 
     A member's mean is over its own target tokens, so its gradient does not depend on what else
     shares the batch. ``z_loss`` times log(Z)^2 is in the objective, not in the reported loss.
-    There is dropout if the batch has dropout seeds.
+    There is dropout if the batch has dropout seeds. ``loss``: see ``make_train_step``.
     """
-    loss = cross_entropy(z_loss)
+    loss = cross_entropy(z_loss) if loss is None else loss
     objective, sums = _summed_losses(params, injection, model, batch, num_members, loss)
     return jnp.sum(objective / jnp.maximum(sums.num_tokens, 1.0)), sums.means()
 
 
 def _summed_losses(
     params: registry.Params, injection: Injection, model: registry.Model, batch: Batch,
-    num_members: int, loss: Loss,
+    num_members: int, loss: Loss | LabelLoss,
 ) -> tuple[Float[Array, " K"], LossSums]:  # fmt: skip
     """The objective of each member and what is reported, as sums over target tokens."""
     arrays: PyTree = jax.tree.map(jnp.asarray, batch)
     params = params if injection.params is None else injection.params
     prepared = model.prepare(params, injection).for_rows(len(arrays.inputs), arrays.member)
-    logits = model.logits(
-        params, prepared, arrays.inputs, arrays.segments, arrays.targets, arrays.target_segments,
-        arrays.dropout_seed,
-    )  # fmt: skip
+    inputs, seeds = (arrays.inputs, arrays.segments), arrays.dropout_seed
+    if isinstance(loss, LabelLoss):
+        scores = token_scores(params, prepared, model, *inputs, loss.labels, seeds)
+        return loss(scores, arrays, num_members)
+    targets = arrays.targets, arrays.target_segments
+    logits = model.logits(params, prepared, *inputs, *targets, seeds)
     return loss(logits, arrays, num_members)
 
 
@@ -134,7 +138,7 @@ class StepFunctions:
         model: registry.Model,
         method: Method,
         optimizer: optax.GradientTransformation,
-        loss: Loss,
+        loss: Loss | LabelLoss,
         mesh: Mesh | None,
     ):
         self.method = method
@@ -239,6 +243,7 @@ def make_train_step(
     *,
     mesh: Mesh | None = None,
     z_loss: float = 0.0,
+    loss: Loss | LabelLoss | None = None,
 ) -> TrainStep:
     """A compiled ``(state, params, micro-batches) -> (state, losses)``; it donates the state.
 
@@ -249,10 +254,13 @@ def make_train_step(
     that each example of a batch has: it is the same however the batch is cut, and a resumed run
     needs no random state.
 
+    Args:
+        loss: what is minimised. None: cross-entropy of the targets, with ``z_loss``.
+
     Raises:
         ValueError: for a batch without dropout seeds, where the model has dropout.
     """
-    loss = cross_entropy(z_loss)
+    loss = cross_entropy(z_loss) if loss is None else loss
     return TrainStep(StepFunctions(model, method, optimizer, loss, mesh))
 
 

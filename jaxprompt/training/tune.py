@@ -51,6 +51,7 @@ from jaxprompt.training.datasets import (
     truncation_warnings,
 )
 from jaxprompt.training.evaluator import Evaluator
+from jaxprompt.training.label_losses import label_choices
 from jaxprompt.training.metric_log import (
     MetricName,
     Metrics,
@@ -406,6 +407,9 @@ class Tuning:
         examples = [trial.dataset.training.examples for trial in active]
         unique = {id(each): each for each in examples}.values()
         inputs = [example.inputs for each in unique for example in each]
+        labels = label_choices(settings, [trial.task for trial in active], self.tokenizer)
+        longest = max(len(example.targets) for each in unique for example in each)
+        logits = max(longest, labels.nodes) if labels else longest  # of each example
         model = registry.with_shared_prefix(self.backbone.model, inputs, length)
         # where members change the layers, each has rows of its own
         apart = self.config.changes_layers and len(active) > 1
@@ -415,7 +419,7 @@ class Tuning:
             batch_size=settings.batch_size * (1 if apart else len(active)),
             devices=devices,
             rows=settings.micro_batch_size,
-            target_length=max(len(example.targets) for each in unique for example in each),
+            target_length=logits,
             # with a window, rows have hardly any padding and their total lengths differ
             max_widths=4 if settings.length_bucketing_window == 0 else 0,
         )
@@ -426,6 +430,7 @@ class Tuning:
             optimizer,
             mesh=self.mesh,
             z_loss=settings.z_loss,
+            loss=labels.loss if labels else None,
         )
         # rows that the user asks for are not cut again
         budget = (
@@ -433,6 +438,7 @@ class Tuning:
             if settings.micro_batch_size
             else registry.budget(model.config, devices, training=True)
         )
+        budget = budget._replace(targets=budget.targets * longest / logits)
         batches = training_batches(
             examples,
             Draw(
@@ -443,6 +449,7 @@ class Tuning:
             Cut(micro, model.layout, devices, budget),
             start=progress.step,
             relabel=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
+            complete=labels.complete if labels else list,
         )
         return Steps(step, self.backbone.params, batches, self.mesh)
 

@@ -10,7 +10,7 @@ from helpers_source import nodes
 
 PACKAGE = ROOT / "jaxprompt"
 # from the lowest level to the highest
-ORDER = ["moved", "config", "runtime", "data", "losses", "models", "methods", "inference",
+ORDER = ["moved", "config", "runtime", "data", "models", "losses", "methods", "inference",
          "evaluation", "training", "api", "studies", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"training/checkpoint.py"},

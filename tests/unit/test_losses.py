@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprompt.data.batches import Example, make_batch, pack_batch
-from jaxprompt.losses import cross_entropy, sum_by_member, target_members
+from jaxprompt.losses import cross_entropy, sum_by_member, target_members, unlikelihood
 
 V, K = 7, 3
 
@@ -66,3 +66,18 @@ def test_a_member_whose_logits_are_nan_leaves_the_others_alone(lost):
     logits = jnp.where((batch.member == lost)[:, None, None], jnp.nan, logits_for(batch))
     _, sums = cross_entropy()(logits, batch, K)
     assert np.isnan(sums.loss).tolist() == [member == lost for member in range(K)]
+
+
+def test_a_wrong_token_that_is_certain_has_a_finite_loss_and_still_a_gradient():
+    """In float32 p is 1 from a difference of 17 nats on; where 1 - p is 1e-4 the formula holds."""
+    wrong = jnp.array([[[True]]])
+
+    def value(logit):
+        log_p = jax.nn.log_softmax(jnp.stack([logit, 0.0]))[0]
+        return unlikelihood(log_p.reshape(1, 1, 1), wrong)[0]
+
+    for logit, slope in ((0.0, 0.5), (9.2, 1.0), (12.0, 0.8)):
+        assert float(jax.grad(value)(logit)) == pytest.approx(slope, rel=0.15)
+    assert float(value(9.2)) == pytest.approx(np.log1p(np.exp(9.2)), rel=1e-2)
+    for logit in (40.0, 1e6):
+        assert np.isfinite(value(logit)) and np.isfinite(jax.grad(value)(logit))

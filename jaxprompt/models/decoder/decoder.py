@@ -412,8 +412,9 @@ class DecoderModel(Model):
         injection: Injection,
         inputs: Int[AnyArray, "B S"],
         segments: Int[AnyArray, "B S"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Prefill:
-        """The keys and values of the inputs."""
+        """The keys and values of the inputs; there is no dropout."""
         text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         context = LayerContext(
             _angles(self.config, text.positions),
@@ -427,7 +428,12 @@ class DecoderModel(Model):
         return Prefill(text, key_values)
 
     def score_tree(
-        self, params: Params, injection: Injection, prefill: Prefill, tree: Tree
+        self,
+        params: Params,
+        injection: Injection,
+        prefill: Prefill,
+        tree: Tree,
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "B n V"]:
         text, shape = prefill.text, (len(prefill.text.ids), len(tree.ids))
         segments = jnp.ones(shape, jnp.int32)

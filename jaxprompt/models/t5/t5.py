@@ -504,16 +504,24 @@ class T5Model(Model):
         injection: Injection,
         inputs: Int[AnyArray, "B S"],
         segments: Int[AnyArray, "B S"],
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Encoded:
-        return Encoded(self.encode(params, injection, inputs, segments), jnp.asarray(segments))
+        hidden = self.encode(params, injection, inputs, segments, dropout_seed)
+        return Encoded(hidden, jnp.asarray(segments))
 
     def score_tree(
-        self, params: Params, injection: Injection, prefill: Encoded, tree: Tree
+        self,
+        params: Params,
+        injection: Injection,
+        prefill: Encoded,
+        tree: Tree,
+        dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R n V"]:
         rows = len(prefill.segments) * self.layout.examples_per_row
         ids = jnp.where(tree.ids < 0, self.config.decoder_start_id, tree.ids)
         ids = jnp.broadcast_to(ids, (rows, len(ids)))
-        return self.decode(params, injection, prefill, ids, jnp.ones_like(ids), None, tree)
+        segments = jnp.ones_like(ids)
+        return self.decode(params, injection, prefill, ids, segments, dropout_seed, tree)
 
     def init_decode(
         self, params: Params, injection: Injection, prefill: Encoded, length: int

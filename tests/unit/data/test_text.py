@@ -90,7 +90,7 @@ def batches(config, streams, count, start=0):
 
 def segments(batch):
     """The examples of a batch: (inputs, targets, loss weights)."""
-    for ids, marks, targets, target_marks, _, weights, _ in zip(*batch, strict=True):
+    for ids, marks, targets, target_marks, _, weights, _ in zip(*batch[:7], strict=True):
         for number in range(1, marks.max() + 1):
             here, there = marks == number, target_marks == number
             yield ids[here], targets[there], weights[there]

@@ -1,0 +1,62 @@
+"""The losses of a run that compare labels, as its config asks for them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig, TrainConfig
+from jaxprompt.data.batches import Example
+from jaxprompt.data.label_sets import label_sets, with_choices
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.losses import LabelLoss
+from jaxprompt.models.label_tree import label_trees
+
+
+class LabelChoices(NamedTuple):
+    """What a step minimises, and how the examples of a whole batch get what it reads."""
+
+    loss: LabelLoss
+    complete: Callable[[Sequence[Example]], list[Example]]
+
+    @property
+    def nodes(self) -> int:
+        """Logits over the vocabulary that each example needs at once."""
+        return self.loss.labels.trees.ids.shape[-1]
+
+
+def compares_labels(settings: TrainConfig) -> bool:
+    """Whether a run minimises more than cross-entropy."""
+    return bool(settings.unlikelihood_loss or settings.length_normalized_loss)
+
+
+def check_labels_to_compare(settings: TrainConfig, task: TaskConfig) -> None:
+    """Raise a UserError where labels are to be compared and the task has none."""
+    if compares_labels(settings) and len(task.labels or ()) < 2:
+        raise UserError(
+            "train.unlikelihood_loss and train.length_normalized_loss compare labels, and task "
+            f"{task.name!r} has {len(task.labels or ()) or 'none'}; leave them out, or name two or "
+            "more labels in task.labels."
+        )
+
+
+def label_choices(
+    settings: TrainConfig, tasks: Sequence[TaskConfig], tokenizer: Tokenizer
+) -> LabelChoices | None:
+    """What compares the labels of members, or None where nothing does.
+
+    Args:
+        tasks: of each member, by slot.
+    """
+    if not compares_labels(settings):
+        return None
+    encoded = [tokenizer.encode_targets(task.labels or (), task.separator) for task in tasks]
+    labels = label_sets(encoded)
+    loss = LabelLoss(
+        label_trees(labels.tokens),
+        settings.unlikelihood_loss,
+        settings.length_normalized_loss,
+        settings.z_loss,
+    )
+    set_of = lambda example: example.member
+    return LabelChoices(loss, partial(with_choices, labels=labels, set_of=set_of))
