@@ -54,6 +54,7 @@ for name, command in {
     "predict": use.predict,
     "score": use.score,
     "inspect": use.inspect,
+    "similar": use.similar,
     "export": artefacts.export,
     "push": artefacts.push,
     "reproduce": studies.reproduce,

@@ -14,7 +14,7 @@ from jaxprompt.cli.options import (
     TaskOption,
     at_home,
 )
-from jaxprompt.cli.output import check_rows_output, files_of, print_json, say_devices
+from jaxprompt.cli.output import check_rows_output, files_of, print_json, say, say_devices
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.limits import SPLITS
 
@@ -210,3 +210,37 @@ def inspect(
     _check_figure(figure, [prompt])
     session = api.open_session(prompt, **loading._asdict())
     print_json(api.inspect(session, nearest=nearest, figure=figure))
+
+
+def similar(
+    prompt: PromptArgument,
+    library: Annotated[
+        Path, typer.Argument(callback=at_home, help="a folder with prompts, at any depth")
+    ],
+    any_backbone: Annotated[
+        bool, typer.Option("--any-backbone", help="compare prompts of other backbones, too")
+    ] = False,
+) -> None:
+    """The prompts of a library by their similarity to a prompt, as one JSON object and a table.
+
+    To start from the most similar one (SPoT, arXiv 2110.07904): tune PROMPT for a few steps, name
+    the first of the list in prompt.file, and set prompt.init=file. The similarity is the cosine of
+    the vectors' means; per_token is the mean cosine of single vectors.
+
+    \b
+    jaxprompt similar runs/brief/prompt runs
+    """
+    from jaxprompt.methods.library import similar_prompts
+
+    ranking = similar_prompts(prompt, library, any_backbone)
+    say(f"{'cosine':>7}  {'per token':>9}  prompt")
+    for one in ranking.similar:
+        task = "" if one.task is None else f" ({one.task})"
+        say(f"{one.cosine:7.4f}  {one.per_token:9.4f}  {one.prompt}{task}")
+    for path, reason in ranking.left_out.items():
+        say(f"left out: {path}: {reason}")
+    print_json({
+        "prompt": str(prompt),
+        "similar": [one._asdict() for one in ranking.similar],
+        "left_out": [{"prompt": path, "reason": why} for path, why in ranking.left_out.items()],
+    })  # fmt: skip

@@ -101,9 +101,18 @@ class PTuningConfig(Schema):
     section = "p_tuning"
 
     encoder: Literal["mlp", "lstm"] = Field(
-        default="mlp", description="Three matrices with ReLU, or a bidirectional LSTM and two."
+        default="mlp",
+        description=(
+            "mlp: three matrices with ReLU between them. lstm: two layers of a bidirectional LSTM "
+            "and two matrices, as in the paper."
+        ),
     )
-    width: Size | None = Field(default=None, description="Of its layers. null: d_model.")
+    width: Size | None = Field(
+        default=None,
+        description=(
+            "Width of its layers; of each direction where it is an LSTM. null: d_model, as in PEFT."
+        ),
+    )
 
 
 class AdapterConfig(Schema):
@@ -156,7 +165,14 @@ SECTIONS: Mapping[str, type[Schema]] = {
 }
 
 # methods with virtual tokens, of which one can be a part
-PROMPTS = ("prompt", "residual-prompt", "superposition-prompt", "p-tuning")
+PROMPTS = (
+    "prompt",
+    "residual-prompt",
+    "superposition-prompt",
+    "multitask-prompt",
+    "low-rank-prompt",
+    "p-tuning",
+)
 # the section that has the learning rate of each part
 SECTIONS_OF: Mapping[str, str] = {
     **dict.fromkeys(PROMPTS, "prompt"),
@@ -168,11 +184,15 @@ SECTIONS_OF: Mapping[str, str] = {
     "norm": "bitfit",
     "model": "train",
 }
+# the section that has the other settings of each part
+SETTINGS_OF: Mapping[str, str] = {**SECTIONS_OF, "p-tuning": "p_tuning"}
 # what `method` may be, beside parts joined by +
 METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt-tuning": ("prompt",),
     "residual-prompt-tuning": ("residual-prompt",),
     "superposition-prompt-tuning": ("superposition-prompt",),
+    "multitask-prompt-tuning": ("multitask-prompt",),
+    "low-rank-prompt-tuning": ("low-rank-prompt",),
     "p-tuning": ("p-tuning",),
     "prefix-tuning": ("prefix",),
     "p-tuning-v2": ("prefix",),
@@ -226,6 +246,17 @@ _PARALLEL: Values = {
 }
 _ADAPTERS: Values = {**_ADAMW, "learning_rate": 3e-4}
 RECIPES: Mapping[str, Values] = {
+    # PEFT's guide: AdamW 1e-3 with matrices that are stored divided by the root of their fan-in,
+    # 768 or so, which is a rate of 0.03 for those that are not
+    "p-tuning": {"train": {**_ADAMW, "learning_rate": 0.03}},
+    # arXiv 2303.02861; u and v learn at 0.4, see methods/multitask.py
+    "multitask-prompt-tuning": {
+        "train": {**_ADAMW, "learning_rate": 0.3, "weight_decay": 1e-5},
+    },
+    # options.py of github.com/XYaoooo/DPT
+    "low-rank-prompt-tuning": {
+        "train": {**_ADAMW, "learning_rate": 0.3, "weight_decay": 1e-5},
+    },
     "lora": {"train": {**_ADAMW, "learning_rate": 4e-4}},
     "ia3": {
         "train": {"optimizer": "adafactor", "learning_rate": 3e-3, "schedule": "linear"},
@@ -253,6 +284,7 @@ RECIPES: Mapping[str, Values] = {
 # for AdamW, where several parts are trained together
 _RATES = {
     **dict.fromkeys(PROMPTS, 0.3),
+    "p-tuning": 0.03,
     "prefix": 5e-4,
     "lora": 4e-4,
     "ia3": 3e-3,

@@ -46,6 +46,8 @@ ALIASES = {
     "prompt_length": "prompt.length",
     "prompt_tuning_init": "prompt.init",
     "prompt_tuning_init_text": "prompt.text",
+    "encoder_hidden_size": "p_tuning.width",
+    "encoder_reparameterization_type": "p_tuning.encoder",
     "peft_type": "method",
     "torch_dtype": "model.dtype",
     "load_in_8bit": "model.quantization",

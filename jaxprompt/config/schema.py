@@ -20,6 +20,7 @@ from jaxprompt.config.methods import (
     PROMPTS,
     SECTIONS,
     SECTIONS_OF,
+    SETTINGS_OF,
     AdapterConfig,
     BitfitConfig,
     IA3Config,
@@ -213,7 +214,7 @@ class ModelConfig(Schema):
 
 
 # keys of a population that are not of a method's own section
-POPULATION_KEYS = ("seed", "learning_rate", "length", "task", "init", "text", "file")
+POPULATION_KEYS = ("seed", "learning_rate", "length", "rank", "task", "init", "text", "file")
 
 
 class PromptConfig(Schema):
@@ -261,8 +262,9 @@ class PromptConfig(Schema):
         default={},
         description=(
             "Lists of values; a member for each combination is trained in one step, each as if it "
-            "were alone. Keys: seed, learning_rate, length, task, init, text, file, or a setting "
-            "of the method, such as lora.rank. Example: {seed: [0, 1], learning_rate: [0.1, 0.3]}."
+            "were alone. Keys: seed, learning_rate, length, rank, task, init, text, file, or a "
+            "setting of the method, such as lora.rank. Example: {seed: [0, 1], learning_rate: "
+            "[0.1, 0.3]}."
         ),
     )
     bottleneck: Size = Field(
@@ -273,6 +275,10 @@ class PromptConfig(Schema):
         description=(
             "Embeddings that superposition-prompt-tuning mixes; at least `prompt.length`."
         ),
+    )
+    rank: Size = Field(
+        default=10,
+        description="Rank of the vectors of low-rank-prompt-tuning; at most `prompt.length`.",
     )
 
     @field_validator("population")
@@ -465,10 +471,10 @@ class RunConfig(Schema):
         default="prompt-tuning",
         description=(
             "What is trained: prompt-tuning, residual-prompt-tuning, superposition-prompt-tuning, "
-            "p-tuning, prefix-tuning, p-tuning-v2, lora, ia3, adapter, houlsby, pfeiffer, "
-            "parallel, bitfit, norm-tuning, mam, parts joined by +, as in prompt+lora, or "
-            "model-tuning (all weights, the paper's baseline). It also chooses the defaults of "
-            "`train` that are usual for it."
+            "multitask-prompt-tuning, low-rank-prompt-tuning, p-tuning, prefix-tuning, "
+            "p-tuning-v2, lora, ia3, adapter, houlsby, pfeiffer, parallel, bitfit, norm-tuning, "
+            "mam, parts joined by +, as in prompt+lora, or model-tuning (all weights, the paper's "
+            "baseline). It also chooses the defaults of `train` that are usual for it."
         ),
     )
     model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")
@@ -531,6 +537,17 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _rank_fits(self) -> "RunConfig":
+        rank, length = self.prompt.rank, self.prompt.length
+        varied = {*self.prompt.population} & {"rank", "length"}  # then each member is checked
+        if "low-rank-prompt" in self.parts and rank > length and not varied:
+            raise ValueError(
+                f"prompt.rank is {rank}, and a prompt of {length} vectors (prompt.length) has at "
+                f"most rank {length}; lower the rank"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _halving_can_be(self) -> "RunConfig":
         every = self.train.successive_halving_every
         if not every:
@@ -556,7 +573,8 @@ class RunConfig(Schema):
             raise ValueError("prompt.population is for prompts, and model-tuning has none")
         for key in grid:
             section = key.partition(".")[0]
-            if section in SECTIONS and section not in map(SECTIONS_OF.get, self.parts):
+            own = section in SECTIONS and section not in map(SETTINGS_OF.get, self.parts)
+            if own or (key == "rank" and "low-rank-prompt" not in self.parts):
                 raise ValueError(
                     f"prompt.population varies {key}, and method={self.method} has no {section}; "
                     "leave it out, or choose another method"

@@ -7,7 +7,10 @@ from jaxprompt.methods.bitfit import bitfit
 from jaxprompt.methods.full import MODEL_TUNING
 from jaxprompt.methods.ia3 import ia3
 from jaxprompt.methods.lora import lora
+from jaxprompt.methods.low_rank import LOW_RANK_PROMPT_TUNING
+from jaxprompt.methods.multitask import MULTITASK_PROMPT_TUNING
 from jaxprompt.methods.norm_tuning import norm_tuning
+from jaxprompt.methods.p_tuning import p_tuning
 from jaxprompt.methods.prompt import PROMPT_TUNING
 from jaxprompt.methods.residual import RESIDUAL_PROMPT_TUNING
 from jaxprompt.methods.superposition import SUPERPOSITION_PROMPT_TUNING
@@ -17,6 +20,8 @@ METHODS: dict[str, Method] = {
     "prompt-tuning": PROMPT_TUNING,
     "residual-prompt-tuning": RESIDUAL_PROMPT_TUNING,
     "superposition-prompt-tuning": SUPERPOSITION_PROMPT_TUNING,
+    "multitask-prompt-tuning": MULTITASK_PROMPT_TUNING,
+    "low-rank-prompt-tuning": LOW_RANK_PROMPT_TUNING,
     "model-tuning": MODEL_TUNING,
 }
 
@@ -29,6 +34,8 @@ def method_of(config: RunConfig) -> Method:
 
 def _part(name: str, config: RunConfig) -> Method:
     match name:
+        case "p-tuning":
+            return p_tuning(config.p_tuning)
         case "lora":
             return lora(config.lora)
         case "ia3":

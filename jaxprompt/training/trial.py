@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from jaxprompt.config.methods import SECTIONS, SECTIONS_OF
+from jaxprompt.config.methods import SECTIONS, SETTINGS_OF
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.training.datasets import TaskDataset
 
@@ -49,11 +49,14 @@ class Trial:
     @property
     def structure(self) -> Structure:
         """What decides the shapes of its trainables, and what they do to the model."""
-        sections = {SECTIONS_OF[part] for part in self.config.parts} & {*SECTIONS}
+        parts = self.config.parts
+        sections = {SETTINGS_OF[part] for part in parts} & {*SECTIONS}
         settings = [
             getattr(self.config, section).model_dump_json(exclude={"learning_rate"})
             for section in sorted(sections)
         ]
+        if "low-rank-prompt" in parts:
+            settings.append(f"rank {self.config.prompt.rank}")
         return self.length, ";".join(settings)
 
     @property

@@ -75,11 +75,24 @@ def test_prompts_are_reparameterised_apart_from_each_other(name):
         assert not np.any(np.asarray(leaf[1]))
 
 
-@pytest.mark.parametrize("name", ["residual-prompt-tuning", "superposition-prompt-tuning"])
+# trained parameters
+STORED = {
+    "residual-prompt-tuning": 3 * 16 + 2 * 16 * 4 + 4 + 3 * 16,
+    "superposition-prompt-tuning": 3 * 5 + 5 * 16,
+    "multitask-prompt-tuning": 3 * 16 + 3 + 16,
+    "low-rank-prompt-tuning": 2 * (3 + 16),
+    "p-tuning": 3 * 16 + 2 * 16 * (16 + 4 + 1) + 2 * 16 * (8 + 4 + 1) + 8 * 8 + 8 + 8 * 16 + 16,
+}
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
     backbone = make_backbone(tmp_path / "tiny")
     values = run_values(backbone, tmp_path) | {"method": name}
-    values["prompt"] = {"length": P, "bottleneck": 4, "basis": 5}
+    values["prompt"] = {"length": P, "bottleneck": 4, "basis": 5, "rank": 2}
+    if name == "p-tuning":
+        values["p_tuning"] = {"encoder": "lstm", "width": 4}
+        values["task"]["template"] = "[prompt:1] question [prompt:1] : {text} [prompt:1]"
 
     def result(folder, steps):
         values["train"]["steps"] = steps
@@ -88,9 +101,7 @@ def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
     whole = result("whole", 4)
     vectors = load_prompt(whole["prompt"]).vectors
     assert vectors.shape == (P, 16)
-    expected = {"residual-prompt-tuning": 3 * 16 + 2 * 16 * 4 + 4 + 3 * 16,
-                "superposition-prompt-tuning": 3 * 5 + 5 * 16}  # fmt: skip
-    assert whole["trainable_parameters"] == expected[name]
+    assert whole["trainable_parameters"] == STORED[name]
     result("parts", 2)
     parts = result("parts", 4)
     assert parts["value"] == whole["value"]
