@@ -223,9 +223,9 @@ def similar(
 ) -> None:
     """The prompts of a library by their similarity to a prompt, as one JSON object and a table.
 
-    To start from the most similar one (SPoT, arXiv 2110.07904): tune PROMPT for a few steps, name
-    the first of the list in prompt.file, and set prompt.init=file. The similarity is the cosine of
-    the vectors' means; per_token is the mean cosine of single vectors.
+    To start from the most similar one (SPoT, arXiv 2110.07904), tune PROMPT for a few steps, then
+    tune anew with prompt.init=nearest, prompt.file=PROMPT and prompt.library=LIBRARY. The
+    similarity is the cosine of the vectors' means; per_token is the mean cosine of single vectors.
 
     \b
     jaxprompt similar runs/brief/prompt runs

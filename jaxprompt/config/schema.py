@@ -217,17 +217,22 @@ class ModelConfig(Schema):
 POPULATION_KEYS = ("seed", "learning_rate", "length", "rank", "task", "init", "text", "file")
 
 
+PromptStart = Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file", "nearest"]
+
+
 class PromptConfig(Schema):
     """Length and start of the soft prompt (Lester et al. 2021, section 3.2)."""
 
     section = "prompt"
 
     length: Size = Field(default=100, description="Virtual tokens, that is, vectors of the prompt.")
-    init: Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file"] = Field(
+    init: PromptStart = Field(
         default="class_labels",
         description=(
             "What the vectors start from. class_labels: embeddings of the label words, then of "
-            "sampled ids. text and file: `prompt.text` and `prompt.file`."
+            "sampled ids. text and file: `prompt.text` and `prompt.file`. nearest: the prompt of "
+            "`prompt.library` that is most similar to `prompt.file`, which was tuned on the task "
+            "for a few steps (SPoT, arXiv 2110.07904)."
         ),
     )
     uniform: Literal["paper", "code"] = Field(
@@ -253,9 +258,16 @@ class PromptConfig(Schema):
         default=None,
         description="Prompt that `init: file` starts from: an artefact, a PEFT adapter or .npy.",
     )
+    library: PathText | None = Field(
+        default=None,
+        description=(
+            "Folder of prompts, at any depth, that `init: nearest` chooses from. `jaxprompt "
+            "similar` shows how similar they are."
+        ),
+    )
     resize: bool = Field(
         default=False,
-        description="Cuts or repeats the vectors of `prompt.file` where its length differs.",
+        description="Cuts or repeats the vectors of a stored prompt where its length differs.",
     )
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
     population: dict[str, list[Value]] = Field(
@@ -297,8 +309,10 @@ class PromptConfig(Schema):
 
     @model_validator(mode="after")
     def _start_is_named(self) -> "PromptConfig":
-        if self.init in ("text", "file") and not getattr(self, self.init):
-            raise ValueError(f"init={self.init} needs prompt.{self.init}; give it")
+        needed = {"text": ["text"], "file": ["file"], "nearest": ["file", "library"]}
+        for name in needed.get(self.init, ()):
+            if not getattr(self, name):
+                raise ValueError(f"init={self.init} needs prompt.{name}; give it")
         return self
 
 
@@ -532,7 +546,7 @@ class RunConfig(Schema):
     @model_validator(mode="after")
     def _start_has_enough_rows(self) -> "RunConfig":
         inits = [self.prompt.init, *self.prompt.population.get("init", [])]
-        if "superposition-prompt" in self.parts and "file" in inits:
+        if "superposition-prompt" in self.parts and {"file", "nearest"} & {*inits}:
             raise ValueError("a superposition starts from words; choose another prompt.init")
         return self
 

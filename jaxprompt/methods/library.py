@@ -2,7 +2,7 @@
 
 SPoT (Vu et al. 2021, arXiv 2110.07904, section 3): tune a prompt on the new task for a few steps,
 find the prompt of another task that is most similar to it, and tune again from that one
-(``prompt.init: file``).
+(``prompt.init: nearest``).
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.schema import PromptConfig, RunConfig, TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Example
 from jaxprompt.data.tasks.registry import class_words
@@ -21,6 +21,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
 from jaxprompt.methods.init import Vocabulary, initial_prompt
+from jaxprompt.methods.library import Similar, similar_prompts
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.markdown import plain
@@ -45,8 +46,11 @@ def init_trainables(
                     f"The class label {word!r} of task {task.name!r} has no token of this "
                     "backbone; use another word."
                 )
+        settings = {"length": method.num_start_vectors(member.prompt)}
+        if member.prompt.init == "nearest":
+            settings |= {"init": "file", "file": _nearest(member.prompt).prompt}
         start = initial_prompt(
-            member.prompt.model_copy(update={"length": method.num_start_vectors(member.prompt)}),
+            member.prompt.model_copy(update=settings),
             Vocabulary(
                 table,
                 encode=tokenizer.encode,
@@ -58,6 +62,24 @@ def init_trainables(
             from_file=lambda path: load_prompt(path).vectors,
         )
     return method.init(backbone.params, start[None], member.prompt, member.train.seed)
+
+
+def _nearest(config: PromptConfig) -> Similar:
+    """The prompt that ``init: nearest`` starts from."""
+    return similar_prompts(config.file or "", config.library or "").similar[0]
+
+
+def nearest_notes(members: Sequence[RunConfig]) -> list[str]:
+    """A sentence for each start from the most similar prompt of a library."""
+    configs = [m.prompt for m in members if m.prompt_length and m.prompt.init == "nearest"]
+    notes = []
+    for config in {(config.file, config.library): config for config in configs}.values():
+        chosen = _nearest(config)
+        notes.append(
+            f"starts from {chosen.prompt}, the most similar to {config.file} (cosine "
+            f"{chosen.cosine:.3f})"
+        )
+    return notes
 
 
 def start_warnings(members: Sequence[RunConfig], tasks: Sequence[TaskConfig]) -> list[str]:

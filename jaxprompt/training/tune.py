@@ -66,6 +66,7 @@ from jaxprompt.training.population import (
     init_trainables,
     keep_members,
     length_warnings,
+    nearest_notes,
     population_table,
     stack_trainables,
     start_warnings,
@@ -130,6 +131,8 @@ def prepare(
     trials = make_trials(config, datasets)
     for warning in _warnings(config, trials, tokenizer, mesh):
         reporter.say(f"warning: {warning}")
+    for note in nearest_notes([trial.config for trial in trials]):
+        reporter.say(note)
     starts = partial(_starts, backbone, trials, tokenizer)
     # prompts start before anything is written: their words may have no token. A whole model is
     # copied only when the loaded one is no longer needed

@@ -79,8 +79,6 @@ def test_prompts_are_reparameterised_apart_from_each_other(name):
 STORED = {
     "residual-prompt-tuning": 3 * 16 + 2 * 16 * 4 + 4 + 3 * 16,
     "superposition-prompt-tuning": 3 * 5 + 5 * 16,
-    "multitask-prompt-tuning": 3 * 16 + 3 + 16,
-    "low-rank-prompt-tuning": 2 * (3 + 16),
     "p-tuning": 3 * 16 + 2 * 16 * (16 + 4 + 1) + 2 * 16 * (8 + 4 + 1) + 8 * 8 + 8 + 8 * 16 + 16,
 }
 
@@ -89,8 +87,9 @@ STORED = {
 def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
     backbone = make_backbone(tmp_path / "tiny")
     values = run_values(backbone, tmp_path) | {"method": name}
-    values["prompt"] = {"length": P, "bottleneck": 4, "basis": 5, "rank": 2}
+    values["prompt"] = {"length": P, "bottleneck": 4, "basis": 5}
     if name == "p-tuning":
+        values["train"]["schedule"] = "constant"  # which does not depend on the number of steps
         values["p_tuning"] = {"encoder": "lstm", "width": 4}
         values["task"]["template"] = "[prompt:1] question [prompt:1] : {text} [prompt:1]"
 

@@ -1,14 +1,18 @@
 """Prompts of a library by their similarity to a prompt."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxprompt.cli.use import similar
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.methods.artefact import Prompt, save_peft, save_prompt
 from jaxprompt.methods.library import similar_prompts
+from jaxprompt.training.population import init_trainables, nearest_notes
 
 RNG = np.random.default_rng(0)
 BASE = RNG.normal(size=(4, 8)).astype(np.float32)
@@ -53,7 +57,7 @@ def test_the_measures_are_those_of_the_paper(tmp_path):
     ).similar
     np.testing.assert_allclose(one.cosine, cosine(BASE.mean(0), other.mean(0)), rtol=1e-5)
     pairs = [cosine(x, y) for x in BASE for y in other]
-    np.testing.assert_allclose(one.per_token, np.mean(pairs), rtol=1e-5)
+    np.testing.assert_allclose(one.per_token, np.mean(pairs), atol=1e-6)
 
 
 def test_a_prompt_in_its_own_library_is_not_compared_with_itself(library):
@@ -108,3 +112,39 @@ def test_the_command_prints_a_table_and_json(library, tmp_path, capsys):
     assert answer["similar"][0]["prompt"] == str(library / "alike.npy") and not answer["left_out"]
     assert err.splitlines()[1].split() == ["1.0000", f"{answer['similar'][0]['per_token']:.4f}",
                                            str(library / "alike.npy")]  # fmt: skip
+
+
+@pytest.mark.no_type_check
+def test_a_run_starts_from_the_most_similar_prompt(library, tmp_path):
+    brief = saved(tmp_path / "brief", BASE, "one")
+    values = {
+        "task": "boolq", "output": "x",
+        "prompt": {"init": "nearest", "file": str(brief), "library": str(library), "length": 8},
+    }  # fmt: skip
+    run = parse(RunConfig, values)
+    assert nearest_notes([run, run]) == [
+        f"starts from {library}/alike.npy, the most similar to {brief} (cosine 1.000)"
+    ]
+    backbone = SimpleNamespace(
+        params={"token_embedder": {"embedding": np.zeros((9, 8), np.float32)}},
+        config=SimpleNamespace(d_model=8, vocab_size=9),
+    )
+    tokenizer = SimpleNamespace(
+        one_sequence=True, start_ids=[], size=9, special_ids=[], encode=lambda text: [3],
+        encode_targets=lambda words, separator: [[3, 1] for _ in words],
+    )  # fmt: skip
+    task = TaskConfig(name="mine", template="{x}", labels=["a", "b"])
+    trainables = init_trainables(run, task, backbone, tokenizer)
+    np.testing.assert_array_equal(trainables["prompt"][0], 3 * OTHER_LENGTH)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"file": "a"}, "init=nearest needs prompt.library; give it"),
+        ({"library": "a"}, "init=nearest needs prompt.file; give it"),
+    ],
+)
+def test_the_nearest_prompt_needs_a_prompt_and_a_library(settings, message):
+    with pytest.raises(UserError, match=message):
+        parse(RunConfig, {"task": "boolq", "output": "x", "prompt": {"init": "nearest"} | settings})
