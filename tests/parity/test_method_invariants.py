@@ -34,6 +34,9 @@ CASES = {
     "ia3": {},
     "prompt+lora": {"lora": LORA},
     "prompt+ia3": {},
+    "p-tuning": {"p_tuning": {"encoder": "lstm", "width": 4}},
+    "multitask-prompt-tuning": {},
+    "low-rank-prompt+ia3": {"prompt": {"length": P, "rank": 2}},
 }
 EXACT_AT_START = {"lora", "ia3"}
 MERGED = {"lora", "ia3"}
