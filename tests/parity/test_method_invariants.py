@@ -37,8 +37,10 @@ CASES = {
     "p-tuning": {"p_tuning": {"encoder": "lstm", "width": 4}},
     "multitask-prompt-tuning": {},
     "low-rank-prompt+ia3": {"prompt": {"length": P, "rank": 2}},
+    "parallel": {"adapter": {"after": ["attention", "mlp"], "width": 3}},
+    "bitfit": {"bitfit": {"norms": True}},
 }
-EXACT_AT_START = {"lora", "ia3"}
+EXACT_AT_START = {"lora", "ia3", "parallel", "bitfit"}
 MERGED = {"lora", "ia3"}
 
 T5 = T5Model(
