@@ -257,6 +257,8 @@ RECIPES: Mapping[str, Values] = {
     "low-rank-prompt-tuning": {
         "train": {**_ADAMW, "learning_rate": 0.3, "weight_decay": 1e-5},
     },
+    # Lester et al. 2021, appendix A: T5's fine-tuning (Raffel et al. 2020, section 3.1.2)
+    "model-tuning": {"train": {"learning_rate": 1e-3, "parameter_scale": True}},
     "lora": {"train": {**_ADAMW, "learning_rate": 4e-4}},
     "ia3": {
         "train": {"optimizer": "adafactor", "learning_rate": 3e-3, "schedule": "linear"},

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from helpers import make_backbone, run_values
 
+from jaxprompt.api import evaluate
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import PromptConfig, RunConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.inference.session import open_session
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.training.loop import train
@@ -105,6 +107,55 @@ def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
     parts = result("parts", 4)
     assert parts["value"] == whole["value"]
     np.testing.assert_array_equal(load_prompt(parts["prompt"]).vectors, vectors)
+
+
+LAYERS = {
+    "prompt+lora": {"lora": {"rank": 2}},
+    "adapter": {"adapter": {"width": 2}},
+}
+
+
+def run_of(tmp_path, backbone, name, folder, **changes):
+    """The result of a run whose schedule does not depend on the number of steps."""
+    values = run_values(backbone, tmp_path) | {"method": name, "output": str(tmp_path / folder)}
+    for section, settings in (LAYERS[name] | changes).items():
+        values[section] = values.get(section, {}) | settings
+    values["train"]["schedule"] = "constant"
+    return train(parse(RunConfig, values))
+
+
+def assert_same_prompts(one, other):
+    first, second = (load_prompt(path) for path in (one, other))
+    np.testing.assert_array_equal(first.vectors, second.vectors)
+    arrays = [jax.tree.flatten(prompt.layers) for prompt in (first, second)]
+    assert arrays[0][1] == arrays[1][1]
+    jax.tree.map(np.testing.assert_array_equal, arrays[0][0], arrays[1][0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_changes_of_layers_are_stored_and_resume_exactly(tmp_path, name):
+    backbone = make_backbone(tmp_path / "tiny")
+    whole = run_of(tmp_path, backbone, name, "whole")
+    run_of(tmp_path, backbone, name, "parts", train={"steps": 2})
+    parts = run_of(tmp_path, backbone, name, "parts")
+    assert parts["value"] == whole["value"] and whole["prompt"] is not None
+    assert_same_prompts(parts["prompt"], whole["prompt"])
+    # what is stored gives the metrics that the run measured
+    report = evaluate(open_session(whole["prompt"]))
+    assert report["metrics"] == load_prompt(whole["prompt"]).metadata["metrics"]
+
+
+def test_members_of_several_ranks_are_those_of_lone_runs(tmp_path):
+    backbone = make_backbone(tmp_path / "tiny")
+    grid = {"lora.rank": [1, 3], "lora.learning_rate": [0.01]}
+    run_of(tmp_path, backbone, "prompt+lora", "both", prompt={"population": grid})
+    for k, rank in enumerate((1, 3)):
+        lora = {"rank": rank, "learning_rate": 0.01}
+        alone = run_of(tmp_path, backbone, "prompt+lora", f"rank{rank}", lora=lora)
+        together = load_prompt(tmp_path / "both" / "population" / str(k) / "prompt").layers
+        single = load_prompt(alone["prompt"]).layers
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        jax.tree.map(close, together, single)
 
 
 def test_a_superposition_of_a_stored_prompt_is_refused():
