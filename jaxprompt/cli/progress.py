@@ -82,7 +82,7 @@ def show_result(result: dict) -> None:
     table = Table(title=f"{name} on {result['rows']} validation rows")
     table.add_column("")
     table.add_column(result["metric"], justify="right")
-    tuned = "soft prompt" if result["prompt"] else "full fine-tuning"
+    tuned = result["method"] if result["prompt"] else "full fine-tuning"
     size = f"{result['trainable_parameters']:,} trained parameters"
     table.add_row("majority class", f"{result['majority']:.3f}")
     table.add_row("backbone without tuning", f"{result['untuned']:.3f}")
