@@ -324,7 +324,7 @@ def rate_warnings(optimizer: str, rates: Mapping[str, float]) -> list[str]:
 def with_recipe(values: Mapping[str, object]) -> dict[str, object]:
     """The settings of a run with the recipe of its method for all that is not set."""
     method = values.get("method")
-    name = {"prefix": "prefix-tuning", "norm": "norm-tuning"}.get(str(method), str(method))
+    name = str(method) if str(method) in METHOD_NAMES else f"{method}-tuning"  # of a part
     recipe = RECIPES.get(name, {})
     if isinstance(method, str) and "+" in method:
         recipe = {"train": _ADAMW}

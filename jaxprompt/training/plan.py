@@ -327,13 +327,13 @@ def _memory_here() -> float:
 
 def state_bytes(config: RunConfig, shape: registry.Config) -> int:
     """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
-    method = method_of(config)
     lone = len(config.parts) == 1
     optimizer = per_member(config.train, None if lone else [config.learning_rates()])
     params = registry.model_for(shape).abstract_params()
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     def alone(member: RunConfig) -> int:
+        method = method_of(member)
         start = np.zeros((1, method.num_start_vectors(member.prompt), shape.d_model), np.float32)
         begin = functools.partial(init_state, method, optimizer)
         state = jax.eval_shape(lambda p: begin(p, start, member.prompt), params)

@@ -14,6 +14,8 @@ from jaxprompt.config.validation import parse
 from jaxprompt.methods.multitask import MULTITASK_PROMPT_TUNING
 from jaxprompt.methods.p_tuning import inject, p_tuning
 from jaxprompt.methods.registry import method_of
+from jaxprompt.models.t5.config import T5Config
+from jaxprompt.training.plan import state_bytes
 from jaxprompt.training.trial import Trial
 
 P, D, H, RANK = 5, 8, 3, 2
@@ -260,3 +262,35 @@ def test_members_of_other_shapes_have_another_structure(settings, structures):
         for member in run.members()
     }
     assert len(different) == structures
+
+
+@pytest.mark.parametrize(
+    "method, rate",
+    [
+        ("p-tuning", 0.03),
+        ("multitask-prompt-tuning", 0.3),
+        ("multitask-prompt", 0.3),
+        ("low-rank-prompt-tuning", 0.3),
+    ],
+)
+def test_a_method_has_the_recipe_of_its_source(method, rate):
+    values = {"task": "boolq", "output": "x", "train": {"steps": 1000}}
+    train = parse(RunConfig, values | {"method": method}).train
+    assert (train.optimizer, train.schedule, train.warmup_steps) == ("adamw", "linear", 60)
+    assert train.learning_rate == rate
+    own = parse(RunConfig, values | {"method": method, "train": {"learning_rate": 0.1}}).train
+    assert own.learning_rate == 0.1
+
+
+def test_the_plan_counts_each_member_with_its_own_network():
+    shape = T5Config(
+        vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=8, num_encoder_layers=1,
+        num_decoder_layers=1,
+    )  # fmt: skip
+
+    def planned(prompt, **p_tuning):
+        values = {"task": "boolq", "output": "x", "method": "p-tuning", "p_tuning": p_tuning}
+        return state_bytes(parse(RunConfig, values | {"prompt": prompt}), shape)
+
+    both = planned({"length": 3, "population": {"p_tuning.width": [4, 8]}})
+    assert both == sum(planned({"length": 3}, width=width) for width in (4, 8))
