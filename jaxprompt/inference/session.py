@@ -9,7 +9,7 @@ from jaxprompt.config.validation import parse
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.inference.engine import Engine, make_engine
-from jaxprompt.methods.artefact import Prompt, checked_prompt, load_prompt
+from jaxprompt.methods.artefact import Prompt, checked_prompt, fitted, load_prompt
 from jaxprompt.methods.layers import check_fit
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
@@ -70,6 +70,7 @@ def open_session(
     if prompt is not None:
         model = registry.with_attention(loaded.model, _attention(prompt))
         loaded = loaded._replace(model=model)
+        prompt = fitted(prompt, loaded)
         check_pair(prompt, loaded, any_backbone)
         injection = prompt.injection
     source = tokenizer or recorded.get("tokenizer") or loaded.path

@@ -1,7 +1,7 @@
-"""Prompts on disk: a directory with vectors, metadata and a model card. No pickle, ever.
+"""Prompts on disk: a directory with tensors, metadata and a model card. No pickle, ever.
 
 ``load_prompt`` also reads what others write: ``.npy`` prompts (such as those released with the
-paper) and PEFT's prompt-tuning adapters (``methods/peft.py``).
+paper), adapters of PEFT (``methods/peft.py``) and of AdapterHub (``methods/adapterhub.py``).
 """
 
 import json
@@ -12,12 +12,16 @@ from safetensors.numpy import save
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.paths import expanded, looked_in
+from jaxprompt.methods.adapterhub import adapterhub_layers, read_adapterhub
+from jaxprompt.methods.adapterhub_export import save_adapterhub
 from jaxprompt.methods.layers import from_tensors, to_tensors
 from jaxprompt.methods.model_card import model_card
-from jaxprompt.methods.peft import PEFT_CONFIG, read_peft, save_peft
+from jaxprompt.methods.peft import PEFT_CONFIG, peft_layers, read_peft
+from jaxprompt.methods.peft_export import save_peft
 from jaxprompt.methods.tuned import (
     Prompt,
     as_json,
+    check_fitted,
     check_metadata,
     checked_prompt,
     checked_vectors,
@@ -25,9 +29,10 @@ from jaxprompt.methods.tuned import (
     read_tensor,
     read_tensors,
 )
+from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.files import replace_directory
 
-__all__ = ["Prompt", "load_prompt", "save_peft", "save_prompt"]
+__all__ = ["Prompt", "fitted", "load_prompt", "save_adapterhub", "save_peft", "save_prompt"]
 
 # 1 holds vectors alone, 2 also changes of the layers
 FORMATS = (1, 2)
@@ -41,7 +46,8 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         UserError: ``path`` holds anything but an artefact, the vectors are not finite numbers, or
             the metadata holds values that JSON cannot say.
     """
-    vectors, metadata, layers = checked_prompt(prompt)
+    check_fitted(prompt)
+    vectors, metadata, layers, _ = checked_prompt(prompt)
     length, width = vectors.shape
     known: dict[str, object] = {**metadata, "length": length, "width": width}
     tensors = {"prompt": np.ascontiguousarray(vectors)} if length else {}
@@ -74,9 +80,43 @@ def _is_artefact(folder: Path) -> bool:
     return type(metadata.get("format")) is int and (TENSORS in names or "width" in metadata)
 
 
-def load_prompt(path: str | Path) -> Prompt:
-    """Read an artefact, a PEFT prompt-tuning adapter, or an ``.npy`` file of shape [P, D]."""
-    path = Path(expanded(path))
+def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
+    """Read an artefact, an adapter of PEFT or AdapterHub, or an ``.npy`` file of shape [P, D].
+
+    Args:
+        path: a folder or a file. FOLDER#2 is the prompt of task 2 in an adapter of PEFT's
+            multitask prompt tuning.
+        backbone: that an adapter was tuned on. An adapter that changes layers can be used with a
+            session without it, as a session has a backbone, and be saved only with it.
+
+    Raises:
+        UserError: nothing is there, it is damaged, or it cannot be represented.
+    """
+    prompt = _read(Path(expanded(path)))
+    return prompt if backbone is None else fitted(prompt, backbone)
+
+
+def fitted(prompt: Prompt, backbone: Backbone) -> Prompt:
+    """The prompt with what another library's adapter changes in the layers of a backbone.
+
+    Raises:
+        UserError: the adapter is of another backbone, is incomplete, or cannot be represented.
+    """
+    file = prompt.adapter_file
+    if file is None:
+        return prompt
+    read = peft_layers if file.library == "PEFT" else adapterhub_layers
+    layers = read(file, backbone)
+    nothing = np.zeros((0, backbone.config.d_model), np.float32)
+    return Prompt(nothing, prompt.metadata, layers)
+
+
+def _read(path: Path) -> Prompt:
+    task = None
+    if not path.exists():
+        folder, _, number = str(path).rpartition("#")
+        if folder and number.isdecimal() and Path(folder).is_dir():
+            path, task = Path(folder), int(number)
     if not path.exists():
         raise UserError(
             f"There is no prompt at {shown(str(path))}{looked_in(path)}; give an artefact, adapter "
@@ -85,7 +125,9 @@ def load_prompt(path: str | Path) -> Prompt:
     if path.is_dir() and (path / METADATA).is_file():
         return _read_artefact(path)
     if path.is_dir() and (path / PEFT_CONFIG).is_file():
-        return read_peft(path)
+        if "config" in read_object(path / PEFT_CONFIG):
+            return read_adapterhub(path)
+        return read_peft(path, task)
     if path.is_file():
         return Prompt(checked_vectors(_read_npy(path), path), {})
     inner = path / "prompt"  # of a run

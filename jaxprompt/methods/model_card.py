@@ -54,8 +54,13 @@ def _size(metadata: Mapping[str, object]) -> str:
     return f"{metadata.get('length')} vectors of {metadata.get('width')} numbers"
 
 
-def adapter_card(metadata: Mapping[str, object], config: Mapping[str, object]) -> str:
-    """Markdown beside an adapter: how PEFT loads it, and what text it expects."""
+def adapter_card(metadata: Mapping[str, object], config: Mapping[str, object], size: str) -> str:
+    """Markdown beside an adapter: how PEFT loads it, and what text it expects.
+
+    Args:
+        config: ``adapter_config.json``.
+        size: what the adapter has, such as "5 vectors".
+    """
     task, recorded = record_of(metadata, "task"), record_of(metadata, "backbone").get("source")
     base = config["base_model_name_or_path"]
     known = isinstance(base, str) and not only_here(base)
@@ -86,9 +91,9 @@ jp.save_backbone("backbone", {json.dumps(base or "...")})
     return f"""---
 {front}
 ---
-# Prompt-tuning adapter for {plain(task.get("name", "an unnamed task"))}
+# {plain(config["peft_type"])} adapter for {plain(task.get("name", "an unnamed task"))}
 
-{config["num_virtual_tokens"]} vectors for {_code(base or "an unnamed backbone")}, written by
+{size[0].upper()}{size[1:]} for {_code(base or "an unnamed backbone")}, written by
 jaxprompt. PEFT knows no task: give it text of the form {_code(task.get("template", "unknown"))}.
 {end}
 {how}
@@ -98,6 +103,33 @@ from transformers import AutoModelFor{kind}
 
 base = AutoModelFor{kind}.from_pretrained({json.dumps(base if known else "backbone")})
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def adapterhub_card(metadata: Mapping[str, object], config: Mapping[str, object]) -> str:
+    """Markdown beside an adapter for AdapterHub: how it is loaded, and what text it expects.
+
+    Args:
+        config: ``adapter_config.json``.
+    """
+    task = record_of(metadata, "task")
+    base, kind = config["model_name"], config["model_class"]
+    return f"""---
+library_name: adapters
+---
+# Adapter for {plain(task.get("name", "an unnamed task"))}
+
+Bottlenecks for {_code(base or "an unnamed backbone")}, written by jaxprompt. The adapter knows no
+task: give it text of the form {_code(task.get("template", "unknown"))}.
+
+```python
+import adapters
+from transformers import {kind}
+
+model = {kind}.from_pretrained({json.dumps(base or "...")})
+adapters.init(model)
+model.load_adapter("PATH_OF_THIS_FOLDER", set_active=True, use_safetensors=True)
 ```
 """
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.values import Values
+from jaxprompt.methods.adapter_file import AdapterFile
 from jaxprompt.methods.layers import from_tensors, to_tensors
 from jaxprompt.models.injection import Injection, Layers
 from jaxprompt.runtime.json_file import read_json
@@ -58,6 +59,7 @@ class Metadata(TypedDict, total=False):
     backbone: BackboneRecord
     task: TaskRecord
     peft: PeftRecord
+    adapterhub: Values  # the adapter's config
     rows: int  # validation rows
     step: int  # of the best checkpoint
     seed: int
@@ -78,10 +80,14 @@ class Prompt(NamedTuple):
     metadata: Metadata
     # arrays [L, ...] of one member, see ``jaxprompt.models.injection.Layers``
     layers: Layers | None = None
+    # changes of layers that another library wrote; they become ``layers`` when the backbone is
+    # known (``jaxprompt.methods.artefact.fitted``)
+    adapter_file: AdapterFile | None = None
 
     @property
     def injection(self) -> Injection:
-        """It as an injection of one member."""
+        """It as an injection of one member. Raises UserError where its backbone must be known."""
+        check_fitted(self)
         bank = jnp.asarray(self.vectors)[None] if len(self.vectors) else None
         return Injection(bank, jax.tree.map(lambda x: jnp.asarray(x)[None], self.layers))
 
@@ -97,9 +103,19 @@ def checked_prompt(prompt: Prompt) -> Prompt:
     """A prompt that Python made, checked as one that is read. Raises UserError."""
     if not isinstance(prompt, Prompt):
         raise UserError(f"A prompt is {shown(prompt)}; give a path, or Prompt(vectors, metadata).")
-    vectors = checked_vectors(np.asarray(prompt.vectors), "The prompt", prompt.layers is not None)
+    changed = prompt.layers is not None or prompt.adapter_file is not None
+    vectors = checked_vectors(np.asarray(prompt.vectors), "The prompt", changed)
     metadata = check_metadata(prompt.metadata, "The prompt's metadata:")
-    return Prompt(vectors, metadata, _checked_layers(prompt.layers))
+    return Prompt(vectors, metadata, _checked_layers(prompt.layers), prompt.adapter_file)
+
+
+def check_fitted(prompt: Prompt) -> None:
+    """Refuse changes of layers that no backbone has been given for yet."""
+    if prompt.adapter_file is not None:
+        raise UserError(
+            f"The adapter {prompt.adapter_file.path!r} says nothing of the heads of its backbone; "
+            "load it with load_prompt(path, backbone)."
+        )
 
 
 def _checked_layers(layers: Layers | None) -> Layers | None:

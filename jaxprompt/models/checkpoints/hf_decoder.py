@@ -189,20 +189,26 @@ _MLP_WEIGHTS = {
 }
 
 
-def leaves(config: DecoderConfig) -> list[Leaf]:
-    """Every leaf of the parameter tree with the torch names that fill it."""
-    attention = _attention_weights(config.qkv_bias)
-    weights = {
+_TOP = {
+    "token_embedder/embedding": ("VD", Piece(_EMBEDDING, "V D")),
+    "final_norm/scale": ("D", Piece("model.norm.weight", "D")),
+}
+
+
+def _layer_weights(qkv_bias: bool) -> dict[str, _Weight]:
+    attention = _attention_weights(qkv_bias)
+    return {
         "attention_norm/scale": _Weight("D", "input_layernorm.weight", "D"),
         **{f"attention/{name}": weight for name, weight in attention.items()},
         "mlp_norm/scale": _Weight("D", "post_attention_layernorm.weight", "D"),
         **{f"mlp/{name}": weight for name, weight in _MLP_WEIGHTS.items()},
     }
-    top = {
-        "token_embedder/embedding": ("VD", Piece(_EMBEDDING, "V D")),
-        "final_norm/scale": ("D", Piece("model.norm.weight", "D")),
-    }
-    axes = {path: letters for path, (letters, _) in top.items()}
+
+
+def leaves(config: DecoderConfig) -> list[Leaf]:
+    """Every leaf of the parameter tree with the torch names that fill it."""
+    axes = {path: letters for path, (letters, _) in _TOP.items()}
+    weights = _layer_weights(config.qkv_bias)
     axes |= {f"layers/{path}": f"L{weight.axes}" for path, weight in weights.items()}
     if not config.tied:
         axes["head"] = "DV"
@@ -210,12 +216,19 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
     def pieces(path: str) -> list[Piece]:
         if path == "head":
             return [Piece(_HEAD, "V D")]
-        if path in top:
-            return [top[path][1]]
-        weight = weights[path.removeprefix("layers/")]
-        return each_layer(config.num_layers, f"model.layers.{{}}.{weight.name}", weight.file_axes)
+        if path in _TOP:
+            return [piece_of(path)]
+        return each_layer(config.num_layers, *piece_of(path))
 
     return map_leaves(axes, pieces)
+
+
+def piece_of(path: str) -> Piece:
+    """The tensor of a leaf but the head, with {} for the number of its layer."""
+    if path in _TOP:
+        return _TOP[path][1]
+    weight = _layer_weights(qkv_bias=True)[path.removeprefix("layers/")]
+    return Piece(f"model.layers.{{}}.{weight.name}", weight.file_axes)
 
 
 def tidy(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

@@ -185,14 +185,20 @@ def _pieces(path: str, config: T5Config) -> list[Piece]:
         return [Piece("shared.weight", "V D")]
     if path == "head":
         return [Piece(_HEAD, "V D")]
+    piece, (stack, *inside) = piece_of(path), path.split("/")
+    if inside[0] == "final_norm":
+        return [piece]
+    # a relative bias that the layers share lies in the first one
+    return each_layer(depths(config)[stack] if inside[0] == "layers" else 1, *piece)
+
+
+def piece_of(path: str) -> Piece:
+    """The tensor of a leaf of the encoder or the decoder, with {} for the number of its layer."""
     stack, *inside = path.split("/")
     if inside[0] == "final_norm":
-        return [Piece(f"{stack}.final_layer_norm.weight", "D")]
-    layers = 1  # a relative bias that the layers share lies in the first one
-    if inside[0] == "layers":
-        layers, inside = depths(config)[stack], inside[1:]
-    name, axes = _in_layer(stack, *inside)
-    return each_layer(layers, f"{stack}.block.{{}}.layer.{name}.weight", axes)
+        return Piece(f"{stack}.final_layer_norm.weight", "D")
+    name, axes = _in_layer(stack, *(inside[1:] if inside[0] == "layers" else inside))
+    return Piece(f"{stack}.block.{{}}.layer.{name}.weight", axes)
 
 
 def _in_layer(stack: str, part: str, matrix: str = "") -> tuple[str, str]:

@@ -352,8 +352,9 @@ def test_adapters_in_bfloat16(tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"peft_type": "LORA"}, "is 'LORA'; prompts are PROMPT_TUNING or P_TUNING"),
-        ({"peft_type": None}, "is None; prompts are"),
+        ({"peft_type": "ADALORA"}, "is 'ADALORA'; this version reads PROMPT_TUNING, P_TUNING, "),
+        ({"peft_type": None}, "is None; this version reads"),
+        ({"peft_type": "CPT"}, "is 'CPT'; this version reads"),
         ({"num_virtual_tokens": 7}, "num_virtual_tokens 7 and the adapter holds 6 rows"),
         ({"num_virtual_tokens": "3"}, "num_virtual_tokens '3'"),
         ({"num_virtual_tokens": -1}, "num_virtual_tokens -1"),

@@ -1,0 +1,230 @@
+"""Adapters that other libraries have written: what was read, and where it belongs in a backbone.
+
+A file names modules of the torch model, and holds matrices [out, in]. How many heads and layers the
+model has, it does not say. So what was read stays as it is until a backbone is known.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.values import Values
+from jaxprompt.methods.layers import nested
+from jaxprompt.models.checkpoints import hf_decoder, hf_t5
+from jaxprompt.models.checkpoints.axes import axis_sizes
+from jaxprompt.models.checkpoints.leaf import Piece, finite, layer_sizes
+from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
+from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.checkpoints.safetensors import read_safetensors
+from jaxprompt.models.injection import Layers, LowRank, Projection, leaf_at
+from jaxprompt.models.registry import one_sequence
+
+TreePath = tuple[str, ...]  # of modules and a name, as in the parameter tree
+Tensors = Mapping[str, Float[np.ndarray, "..."]]
+# what changes one place of one layer, or of no layer: an array, or a tree of arrays
+Change = PyTree
+
+
+class AdapterFile(NamedTuple):
+    """An adapter as another library wrote it."""
+
+    library: str  # PEFT | AdapterHub
+    path: str
+    config: Values
+    tensors: Tensors  # float32
+
+
+def number_in(config: Values, key: str, default: float, where: str) -> float:
+    """A number of an adapter's config. Raises UserError where it is none."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise UserError(
+            f"The adapter {where!r} has {key} {shown(value)}; it must be a positive number."
+        )
+    return value
+
+
+def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Float[np.ndarray, "..."]]:
+    """The tensors of the first of the files that is there, in float32.
+
+    Args:
+        names: of files of safetensors or, with the ending .bin, of torch, of which nothing is run.
+
+    Raises:
+        UserError: none of them is there, or one is damaged or holds numbers that are not finite.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        raise UserError(f"The adapter {str(folder)!r} has no {names[0]}; save it again.")
+    found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
+    tensors = {}
+    for name, tensor in found.items():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if size > path.stat().st_size:
+            raise UserError(f"{path} is damaged: {name!r} is larger than the file.")
+        values = tensor.read(tuple(slice(0, n) for n in tensor.shape))
+        if values.dtype.kind != "f" and values.dtype.name != "bfloat16":
+            raise UserError(f"{path} holds {values.dtype} in {name!r}; it must be float numbers.")
+        with np.errstate(over="ignore"):  # of float64; refused by the next line
+            tensors[name] = np.array(values, np.float32)
+        if not finite(tensors[name]):
+            raise UserError(f"{path} holds values that are not finite in {name!r}; it is unusable.")
+    return tensors
+
+
+class Place(NamedTuple):
+    """A weight of the torch model, and where it is in the parameter tree."""
+
+    path: TreePath
+    layer: int | None  # None: of no layer
+    outputs: tuple[int, ...]  # axes of ours that are the first of the file's weight
+    inputs: tuple[int, ...]  # and those that are its second; () where it has but one
+
+
+def places_of(backbone: Backbone) -> dict[str, Place]:
+    """Name of a torch module with a weight -> its place."""
+    config = backbone.config
+    leaves = hf_decoder.leaves(config) if one_sequence(config) else hf_t5.leaves(config)
+    places = {}
+    for leaf in leaves:
+        sizes = layer_sizes(leaf, axis_sizes(config))
+        for number, piece in enumerate(leaf.pieces):
+            outputs, inputs = (*piece.axes.split(), "")[:2]
+            places[piece.name.removesuffix(".weight")] = Place(
+                leaf.path,
+                number if "layers" in leaf.path else None,
+                tuple(sizes[letter] for letter in outputs),
+                tuple(sizes[letter] for letter in inputs),
+            )
+    return places
+
+
+def piece_of(path: TreePath) -> Piece:
+    """The torch tensor of a leaf of the parameter tree, with {} for the number of its layer."""
+    decoder_only = path[0] in ("layers", "final_norm")
+    return (hf_decoder if decoder_only else hf_t5).piece_of("/".join(path))
+
+
+def module_of(path: TreePath) -> str:
+    """The torch module of a leaf of the parameter tree, with {} for the number of its layer."""
+    return piece_of(path).name.removesuffix(".weight")
+
+
+class Changes:
+    """What changes a backbone, gathered from one module of one layer at a time."""
+
+    def __init__(self, file: AdapterFile, backbone: Backbone) -> None:
+        self.file, self.backbone = file, backbone
+        self.places = places_of(backbone)
+        self.parts: dict[TreePath, dict[int | None, Change]] = {}
+
+    def place(self, module: str, weight: bool = True) -> Place:
+        """Where a module of the torch model is.
+
+        Raises:
+            UserError: the backbone has no such module, or changes of it cannot be represented.
+        """
+        place = self.places.get(module)
+        if place is None:
+            raise UserError(
+                f"The adapter {self.file.path!r} changes {module!r}, and {self.backbone.source} "
+                "has no such module; use the backbone that it was tuned on."
+            )
+        if weight and (place.layer is None or place.path[-1] == "relative_bias"):
+            raise UserError(
+                f"The adapter {self.file.path!r} changes {module!r}; only weights of attention "
+                "and of the MLP of a layer can be changed here."
+            )
+        return place
+
+    def fitting(self, name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        """The tensor of this name. Raises UserError where its shape is not ``shape``."""
+        tensor = self.file.tensors.get(name)
+        if tensor is None:
+            raise UserError(
+                f"The adapter {self.file.path!r} lacks the tensor {name!r}; it is incomplete."
+            )
+        if tensor.shape != shape:
+            raise UserError(
+                f"The adapter {self.file.path!r} has {name!r} of shape {list(tensor.shape)} and "
+                f"{self.backbone.source} needs {list(shape)}; use the backbone that it was tuned "
+                "on."
+            )
+        return tensor
+
+    def low_rank(self, module: str, a: str, b: str, scale: float) -> None:
+        """Add the product of factors [r, in] and [out, r] to a weight.
+
+        Args:
+            a: name of the first tensor.
+            b: name of the second.
+            scale: of the product; the second factor is multiplied by it.
+        """
+        place, first = self.place(module), self.file.tensors[a]
+        rank = first.shape[0] if first.ndim == 2 else -1
+        first = self.fitting(a, (rank, math.prod(place.inputs)))
+        second = self.fitting(b, (math.prod(place.outputs), rank))
+        factors = LowRank(
+            first.T.reshape(*place.inputs, rank),
+            np.float32(scale) * second.T.reshape(rank, *place.outputs),
+        )
+        self.add(place.path, place.layer, Projection(factors))
+
+    def add(self, path: TreePath, layer: int | None, change: Change) -> None:
+        self.parts.setdefault(path, {})[layer] = change
+
+    def tree(self) -> Layers:
+        """All changes. Layers that have none have zeros, and so have lower ranks and widths."""
+        return nested({"/".join(path): self._stacked(path) for path in self.parts})
+
+    def _stacked(self, path: TreePath) -> Change:
+        parts = self.parts[path]
+        if None in parts:
+            return parts[None]
+        modules = path[: path.index("layers") + 1]
+        depth = len(jax.tree.leaves(leaf_at(self.backbone.params, modules))[0])
+        nothing = jax.tree.map(np.zeros_like, next(iter(parts.values())))
+        each = [parts.get(layer, nothing) for layer in range(depth)]
+        return jax.tree.map(lambda *leaves: _padded(leaves), *each)
+
+
+def _padded(leaves: tuple[Float[np.ndarray, "..."], ...]) -> Float[np.ndarray, "L ..."]:
+    """Arrays of several sizes, filled up with zeros, on a new first axis."""
+    shape = np.max([leaf.shape for leaf in leaves], axis=0)
+    pads = [[(0, s - own) for s, own in zip(shape, x.shape, strict=True)] for x in leaves]
+    return np.stack([np.pad(x, pad) for x, pad in zip(leaves, pads, strict=True)])
+
+
+def check_all_read(file: AdapterFile, read: Iterable[str], means: Mapping[str, str]) -> None:
+    """Refuse tensors that nothing has read.
+
+    Args:
+        read: names of the tensors that were read.
+        means: a part of a tensor's name -> what such tensors are.
+    """
+    rest = sorted(set(file.tensors) - set(read))
+    if rest:
+        what = next((words for part, words in means.items() if part in rest[0]), "not known here")
+        raise UserError(
+            f"The adapter {file.path!r} holds {listed(rest, 3)}: this is {what}, which cannot be "
+            "represented."
+        )
+
+
+def check_complete(file: AdapterFile, changed: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse a file that lacks modules which its config names."""
+    lacking = sorted(set(expected) - set(changed))
+    if lacking:
+        raise UserError(
+            f"The adapter {file.path!r} lacks {listed(lacking, 3)}, which its config names; it is "
+            "incomplete, or of another backbone."
+        )

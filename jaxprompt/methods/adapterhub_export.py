@@ -1,0 +1,168 @@
+"""Bottleneck adapters, written as AdapterHub (the library ``adapters``) loads them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save
+
+from jaxprompt.config.errors import UserError, listed
+from jaxprompt.config.paths import expanded
+from jaxprompt.config.values import Values
+from jaxprompt.methods.adapterhub import CONFIG, PARTS, TENSORS, sites
+from jaxprompt.methods.contents import ADAPTERS, change_at, parts_in
+from jaxprompt.methods.model_card import adapterhub_card
+from jaxprompt.methods.tuned import (
+    Prompt,
+    as_json,
+    check_fitted,
+    checked_prompt,
+    read_object,
+    record_of,
+)
+from jaxprompt.models.injection import Adapter
+from jaxprompt.runtime.files import replace_directory
+
+CARD = "README.md"
+VERSION = "adapters.1.3.0"  # of the format
+# our names of activations -> those that AdapterHub knows
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_new", "gelu_exact": "gelu", "silu": "swish"}
+
+
+def save_adapterhub(
+    path: str | Path, prompt: Prompt, *, name: str | None = None, base_model: str | None = None
+) -> None:
+    """Write an adapter that ``model.load_adapter(path, use_safetensors=True)`` of AdapterHub loads.
+
+    Args:
+        prompt: of bottleneck adapters: ``seq_bn``, ``double_seq_bn`` or ``par_bn`` there.
+        name: of the adapter in the model; by default the task's.
+        base_model: where the backbone is; by default where it was in training.
+
+    Raises:
+        UserError: ``path`` holds anything but an adapter that was written here, the prompt has
+            more than bottlenecks, or AdapterHub has none of their kind.
+    """
+    check_fitted(prompt)
+    vectors, metadata, layers, _ = checked_prompt(prompt)
+    kinds = [part.kind for part in parts_in(layers)]
+    if len(vectors) or kinds != [ADAPTERS] or layers is None:
+        every = ["virtual tokens"] * bool(len(vectors)) + kinds
+        raise UserError(
+            f"The prompt has {listed(every)}, and only bottleneck adapters alone are written for "
+            "AdapterHub; use save_peft or save_prompt."
+        )
+    adapters = {path: change_at(layers, path) for path in parts_in(layers)[0].paths}
+    source = base_model or record_of(metadata, "backbone").get("source")
+    config = _config(adapters, _name(metadata, name), source)
+    tensors = _tensors(adapters, config["name"])
+    text = as_json(config)
+    card = adapterhub_card(metadata, config).encode("utf-8", "backslashreplace")
+
+    def write(folder: Path) -> None:
+        (folder / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (folder / CONFIG).write_bytes(text)
+        (folder / CARD).write_bytes(card)
+
+    replace_directory(Path(expanded(path)), write, _is_ours)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether ``save_adapterhub`` made a folder: the library itself writes more settings."""
+    try:
+        config = read_object(folder / CONFIG)
+    except UserError:
+        return False
+    return set(config) == _KEYS and set(record_of(config, "config")) == _SETTINGS
+
+
+_KEYS = {"model_type", "hidden_size", "model_name", "name", "model_class", "config", "version"}
+_SETTINGS = {
+    *("mh_adapter", "cross_adapter", "output_adapter", "reduction_factor", "non_linearity"),
+    *("original_ln_before", "original_ln_after", "is_parallel", "scaling", "leave_out"),
+}
+
+
+def _name(metadata: Mapping[str, object], name: str | None) -> str:
+    """A name without points, which part the names of tensors."""
+    chosen = name or str(record_of(metadata, "task").get("name") or "task")
+    return re.sub(r"[^\w-]+", "_", chosen)
+
+
+def _config(adapters: Mapping[tuple[str, ...], Adapter], name: str, source: object) -> Values:
+    first = next(iter(adapters.values()))
+    reads = {adapter.reads for adapter in adapters.values()}
+    if reads == {"normed"}:
+        raise UserError(
+            "The adapters read the residual stream behind the norm (adapter.reads: normed), and "
+            "those of AdapterHub read it as it is; tune with adapter.reads: input."
+        )
+    width = first.down.shape[-2]
+    kinds = {path[-1] for path in adapters}
+    decoder_only = any(path[0] == "layers" for path in adapters)
+    for kind in kinds:
+        stacks = {path[0] for path in adapters if path[-1] == kind}
+        if not decoder_only and kind != "cross_attention_adapter" and len(stacks) < 2:
+            raise UserError(
+                f"Only the {listed(stacks)} has {kind.replace('_', ' ')}s, and AdapterHub puts "
+                "them into both stacks; keep it as an artefact of jaxprompt (save_prompt)."
+            )
+    if len(reads) > 1:
+        raise UserError(
+            f"The adapters read {listed(sorted(reads))}, and those of AdapterHub all read the same "
+            "thing; keep them as an artefact of jaxprompt (save_prompt)."
+        )
+    return {
+        "model_type": "llama" if decoder_only else "t5",
+        "hidden_size": width,
+        "model_name": source,
+        "name": name,
+        "model_class": "LlamaForCausalLM" if decoder_only else "T5ForConditionalGeneration",
+        "config": {
+            "mh_adapter": "attention_adapter" in kinds,
+            "cross_adapter": "cross_attention_adapter" in kinds,
+            "output_adapter": "mlp_adapter" in kinds,
+            "reduction_factor": _reduction(width, _widest(adapters)),
+            "non_linearity": _ACTIVATIONS[first.activation],
+            "original_ln_before": reads == {"sum"},
+            "original_ln_after": True,
+            "is_parallel": reads == {"input"},
+            "scaling": float(first.scale),
+            "leave_out": [],
+        },
+        "version": VERSION,
+    }
+
+
+def _reduction(width: int, hidden: int) -> int | float:
+    """The number that the width is divided by, and rounded down, for the size of a bottleneck."""
+    return width // hidden if width % hidden == 0 else width / (hidden + 0.5)
+
+
+def _widest(adapters: Mapping[tuple[str, ...], Adapter]) -> int:
+    """The width of the widest bottleneck. Narrower ones get zeros, which change nothing."""
+    return max(adapter.down.shape[-1] for adapter in adapters.values())
+
+
+def _tensors(
+    adapters: Mapping[tuple[str, ...], Adapter], name: str
+) -> dict[str, Float[np.ndarray, "..."]]:
+    depths = {path[0]: len(adapter.down) for path, adapter in adapters.items()}
+    widest, tensors = _widest(adapters), {}
+    for site in sites(depths):
+        if site.path not in adapters:
+            continue
+        adapter = adapters[site.path]
+        more = (0, widest - adapter.down.shape[-1])
+        arrays = (
+            np.pad(adapter.down[site.layer], ((0, 0), more)),
+            np.pad(adapter.down_bias[site.layer], more),
+            np.pad(adapter.up[site.layer], (more, (0, 0))),
+            adapter.up_bias[site.layer],
+        )
+        for part, array in zip(PARTS, arrays, strict=True):
+            key = f"{site.module}.adapters.{name}.{part}"
+            tensors[key] = np.ascontiguousarray(np.asarray(array, np.float32).T)
+    return tensors
