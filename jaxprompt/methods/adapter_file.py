@@ -9,26 +9,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.values import Values
-from jaxprompt.methods.layers import nested
+from jaxprompt.methods.layers import from_tensors
 from jaxprompt.models.checkpoints import hf_decoder, hf_t5
 from jaxprompt.models.checkpoints.axes import axis_sizes
 from jaxprompt.models.checkpoints.leaf import Piece, finite, layer_sizes
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.safetensors import read_safetensors
-from jaxprompt.models.injection import Layers, LowRank, Projection, leaf_at
-from jaxprompt.models.registry import one_sequence
+from jaxprompt.models.checkpoints.t5_tree import depths as t5_depths
+from jaxprompt.models.injection import Layers
+from jaxprompt.models.registry import Config
+from jaxprompt.models.t5.config import T5Config
 
 TreePath = tuple[str, ...]  # of modules and a name, as in the parameter tree
 Tensors = Mapping[str, Float[np.ndarray, "..."]]
-# what changes one place of one layer, or of no layer: an array, or a tree of arrays
-Change = PyTree
 
 
 class AdapterFile(NamedTuple):
@@ -93,7 +92,7 @@ class Place(NamedTuple):
 def places_of(backbone: Backbone) -> dict[str, Place]:
     """Name of a torch module with a weight -> its place."""
     config = backbone.config
-    leaves = hf_decoder.leaves(config) if one_sequence(config) else hf_t5.leaves(config)
+    leaves = hf_t5.leaves(config) if isinstance(config, T5Config) else hf_decoder.leaves(config)
     places = {}
     for leaf in leaves:
         sizes = layer_sizes(leaf, axis_sizes(config))
@@ -125,7 +124,11 @@ class Changes:
     def __init__(self, file: AdapterFile, backbone: Backbone) -> None:
         self.file, self.backbone = file, backbone
         self.places = places_of(backbone)
-        self.parts: dict[TreePath, dict[int | None, Change]] = {}
+        self.depths = depths_of(backbone.config)
+        # the parts of each tensor of the tree, by layer
+        self.parts: dict[str, dict[int | None, Float[np.ndarray, ...]]] = {}
+        # of adapters, by their path
+        self.settings: dict[str, Values] = {}
 
     def place(self, module: str, weight: bool = True) -> Place:
         """Where a module of the torch model is.
@@ -161,6 +164,16 @@ class Changes:
             )
         return tensor
 
+    def rows(self, name: str) -> int:
+        """The rows of a matrix. Raises UserError where the tensor is none."""
+        tensor = self.file.tensors[name]
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise UserError(
+                f"The adapter {self.file.path!r} has {name!r} of shape {list(tensor.shape)}, which "
+                "is no matrix; it is damaged."
+            )
+        return len(tensor)
+
     def low_rank(self, module: str, a: str, b: str, scale: float) -> None:
         """Add the product of factors [r, in] and [out, r] to a weight.
 
@@ -169,35 +182,45 @@ class Changes:
             b: name of the second.
             scale: of the product; the second factor is multiplied by it.
         """
-        place, first = self.place(module), self.file.tensors[a]
-        rank = first.shape[0] if first.ndim == 2 else -1
+        place, rank = self.place(module), self.rows(a)
         first = self.fitting(a, (rank, math.prod(place.inputs)))
         second = self.fitting(b, (math.prod(place.outputs), rank))
-        factors = LowRank(
-            first.T.reshape(*place.inputs, rank),
-            np.float32(scale) * second.T.reshape(rank, *place.outputs),
-        )
-        self.add(place.path, place.layer, Projection(factors))
+        second = np.float32(scale) * second.T.reshape(rank, *place.outputs)
+        path = (*place.path, "low_rank")
+        self.add((*path, "a"), place.layer, first.T.reshape(*place.inputs, rank))
+        self.add((*path, "b"), place.layer, second)
 
-    def add(self, path: TreePath, layer: int | None, change: Change) -> None:
-        self.parts.setdefault(path, {})[layer] = change
+    def add(self, path: TreePath, layer: int | None, tensor: Float[np.ndarray, "..."]) -> None:
+        """Add a tensor of a change, for one layer.
+
+        Args:
+            path: as ``methods.layers.to_tensors`` names it.
+            layer: None: it is of no layer.
+        """
+        self.parts.setdefault("/".join(path), {})[layer] = tensor
 
     def tree(self) -> Layers:
         """All changes. Layers that have none have zeros, and so have lower ranks and widths."""
-        return nested({"/".join(path): self._stacked(path) for path in self.parts})
+        tensors = {name: self._stacked(name) for name in self.parts}
+        return from_tensors(tensors, self.settings)
 
-    def _stacked(self, path: TreePath) -> Change:
-        parts = self.parts[path]
+    def _stacked(self, name: str) -> Float[np.ndarray, "..."]:
+        parts = self.parts[name]
         if None in parts:
             return parts[None]
-        modules = path[: path.index("layers") + 1]
-        depth = len(jax.tree.leaves(leaf_at(self.backbone.params, modules))[0])
-        nothing = jax.tree.map(np.zeros_like, next(iter(parts.values())))
-        each = [parts.get(layer, nothing) for layer in range(depth)]
-        return jax.tree.map(lambda *leaves: _padded(leaves), *each)
+        nothing = np.zeros_like(next(iter(parts.values())))
+        depth = self.depths[name.partition("/")[0]]
+        return _padded([parts.get(layer, nothing) for layer in range(depth)])
 
 
-def _padded(leaves: tuple[Float[np.ndarray, "..."], ...]) -> Float[np.ndarray, "L ..."]:
+def depths_of(config: Config) -> dict[str, int]:
+    """The layers of each stack of a T5, or those of "layers", of a decoder-only model."""
+    if isinstance(config, T5Config):
+        return t5_depths(config)
+    return {"layers": config.num_layers}
+
+
+def _padded(leaves: Sequence[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "L ..."]:
     """Arrays of several sizes, filled up with zeros, on a new first axis."""
     shape = np.max([leaf.shape for leaf in leaves], axis=0)
     pads = [[(0, s - own) for s, own in zip(shape, x.shape, strict=True)] for x in leaves]

@@ -26,9 +26,8 @@ from jaxprompt.methods.adapter_file import (
 from jaxprompt.methods.tuned import Prompt, check_metadata, read_object
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS
-from jaxprompt.models.injection import Adapter, Layers, Projection
+from jaxprompt.models.injection import Layers
 from jaxprompt.models.ops.activations import HUGGING_FACE_NAMES
-from jaxprompt.models.registry import one_sequence
 
 CONFIG = "adapter_config.json"
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
@@ -192,7 +191,7 @@ def _scales(changes: Changes) -> list[str]:
         key = f"{module}.loras.{file.config['name']}.lora_B"
         place = changes.place(module)
         scale = np.float32(alpha) * changes.fitting(key, (math.prod(place.outputs), 1)) - 1
-        changes.add(place.path, place.layer, Projection(scale=scale.reshape(place.outputs)))
+        changes.add((*place.path, "scale"), place.layer, scale.reshape(place.outputs))
         read.append(key)
     return read
 
@@ -234,13 +233,6 @@ def sites(depths: Mapping[str, int]) -> Iterator[Site]:
                 yield Site(path, layer, module, _SETTINGS[path[-1]])
 
 
-def _depths(backbone: Backbone) -> dict[str, int]:
-    config = backbone.config
-    if one_sequence(config):
-        return {"layers": config.num_layers}
-    return {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-
-
 PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
 
 
@@ -251,11 +243,11 @@ def _bottlenecks(changes: Changes) -> list[str]:
     scaling = config.get("scaling", 1.0)
     learned = scaling in ("learned", "channel")
     fixed = 1.0 if learned else number_in(config, "scaling", 1.0, file.path)
-    for site in sites(_depths(changes.backbone)):
+    for site in sites(changes.depths):
         start = f"{site.module}.adapters.{file.config['name']}."
         if start + PARTS[0] not in file.tensors:
             continue
-        size = len(file.tensors[start + PARTS[0]])
+        size = changes.rows(start + PARTS[0])
         shapes = ((size, width), (size,), (width, size), (width,))
         down, down_bias, up, up_bias = (
             changes.fitting(start + part, shape) for part, shape in zip(PARTS, shapes, strict=True)
@@ -265,8 +257,12 @@ def _bottlenecks(changes: Changes) -> list[str]:
             factor = changes.fitting(f"{start}scaling", (width,) if scaling == "channel" else (1,))
             read.append(f"{start}scaling")
             up, up_bias = up * factor[:, None], up_bias * factor
-        adapter = Adapter(down.T, down_bias, up.T, up_bias, activation, _reads(config), fixed)
-        changes.add(site.path, site.layer, adapter)
+        arrays = {"down": down.T, "down_bias": down_bias, "up": up.T, "up_bias": up_bias}
+        for field, array in arrays.items():
+            changes.add((*site.path, field), site.layer, array)
+        changes.settings["/".join(site.path)] = {
+            "activation": activation, "reads": _reads(config), "scale": fixed
+        }  # fmt: skip
     return read
 
 
@@ -294,14 +290,17 @@ def _check_layers(changes: Changes) -> None:
             f"The adapter {file.path!r} holds no tensors of the name {file.config['name']!r}; save "
             "it again."
         )
-    depths = _depths(changes.backbone)
     left_out = config.get("leave_out") or []
-    for path, parts in changes.parts.items():
-        first = depths["encoder"] if path[0] == "decoder" else 0  # layers count on over the stacks
-        depth = depths[path[0]]
-        lacking = [n for n in range(depth) if n not in parts and first + n not in left_out]
+    for name, parts in changes.parts.items():
+        stack = name.partition("/")[0]
+        first = changes.depths["encoder"] if stack == "decoder" else 0  # layers count on
+        lacking = [
+            layer
+            for layer in range(changes.depths[stack])
+            if layer not in parts and first + layer not in left_out
+        ]
         if lacking:
             raise UserError(
-                f"The adapter {file.path!r} lacks layers {listed(lacking, 3)} of "
-                f"{'/'.join(path)!r}; it is incomplete, or of another backbone."
+                f"The adapter {file.path!r} lacks layers {listed(lacking, 3)} of {name!r}; it is "
+                "incomplete, or of another backbone."
             )

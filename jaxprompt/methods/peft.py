@@ -30,8 +30,8 @@ from jaxprompt.methods.tuned import (
     read_object,
 )
 from jaxprompt.models.checkpoints.load import Backbone
-from jaxprompt.models.injection import Layers, Prefix, Projection, leaf_at
-from jaxprompt.models.registry import one_sequence
+from jaxprompt.models.injection import Layers, leaf_at
+from jaxprompt.models.registry import Config
 from jaxprompt.models.t5.config import T5Config
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -223,7 +223,7 @@ def lora_rank_and_scale(config: Mapping[str, object], module: str) -> tuple[int,
     """
     rank = _of_pattern(config, "rank_pattern", module, config.get("r", 8))
     alpha = _of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(
             f"The adapter's config has r {shown(rank)} and lora_alpha {shown(alpha)}; both must be "
             "numbers."
@@ -255,10 +255,10 @@ def _lora(file: AdapterFile, backbone: Backbone) -> Layers:
     for module, start in _modules(file, "lora_A.weight"):
         a, b = f"{start}lora_A.weight", f"{start}lora_B.weight"
         rank, scale = lora_rank_and_scale(file.config, module)
-        if len(file.tensors[a]) != rank:
+        if changes.rows(a) != rank:
             raise UserError(
-                f"The adapter {file.path!r} has {a!r} of rank {len(file.tensors[a])} and its "
-                f"config says {rank}; the two do not belong together."
+                f"The adapter {file.path!r} has {a!r} of rank {changes.rows(a)} and its config "
+                f"says {rank}; the two do not belong together."
             )
         changes.low_rank(module, a, b, scale)
         read += [a, b]
@@ -273,8 +273,7 @@ def _ia3(file: AdapterFile, backbone: Backbone) -> Layers:
         read.append(name)
         if not _is_feedforward(inputs, module):
             scale = changes.fitting(name, (int(np.prod(place.outputs)), 1)) - 1
-            change = Projection(scale=scale.reshape(place.outputs))
-            changes.add(place.path, place.layer, change)
+            changes.add((*place.path, "scale"), place.layer, scale.reshape(place.outputs))
         elif place.path[-1] == "wo":
             scale = changes.fitting(name, (1, *place.inputs))[0] - 1
             changes.add((*place.path[:-1], "hidden"), place.layer, scale)
@@ -349,21 +348,20 @@ def _prefix(file: AdapterFile, backbone: Backbone) -> Layers:
     and for cross-attention, whose part it drops.
     """
     config, c = file.config, backbone.config
-    stored = config.get("num_layers")
+    changes, stored = Changes(file, backbone), config.get("num_layers")
     layers, heads, where = _attention_of(c)
-    fits = type(stored) is int and (stored == layers or not one_sequence(c) and stored > layers)
-    if not fits:
+    tied = isinstance(c, T5Config)
+    if not isinstance(stored, int) or not (stored == layers or tied and stored > layers):
         raise UserError(
             f"The adapter {file.path!r} has a prefix of {shown(stored)} layers and "
             f"{backbone.source} has {layers}; use the backbone that it was tuned on."
         )
-    if not one_sequence(c) and config.get("num_transformer_submodules", 2) != 2:
+    if tied and config.get("num_transformer_submodules", 2) != 2:
         raise UserError(
             f"The adapter {file.path!r} has num_transformer_submodules "
             f"{shown(config['num_transformer_submodules'])}: on a T5 PEFT then lets the prefix "
             "take the place of the encoder's output, which cannot be represented."
         )
-    changes = Changes(file, backbone)
     length = config.get("num_virtual_tokens")
     if type(length) is not int or length < 1 or config.get("num_attention_heads", heads) != heads:
         raise UserError(
@@ -375,12 +373,13 @@ def _prefix(file: AdapterFile, backbone: Backbone) -> Layers:
     check_all_read(file, [PROMPT], _FOREIGN_TENSORS)
     slots = table.reshape(length, 2 * stored, heads, c.head_dim)
     for layer in range(layers):
-        source = layer if one_sequence(c) else 2 * layer % stored
-        changes.add(where, layer, Prefix(slots[:, 2 * source], slots[:, 2 * source + 1]))
+        source = 2 * layer % stored if tied else layer
+        changes.add((*where, "key"), layer, slots[:, 2 * source])
+        changes.add((*where, "value"), layer, slots[:, 2 * source + 1])
     return changes.tree()
 
 
-def _attention_of(config: object) -> tuple[int, int, tuple[str, ...]]:
+def _attention_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
     """Layers, heads of keys and the tree's path of the attention that PEFT gives a prefix."""
     if isinstance(config, T5Config):
         where = ("decoder", "layers", "self_attention", "prefix")

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.paths import expanded
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.methods.adapter_file import TreePath, module_of
 from jaxprompt.methods.contents import (
     ADAPTERS,
@@ -173,12 +174,12 @@ def _changes(
 
 
 def _each_layer(
-    path: TreePath, *arrays: Float[np.ndarray, "..."]
+    path: TreePath, *leaves: AnyArray
 ) -> Iterator[tuple[str, list[Float[np.ndarray, "..."]]]]:
     """The torch module of each layer, and its part of each array [L, ...]; or of no layer."""
-    module = module_of(path)
+    module, arrays = module_of(path), [np.asarray(leaf) for leaf in leaves]
     if "{}" not in module:
-        yield module, list(arrays)
+        yield module, arrays
         return
     for layer in range(len(arrays[0])):
         yield module.format(layer), [array[layer] for array in arrays]
