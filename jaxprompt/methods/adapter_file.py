@@ -15,18 +15,14 @@ from jaxtyping import Float
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.values import Values
 from jaxprompt.methods.layers import from_tensors
-from jaxprompt.models.checkpoints import hf_decoder, hf_t5
-from jaxprompt.models.checkpoints.axes import axis_sizes
-from jaxprompt.models.checkpoints.leaf import Piece, finite, layer_sizes
+from jaxprompt.models.checkpoints.leaf import finite
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.safetensors import read_safetensors
-from jaxprompt.models.checkpoints.t5_tree import depths as t5_depths
+from jaxprompt.models.checkpoints.torch_modules import Path as TreePath
+from jaxprompt.models.checkpoints.torch_modules import Place, depths_of, places
 from jaxprompt.models.injection import Layers
-from jaxprompt.models.registry import Config
-from jaxprompt.models.t5.config import T5Config
 
-TreePath = tuple[str, ...]  # of modules and a name, as in the parameter tree
 Tensors = Mapping[str, Float[np.ndarray, "..."]]
 
 
@@ -80,50 +76,12 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Float[np.ndarr
     return tensors
 
 
-class Place(NamedTuple):
-    """A weight of the torch model, and where it is in the parameter tree."""
-
-    path: TreePath
-    layer: int | None  # None: of no layer
-    outputs: tuple[int, ...]  # axes of ours that are the first of the file's weight
-    inputs: tuple[int, ...]  # and those that are its second; () where it has but one
-
-
-def places_of(backbone: Backbone) -> dict[str, Place]:
-    """Name of a torch module with a weight -> its place."""
-    config = backbone.config
-    leaves = hf_t5.leaves(config) if isinstance(config, T5Config) else hf_decoder.leaves(config)
-    places = {}
-    for leaf in leaves:
-        sizes = layer_sizes(leaf, axis_sizes(config))
-        for number, piece in enumerate(leaf.pieces):
-            outputs, inputs = (*piece.axes.split(), "")[:2]
-            places[piece.name.removesuffix(".weight")] = Place(
-                leaf.path,
-                number if "layers" in leaf.path else None,
-                tuple(sizes[letter] for letter in outputs),
-                tuple(sizes[letter] for letter in inputs),
-            )
-    return places
-
-
-def piece_of(path: TreePath) -> Piece:
-    """The torch tensor of a leaf of the parameter tree, with {} for the number of its layer."""
-    decoder_only = path[0] in ("layers", "final_norm")
-    return (hf_decoder if decoder_only else hf_t5).piece_of("/".join(path))
-
-
-def module_of(path: TreePath) -> str:
-    """The torch module of a leaf of the parameter tree, with {} for the number of its layer."""
-    return piece_of(path).name.removesuffix(".weight")
-
-
 class Changes:
     """What changes a backbone, gathered from one module of one layer at a time."""
 
     def __init__(self, file: AdapterFile, backbone: Backbone) -> None:
         self.file, self.backbone = file, backbone
-        self.places = places_of(backbone)
+        self.places = places(backbone.config)
         self.depths = depths_of(backbone.config)
         # the parts of each tensor of the tree, by layer
         self.parts: dict[str, dict[int | None, Float[np.ndarray, ...]]] = {}
@@ -211,13 +169,6 @@ class Changes:
         nothing = np.zeros_like(next(iter(parts.values())))
         depth = self.depths[name.partition("/")[0]]
         return _padded([parts.get(layer, nothing) for layer in range(depth)])
-
-
-def depths_of(config: Config) -> dict[str, int]:
-    """The layers of each stack of a T5, or those of "layers", of a decoder-only model."""
-    if isinstance(config, T5Config):
-        return t5_depths(config)
-    return {"layers": config.num_layers}
 
 
 def _padded(leaves: Sequence[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "L ..."]:

@@ -6,9 +6,8 @@ read the residual stream as it is, without a norm. The adapter's name is in thos
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +24,7 @@ from jaxprompt.methods.adapter_file import (
 )
 from jaxprompt.methods.tuned import Prompt, check_metadata, read_object
 from jaxprompt.models.checkpoints.load import Backbone
-from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS
+from jaxprompt.models.checkpoints.torch_modules import Sublayer, sublayers
 from jaxprompt.models.injection import Layers
 from jaxprompt.models.ops.activations import HUGGING_FACE_NAMES
 
@@ -196,41 +195,25 @@ def _scales(changes: Changes) -> list[str]:
     return read
 
 
-class Site(NamedTuple):
-    """Where a layer can have a bottleneck."""
-
-    path: TreePath  # of the adapter, in the tree
-    layer: int
-    module: str  # that has it in the torch model
-    setting: str  # that says whether there is one
-
-
-_SETTINGS = {
-    "attention_adapter": "mh_adapter",
-    "cross_attention_adapter": "cross_adapter",
-    "mlp_adapter": "output_adapter",
+SETTINGS = {
+    "attention": "mh_adapter",
+    "cross_attention": "cross_adapter",
+    "mlp": "output_adapter",
 }
 
 
-def sites(depths: Mapping[str, int]) -> Iterator[Site]:
-    """All places of a model.
+def adapter_path(stack: str, kind: str) -> TreePath:
+    """Where the bottlenecks of a kind of sublayer are in the tree of changes."""
+    outer = (stack,) if stack == "layers" else (stack, "layers")
+    return (*outer, f"{kind}_adapter")
 
-    Args:
-        depths: layers of each stack of a T5, or of "layers", of a decoder-only model.
-    """
-    if "layers" in depths:
-        for layer in range(depths["layers"]):
-            for kind, name in (("attention", "attention_adapters"), ("mlp", "output_adapters")):
-                path = ("layers", f"{kind}_adapter")
-                module = f"model.layers.{layer}.{name}"
-                yield Site(path, layer, module, _SETTINGS[path[-1]])
-        return
-    for stack, parts in SUBLAYERS.items():
-        for layer in range(depths.get(stack, 0)):
-            for number, part in enumerate(parts):
-                path = (stack, "layers", f"{part.removeprefix('self_')}_adapter")
-                module = f"{stack}.block.{layer}.layer.{number}"
-                yield Site(path, layer, module, _SETTINGS[path[-1]])
+
+def module_with(sublayer: Sublayer) -> str:
+    """The module of a torch model that has a sublayer's bottlenecks."""
+    if sublayer.stack != "layers":
+        return sublayer.module
+    name = {"attention": "attention_adapters", "mlp": "output_adapters"}[sublayer.kind]
+    return f"{sublayer.module.rpartition('.')[0]}.{name}"
 
 
 PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
@@ -243,8 +226,8 @@ def _bottlenecks(changes: Changes) -> list[str]:
     scaling = config.get("scaling", 1.0)
     learned = scaling in ("learned", "channel")
     fixed = 1.0 if learned else number_in(config, "scaling", 1.0, file.path)
-    for site in sites(changes.depths):
-        start = f"{site.module}.adapters.{file.config['name']}."
+    for sublayer in sublayers(changes.depths):
+        start = f"{module_with(sublayer)}.adapters.{file.config['name']}."
         if start + PARTS[0] not in file.tensors:
             continue
         size = changes.rows(start + PARTS[0])
@@ -258,9 +241,10 @@ def _bottlenecks(changes: Changes) -> list[str]:
             read.append(f"{start}scaling")
             up, up_bias = up * factor[:, None], up_bias * factor
         arrays = {"down": down.T, "down_bias": down_bias, "up": up.T, "up_bias": up_bias}
+        path = adapter_path(sublayer.stack, sublayer.kind)
         for field, array in arrays.items():
-            changes.add((*site.path, field), site.layer, array)
-        changes.settings["/".join(site.path)] = {
+            changes.add((*path, field), sublayer.layer, array)
+        changes.settings["/".join(path)] = {
             "activation": activation, "reads": _reads(config), "scale": fixed
         }  # fmt: skip
     return read

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.values import Values
-from jaxprompt.methods.adapterhub import CONFIG, PARTS, TENSORS, sites
+from jaxprompt.methods.adapterhub import CONFIG, PARTS, TENSORS, adapter_path, module_with
 from jaxprompt.methods.contents import ADAPTERS, change_at, parts_in
 from jaxprompt.methods.model_card import adapterhub_card
 from jaxprompt.methods.tuned import (
@@ -22,6 +22,7 @@ from jaxprompt.methods.tuned import (
     read_object,
     record_of,
 )
+from jaxprompt.models.checkpoints.torch_modules import sublayers
 from jaxprompt.models.injection import Adapter
 from jaxprompt.runtime.files import replace_directory
 
@@ -151,18 +152,18 @@ def _tensors(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     depths = {path[0]: len(adapter.down) for path, adapter in adapters.items()}
     widest, tensors = _widest(adapters), {}
-    for site in sites(depths):
-        if site.path not in adapters:
+    for sublayer in sublayers(depths):
+        adapter = adapters.get(adapter_path(sublayer.stack, sublayer.kind))
+        if adapter is None:
             continue
-        adapter = adapters[site.path]
         more = (0, widest - adapter.down.shape[-1])
         arrays = (
-            np.pad(adapter.down[site.layer], ((0, 0), more)),
-            np.pad(adapter.down_bias[site.layer], more),
-            np.pad(adapter.up[site.layer], (more, (0, 0))),
-            adapter.up_bias[site.layer],
+            np.pad(adapter.down[sublayer.layer], ((0, 0), more)),
+            np.pad(adapter.down_bias[sublayer.layer], more),
+            np.pad(adapter.up[sublayer.layer], (more, (0, 0))),
+            adapter.up_bias[sublayer.layer],
         )
         for part, array in zip(PARTS, arrays, strict=True):
-            key = f"{site.module}.adapters.{name}.{part}"
+            key = f"{module_with(sublayer)}.adapters.{name}.{part}"
             tensors[key] = np.ascontiguousarray(np.asarray(array, np.float32).T)
     return tensors

@@ -16,7 +16,6 @@ from jaxprompt.config.values import Values
 from jaxprompt.methods.adapter_file import (
     AdapterFile,
     Changes,
-    Place,
     check_all_read,
     check_complete,
     read_tensors,
@@ -30,9 +29,9 @@ from jaxprompt.methods.tuned import (
     read_object,
 )
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.checkpoints.torch_modules import Place, decoder_attention
 from jaxprompt.models.injection import Layers, leaf_at
-from jaxprompt.models.registry import Config
-from jaxprompt.models.t5.config import T5Config
+from jaxprompt.models.registry import one_sequence
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"  # of PEFT before 0.7
@@ -349,8 +348,8 @@ def _prefix(file: AdapterFile, backbone: Backbone) -> Layers:
     """
     config, c = file.config, backbone.config
     changes, stored = Changes(file, backbone), config.get("num_layers")
-    layers, heads, where = _attention_of(c)
-    tied = isinstance(c, T5Config)
+    layers, heads, where = decoder_attention(c)
+    tied = not one_sequence(c)
     if not isinstance(stored, int) or not (stored == layers or tied and stored > layers):
         raise UserError(
             f"The adapter {file.path!r} has a prefix of {shown(stored)} layers and "
@@ -374,14 +373,6 @@ def _prefix(file: AdapterFile, backbone: Backbone) -> Layers:
     slots = table.reshape(length, 2 * stored, heads, c.head_dim)
     for layer in range(layers):
         source = 2 * layer % stored if tied else layer
-        changes.add((*where, "key"), layer, slots[:, 2 * source])
-        changes.add((*where, "value"), layer, slots[:, 2 * source + 1])
+        changes.add((*where, "prefix", "key"), layer, slots[:, 2 * source])
+        changes.add((*where, "prefix", "value"), layer, slots[:, 2 * source + 1])
     return changes.tree()
-
-
-def _attention_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
-    """Layers, heads of keys and the tree's path of the attention that PEFT gives a prefix."""
-    if isinstance(config, T5Config):
-        where = ("decoder", "layers", "self_attention", "prefix")
-        return config.num_decoder_layers, config.num_heads, where
-    return config.num_layers, config.num_kv_heads, ("layers", "attention", "prefix")

@@ -13,7 +13,6 @@ from safetensors.numpy import save
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.paths import expanded
 from jaxprompt.data.batches import AnyArray
-from jaxprompt.methods.adapter_file import TreePath, module_of
 from jaxprompt.methods.contents import (
     ADAPTERS,
     BIASES,
@@ -36,7 +35,8 @@ from jaxprompt.methods.tuned import (
     record_of,
 )
 from jaxprompt.models.checkpoints.load import Backbone
-from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS
+from jaxprompt.models.checkpoints.torch_modules import Path as TreePath
+from jaxprompt.models.checkpoints.torch_modules import module_of, paths_like
 from jaxprompt.models.injection import Layers, LowRank, Params, leaf_at
 from jaxprompt.runtime.files import replace_directory
 
@@ -322,21 +322,13 @@ def _targets(paths: Iterable[TreePath]) -> list[str] | str:
     """
     chosen = set(paths)
     names = {path: module_of(path).rpartition(".")[2] for path in chosen}
-    if all(path[0] in ("layers", "final_norm") for path in chosen):
-        return sorted(names.values())
-    others = {module_of(path).rpartition(".")[2] for path in _t5_paths() if path not in chosen}
+    others = {
+        module_of(other).rpartition(".")[2]
+        for path in chosen
+        for other in paths_like(path)
+        if other not in chosen
+    }
     if not others & set(names.values()):
         return sorted(set(names.values()))
     wholes = (re.escape(module_of(path)).replace(r"\{\}", r"\d+") for path in chosen)
     return "|".join(sorted(wholes))
-
-
-def _t5_paths() -> Iterator[TreePath]:
-    """The weights and norms of any T5."""
-    for stack, parts in SUBLAYERS.items():
-        yield stack, "final_norm", "scale"
-        for part in parts:
-            yield stack, "layers", f"{part}_norm", "scale"
-            names = ("wi", "wi_0", "wi_1", "wo")
-            for name in names if part == "mlp" else ("query", "key", "value", "out"):
-                yield stack, "layers", part, name

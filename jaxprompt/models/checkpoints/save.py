@@ -13,6 +13,7 @@ from jaxprompt.models.checkpoints.axes import axis_sizes, leaf_at
 from jaxprompt.models.checkpoints.int8 import quantised
 from jaxprompt.models.checkpoints.leaf import Leaf, file_shape, layer_sizes
 from jaxprompt.models.checkpoints.safetensors import Output, write_sharded
+from jaxprompt.models.checkpoints.torch_modules import leaves
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.registry import Config, Params
 
@@ -41,11 +42,10 @@ def save_hf(
     directory = Path(expanded(path))
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(config, DecoderConfig):
-        leaves, describe = hf_decoder.leaves(config), partial(hf_decoder.config_to_json, config)
+        describe = partial(hf_decoder.config_to_json, config)
     else:
         describe = partial(hf_t5.config_to_json, config, dropout=dropout)
-        leaves = hf_t5.leaves(config)
-    outputs = [out for leaf in leaves for out in _outputs(leaf, config, params)]
+    outputs = [out for leaf in leaves(config) for out in _outputs(leaf, config, params)]
     dtype = outputs[0].dtype.name
     if int8:
         outputs = [part for out in outputs for part in quantised(out)]
