@@ -137,6 +137,8 @@ def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, Mapping[str, R
             "of them out."
         )
     task = {"name": config.task} if isinstance(config.task, str) else dict(config.task)
+    if "mixture" in task:
+        raise UserError("data holds the rows of one task, and task.mixture names several.")
     resolved = resolve_task(task)
     used = _columns_used(resolved)
     if isinstance(data, Mapping):
@@ -160,7 +162,8 @@ def _columns_used(task: TaskConfig) -> list[str] | None:
     """The columns that a task reads; None: its rule may read any."""
     if task.rule is not None:
         return None
-    columns = [*columns_of(task.template), *columns_of(task.target), task.answers, task.group]
+    texts = (task.template, *task.templates, task.target)
+    columns = [*(column for text in texts for column in columns_of(text)), task.answers, task.group]
     return [column for column in columns if column is not None]
 
 
@@ -517,8 +520,8 @@ def score(
         raise UserError(
             f"max_input_length is {shown(max_input_length)}; give a whole number from 1 on."
         )
-    recorded = session.prompt is not None and session.prompt.metadata.get("task") is not None
-    task = prompt_task(session.prompt, None) if recorded else None
+    recorded = None if session.prompt is None else session.prompt.metadata.get("task")
+    task = None if recorded is None else parse(TaskConfig, recorded, "task.")
     tokenizer = PairTokenizer(
         session.tokenizer, session.backbone.config.vocab_size, session.length, task, raw,
         None if max_input_length is None else int(max_input_length),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.mixture import MixtureConfig
 from jaxprompt.config.names import ALIASES, RENAMED
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import RunConfig, TaskConfig
@@ -46,7 +47,11 @@ def json_schema(schema: type[BaseModel] = RunConfig) -> JsonSchema:
     values |= schema.model_json_schema()
     task = values["properties"].get("task")
     if task is not None:
-        values["$defs"]["TaskConfig"] = TaskConfig.model_json_schema() | {"required": ["name"]}
+        whole: JsonSchema = TaskConfig.model_json_schema() | {"required": ["name"]}
+        mixture = MixtureConfig.model_json_schema()["properties"]
+        mixture["mixture"] |= {"default": None}
+        whole["properties"] |= {k: x for k, x in mixture.items() if k != "name"}
+        values["$defs"]["TaskConfig"] = whole
         task["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/TaskConfig"}]
     return values
 

@@ -65,6 +65,13 @@ class TaskConfig(Schema):
             "places virtual tokens; without it they stand in front."
         )
     )
+    templates: list[str] = Field(
+        default=[],
+        description=(
+            "Templates of which training draws one for each example. Rows are answered and judged "
+            "with `template`. Empty: `template` alone."
+        ),
+    )
     target: str = Field(default="{label}", description="Target text, with columns in braces.")
     labels: list[str] | None = Field(
         default=None,
@@ -157,11 +164,12 @@ class TaskConfig(Schema):
             raise ValueError(
                 f"class_labels are {shown(words)}; give words that are not blank, or leave it out"
             )
-        if not re.search(r"\{[^{}]+\}", re.sub(r"\{\{|\}\}", "", self.template)):
-            raise ValueError(
-                f"template {shown(self.template)} names no column; write one in braces, as in "
-                "'question: {text}'"
-            )
+        for template in (self.template, *self.templates):
+            if not re.search(r"\{[^{}]+\}", re.sub(r"\{\{|\}\}", "", template)):
+                raise ValueError(
+                    f"template {shown(template)} names no column; write one in braces, as in "
+                    "'question: {text}'"
+                )
         return self
 
 
@@ -478,7 +486,7 @@ class RunConfig(Schema):
     task: str | Values = Field(
         description=(
             "Name of a task (`jaxprompt tasks`), or a mapping: a registered `name` with keys to "
-            "change, or a task of your own with `name` and `template`."
+            "change, a task of your own with `name` and `template`, or a `mixture` of tasks."
         )
     )
     method: str = Field(

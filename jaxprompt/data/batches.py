@@ -32,6 +32,7 @@ class Example(NamedTuple):
     member: int = 0  # the number of the member of the run (the prompt) that it belongs to
     dropout_seed: int | None = None  # its dropout is drawn from this number
     choices: Choices | None = None  # for losses that compare labels
+    task: int = 0  # the number of its task in a mixture
 
 
 def with_member(example: Example, member: int, vocabulary: int, length: int) -> Example:

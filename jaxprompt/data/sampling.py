@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprompt.data.batches import Batch, Example
 from jaxprompt.data.layout import target_lengths
@@ -22,9 +22,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
     return _rng(seed, epoch, stream=0).permutation(count).astype(np.int32)
 
 
-def order_cache(members: int) -> "functools._lru_cache_wrapper[Int[np.ndarray, ' n']]":
-    """``epoch_order`` with a cache of two orders a member: of this epoch and of the next one."""
-    return functools.lru_cache(maxsize=2 * members)(epoch_order)
+def order_cache(count: int) -> "functools._lru_cache_wrapper[Int[np.ndarray, ' n']]":
+    """``epoch_order`` with a cache for so many sets of rows: of this epoch and of the next one."""
+    return functools.lru_cache(maxsize=2 * count)(epoch_order)
 
 
 def batch_indices(
@@ -83,6 +83,144 @@ def with_dropout_seeds(examples: Sequence[Example], rng: np.random.Generator) ->
     return [e._replace(dropout_seed=seed) for e, seed in zip(examples, seeds, strict=True)]
 
 
+def mixing_shares(
+    rows: Sequence[int],
+    weights: Sequence[float] | None = None,
+    *,
+    temperature: float | None = 1.0,
+    cap: int | None = None,
+) -> Float[np.ndarray, " M"]:
+    """The shares of M tasks in a mixture: examples-proportional mixing with a limit.
+
+    Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2: min(rows, cap) over its sum, to the power
+    of 1 / temperature, times the weight, and normalized again.
+
+    Args:
+        rows: training rows of each task.
+        temperature: 1 is proportional, more is more equal; None is equal but for the weights.
+        cap: the artificial limit of rows, K in the paper; None for none.
+
+    >>> mixing_shares([100, 300, 9000], cap=600).tolist()
+    [0.1, 0.3, 0.6]
+    """
+    limited = np.minimum(np.array(rows, float), cap or np.inf)
+    power = 0.0 if temperature is None else 1 / temperature
+    shares = (limited / limited.sum()) ** power * (1.0 if weights is None else np.array(weights))
+    return shares / shares.sum()
+
+
+# Places of a mixture come in cycles in which each task has its share, in random order
+_CYCLE = 2**14
+
+
+class Part(NamedTuple):
+    """The examples of a task among ``MixedExamples``: all of its rows for each template."""
+
+    first: int  # number of its first example; the templates follow each other
+    rows: int
+    templates: int
+
+
+class MixedExamples(Sequence[Example]):
+    """Examples of several tasks, or of several templates, of which batches are drawn.
+
+    It is a sequence of all examples. Each task goes through its rows in epochs of its own. Which
+    template a row comes with is drawn for each place of each batch.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Sequence[Sequence[Example]]], shares: Sequence[float] = (1.0,)
+    ):
+        """Args:
+        tasks: of each task the examples of its rows, for each of its templates.
+        shares: of each task, with the sum 1.
+        """
+        self.tasks, self.shares = tasks, tuple(shares)
+        self._parts: list[Part] = []
+        self._examples: list[Example] = []
+        for number, templates in enumerate(tasks):
+            self._parts.append(Part(len(self._examples), len(templates[0]), len(templates)))
+            self._examples += [e._replace(task=number) for each in templates for e in each]
+        self._counts = _counts(self.shares)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, number):
+        return self._examples[number]
+
+    def indices(
+        self,
+        lengths: Int[np.ndarray, " n"],
+        *,
+        batch_size: int,
+        seed: int,
+        step: int,
+        window: int,
+        order_of: EpochOrder = epoch_order,
+    ) -> Int[np.ndarray, " B"]:
+        """As ``batch_indices``, which it equals for one task with one template.
+
+        Raises:
+            ValueError: a window of batches for several tasks.
+        """
+        if len(self._parts) == 1:
+            rows = self._parts[0].rows
+            numbers = batch_indices(
+                lengths[:rows], batch_size=batch_size, seed=seed, step=step, window=window,
+                order_of=order_of,
+            )  # fmt: skip
+            tasks = np.zeros(batch_size, int)
+        elif window:
+            raise ValueError("Tasks of a mixture have no windows of batches in common.")
+        else:
+            places = step * batch_size + np.arange(batch_size)
+            tasks, numbers = self._rows_at(places, seed, order_of)
+        first, rows, templates = np.array(self._parts).T[:, tasks]
+        chosen = 0
+        if templates.max() > 1:
+            drawn = _rng(seed, step, stream=2**41).random(batch_size)
+            chosen = (drawn * templates).astype(int)
+        return first + chosen * rows + numbers
+
+    def _rows_at(
+        self, places: Int[np.ndarray, " B"], seed: int, order_of: EpochOrder
+    ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+        """The task, and the row of it, at these places of the run."""
+        tasks, numbers = np.zeros((2, len(places)), int)
+        for at, (cycle, place) in enumerate(zip(*divmod(places, _CYCLE), strict=True)):
+            order, turns = _cycle(self._counts, seed, int(cycle))
+            task = tasks[at] = order[place]
+            rows = self._parts[task].rows
+            epoch, turn = divmod(int(cycle) * self._counts[task] + int(turns[place]), rows)
+            numbers[at] = order_of(rows, seed, epoch)[turn]
+        return tasks, numbers
+
+
+def _counts(shares: Sequence[float]) -> tuple[int, ...]:
+    """How many places of a cycle each task has: its share, rounded, and at least one."""
+    exact = np.array(shares) * _CYCLE
+    counts = np.maximum(np.floor(exact), 1).astype(int)
+    rest = _CYCLE - counts.sum()
+    if rest > 0:
+        counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+    else:
+        counts[counts.argmax()] += rest
+    return tuple(counts.tolist())
+
+
+@functools.lru_cache(maxsize=16)
+def _cycle(
+    counts: tuple[int, ...], seed: int, cycle: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The task of each place of a cycle, and how often the task was there before in it."""
+    order = _rng(seed, cycle, stream=2**42).permutation(np.repeat(np.arange(len(counts)), counts))
+    turns = np.zeros_like(order)
+    for task, count in enumerate(counts):
+        turns[order == task] = np.arange(count)
+    return order, turns
+
+
 class Draw(NamedTuple):
     """Which examples the batches of a run have."""
 
@@ -116,12 +254,14 @@ def training_batches(
     lengths = {key: np.array([len(e.inputs) for e in each]) for key, each in unique.items()}
     # one target length for each bucket: as few shapes as there are buckets
     depths = target_lengths([len(e.targets) for each in unique.values() for e in each])
-    order_of = order_cache(len(draw.seeds))
+    mixed = [len(each.tasks) if isinstance(each, MixedExamples) else 1 for each in examples]
+    order_of = order_cache(sum(mixed))
 
     def batch(step: int) -> list[Batch]:
         chosen: list[Example] = []
         for member, (seed, dataset) in enumerate(zip(draw.seeds, examples, strict=True)):
-            numbers = batch_indices(
+            indices = dataset.indices if isinstance(dataset, MixedExamples) else batch_indices
+            numbers = indices(
                 lengths[id(dataset)], batch_size=draw.batch_size, seed=seed,
                 step=start + int(step), window=draw.window, order_of=order_of,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.tasks.registry import resolve_task
@@ -146,9 +146,20 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
 
 
 def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
-    """The task that is named, else the one that the prompt was tuned on."""
+    """The task that is named, else the one that the prompt was tuned on.
+
+    Of a prompt that learnt several tasks, a name means the task as it was learnt.
+    """
     if isinstance(task, TaskConfig):
         return task
+    learnt = None if prompt is None else prompt.metadata.get("mixture")
+    by_name = {each["name"]: each for each in learnt or ()}
+    if isinstance(task, str) and task in by_name:
+        return parse(TaskConfig, by_name[task], "task.")
+    if by_name and task is None:
+        raise UserError(
+            f"The prompt was tuned on several tasks ({listed(by_name)}); name one with --task."
+        )
     if task is not None:
         return resolve_task(task)
     recorded = None if prompt is None else prompt.metadata.get("task")

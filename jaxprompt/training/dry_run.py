@@ -62,7 +62,11 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
     return {
         "devices": describe(),
         "backbone": config.backbone,
-        "tasks": {name: _facts(trials[0].dataset) for name, trials in by_task(job.trials).items()},
+        "tasks": {
+            part.task.name: _facts(part)
+            for trials in by_task(job.trials).values()
+            for part in trials[0].dataset.tasks()
+        },
         "trained_parameters": sum(x.size for x in jax.tree.leaves(job.shapes)),
         "memory_gib": _memory(config, job.trials),
         "steps": config.train.steps,

@@ -16,7 +16,7 @@ from jaxprompt.inference.predict import check_finite_scores, predict_per_member
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection, some_members
 from jaxprompt.runtime.signals import Signals
-from jaxprompt.training.datasets import Split
+from jaxprompt.training.datasets import Split, TaskDataset, mixture_metrics
 from jaxprompt.training.metric_log import Metrics
 from jaxprompt.training.trial import Trial
 
@@ -49,9 +49,37 @@ class Evaluator(NamedTuple):
             part = injection
             if len(datasets) > 1:
                 part = some_members(injection, np.array(slots), dataset.length)
-            each = self.measure(params, part, dataset.task, dataset.validation)
+            each = self._validate(params, part, dataset)
             scores |= zip(slots, each, strict=True)
         return [scores[slot] for slot in range(len(trials))]
+
+    def _validate(
+        self, params: registry.Params, injection: Injection, dataset: TaskDataset
+    ) -> list[Metrics]:
+        """The validation metrics of every member of the injection."""
+        measured = {
+            part.task.name: self.measure(params, injection, part.task, part.validation)
+            for part in dataset.tasks()
+        }
+        if not dataset.parts:
+            return measured[dataset.task.name]
+        members = zip(*measured.values(), strict=True)
+        return [mixture_metrics(dict(zip(measured, each, strict=True))) for each in members]
+
+    def test(
+        self, params: registry.Params, injection: Injection, dataset: TaskDataset, source: str
+    ) -> Metrics:
+        """The metrics on test rows of an injection of one member, or of the model as it is.
+
+        Raises:
+            UserError: scores of some rows are not finite; it names ``source``.
+        """
+        measured = {
+            part.task.name: self.measure_one(params, injection, part.task, part.test, source)
+            for part in dataset.tasks()
+            if part.test is not None
+        }
+        return mixture_metrics(measured) if dataset.parts else measured[dataset.task.name]
 
     def measure(
         self,

@@ -1,10 +1,12 @@
 """The losses of a run that compare labels, as its config asks for them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.mixture import parts_of
 from jaxprompt.config.schema import TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.data.label_sets import label_sets, with_choices
@@ -32,12 +34,13 @@ def compares_labels(settings: TrainConfig) -> bool:
 
 def check_labels_to_compare(settings: TrainConfig, task: TaskConfig) -> None:
     """Raise a UserError where labels are to be compared and the task has none."""
-    if compares_labels(settings) and len(task.labels or ()) < 2:
-        raise UserError(
-            "train.unlikelihood_loss and train.length_normalized_loss compare labels, and task "
-            f"{task.name!r} has {len(task.labels or ()) or 'none'}; leave them out, or name two or "
-            "more labels in task.labels."
-        )
+    if not compares_labels(settings) or len(task.labels or ()) >= 2:
+        return
+    raise UserError(
+        "train.unlikelihood_loss and train.length_normalized_loss compare labels, and task "
+        f"{task.name!r} has {len(task.labels or ()) or 'none'}; leave them out, or name two or "
+        "more labels in task.labels."
+    )
 
 
 def label_choices(
@@ -46,11 +49,16 @@ def label_choices(
     """What compares the labels of members, or None where nothing does.
 
     Args:
-        tasks: of each member, by slot.
+        tasks: of each member, by slot; one may be a mixture.
     """
     if not compares_labels(settings):
         return None
-    encoded = [tokenizer.encode_targets(task.labels or (), task.separator) for task in tasks]
+    encoded = [
+        tokenizer.encode_targets(part.labels or (), part.separator)
+        for task in tasks
+        for part in parts_of(task)
+    ]
+    first = [0, *itertools.accumulate(len(parts_of(task)) for task in tasks)]
     labels = label_sets(encoded)
     loss = LabelLoss(
         label_trees(labels.tokens),
@@ -58,5 +66,5 @@ def label_choices(
         settings.length_normalized_loss,
         settings.z_loss,
     )
-    set_of = lambda example: example.member
+    set_of = lambda example: first[example.member] + example.task
     return LabelChoices(loss, partial(with_choices, labels=labels, set_of=set_of))

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.mixture import parts_of
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.layout import round_target_length
-from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tasks.registry import resolve_learnt
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
@@ -205,16 +206,19 @@ class Workload(NamedTuple):
 def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Workload:
     """The work of a run's steps; raises UserError for methods and families that are not counted."""
     members = config.members()
-    tasks = [resolve_task(member.task) for member in members]
+    tasks = [resolve_learnt(member.task) for member in members]
     shape = open_config(config.backbone)
     inputs = inputs or max(
-        member.prompt_length + task.max_input_length
+        member.prompt_length + part.max_input_length
         for member, task in zip(members, tasks, strict=True)
+        for part in parts_of(task)
     )
     # where a loss compares labels, the tree of all of them is read
     of_labels = lambda labels: 4 * (len(labels) if compares_labels(config.train) else 1)
     longest_target = max(
-        of_labels(task.labels) if task.labels else task.max_target_length for task in tasks
+        of_labels(part.labels) if part.labels else part.max_target_length
+        for task in tasks
+        for part in parts_of(task)
     )
     targets = round_target_length(longest_target)
     cost = registry.cost(shape)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 import jaxprompt
+from jaxprompt.config.mixture import Mixture, parts_of
 from jaxprompt.data.tokenizer import copy_tokenizer
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.methods.tuned import Metadata
@@ -34,6 +35,7 @@ from jaxprompt.training.trial import Trial, by_task, slot_order
 def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Progress) -> Metadata:
     """What the artefact of a trial says about itself, with its scores at this step."""
     config, shape, name = trial.config, backbone.config, trial.task.name
+    tasks = parts_of(trial.task)
     metadata = {
         "backbone": {
             "source": config.backbone,
@@ -46,7 +48,7 @@ def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Pr
             "num_layers": shape.num_layers,
             "num_heads": shape.num_heads,
         },
-        "task": trial.task.model_dump(),
+        "task": tasks[0].model_dump(),
         "method": config.method,
         "metrics": scores,
         "rows": len(trial.dataset.validation.examples),
@@ -63,6 +65,8 @@ def metadata_for(trial: Trial, backbone: Backbone, scores: Metrics, progress: Pr
             "untuned": (progress.untuned or {})[name],
         },
     }
+    if isinstance(trial.task, Mixture):
+        metadata["mixture"] = [task.model_dump() for task in tasks]
     return cast(Metadata, metadata)
 
 

@@ -18,7 +18,7 @@ from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import Optimization, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
-from jaxprompt.data.tasks.registry import resolve_task
+from jaxprompt.data.tasks.registry import resolve_learnt
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.files import PART, write_atomically
 from jaxprompt.runtime.lock import LOCK, locked
@@ -62,7 +62,7 @@ def _settings(config: RunConfig | PretrainConfig) -> Values:
     """All settings by dotted key, tasks in full, so that two spellings of a run are equal."""
     values = config.model_dump(mode="json")
     grid = values.get("prompt", {}).get("population", {})
-    whole = lambda task: resolve_task(task).model_dump(mode="json")
+    whole = lambda task: resolve_learnt(task).model_dump(mode="json")
     if "task" in grid:
         grid["task"] = [whole(task) for task in grid["task"]]
     elif "task" in values:

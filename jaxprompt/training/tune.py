@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TypedDict
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import rate_warnings
+from jaxprompt.config.mixture import parts_of
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import with_member
 from jaxprompt.data.layout import BatchBudget
@@ -46,6 +48,8 @@ from jaxprompt.training.datasets import (
     build_dataset,
     build_split,
     read_splits,
+    shares_of,
+    single_tasks,
     target_warnings,
     tasks_of,
     truncation_warnings,
@@ -90,7 +94,7 @@ from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
 def inputs_of_files(config: RunConfig) -> inputs.Inputs:
     """Digests of the rows of a run, as far as they are in files that are there."""
     digests: inputs.Inputs = {}
-    for task in _by_name(tasks_of(config.members())).values():
+    for task in single_tasks(tasks_of(config.members())):
         digests |= inputs.of_files(task, config.train.max_eval_examples)
     return digests
 
@@ -113,8 +117,8 @@ def prepare(
     method, mesh = method_of(config), _make_mesh(config)
     # data first, where most mistakes are: the backbone may take minutes to load
     limit, member_tasks = config.train.max_eval_examples, tasks_of(config.members())
-    tasks = _by_name(member_tasks)
-    rows = {name: read_splits(task, limit, held) for name, task in tasks.items()}
+    tasks = single_tasks(member_tasks)
+    rows = {task.name: read_splits(task, limit, held) for task in tasks}
     backbone, tokenizer = _load(config, mesh, reporter)
     datasets = _build_datasets(config, member_tasks, rows, tokenizer, backbone.config.vocab_size)
     digests = [
@@ -124,10 +128,13 @@ def prepare(
     ]
     processes.assert_equal_across_processes("backbone or data", [backbone.fingerprint, *digests])
     _describe_rows(rows, reporter)
+    for text in dict.fromkeys(map(shares_of, datasets)):
+        if text is not None:
+            reporter.say(text)
     reads = inputs.of_backbone(backbone.config, backbone.fingerprint)
     reads["tokenizer"] = tokenizer.fingerprint()
-    for name, task in tasks.items():
-        reads |= inputs.of_rows(task, rows[name])
+    for task in tasks:
+        reads |= inputs.of_rows(task, rows[task.name])
     trials = make_trials(config, datasets)
     for warning in _warnings(config, trials, tokenizer, mesh):
         reporter.say(f"warning: {warning}")
@@ -196,7 +203,7 @@ def _build_datasets(
     keys = [(task.name, member.prompt_length) for member, task in zip(members, tasks, strict=True)]
     by_name = _by_name(tasks)
     built = {
-        (name, length): build_dataset(by_name[name], rows[name], tokenizer, length, vocabulary)
+        (name, length): build_dataset(by_name[name], rows, tokenizer, length, vocabulary)
         for name, length in dict.fromkeys(keys)
     }
     return [built[key] for key in keys]
@@ -317,18 +324,20 @@ class Tuning:
         untuned: Metrics = {}
         majority: Metrics = {}
         row: Row = {"step": 0}
-        vocabulary = self.backbone.config.vocab_size
         for name, members in by_task(self.trials).items():
             task, prefix = members[0].task, members[0].prefix
-            rows = self.rows[name]
-            plain = build_split(task, "validation", rows, self.tokenizer, 0, vocabulary)
-            untuned[name], majority[name] = self.evaluator.baselines(
-                self.backbone.params, task, plain, self.backbone.source
-            )
+            parts = {part.name: self._baselines(part) for part in parts_of(task)}
+            untuned[name], majority[name] = map(fmean, zip(*parts.values(), strict=True))
             row[f"{prefix}untuned/{task.metrics[0]}"] = untuned[name]
             row[f"{prefix}majority"] = majority[name]
         self.run.metrics.write(row)
         return {"untuned": untuned, "majority": majority}
+
+    def _baselines(self, task: TaskConfig) -> tuple[float, float]:
+        """Of one task, see ``Evaluator.baselines``."""
+        vocabulary, rows = self.backbone.config.vocab_size, self.rows[task.name]
+        plain = build_split(task, "validation", rows, self.tokenizer, 0, vocabulary)
+        return self.evaluator.baselines(self.backbone.params, task, plain, self.backbone.source)
 
     def _take_starts(self) -> list[Trainables]:
         params, starts = self.backbone.params, self.starts
@@ -611,7 +620,7 @@ class Tuning:
             return {}
         params, injection, source = self._load_best(best)
         try:
-            metrics = self.evaluator.measure_one(params, injection, best.task, test, source)
+            metrics = self.evaluator.test(params, injection, best.dataset, source)
         except UserError as error:
             self.reporter.say(f"warning: the test has no figure: {error}")
             return {"test_error": str(error)}

@@ -7,8 +7,10 @@ selects checkpoints.
 """
 
 import difflib
+import math
 
-from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.mixture import Mixture, MixtureConfig
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
@@ -17,6 +19,9 @@ from jaxprompt.data.tasks.entry import THREE_SPLITS, Entry
 from jaxprompt.data.truncation import columns_to_cut
 
 TASKS: dict[str, Entry] = builtin.TASKS | superglue.TASKS | glue.TASKS | qa.TASKS | generation.TASKS
+
+# the metric of a mixture: the mean of the first metrics of its tasks
+MEAN = "mean"
 
 # What T5 put in front of a task's text when it was trained on many at once (Raffel et al. 2020).
 # Prompt tuning leaves it out: the prompt says what the task is.
@@ -31,6 +36,8 @@ def resolve_task(task: str | Values) -> TaskConfig:
     if not isinstance(task, str | dict):
         raise UserError(f"A task is {shown(task)}; give a name, or a mapping with a template.")
     values = {"name": task} if isinstance(task, str) else dict(task)
+    if "mixture" in values:
+        raise UserError("A mixture is for training alone; name one of its tasks here.")
     name, prefix = values.get("name"), values.pop("prefix", False)
     if not isinstance(name, str | None):
         raise UserError(f"task.name is {shown(name)}; give one word, in quotes if it is a number.")
@@ -51,8 +58,44 @@ def resolve_task(task: str | Values) -> TaskConfig:
             "template."
         )
     config = parse(TaskConfig, values, "task.")
-    columns_to_cut(config)
+    for template in (config.template, *config.templates):
+        columns_to_cut(config.model_copy(update={"template": template}))
     return config
+
+
+def resolve_learnt(task: str | Values) -> TaskConfig:
+    """What a run learns: a task, as ``resolve_task`` has it, or a ``Mixture``."""
+    if not isinstance(task, dict) or "mixture" not in task:
+        return resolve_task(task)
+    config = parse(MixtureConfig, task, "task.")
+    tasks, weights = [], []
+    for name, values in config.mixture.items():
+        changes = dict(values) if isinstance(values, dict) else {"weight": values}
+        weights.append(_weight(name, changes.pop("weight", 1.0)))
+        tasks.append(resolve_task({"name": name, **changes}))
+    if len({each.name for each in tasks}) < len(tasks):
+        raise UserError(f"task.mixture has two tasks of one name; it has {listed(config.mixture)}.")
+    first, words = tasks[0], [word for each in tasks for word in class_words(each)]
+    return Mixture(
+        name=config.name,
+        template=first.template,
+        separator=first.separator,
+        class_labels=list(dict.fromkeys(words)) or None,
+        metrics=[MEAN],
+        tasks=tuple(tasks),
+        weights=tuple(weights),
+        temperature=config.temperature,
+        cap=config.cap,
+    )
+
+
+def _weight(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(
+            f"task.mixture.{name}.weight is {shown(value)}; give a number above 0, or leave the "
+            "task out."
+        )
+    return float(value)
 
 
 def _changed_entry(entry: Entry, values: Values) -> Values:

@@ -11,9 +11,11 @@ from jaxprompt.data.batches import Example, make_batch
 from jaxprompt.data.microbatches import Cut
 from jaxprompt.data.sampling import (
     Draw,
+    MixedExamples,
     batch_indices,
     dropout_seeds,
     epoch_order,
+    mixing_shares,
     order_cache,
     random_stream,
     training_batches,
@@ -133,3 +135,89 @@ def test_only_the_orders_of_two_epochs_of_each_prompt_are_kept():
         np.testing.assert_array_equal(order_of(9, seed, epoch), epoch_order(9, seed, epoch))
     assert order_of.cache_info().currsize == 6
     assert epoch_order(5, 0, 0).dtype == np.int32
+
+
+def rows_of(count, mark):
+    """Examples whose first id says which task and template they are of."""
+    return [
+        Example(np.array([mark, i, 1], np.int32), np.array([2, 1], np.int32)) for i in range(count)
+    ]
+
+
+def drawn(pool, steps, batch_size=8, seed=3):
+    lengths = np.array([len(e.inputs) for e in pool])
+    return [
+        [pool[i] for i in pool.indices(lengths, batch_size=batch_size, seed=seed, step=k, window=0)]
+        for k in steps
+    ]
+
+
+def test_shares_are_those_of_the_paper():
+    """Raffel et al. 2020, section 3.5.2: min(e, K) by its sum, to the power of 1 / T."""
+    sizes = [1000, 4000, 50_000]
+    limited = np.array([1000, 4000, 9000])
+    np.testing.assert_allclose(mixing_shares(sizes), np.array(sizes) / 55_000)
+    np.testing.assert_allclose(mixing_shares(sizes, cap=9000), limited / 14_000)
+    warm = np.sqrt(limited / 14_000)
+    np.testing.assert_allclose(mixing_shares(sizes, cap=9000, temperature=2), warm / warm.sum())
+    np.testing.assert_allclose(mixing_shares(sizes, temperature=None), [1 / 3] * 3)
+    weighted = mixing_shares(sizes, [1, 1, 2], temperature=None)
+    np.testing.assert_allclose(weighted, [1 / 4, 1 / 4, 1 / 2])
+
+
+def test_tasks_of_a_mixture_have_their_shares_and_go_through_their_rows_in_epochs():
+    shares = [0.1, 0.3, 0.6]
+    pool = MixedExamples([[rows_of(7, 0)], [rows_of(50, 1)], [rows_of(4000, 2)]], shares)
+    batches = drawn(pool, range(2048))  # one cycle
+    examples = [e for batch in batches for e in batch]
+    counts = np.bincount([e.task for e in examples])
+    np.testing.assert_allclose(counts / len(examples), shares, atol=1e-4)
+    for task, rows in enumerate((7, 50, 4000)):
+        own = [int(e.inputs[1]) for e in examples if e.task == task]
+        assert {int(e.inputs[0]) for e in examples if e.task == task} == {task}
+        whole = len(own) // rows * rows
+        assert set(np.bincount(own[:whole], minlength=rows)) == {whole // rows}
+    # and hardly a batch has a task alone
+    assert np.mean([len({e.task for e in batch}) for batch in batches]) > 2
+
+
+def test_a_batch_of_a_mixture_depends_on_the_seed_and_its_number_alone():
+    pool = MixedExamples([[rows_of(9, 0), rows_of(9, 1)], [rows_of(30, 2)]], [0.5, 0.5])
+    ids = lambda batches: [[e.inputs.tolist() for e in batch] for batch in batches]
+    whole = ids(drawn(pool, range(20)))
+    assert ids(drawn(pool, range(13, 20))) == whole[13:]
+    assert ids(drawn(pool, range(20), seed=4)) != whole
+    streamed = training_batches([pool], Draw(8, [3]), start=13)
+    inputs = next(streamed)[0].inputs[:, :3]
+    assert inputs.tolist() == whole[13]
+
+
+def test_a_template_is_drawn_for_each_example():
+    pool = MixedExamples([[rows_of(5, mark) for mark in range(3)]])
+    examples = [e for batch in drawn(pool, range(500)) for e in batch]
+    pairs = np.array([e.inputs[:2] for e in examples])
+    counts = np.zeros((3, 5), int)
+    np.add.at(counts, tuple(pairs.T), 1)
+    np.testing.assert_allclose(counts, len(examples) / 15, rtol=0.2)
+    assert {e.task for e in examples} == {0}
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_one_task_with_one_template_has_the_batches_that_it_has_without_a_mixture(window):
+    plain = rows_of(37, 0)
+    batches = [
+        [batch.inputs.tolist() for batch in itertools.chain(*itertools.islice(
+            training_batches([examples], Draw(8, [5], window)), 12))]
+        for examples in (plain, MixedExamples([[plain]]))
+    ]  # fmt: skip
+    assert batches[0] == batches[1]
+    seeds = [
+        next(training_batches([examples], Draw(8, [5])))[0].dropout_seed.tolist()
+        for examples in (plain, MixedExamples([[plain]]))
+    ]
+    assert seeds[0] == seeds[1]
+
+
+def test_the_least_task_has_a_place():
+    pool = MixedExamples([[rows_of(3, 0)], [rows_of(9, 1)]], [1e-7, 1 - 1e-7])
+    assert sum(e.task == 0 for batch in drawn(pool, range(2048)) for e in batch) == 1
