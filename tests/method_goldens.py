@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import GOLDENS
 
+from jaxprompt.methods import p_tuning
 from jaxprompt.models.checkpoints import hf_decoder, hf_t5
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
@@ -254,42 +255,30 @@ def peft_network(config: dict, values: Tensors) -> jax.Array:
     x = values["embedding.weight"]
     if config["peft_type"] == "PREFIX_TUNING":
         return _linear(values, "transform.2", jnp.tanh(_linear(values, "transform.0", x)))
-    last, layer = 2, 0
-    if config["encoder_reparameterization_type"] == "LSTM":
-        while f"lstm_head.weight_ih_l{layer}" in values:
-            x, layer = _two_way_lstm(values, layer, x), layer + 1
-    else:
-        last = 4
-    for number in range(0, last, 2):
-        x = jax.nn.relu(_linear(values, f"mlp_head.{number}", x))
-    return _linear(values, f"mlp_head.{last}", x)
+    return p_tuning.inject(_p_tuning_leaves(values), {}).embeddings[0]
 
 
 def _linear(values: Tensors, name: str, x: jax.Array) -> jax.Array:
     return x @ values[f"{name}.weight"].T + values[f"{name}.bias"]
 
 
-LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _two_way_lstm(values: Tensors, layer: int, x: jax.Array) -> jax.Array:
-    """A layer of a bidirectional LSTM as PyTorch computes it."""
-
-    def one_way(end: str, x: jax.Array) -> jax.Array:
-        into, hidden, *biases = [values[f"lstm_head.{kind}_l{layer}{end}"] for kind in LSTM]
-
-        def step(state, x):
-            h, c = state
-            i, f, g, o = jnp.split(into @ x + hidden @ h + sum(biases), 4)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
-
-        zeros = jnp.zeros(hidden.shape[1])
-        return jax.lax.scan(step, (zeros, zeros), x)[1]
-
-    back = one_way("_reverse", x[::-1])[::-1]
-    return jnp.concatenate([one_way("", x), back], axis=-1)
+def _p_tuning_leaves(values: Tensors) -> Tensors:
+    """The weights of PEFT's PromptEncoder as the trainables of p-tuning, of one member."""
+    leaves = {"prompt": values["embedding.weight"]}
+    stored = lambda weight: weight.T * weight.shape[1] ** 0.5  # see methods/p_tuning.py
+    for name, value in values.items():
+        if match := re.fullmatch(r"mlp_head\.(\d)\.(weight|bias)", name):
+            place = f"mlp/{int(match[1]) // 2}"
+            if match[2] == "weight":
+                leaves[f"{place}/kernel"] = stored(value)
+            else:
+                leaves[f"{place}/bias"] = value
+        elif match := re.fullmatch(r"lstm_head\.weight_ih_(l(\d)(_reverse)?)", name):
+            end, place = match[1], f"lstm/{match[2]}/{'backward' if match[3] else 'forward'}"
+            leaves[f"{place}/input"] = stored(value)
+            leaves[f"{place}/hidden"] = stored(values[f"lstm_head.weight_hh_{end}"])
+            leaves[f"{place}/bias"] = sum(values[f"lstm_head.bias_{k}_{end}"] for k in ("ih", "hh"))
+    return {name: leaf[None] for name, leaf in leaves.items()}
 
 
 # --- AdapterHub
