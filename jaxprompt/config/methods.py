@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.fields import Schema, Size, Weight
@@ -77,7 +77,7 @@ class PrefixConfig(Schema):
         default=[*STACKS],
         description=(
             "Which attention has them: the encoder's, the decoder's, the one from decoder to "
-            "encoder. A decoder-only model has a decoder alone."
+            "encoder. A decoder-only model has a decoder alone: all three mean that."
         ),
     )
     mlp: Size | None = Field(
@@ -89,10 +89,23 @@ class PrefixConfig(Schema):
     )
     init: Literal["text", "normal", "zeros"] = Field(
         default="normal",
-        description="text: the keys and values that the frozen model has for `prefix.text`.",
+        description=(
+            "text: the keys and values that the frozen model has for `prefix.text`. normal: random "
+            "matrices, or, without a network, numbers of standard deviation 0.02. zeros: keys and "
+            "values of 0."
+        ),
     )
-    text: str | None = Field(default=None, description="Text that `init: text` starts from.")
+    text: str | None = Field(
+        default=None,
+        description="Text that `init: text` starts from, cut to the length or repeated up to it.",
+    )
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+    @model_validator(mode="after")
+    def _start_is_named(self) -> "PrefixConfig":
+        if self.init == "text" and not self.text:
+            raise ValueError("init=text needs prefix.text; give it")
+        return self
 
 
 class PTuningConfig(Schema):
@@ -263,7 +276,9 @@ RECIPES: Mapping[str, Values] = {
     "ia3": {
         "train": {"optimizer": "adafactor", "learning_rate": 3e-3, "schedule": "linear"},
     },
-    "prefix-tuning": {"train": {**_ADAMW, "learning_rate": 5e-4}},
+    # for matrices that are stored with unit variance (methods/prefix.py): 5e-4 of the papers' codes
+    # times the root of the fan-in
+    "prefix-tuning": {"train": {**_ADAMW, "learning_rate": 1e-2}},
     "p-tuning-v2": {
         "prefix": {"places": ["encoder"], "mlp": None},
         "train": {**_ADAMW, "learning_rate": 7e-3},
@@ -279,7 +294,7 @@ RECIPES: Mapping[str, Values] = {
     "norm-tuning": {"train": {**_ADAMW, "learning_rate": 3e-4}},
     "mam": {
         "adapter": _PARALLEL,
-        "prefix": {"mlp": 800, "learning_rate": 5e-4},
+        "prefix": {"mlp": 800, "learning_rate": 1e-2},
         "train": {**_ADAMW, "learning_rate": 3e-4},
     },
 }
@@ -287,7 +302,7 @@ RECIPES: Mapping[str, Values] = {
 _RATES = {
     **dict.fromkeys(PROMPTS, 0.3),
     "p-tuning": 0.03,
-    "prefix": 5e-4,
+    "prefix": 1e-2,
     "lora": 4e-4,
     "ia3": 3e-3,
     "adapter": 3e-4,

@@ -11,6 +11,7 @@ from jaxprompt.methods.low_rank import LOW_RANK_PROMPT_TUNING
 from jaxprompt.methods.multitask import MULTITASK_PROMPT_TUNING
 from jaxprompt.methods.norm_tuning import norm_tuning
 from jaxprompt.methods.p_tuning import p_tuning
+from jaxprompt.methods.prefix import prefix
 from jaxprompt.methods.prompt import PROMPT_TUNING
 from jaxprompt.methods.residual import RESIDUAL_PROMPT_TUNING
 from jaxprompt.methods.superposition import SUPERPOSITION_PROMPT_TUNING
@@ -38,6 +39,8 @@ def _part(name: str, config: RunConfig) -> Method:
             return p_tuning(config.p_tuning)
         case "lora":
             return lora(config.lora)
+        case "prefix":
+            return prefix(config.prefix)
         case "ia3":
             return ia3(config.ia3)
         case "adapter":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
-from jaxprompt.models.injection import Injection, Params
+from jaxprompt.models.injection import Injection, Layers, Params
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.runtime.parallel import SINGLE, Place
 
@@ -116,6 +116,22 @@ class Model:
 
     def prepare(self, params: Params, injection: Injection) -> Injection:
         """The injection with what batches need of it, computed once however many rows use it."""
+        raise NotImplementedError
+
+    def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
+        """The prefixes that real words are: each attention's keys and values of them.
+
+        An encoder reads the words alone. A decoder reads them behind an encoder that has read them
+        too, and that encoder's keys and values are those of cross-attention. In a decoder-only
+        model the text that follows is answered as if the words were in front of it.
+
+        Args:
+            params: the frozen weights.
+            ids: of the words, as they are in a row.
+
+        Returns:
+            A ``Prefix`` of one member for every attention, at its place in ``Injection.layers``.
+        """
         raise NotImplementedError
 
     def logits(

@@ -158,7 +158,7 @@ def stacked(
     layer = nn.remat(layer, prevent_cse=runtime.unroll) if runtime.remat else layer
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "tuned": 1},
+        variable_axes={"params": 0, "tuned": 1, "keys_values": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,

@@ -4,6 +4,7 @@ A lone prompt is a population of one. Each prompt is trained exactly as if it we
 batches of its own seed, the gradient of its own mean and an optimizer that sees nothing else.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,19 +12,25 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.methods import PrefixConfig
 from jaxprompt.config.schema import PromptConfig, RunConfig, TaskConfig
 from jaxprompt.config.values import Values
-from jaxprompt.data.batches import Example
+from jaxprompt.data.batches import AnyArray, Example
 from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
 from jaxprompt.methods.init import Vocabulary, initial_prompt
 from jaxprompt.methods.library import Similar, similar_prompts
+from jaxprompt.methods.prefix import from_words
 from jaxprompt.methods.registry import method_of
+from jaxprompt.models.base import Model
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.injection import Layers, Params
+from jaxprompt.runtime import processes
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.training.progress import Progress
 from jaxprompt.training.step import TrainState
@@ -61,7 +68,27 @@ def init_trainables(
             seed=member.train.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
-    return method.init(backbone.params, start[None], member.prompt, member.train.seed)
+    trainables = method.init(backbone.params, start[None], member.prompt, member.train.seed)
+    if "prefix" not in member.parts or member.prefix.init != "text":
+        return trainables
+    words = _words_of_prefix(member.prefix, backbone, tokenizer)
+    if len(member.parts) == 1:
+        return from_words(trainables, words)
+    return {**trainables, "prefix": from_words(trainables["prefix"], words)}
+
+
+def _words_of_prefix(config: PrefixConfig, backbone: Backbone, tokenizer: Tokenizer) -> Layers:
+    """The prefixes of the text that prefixes start from, cut to their length or repeated."""
+    ids = tokenizer.encode(config.text or "")
+    if not ids:
+        raise UserError(f"prefix.text is {config.text!r}, which has no token; give some words.")
+    filled = np.resize(np.asarray(ids, np.int32), config.length)
+    return processes.fetch(_prefix_of_words(backbone.model, backbone.params, filled))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix_of_words(model: Model, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
+    return model.prefix_of_words(params, ids)
 
 
 def _nearest(config: PromptConfig) -> Similar:

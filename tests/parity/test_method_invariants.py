@@ -30,6 +30,7 @@ P, K = 4, 3
 LORA = {"rank": 2, "targets": "all"}
 # method -> settings; the prompt is P vectors where there is one
 CASES = {
+    "prefix-tuning": {"prefix": {"length": 3, "mlp": 5}},
     "lora": {"lora": LORA},
     "ia3": {},
     "prompt+lora": {"lora": LORA},

@@ -168,18 +168,17 @@ def expected(target_length):
 def _batch(form, target_length):
     """The batch of four examples, and where the targets of each are: its row and first column."""
     some = examples(4, target_length)
-    sizes = {"input_length": 16}
     if form == "padded":
-        return make_batch(some, target_length=target_length + 1, **sizes), [
+        return make_batch(some, target_length=target_length + 1, input_length=16), [
             (i, 0) for i in range(4)
         ]
     rows = [some[:2], some[2:3], some[3:]]
     at = [(0, 0), (0, target_length), (1, 0), (2, 0)]
     if form == "packed":
-        return pack_batch(rows, target_length=2 * target_length, **sizes), at
+        return pack_batch(rows, target_length=2 * target_length, input_length=16), at
     answers = [[some[0]], [some[1]], [some[2]], [], [some[3]], []]  # two rows for each row
-    inputs = pack_batch(rows, target_length=2 * target_length, **sizes)
-    targets = pack_batch(answers, target_length=target_length, **sizes)
+    inputs = pack_batch(rows, target_length=2 * target_length, input_length=16)
+    targets = pack_batch(answers, target_length=target_length, input_length=16)
     batch = targets._replace(inputs=inputs.inputs, segments=inputs.segments)
     return batch, [(0, 0), (1, 0), (2, 0), (4, 0)]
 

@@ -37,7 +37,7 @@ from jaxprompt.models.blocks import (
 from jaxprompt.models.blocks import variables as variables_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
-from jaxprompt.models.injection import Injection, KeyValues, Prefix, leaf_at
+from jaxprompt.models.injection import Injection, KeyValues, Layers, Prefix, leaf_at
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
 from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
@@ -123,9 +123,9 @@ class Attention(nn.Module):
             blocks.insert(0, KeyBlock(*prompt, context.prompt_mask))
         prefix = tuned(self, "prefix")
         if prefix is not None:
-            of_row = of_rows((prefix.key, prefix.value), member, len(x))
-            in_dtype = jax.tree.map(lambda leaf: leaf.astype(x.dtype), of_row)
-            blocks.insert(0, KeyBlock(*in_dtype, context.prefix_mask))
+            front = of_rows(prefix, member, len(x))
+            front_key, front_value = front.key.astype(x.dtype), front.value.astype(x.dtype)
+            blocks.insert(0, KeyBlock(front_key, front_value, context.prefix_mask))
         y = grouped_attention(query, blocks)
         change, runtime = tuned(self, "out"), self.model.runtime
         y = project("btnh,nhd->btd", y, self.out, change, member, runtime)
@@ -426,6 +426,13 @@ class DecoderModel(Model):
         past = PastKeyValues(injection.shared_prefix)
         _, key_values = self._apply(params, injection, text.ids, past, context, 0)
         return Prefill(text, key_values)
+
+    def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
+        rows = jnp.asarray(ids)[None]
+        plain = self.with_layout(shared_prefix_length=0)
+        key, value = plain.prefill(params, Injection(), rows, jnp.ones_like(rows)).key_values
+        prefix = Prefix(key.swapaxes(0, 1), value.swapaxes(0, 1))
+        return {"layers": {"attention": {"prefix": prefix}}}
 
     def score_tree(
         self,

@@ -5,6 +5,7 @@ package calls. The parameters are a plain pytree outside the module, layers stac
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ from jaxprompt.models.blocks import (
     stacked,
     tuned,
 )
-from jaxprompt.models.injection import Injection, Prefix, leaf_at
+from jaxprompt.models.injection import Injection, KeyValues, Layers, Prefix, leaf_at
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.dense import dense_mask
 from jaxprompt.models.ops.attention.mask import (
@@ -65,7 +66,9 @@ class Attention(nn.Module):
     def keys_values(
         self, x: Float[Array, "B S D"], member: Member
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        return self._project(x, "key", member), self._project(x, "value", member)
+        key, value = self._project(x, "key", member), self._project(x, "value", member)
+        self.sow("keys_values", "made", KeyValues(key, value))  # nothing, unless they are asked for
+        return key, value
 
     def _project(self, x: Float[Array, "B S D"], name: str, member: Member):
         runtime, change = self.model.runtime, tuned(self, name)
@@ -540,6 +543,26 @@ class T5Model(Model):
         ids = jnp.full((batch,), c.decoder_start_id, jnp.int32)
         return ids, DecodeCache(LayerCache(empty, empty, cross_key, cross_value), segments)
 
+    def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
+        rows, one = jnp.asarray(ids)[None], jnp.ones((1, len(ids)), jnp.int32)
+        rngs, nothing = {"dropout": jax.random.key(0)}, Injection()
+        apply = functools.partial(T5(self).apply, {"params": params}, rngs=rngs)
+        record = functools.partial(apply, mutable=["keys_values"])
+        hidden, of_encoder = record(nothing, rows, one, method="encode")
+        encoded = Encoded(hidden, one)
+        _, of_decoder = record(nothing, encoded, rows, one, None, None, method="decode")
+        names = "key", "value"
+        cross = KeyValues(*(self._cross_projection(params, nothing, hidden, x) for x in names))
+
+        def made(recorded: PyTree, path: tuple[str, ...]) -> Prefix:
+            [both] = recorded["keys_values"][path[0]][path[1]][path[2]]["made"]
+            return _prefix_of(both)
+
+        decoder = {"self_attention": {"prefix": made(of_decoder, _DECODER)}}
+        decoder["cross_attention"] = {"prefix": _prefix_of(cross)}
+        encoder = {"attention": {"prefix": made(of_encoder, _ENCODER)}}
+        return {"encoder": {"layers": encoder}, "decoder": {"layers": decoder}}
+
     def _cross_projection(
         self, params: Params, injection: Injection, hidden: Float[Array, "B S D"], name: str
     ) -> Float[Array, "L B S N H"]:
@@ -573,6 +596,11 @@ class T5Model(Model):
         inner = cache.layers
         keys, values = (jnp.take(x, rows, axis=1) for x in (inner.self_key, inner.self_value))
         return cache._replace(layers=inner._replace(self_key=keys, self_value=values))
+
+
+def _prefix_of(made: KeyValues) -> Prefix:
+    """The keys and values [L, 1, P, N, H] of one row as a prefix of one member."""
+    return Prefix(made.key.swapaxes(0, 1), made.value.swapaxes(0, 1))
 
 
 def init_params(config: T5Config, key: jax.Array) -> Params:

@@ -185,4 +185,6 @@ def attend_unprojected(
         y += low_rank_of_heads(attended, value_change.low_rank, member)
     if value_change is not None and value_change.scale is not None:
         y = scaled(y, value_change.scale, member)
-    return y if log_total is None else with_prefix(Part(y, log_total), given, prefix)
+    if prefix is None or log_total is None:
+        return y
+    return with_prefix(Part(y, log_total), given, prefix)

@@ -71,7 +71,7 @@ class PerExampleMask:
         mixed: bool = False,
     ) -> Part:
         """``attend``, to which attention to other keys can be added."""
-        y, log_total = self._attend(query, key, value, bias, None, mixed, with_log_total=True)
+        y, log_total = self._results(query, key, value, bias, None, mixed, True)
         return Part(y, log_total.reshape(query.shape[:3]))
 
     def attend_to_vectors(
@@ -96,26 +96,27 @@ class PerExampleMask:
     ) -> Part:
         """``attend_to_vectors``, to which attention to other keys can be added."""
         queries, one_head = _as_one_head(query, vectors)
-        y, log_total = self._attend(
-            queries, one_head, one_head, None, keep, mixed, with_log_total=True
-        )
+        y, log_total = self._results(queries, one_head, one_head, None, keep, mixed, True)
         return Part(y.reshape(query.shape), log_total.reshape(query.shape[:3]))
 
-    def _attend(self, query, key, value, bias, keep, mixed: bool, *, with_log_total: bool = False):
+    def _attend(self, query, key, value, bias, keep, mixed: bool) -> jax.Array:
+        return self._results(query, key, value, bias, keep, mixed, False)[0]
+
+    def _results(
+        self, query, key, value, bias, keep, mixed: bool, with_log_total: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """keep [B, S, M] multiplies weights by key. M is N, or M / N queries in turn are heads.
 
         Returns:
-            The result; with log totals, that and those, [R T, N].
+            The result, and log totals [R T, N], or nothing of them where they are not asked for.
         """
         flat = [x.reshape(-1, *query.shape[2:]) for x in (query, key, value)]
         mixed = mixed or query.dtype == jnp.bfloat16
         bias = None if bias is None else bias[0]
         keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
         form = _Form(mixed, query.shape[1], with_log_total)
-        results = _attend(form, *flat, bias, keep, self)
-        if with_log_total:
-            return results[0].reshape(query.shape), results[1]
-        return results.reshape(query.shape)
+        y, log_total = _attend(form, *flat, bias, keep, self)
+        return y.reshape(query.shape), log_total
 
 
 def _as_one_head(query: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +195,7 @@ class _Form:
 
 def _attend_each(form, query, key, value, bias, keep, mask):
     y, (*_, log_total) = _forward(form, query, key, value, bias, keep, mask)
-    return (y, log_total) if form.with_log_total else y
+    return y, log_total if form.with_log_total else None
 
 
 _attend = jax.custom_vjp(_attend_each, nondiff_argnums=(0,))
@@ -315,22 +316,17 @@ def _attend_forward(form, query, key, value, bias, keep, mask):
     query, key, value, bias, keep, mask = jax.tree.map(lambda x: x.value, primals)
     y, residuals = _forward(form, query, key, value, bias, keep, mask)
     like = jnp.zeros((0, *query.shape[1:]), query.dtype)
-    results = (y, residuals[-1]) if form.with_log_total else y
-    return results, (residuals, bias, keep, mask, like, learned)
+    log_total = residuals[-1] if form.with_log_total else None
+    return (y, log_total), (residuals, bias, keep, mask, like, learned)
 
 
-def _instantiated(cotangent):
-    is_zero = isinstance(cotangent, SymbolicZero)
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if is_zero else cotangent
-
-
-def _attend_backward(form, residuals, cotangent):
+def _attend_backward(form, residuals, cotangents):
     (*stored, log_total), bias, keep, mask, like, learned = residuals
-    of_log_total: jax.Array | None = None
-    if form.with_log_total:
-        cotangent, of_log_total = map(_instantiated, cotangent)
-    elif isinstance(cotangent, SymbolicZero):
+    cotangent, of_log_total = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    if cotangent is None and of_log_total is None:
         return None, None, None, None, None, None
+    if cotangent is None:
+        cotangent = jnp.zeros((len(stored[0]), *like.shape[1:]), like.dtype)
     cotangent = _stored(cotangent, form.mixed)
     heads, size = like.shape[1:]
     # in the loop, XLA would fuse a transposition with its product
