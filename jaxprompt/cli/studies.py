@@ -35,6 +35,13 @@ class Options(NamedTuple):
     adapted: Annotated[
         list[str] | None, typer.Option(help="NAME=STEPS of a backbone, for adaptation")
     ] = None
+    method: Annotated[
+        list[str] | None, typer.Option(help="of methods and dept; may be repeated; default all")
+    ] = None
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="of methods: few training rows; 16, 64 and 256; 0: none"),
+    ] = None
 
 
 def reproduce(
@@ -75,6 +82,10 @@ def reproduce(
         raise typer.Exit(1)
 
 
+# the backbone of a study that cannot have a built-in one
+DEFAULTS = {"dept": "t5-base=google-t5/t5-base"}
+
+
 def _plans(study: str, overrides: list[str], options: Options) -> list["StudyPlan"]:
     """The plan of a study; of "all" those of the studies that the options allow."""
     from jaxprompt.studies.catalogue import STUDIES
@@ -89,7 +100,7 @@ def _plans(study: str, overrides: list[str], options: Options) -> list["StudyPla
     for name in STUDIES if study == "all" else (study,):
         try:
             chosen = StudyOptions(
-                backbones=named(options.backbone or ["builtin"]),
+                backbones=named(options.backbone or [DEFAULTS.get(study, "builtin")]),
                 tasks=options.task or (),
                 seeds=options.seeds,
                 length=options.length,
@@ -97,6 +108,8 @@ def _plans(study: str, overrides: list[str], options: Options) -> list["StudyPla
                 settings=read_overrides(overrides),
                 span=options.span,
                 adapted={name: int(text) for name, text in steps.items()},
+                methods=options.method or (),
+                rows=None if options.rows is None else [n for n in options.rows if n],
             )
             plan = make_plan(name, chosen)
         except UserError as error:

@@ -7,7 +7,7 @@ figure shows a value, the direction alone is given.
 import itertools
 from functools import partial
 
-from jaxprompt.studies import summaries
+from jaxprompt.studies import dept, method_tables, methods, summaries
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Run, Settings
 from jaxprompt.studies.study import (
@@ -407,5 +407,28 @@ STUDIES = {
             Hypothesis(init, ">", "random directions", f"more than chance, from {init}")
             for init in INITS
         ),
+    ),
+    "methods": Study(
+        "Tuning methods side by side",
+        "Prompts train, store and forget the least, and are behind full fine-tuning on small"
+        " models; LoRA and adapters come close to it, and combinations come closer still.",
+        methods.variants,
+        methods.HYPOTHESES,
+        axis="trained parameters, or training rows",
+        summary=method_tables.summary,
+        tables=method_tables.tables,
+        notes=method_tables.notes,
+        measure=methods.measure_run,
+        source="What is usually said",
+    ),
+    "dept": Study(
+        "GLUE and SuperGLUE on T5-base (the table of DePT)",
+        "With 77,000 parameters DePT has 85.9 on GLUE and 76.5 on SuperGLUE, prompt tuning 84.8"
+        " and 60.0, LoRA 85.3 and 76.5, full fine-tuning 84.9 and 73.9 (arXiv 2309.05173).",
+        dept.variants,
+        tables=dept.tables,
+        notes=dept.notes,
+        measure=methods.measure_run,
+        needs="--backbone with a T5 of the hub, such as google-t5/t5-base",
     ),
 }

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+MARKERS = "os^D"  # of ten series each, which have ten colours
+MOST_TICKS = 8
+
+
 def draw(
     study: Study, groups: Mapping[str, Sequence[Variant]], records: Records, path: Path
 ) -> Path | None:
@@ -89,9 +93,13 @@ def _lines(axis: "Axes", variants: Sequence[Variant], records: Records) -> None:
         bars = [statistics.stdev(v) if len(v) > 1 else math.nan for _, v in points]
         axis.errorbar(
             [x for x, _ in points], [statistics.mean(v) for _, v in points], bars,
-            color=f"C{number}", marker="o", capsize=3, label=series,
+            color=f"C{number}", marker=MARKERS[number // 10 % len(MARKERS)], capsize=3,
+            label=series,
         )  # fmt: skip
     ticks = sorted({_place(variant, records) for variant in variants})
+    if len(ticks) > MOST_TICKS:
+        axis.set_xscale("log")
+        return
     axis.set_xscale("symlog", linthresh=min((t for t in ticks if t > 0), default=1))
     names = [f"{t / 1e6:.3g}M" if t >= 1e6 else f"{t:,.0f}" for t in ticks]
     axis.set_xticks(ticks, names)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.methods import parts_of
 from jaxprompt.config.names import RENAMED
 from jaxprompt.config.overrides import override_value, read_config, set_value
 from jaxprompt.config.paths import as_folder
@@ -25,6 +26,8 @@ class StudyOptions(NamedTuple):
     settings: Settings = {}
     span: str | None = None
     adapted: dict[str, int] = {}
+    methods: Sequence[str] = ()
+    rows: Sequence[int] | None = None
 
 
 def read_task(name: str) -> TaskConfig:
@@ -50,22 +53,35 @@ def named(texts: Sequence[str]) -> dict[str, str]:
 def read_overrides(overrides: Sequence[str]) -> Settings:
     """``key=value`` settings of runs as a flat mapping. Each is checked to be a setting of a run.
 
-    ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs.
+    ``prompt:key=value`` and ``full:key=value`` are settings of one method's runs, and so is
+    ``lora:key=value`` in the study of methods.
     """
     settings: Settings = {}
     runs: dict[str, Settings] = {"prompt": {}, "full": {}}
+    others: dict[str, Settings] = {}
     for override in overrides:
         key, _, text = override.partition("=")
         method, _, setting = key.rpartition(":")
-        if method not in ("", *runs):
-            raise UserError(f"Setting {override!r}: {method!r} is neither prompt nor full.")
+        if method not in ("", *runs) and not _is_method(method):
+            raise UserError(
+                f"Setting {override!r}: {method!r} is neither prompt nor full, and no method."
+            )
         for name in (method,) if method else runs:
-            set_value(runs[name], override.removeprefix(f"{method}:"))
+            values = runs[name] if name in runs else others.setdefault(name, {"method": name})
+            set_value(values, override.removeprefix(f"{method}:"))
         renamed = key.removesuffix(setting) + RENAMED.get(setting, setting)
         settings[renamed] = override_value(text, key)
-    for values in runs.values():
+    for values in (*runs.values(), *others.values()):
         parse(RunConfig, {"task": "any", "output": "any", **values})
     return settings
+
+
+def _is_method(name: str) -> bool:
+    try:
+        parts_of(name)
+    except UserError:
+        return False
+    return True
 
 
 def check_recipe(name: str) -> None:

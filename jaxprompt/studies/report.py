@@ -6,7 +6,6 @@ Everything in it comes from OUT/cells.jsonl and OUT/plans; nothing is run.
 import base64
 import html
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,22 +15,11 @@ from jaxprompt.config.validation import parse
 from jaxprompt.runtime.files import write_atomically
 from jaxprompt.runtime.json_file import read_json
 from jaxprompt.runtime.markdown import markdown_table, plain
-from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.figures import draw
 from jaxprompt.studies.runs import read_records
-from jaxprompt.studies.study import (
-    FULL,
-    Records,
-    Study,
-    StudyPlan,
-    Variant,
-    majority_of,
-    seeds_text,
-)
-
-Table = list[list[str]]
-NOTHING = "–"  # in a table: there is no value
+from jaxprompt.studies.study import Records, Study, StudyPlan, Table, Variant, seeds_text
+from jaxprompt.studies.tables import RECOVERY, RECOVERY_MEANS, table
 
 
 class Section(NamedTuple):
@@ -44,16 +32,8 @@ class Section(NamedTuple):
     figure: Path | None
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds as text."""
-    if not values:
-        return NOTHING
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
-
-
 def write_report(out: Path) -> Path:
-    """Write OUT/report.md, OUT/report.html and OUT/figures; the path of the HTML page."""
+    """Write OUT/report.md, .html and .json, and OUT/figures; the path of the HTML page."""
     files = [out / "plans" / f"{name}.json" for name in STUDIES]
     plans = [parse(StudyPlan, read_json(file)) for file in files if file.is_file()]
     if not plans:
@@ -64,6 +44,7 @@ def write_report(out: Path) -> Path:
     missing = [name for name in STUDIES if name not in {plan.study for plan in plans}]
     write_atomically(out / "report.md", to_markdown(sections, missing))
     write_atomically(out / "report.html", to_html(sections, missing))
+    write_atomically(out / "report.json", to_json(sections))
     return out / "report.html"
 
 
@@ -72,14 +53,17 @@ def section(plan: StudyPlan, records: Records, figures: Path) -> Section:
     study = STUDIES[plan.study]
     variants = study.variants(plan)
     runs = {run.key for variant in variants for run in variant.runs}
-    paragraphs = [f"Paper: {study.paper}", describe(plan)]
+    paragraphs = [f"{study.source}: {study.paper}", describe(plan), *study.notes(plan)]
     complete = len(runs & set(records))
     if complete < len(runs):
         paragraphs.append(f"Not complete: {complete} of {len(runs)} runs are there.")
     groups: dict[str, list[Variant]] = {}
     for variant in variants:
         groups.setdefault(variant.group, []).append(variant)
-    tables = [(group, table(inside, records)) for group, inside in groups.items()]
+    if study.tables is None:
+        tables = [(group, table(inside, records)) for group, inside in groups.items()]
+    else:
+        tables = study.tables(plan, records)
     if any(RECOVERY in lines[0] for _, lines in tables):
         paragraphs.append(RECOVERY_MEANS)
     figure = draw(study, groups, records, figures / f"{plan.study}.png")
@@ -111,61 +95,6 @@ def findings(study: Study, groups: dict[str, list[Variant]], records: Records) -
     return sentences
 
 
-RECOVERY = "recovery"
-RECOVERY_MEANS = (
-    "Recovery is (score - majority class) / (full fine-tuning - majority class): 0% is no better"
-    " than always answering the largest class, and 100% is as good as full fine-tuning."
-)
-
-
-def table(variants: list[Variant], records: Records) -> Table:
-    """A line for each variant, and columns for which there is something to show.
-
-    The columns: seeds, mean and spread of the score, trained parameters, recovery, the paper's
-    score and the difference from it.
-    """
-    columns = [("", [variant.label for variant in variants])]
-    values = [variant.values(records) for variant in variants]
-    columns.append(("seeds", [str(len(some)) for some in values]))
-    columns.append(("score", [mean_and_spread(some) for some in values]))
-    counts = [_trained_parameters(variant.complete(records)) for variant in variants]
-    if any(count not in ("0", NOTHING) for count in counts):
-        columns.append(("trained parameters", counts))
-    floor, room = majority_of(variants, records), 0.0
-    full = next((some for v, some in zip(variants, values, strict=True) if v.label == FULL), [])
-    if full and floor is not None:
-        room = statistics.mean(full) - floor
-    if room > 0.01 and floor is not None:
-        shares = [f"{(statistics.mean(v) - floor) / room:.0%}" if v else NOTHING for v in values]
-        columns.append((RECOVERY, shares))
-    if any(variant.paper is not None for variant in variants):
-        columns += _paper_columns(variants, values)
-    lines = [list(line) for line in zip(*([head, *cells] for head, cells in columns), strict=True)]
-    if room > 0.01:
-        lines.append(["majority class", "", f"{floor:.3f}"] + [""] * (len(columns) - 3))
-    return lines
-
-
-def _trained_parameters(records: list[Record]) -> str:
-    """How many numbers were trained, as text."""
-    count = next((record.get("trainable_parameters") for record in records), None)
-    return f"{count:,}" if count else "0" if records else NOTHING
-
-
-def _paper_columns(
-    variants: list[Variant], values: list[list[float]]
-) -> list[tuple[str, list[str]]]:
-    """The paper's scores, and how far ours are from them."""
-    papers, differences = [], []
-    for variant, some in zip(variants, values, strict=True):
-        papers.append(NOTHING if variant.paper is None else f"{variant.paper:.3f}")
-        if variant.paper is None or not some:
-            differences.append(NOTHING)
-        else:
-            differences.append(f"{statistics.mean(some) - variant.paper:+.3f}")
-    return [("paper", papers), ("difference", differences)]
-
-
 def to_markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
     """The report as Markdown; figures are beside it."""
     parts = ["# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced\n"]
@@ -182,6 +111,19 @@ def to_markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.\n")
     return "\n".join(parts)
+
+
+def to_json(sections: Sequence[Section]) -> str:
+    """The tables and findings as JSON; ``cells.jsonl`` has all figures of all runs."""
+    values = [
+        {
+            "title": part.title,
+            "tables": {caption: lines for caption, lines in part.tables},
+            "findings": part.findings,
+        }
+        for part in sections
+    ]
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;

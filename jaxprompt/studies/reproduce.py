@@ -8,7 +8,9 @@ from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.runtime.lock import LOCK
+from jaxprompt.studies import dept
 from jaxprompt.studies.catalogue import STUDIES
+from jaxprompt.studies.methods import FEW_ROWS, check_methods
 from jaxprompt.studies.options import StudyOptions, check_recipe, read_task
 from jaxprompt.studies.report import save_plan, write_report
 from jaxprompt.studies.runs import Suite, run_suite
@@ -20,11 +22,14 @@ SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}
 # the paper's tasks; on built-in backbones, which know little, a built-in one
 TASKS = {
     "transfer": ("qqp", "mrpc"),
+    "methods": ("supersense", "spam"),
+    "dept": tuple(dept.TASKS),
     "shift": ("squad", *(f"mrqa_{name}" for name in (
         "textbook_qa", "bio_asq", "race", "relation_extraction", "duo_rc", "drop"))),
 }  # fmt: skip
 
 
+COMPARING = ("methods", "dept")
 MOST_SEEDS = 1000  # runs of each variant of a study
 
 
@@ -44,6 +49,8 @@ def make_plan(study: str, options: StudyOptions) -> StudyPlan:
     check_recipe(recipe)
     first = next(iter(paths))
     tasks = options.tasks or (("supersense",) if small else TASKS.get(study, SUPERGLUE))
+    if study == "dept" and small:
+        raise UserError(f"The study 'dept' needs {STUDIES[study].needs}.")
     plan = StudyPlan(
         study=study,
         backbones=options.backbones,
@@ -54,7 +61,11 @@ def make_plan(study: str, options: StudyOptions) -> StudyPlan:
         settings=dict(options.settings),
         span=options.span or SPANS.get(first),
         adapted=options.adapted,
+        methods=list(options.methods),
+        rows=list(FEW_ROWS if options.rows is None else options.rows) if study == "methods" else [],
     )
+    if study == "dept":
+        plan.tasks = {name: dept.in_table(task) for name, task in plan.tasks.items()}
     _check_plan(plan)
     if study == "objective":
         if plan.span is None:
@@ -80,6 +91,14 @@ def _check_plan(plan: StudyPlan) -> None:
         raise UserError(f"--adapted names {unknown[0]!r}; among --backbone are {names}.")
     if plan.study in ("transfer", "shift"):
         other_tasks(plan)
+    if plan.methods and plan.study not in COMPARING:
+        raise UserError(
+            f"The study {plan.study!r} compares no methods of choice; leave out --method."
+        )
+    check_methods(plan.methods)
+    few = [rows for rows in plan.rows if rows < 1]
+    if few:
+        raise UserError(f"--rows is {few[0]}; give a number of training rows, 1 or more.")
 
 
 def other_tasks(plan: StudyPlan) -> dict[str, Sequence[TaskConfig]]:
@@ -136,6 +155,7 @@ def reproduce(plan: StudyPlan, out: Path, say: Callable[[str], None]) -> tuple[P
     keep = frozenset(run.key for run in runs if run.method == "prompt" and needs_prompts)
     suite = Suite(
         out, plan.backbones, plan.tasks, plan.recipe, also_eval_on=also_eval_on, keep=keep, say=say,
+        measure=STUDIES[plan.study].measure,
         illegal_rows=min(300, plan.settings.get("train.max_eval_examples") or 300),
     )  # fmt: skip
     save_plan(out, plan)

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 
@@ -119,10 +119,15 @@ class Suite(NamedTuple):
     also_eval_on: Mapping[str, Sequence[TaskConfig]] = {}  # task -> other tasks to evaluate on
     keep: frozenset[Key] = frozenset()  # runs whose prompts are needed later
     say: Callable[[str], None] = lambda text: None
+    # how runs of the study are measured; None: as prompts, models, ensembles and baselines are
+    measure: "Measure | None" = None
 
     def folder(self, run: Run) -> Path:
         """The run directory."""
         return self.out / "runs" / run.name
+
+
+Measure: TypeAlias = Callable[[Run, Suite, Backbone], Record]
 
 
 def read_records(out: Path) -> dict[Key, Record]:
@@ -200,6 +205,10 @@ def _measure(run: Run, suite: Suite, backbones: "_Backbones") -> Record:
     record: Record = dict(zip(KEY, run, strict=False))
     record |= {"recipe": suite.recipe, "metric": task.metrics[0]}
     record |= {"parameters": quantization.count(backbone.params)}
+    if suite.measure is not None:
+        record |= suite.measure(run, suite, backbone) | {"fingerprint": backbone.fingerprint}
+        record["wall_seconds"] = round(time.monotonic() - start, 3)
+        return record | {"settings": run.settings}
     if run.method == "ensemble":
         record |= _ensemble(run, suite, task, backbone)
         return record | {"settings": run.settings}
@@ -245,7 +254,7 @@ def _train(run: Run, suite: Suite, task: TaskConfig, backbone: Backbone) -> tupl
     if (folder / "config.yaml").is_file() and not any(folder.glob("checkpoints/*")):
         clear_run(folder)  # of a record that was lost: run it again
     config = run_config(run, suite.recipe, task, suite.backbones[run.backbone], folder)
-    result = train(config, _Warnings(suite.say))
+    result = train(config, PassWarnings(suite.say))
     keys = ("untuned", "steps", "seconds", "best_step", "trainable_parameters")
     test = result.get("test", {}).get(task.metrics[0])
     scores = {"validation": result["value"], "test": test} | {key: result[key] for key in keys}
@@ -268,7 +277,7 @@ def _train(run: Run, suite: Suite, task: TaskConfig, backbone: Backbone) -> tupl
     return scores, session
 
 
-class _Warnings(NullReporter):
+class PassWarnings(NullReporter):
     """Passes on a run's warnings, and nothing else."""
 
     def __init__(self, say: Callable[[str], None]) -> None:

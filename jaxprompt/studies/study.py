@@ -6,16 +6,17 @@ results. So the report knows which runs were asked for and are missing.
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Value
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.runs import Key, Run, Settings, of_method
+from jaxprompt.studies.runs import Key, Measure, Run, Settings, of_method
 
 Records = Mapping[Key, Record]
+Table: TypeAlias = list[list[str]]  # the first line is the head
 
 
 class StudyPlan(BaseModel):
@@ -30,6 +31,8 @@ class StudyPlan(BaseModel):
     settings: Settings = {}  # of runs, over those of the recipe
     span: str | None = None  # the backbone before its LM adaptation
     adapted: dict[str, int] = {}  # names among the backbones -> steps of LM adaptation
+    methods: list[str] = []  # that are compared; none: those of the study
+    rows: list[int] = []  # training rows of few-shot runs
 
     def run(
         self,
@@ -143,6 +146,12 @@ class Study(NamedTuple):
     axis: str = ""
     needs: str | None = None  # an option that the study cannot do without
     summary: Callable[[StudyPlan, Records], list[str]] = lambda plan, records: []
+    # of studies whose tables are not those of their groups
+    tables: Callable[[StudyPlan, Records], list[tuple[str, Table]]] | None = None
+    notes: Callable[[StudyPlan], list[str]] = lambda plan: []
+    # how its runs are measured, see ``Suite``
+    measure: Measure | None = None
+    source: str = "Paper"  # what ``paper`` is the record of
 
 
 FULL = "full fine-tuning"

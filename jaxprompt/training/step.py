@@ -121,6 +121,17 @@ class TrainStep:
             sums = self._accumulate(sums, state.trainables, params, batch)
         return self._apply_gradients(state, sums)
 
+    def lower(
+        self, state: TrainState, params: registry.Params, batches: Sequence[Batch]
+    ) -> jax.stages.Lowered:
+        """The program that holds most in a step: the whole, or the gradient of a micro-batch."""
+        if self._frozen:
+            params = self._as_bits(params)
+        if len(batches) == 1:
+            return self._single_step.lower(state, params, batches[0])
+        sums = self._zero_grads(state.trainables)
+        return self._accumulate.lower(sums, state.trainables, params, batches[0])
+
     def _as_bits(self, params: registry.Params) -> registry.Params:
         if self._params is not params:
             self._params, self._frozen_params = params, quantization.view_as_uint16(params)

@@ -1,4 +1,4 @@
-"""Speed and memory of prompt tuning a T5 1.1, here and in PEFT: the same weights, rows and batches.
+"""Speed and memory of tuning a T5 1.1, here and in PEFT: the same weights, rows and batches.
 
     python scripts/bench/peft/bench_peft.py --out runs/bench --python ../peft-env/bin/python
 
@@ -10,6 +10,10 @@ the batches from the same start, AdamW included; all jobs take turns in every ro
 until others leave the machine idle. A job that was disturbed is repeated, and the try that others
 disturbed least is kept, whatever its time. Nothing is timed where the first losses differ.
 
+--method lora compares LoRA (rank 8, query and value) instead of prompt tuning. It adds a population
+of 8 LoRAs against 8 lone runs, and answers of batches in which rows have 8 different LoRAs against
+8 batches of one LoRA each. Weights are the same; the first factors are drawn on each side.
+
 --gpu compares what both sides do on one: bfloat16, autocast and torch.compile there, bfloat16 and
 mixed here, with and without flash kernels, and as many positions at a time as fit; without a GPU it
 runs on the CPU, to test it, but for the kernels: leave them out with --only '^(?!.*flash)'.
@@ -19,6 +23,7 @@ least and the largest. OUT/bench.json has everything, OUT/ratios.png the figure.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,6 +37,7 @@ import numpy as np
 from bench_report import draw, tables
 from bench_tools import (
     DROPOUT,
+    MEMBERS,
     Gate,
     Row,
     Worker,
@@ -58,14 +64,45 @@ MEMORY_STEPS = 3
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
     """All jobs that --stages, --batch-size and --only leave."""
+    found = lora_jobs(options) if options.method == "lora" else prompt_jobs(options)
+    return [job for job in found if re.search(options.only, job["name"])]
 
-    def job(side, kind, name, dtype, size, **other) -> Job:
-        own = side == "ours"
-        plain = {"attention": None, "dropout": 0.0, "micro": own, "sorted": own, "compiled": False}
-        full = f"{side} {name} {'answers' if kind == 'answer' else f'B{size}'}"
-        return plain | {"name": full, "side": side, "kind": kind, "dtype": dtype,
-                        "batch_size": size, **other}  # fmt: skip
 
+def job(side: str, kind: str, name: str, dtype: str, size: int, **other: Any) -> Job:
+    """members: trained in one step, or answering in turn. apart: in batches of one member each."""
+    own = side == "ours"
+    plain = {"attention": None, "dropout": 0.0, "micro": own, "sorted": own, "compiled": False,
+             "members": 1, "apart": False}  # fmt: skip
+    full = f"{side} {name} {'answers' if kind == 'answer' else f'B{size}'}"
+    return plain | {"name": full, "side": side, "kind": kind, "dtype": dtype,
+                    "batch_size": size, **other}  # fmt: skip
+
+
+def lora_jobs(options: argparse.Namespace) -> list[Job]:
+    """A step, a population, and answers of several LoRAs; on a GPU in lower precision alone."""
+    pairs = [("bfloat16", "bfloat16"), ("autocast", "mixed")]
+    pairs = pairs if options.gpu else [("float32", "float32"), *reversed(pairs)]
+    found = []
+    for size in options.batch_size if "train" in options.stages else ():
+        for theirs, ours in pairs:
+            eager = {"attention": "eager"} if theirs == "bfloat16" and not options.gpu else {}
+            found.append(job("PEFT", "train", theirs, theirs, size, **eager))
+            found.append(job("PEFT", "train", f"{theirs} micro", theirs, size, micro=True, **eager))
+            if ours != "bfloat16" or options.gpu:
+                several = {"members": MEMBERS}
+                found.append(job("ours", "train", ours, ours, size))
+                found.append(job("ours", "train", f"{MEMBERS} {ours}", ours, size, **several))
+    if "answer" in options.stages:
+        for theirs, ours in pairs if options.gpu else pairs[:1]:
+            for side, dtype in (("PEFT", theirs), ("ours", ours)):
+                for name, apart in ((f"{MEMBERS} mixed", False), (f"{MEMBERS} apart", True)):
+                    several = {"members": MEMBERS, "apart": apart, "sorted": False}
+                    found.append(job(side, "answer", f"{name} {dtype}", dtype, 32, **several))
+    return found
+
+
+def prompt_jobs(options: argparse.Namespace) -> list[Job]:
+    """A step and answers of one prompt."""
     found = []
     for size in options.batch_size if "train" in options.stages and options.gpu else ():
         found += [
@@ -110,7 +147,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             job("PEFT", "answer", "autocast", "autocast", 32),
             job("PEFT", "answer", "bfloat16", "bfloat16", 32, attention="eager"),
         ]
-    return [job for job in found if re.search(options.only, job["name"])]
+    return found
 
 
 def write_problem(options: argparse.Namespace) -> dict[str, Any]:
@@ -144,6 +181,7 @@ def write_problem(options: argparse.Namespace) -> dict[str, Any]:
         "splits": splits,
         "questions": draw_rows(rng, options.questions, longest=longest),
         "learning_rate": options.learning_rate,
+        "method": options.method,
     }
     write_atomically(options.out / "problem.json", json.dumps(problem))
     return problem
@@ -220,15 +258,24 @@ def memory(options: argparse.Namespace, jobs: list[Job]) -> list[dict[str, Any]]
 
 
 def compare(jobs: list[Job], rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Ratios of every pair of ours and PEFT's that does the same work."""
-    total = lambda job: [sum(found["seconds"]) for found in rounds[job["name"]]]
+    """Ratios of every pair of ours and PEFT's that does the same work.
+
+    A population is compared with as many lone runs of either side, and answers of mixed batches of
+    ours also with ours apart.
+    """
+    total = lambda job: np.array([sum(found["seconds"]) for found in rounds[job["name"]]])
     same = ("kind", "batch_size", "dropout")
-    return [
-        {"ours": ours["name"], "peft": peer["name"], **ratios(total(peer), total(ours))}
-        for ours in jobs if ours["side"] == "ours"
-        for peer in jobs if peer["side"] == "PEFT"
-        if all(ours[key] == peer[key] for key in same)
-    ]  # fmt: skip
+    found = []
+    for ours, peer in itertools.product(jobs, jobs):
+        if ours["side"] != "ours" or any(ours[key] != peer[key] for key in same):
+            continue
+        times = ours["members"] // peer["members"]
+        itself = times > 1 or (not ours["apart"] and peer["apart"])
+        if peer["side"] == "PEFT" or (itself and ours["dtype"] == peer["dtype"]):
+            name = f"{times} x {peer['name']}" if times > 1 else peer["name"]
+            pair = ratios((times * total(peer)).tolist(), total(ours).tolist())
+            found.append({"ours": ours["name"], "peft": name, **pair})
+    return found
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -278,7 +325,8 @@ def main() -> None:
     add = parser.add_argument
     add("--size", choices=("small", "base", "large", "xl"), default="small")
     add("--gpu", action="store_true", help="jobs and defaults for a GPU")
-    add("--prompt", type=int, default=100, help="vectors of the prompt")
+    add("--method", choices=("prompt", "lora"), default="prompt")
+    add("--prompt", type=int, help="vectors of the prompt; 100, of LoRA 0")
     add("--batch-size", nargs="+", type=int, help="32 8, on a GPU 32 128 256")
     add("--batches", type=int, default=4, help="of each size")
     add("--positions", type=int, help="of a micro-batch, prompt included; 1280, on a GPU 32768")
@@ -295,6 +343,8 @@ def main() -> None:
     add("--tries", type=int, default=3, help="of a job that others have disturbed")
     add("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.prompt is None or options.method == "lora":
+        options.prompt = 0 if options.method == "lora" else 100
     options.batch_size = options.batch_size or ([32, 128, 256] if options.gpu else [32, 8])
     options.positions = options.positions or max_positions(cpu=not options.gpu)
     with comparing(options):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench_tools import RANK
 from matplotlib.figure import Figure
 
 from jaxprompt.runtime.markdown import markdown_table
@@ -45,7 +46,7 @@ def about(result: Result) -> str:
     others = [found["others"] for rounds in result["rounds"].values() for found in rounds]
     disturbed = sum(used > settings["idle"] for used in others)
     return (
-        f"T5 1.1 {settings['size']}, random; P = {settings['prompt']}; {settings['batches']} "
+        f"T5 1.1 {settings['size']}, random; {_method(settings)}; {settings['batches']} "
         f"batches of each size from BoolQ's lengths cut to {512 - settings['prompt']} (padded to "
         f"their longest row, {batches}); targets of 2 or 3 tokens; AdamW; {settings['rounds']} "
         f"rounds; seed {settings['seed']}. "
@@ -56,6 +57,12 @@ def about(result: Result) -> str:
         f"Others used more than {settings['idle']:g} cores during {disturbed} of {len(others)} "
         "measurements."
     )
+
+
+def _method(settings: Result) -> str:
+    if settings.get("method", "prompt") == "lora":
+        return f"LoRA of rank {RANK} at queries and values"
+    return f"P = {settings['prompt']}"
 
 
 def times(result: Result) -> list[list[str]]:

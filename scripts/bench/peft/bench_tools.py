@@ -37,6 +37,8 @@ WORDS = 32_000  # ids from 3 on that are words of T5's vocabulary
 EOS = 1
 LABELS = {"yes": [4273, EOS], "no": [150, 5, EOS]}  # 2 and 3 tokens
 DROPOUT = 0.1
+RANK = 8  # of LoRA, at the queries and values of all attention; alpha is as large
+MEMBERS = 8  # LoRAs of a population, and of a mixed batch of answers
 # what changes times from outside
 SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_", "OMP_", "MKL_", "KMP_", "XLA_", "JAX_")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -53,6 +55,7 @@ class Start(NamedTuple):
     splits: dict[str, list[list[list[int]]]]  # of each batch: the rows of each micro-batch
     questions: list[Row]
     learning_rate: float
+    method: str = "prompt"  # or lora: rank 8 at query and value
 
     @classmethod
     def read(cls, path: str) -> "Start":

@@ -2,9 +2,10 @@
 
     PYTHON_WITH_PEFT scripts/bench/peft/peft_worker.py PROBLEM.json
 
-As PEFT's users have it: PromptTuningConfig on AutoModelForSeq2SeqLM, rows padded to the longest of
-the batch, torch.optim.AdamW on what requires a gradient, gradients clipped to norm 1, answers by
-``generate``. Without dropout the model is in evaluation mode, whose training step is the same.
+As PEFT's users have it: PromptTuningConfig or LoraConfig on AutoModelForSeq2SeqLM, rows padded to
+the longest of the batch, torch.optim.AdamW on what requires a gradient, gradients clipped to norm
+1, answers by ``generate``. Without dropout the model is in evaluation mode, whose training step is
+the same.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ try:
     import peft
     import torch
     import transformers
-    from bench_tools import DROPOUT, LABELS, Start, padded, resident, serve
+    from bench_tools import DROPOUT, LABELS, MEMBERS, RANK, Start, padded, resident, serve
 except ImportError as error:
     print(json.dumps({"missing": error.name}), flush=True)
     sys.exit(2)
@@ -62,6 +63,21 @@ def versions() -> dict[str, Any]:
     return {"versions": found, "threads": torch.get_num_threads()}
 
 
+def tuned(base: Any, given: Start) -> Any:
+    """The model with a prompt, or with LoRAs of which the one named "default" is trained."""
+    if given.method == "lora":
+        config = peft.LoraConfig(
+            task_type="SEQ_2_SEQ_LM", r=RANK, lora_alpha=RANK, target_modules=["q", "v"],
+            lora_dropout=0.0,
+        )  # fmt: skip
+        model = peft.get_peft_model(base, config)
+        for number in range(1, MEMBERS):
+            model.add_adapter(f"lora{number}", config)
+        return model
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(given.start))
+    return peft.get_peft_model(base, config)
+
+
 class Peer:
     """Runs jobs; a loaded model is kept for all that share its dtype and attention."""
 
@@ -92,11 +108,15 @@ class Peer:
             tied = base.lm_head.weight.data_ptr() == base.shared.weight.data_ptr()
             if tied or base.config.scale_decoder_outputs:
                 raise RuntimeError("T5 1.1 has a head of its own and scales no output")
-            config = peft.PromptTuningConfig(
-                task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(given.start)
-            )
-            self.models[key] = peft.get_peft_model(base, config).to(DEVICE)
+            self.models[key] = tuned(base, given).to(DEVICE)
         model = self.models[key]
+        if given.method == "lora":
+            model.set_adapter("default")
+            with torch.no_grad():  # the product is 0 again
+                for name, weight in model.named_parameters():
+                    if "lora_B" in name:
+                        weight.zero_()
+            return model
         prompt = model.prompt_encoder["default"].embedding.weight
         with torch.no_grad():  # it has twice as many rows; the second half is never looked at
             prompt[: len(given.start)] = model.word_embeddings.weight[given.start]
@@ -148,6 +168,8 @@ class Peer:
         model, questions = self.model(job), self.start().questions
         model.eval()
         order = list(range(len(questions)))
+        if job["members"] > 1:
+            return self._answer_in_turn(job, model, questions)
         began = time.perf_counter()
         if job["sorted"]:
             order.sort(key=lambda i: -len(questions[i]["inputs"]))
@@ -162,6 +184,31 @@ class Peer:
                 )  # fmt: skip
             for number, ids in zip(numbers, written.tolist(), strict=True):
                 answers[number] = ids
+        return {"seconds": [time.perf_counter() - began], "answers": answers}
+
+    def _answer_in_turn(self, job: Job, model: Any, questions: Any) -> dict[str, Any]:
+        """Question i by LoRA i modulo their number: in the same batches, or apart."""
+        names = ["default", *(f"lora{number}" for number in range(1, job["members"]))]
+        turns = [names[i % len(names)] for i in range(len(questions))]
+        longest, size = max(map(len, LABELS.values())), job["batch_size"]
+        answers: list[Any] = [None] * len(questions)
+        began = time.perf_counter()
+        for first in range(0, len(questions), size):
+            batch = list(range(first, min(first + size, len(questions))))
+            parts = [batch]
+            if job["apart"]:
+                parts = [[i for i in batch if turns[i] == name] for name in names]
+            for name, numbers in zip(names, parts, strict=False):
+                chosen = {} if job["apart"] else {"adapter_names": [turns[i] for i in numbers]}
+                if job["apart"]:
+                    model.set_adapter(name)
+                with self.autocast(job), torch.no_grad():
+                    written = model.generate(
+                        **inputs_of([questions[i] for i in numbers]), **chosen,
+                        max_new_tokens=longest, do_sample=False,
+                    )  # fmt: skip
+                for number, ids in zip(numbers, written.tolist(), strict=True):
+                    answers[number] = ids
         return {"seconds": [time.perf_counter() - began], "answers": answers}
 
     def peak(self) -> dict[str, int]:
