@@ -6,14 +6,13 @@ machine does falls on all of them alike. Nothing is trained: times do not depend
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.methods import parts_of
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.data.batches import Batch, Example, with_member
 from jaxprompt.data.examples import tokenize
@@ -32,7 +31,7 @@ from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.models.injection import Injection
 from jaxprompt.runtime import parallel
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.method_runs import method_config, reason_against
+from jaxprompt.studies.method_runs import MODEL_TUNING, method_config, reason_against
 from jaxprompt.studies.runs import Run, Suite
 from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.population import init_trainables
@@ -89,9 +88,11 @@ class MethodStep:
         )
 
     def bytes(self) -> dict[str, int]:
-        """Bytes of a device in a step, as XLA's compiler counts them."""
-        analysis = self.step.lower(self.state, self.params, self.batches).compile()
-        found = analysis.memory_analysis()
+        """Bytes of a device in a step, as XLA's compiler counts them; empty where it does not."""
+        compiled = self.step.lower(self.state, self.params, self.batches).compile()
+        found = compiled.memory_analysis()
+        if found is None:
+            return {}
         state = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         sizes = {"state": state, "temporaries": found.temp_size_in_bytes}
         sizes["arguments"] = found.argument_size_in_bytes
@@ -136,7 +137,7 @@ def measure_costs(run: Run, suite: Suite, backbone: Backbone) -> Record:
         whole,
         words.for_table(whole.config.vocab_size),
         task,
-        load_rows(task, "train")[: settings["batch_size"]],
+        load_rows(task, "train", settings["batch_size"]),
         load_rows(task, "validation", settings["members"]),
     )
     configs: dict[str, RunConfig] = {}
@@ -167,9 +168,12 @@ def measure_costs(run: Run, suite: Suite, backbone: Backbone) -> Record:
     return record | {"members": len(place.questions), "batch_rows": len(place.training)}
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def in_turns(
-    work: Mapping[str, Callable[[], None]], rounds: int, least: int = 1
-) -> dict[str, list[float]]:
+    work: Mapping[Name, Callable[[], None]], rounds: int, least: int = 1
+) -> dict[Name, list[float]]:
     """The seconds of each work in each round, after a first time that does not count.
 
     Each round begins with another one. A time is the least of ``least`` in a row.
@@ -177,7 +181,7 @@ def in_turns(
     for do in work.values():
         do()
     names = list(work)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         shift = number % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
@@ -212,10 +216,11 @@ def answer_seconds(
         mixed[EVERYTHING] = _mixed(
             place, [injections[n] for n in names], [lengths[n] for n in names]
         )
-    give = lambda some: {name: each.give for name, each in some.items()}
+    kinds = {"alone_seconds": alone, "mixed_seconds": mixed}
+    work = {(kind, name): some[name].give for kind, some in kinds.items() for name in some}
+    seconds = in_turns(work, rounds, least=3)
     return {
-        "alone_seconds": in_turns(give(alone), rounds, least=3),
-        "mixed_seconds": in_turns(give(mixed), rounds, least=3),
+        **{kind: {name: seconds[kind, name] for name in some} for kind, some in kinds.items()},
         "mixed_methods": together,
         "not_mixed": left_out,
     }
@@ -232,7 +237,7 @@ def _mixed(place: Workplace, injections: Sequence[Injection], lengths: Sequence[
     vocabulary = place.backbone.config.vocab_size
     examples = [
         with_member(
-            place.examples(place.questions[k : k + 1], length, targets=False)[0],
+            place.examples([place.questions[k]], length, targets=False)[0],
             k,
             vocabulary,
             engine.prompt_length,
@@ -264,4 +269,4 @@ def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> tuple[flo
 
 def is_frozen(method: str) -> bool:
     """Whether a method leaves the backbone as it is."""
-    return "model" not in parts_of(method)
+    return method != MODEL_TUNING

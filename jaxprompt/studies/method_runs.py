@@ -55,10 +55,11 @@ class Sweep(NamedTuple):
 
 def method_config(run: Run, suite: Suite, backbone: Backbone, output: Path) -> RunConfig:
     """The config of a run before its population: the usual recipe, and the run's settings."""
-    settings = {key: value for key, value in run.settings.items() if "." in key}
+    settings: Settings = {key: value for key, value in run.settings.items() if "." in key}
     if run.method == "p-tuning-v2" and registry.one_sequence(backbone.config):
         settings = {"prefix.places": ["decoder"]} | settings  # there is no encoder
-    every = max(1, min(settings["train.steps"] // 4, 1000))
+    steps: int = settings["train.steps"]
+    every = max(1, min(steps // 4, 1000))
     task, path = suite.tasks[run.task], suite.backbones[run.backbone]
     values: Values = {"backbone": path, "task": task.model_dump(), "method": run.method}
     values["output"] = str(output)
@@ -98,8 +99,8 @@ def measure(run: Run, suite: Suite, backbone: Backbone) -> Record:
     """The record of one seed of a method: scores, sizes, and what it has forgotten."""
     sweep, task, seed = Sweep.of(run.settings), suite.tasks[run.task], run.seed or 0
     # rows are drawn by the seed; seeds that learn from the same rows share a run
-    folder = suite.folder(run if sweep.rows else run._replace(seed=None))
-    config = method_config(run, suite, backbone, folder)
+    shared = run if sweep.rows else run._replace(seed=None)
+    config = method_config(shared, suite, backbone, suite.folder(shared))
     reason = reason_against(config, backbone)
     if reason is not None:
         return {"skipped": reason, "steps": 0}

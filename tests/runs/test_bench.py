@@ -151,7 +151,8 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
     bench, report = script("bench_peft"), script("bench_report")
     parser_defaults = {"size": "small", "prompt": 100, "batches": 2, "rounds": 2, "seed": 0,
                        "questions": 4, "batch_size": [8], "only": "", "huge_pages": ["ours"],
-                       "stages": ["train", "answer"], "idle": 0.05, "gpu": False}  # fmt: skip
+                       "stages": ["train", "answer"], "idle": 0.05, "gpu": False,
+                       "method": "prompt"}  # fmt: skip
     options = bench.argparse.Namespace(**parser_defaults)
     jobs = bench.make_jobs(options)
     assert len({job["name"] for job in jobs}) == len(jobs)
@@ -181,6 +182,32 @@ def test_each_job_of_ours_is_compared_with_what_does_the_same_work(script, tmp_p
     assert "| ours mixed B8 | 3 | 1 | 2 |" in text
     report.draw(result, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+def test_a_population_is_compared_with_lone_runs_and_a_mixed_batch_with_separate_ones(script):
+    bench = script("bench_peft")
+    options = bench.argparse.Namespace(
+        method="lora", gpu=False, only="", stages=["train", "answer"], batch_size=[32]
+    )
+    jobs = bench.make_jobs(options)
+    assert len({job["name"] for job in jobs}) == len(jobs)
+    seconds = lambda job: 4.0 if job["members"] > 1 and not job["apart"] else 2.0
+    rounds = {job["name"]: [{"seconds": [seconds(job)]}] for job in jobs}
+    pairs = {(p["ours"], p["peft"]): p["median"] for p in bench.compare(jobs, rounds)}
+    assert pairs["ours float32 B32", "PEFT float32 B32"] == 1.0
+    # 8 lone runs of 2 s against one run of 4 s
+    assert pairs["ours 8 float32 B32", "8 x ours float32 B32"] == 4.0
+    assert pairs["ours 8 float32 B32", "8 x PEFT float32 B32"] == 4.0
+    assert pairs["ours 8 mixed float32 answers", "ours 8 apart float32 answers"] == 0.5
+    assert pairs["ours 8 mixed float32 answers", "PEFT 8 mixed float32 answers"] == 1.0
+    assert ("ours 8 mixed B32", "8 x ours float32 B32") not in pairs  # another precision
+
+
+def test_members_apart_answer_the_same_questions_as_in_mixed_batches(script):
+    ours = script("bench_ours")
+    job = {"batch_size": 4, "members": 2}
+    parts = ours.Ours._parts(None, job, [*"abcdef"])
+    assert parts == [(0, ["a", "c"]), (1, ["b", "d"]), (0, ["e"]), (1, ["f"])]
 
 
 def test_our_step_gets_micro_batches(script):

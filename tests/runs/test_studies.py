@@ -11,9 +11,19 @@ from typer.testing import CliRunner
 from jaxprompt.cli import app
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.validation import parse
 from jaxprompt.inference.predict import Predictions
 from jaxprompt.runtime.markdown import plain
-from jaxprompt.studies import baselines, catalogue, runs
+from jaxprompt.studies import (
+    baselines,
+    catalogue,
+    dept,
+    method_costs,
+    method_runs,
+    method_tables,
+    methods,
+    runs,
+)
 from jaxprompt.studies.baselines import calibrated_quality
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.options import StudyOptions, named, read_overrides
@@ -46,6 +56,8 @@ def quiet(text):
 
 def plan_of(study, recipe):
     options = {"backbones": {"a": "builtin-small", "b": "builtin"}, "recipe": recipe}
+    if study == "dept":
+        options["backbones"] = {"t5-base": "google-t5/t5-base"}
     if study == "adaptation":
         options["adapted"] = {"a": 0, "b": 100}
     tasks = ["mrpc", "qqp"] if study in ("transfer", "shift") else ["supersense", "spam"]
@@ -114,6 +126,16 @@ def test_a_study_without_what_it_needs_is_refused():
         make_plan("lenght", StudyOptions(backbones=small))
     with pytest.raises(UserError, match="--adapted names 'c'"):
         make_plan("adaptation", StudyOptions(backbones=small, adapted={"c": 3}))
+    with pytest.raises(UserError, match="'dept' needs --backbone"):
+        make_plan("dept", StudyOptions(backbones=small))
+    with pytest.raises(UserError, match="'bitfitt' is no method"):
+        make_plan("methods", StudyOptions(backbones=small, methods=["bitfitt"]))
+    with pytest.raises(UserError, match="names 'lora' twice"):
+        make_plan("methods", StudyOptions(backbones=small, methods=["lora", "lora"]))
+    with pytest.raises(UserError, match="compares no methods"):
+        make_plan("length", StudyOptions(backbones=small, methods=["lora"]))
+    with pytest.raises(UserError, match="--rows is -4"):
+        make_plan("methods", StudyOptions(backbones=small, rows=[-4]))
     with pytest.raises(UserError, match="recipe is 'big'"):
         make_plan("length", StudyOptions(backbones=small, recipe="big"))
     with pytest.raises(UserError, match="transfer needs as many"):
@@ -505,3 +527,233 @@ def test_config_of_studies_is_a_config_of_runs():
             part, _, name = key.partition(".")
             inner = RunConfig.model_fields[part].annotation
             assert name in inner.model_fields  # type: ignore[union-attr]
+
+
+# ---- methods side by side
+
+
+def test_methods_have_the_same_budget_and_the_users_settings_come_last():
+    settings = read_overrides(["train.steps=60", "lora:lora.rank=2", "model.dtype=mixed"])
+    plan = make_plan("methods", StudyOptions(backbones=BOTH, tasks=["spam"], settings=settings))
+    every = {m: methods.settings_of(plan, m) for m in methods.METHODS}
+    assert {own["train.steps"] for own in every.values()} == {60}
+    assert {own["train.batch_size"] for own in every.values()} == {16}
+    assert {len(own["factors"]) for own in every.values()} == {3}
+    assert {m for m, own in every.items() if "lora.rank" in own} == {"lora"}
+    few = methods.settings_of(plan, "lora", 4)
+    assert few["train.steps"] == 20 and few["train.batch_size"] == 4 and few["rows"] == 4
+    assert methods.costs_run(plan, "builtin", "spam").numerics["dtype"] == "mixed"
+    with pytest.raises(UserError, match="no method"):
+        read_overrides(["lorra:train.steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("lora", "learning_rate"),
+        ("prompt+lora", "lora.learning_rate"),
+        ("model-tuning", "learning_rate"),
+        ("mam", "learning_rate"),
+    ],
+)
+def test_the_rate_that_is_varied_can_vary_in_a_population(method, key):
+    values = {"task": "spam", "output": "x", "method": method}
+    found, usual = method_runs.swept_rate(parse(RunConfig, values))
+    assert found == key
+    if method != "model-tuning":
+        grid = {"seed": [0, 1], key: [usual, 3 * usual]}
+        whole = parse(RunConfig, {**values, "prompt": {"population": grid}})
+        assert len(whole.members()) == 4
+
+
+def test_few_rows_are_as_many_of_each_label_and_others_with_another_seed():
+    rows = [{"text": str(i), "label": "yes" if i % 5 == 0 else "no"} for i in range(40)]
+    first, again, other = (method_runs.draw_rows(TASK, rows, 8, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert [row["label"] for row in first].count("yes") == 4
+    assert len({row["text"] for row in first}) == 8
+    # where a label has no more rows, the others go on
+    assert len(method_runs.draw_rows(TASK, rows, 30, 0)) == 30
+    with pytest.raises(UserError, match="has 40 training rows, and 41"):
+        method_runs.draw_rows(TASK, rows, 41, 0)
+
+
+def test_a_rate_is_chosen_by_its_mean_over_seeds():
+    def members(*values):
+        rows = zip([0, 1] * 3, (0.1, 0.1, 0.2, 0.2, 0.3, 0.3), values, strict=True)
+        return [method_runs.Member(*row, "x", "y", {}) for row in rows]  # type: ignore[arg-type]
+
+    assert method_runs.chosen_rate(members(0.5, 0.5, 0.9, 0.3, 0.2, 0.2)) == 0.2
+    assert method_runs.chosen_rate(members(0.5, 0.5, 0.9, None, 0.2, 0.2)) == 0.1
+    assert method_runs.chosen_rate(members(0.5, 0.5, 0.6, 0.4, 0.2, 0.2)) == 0.1  # the lower one
+    with pytest.raises(UserError, match="No learning rate"):
+        method_runs.chosen_rate(members(None, 0.5, None, 0.5, 0.2, None))
+
+
+def test_methods_take_turns_and_ratios_are_of_one_round(monkeypatch):
+    order, clock = [], iter(range(1000))
+    monkeypatch.setattr(method_costs.time, "perf_counter", lambda: next(clock))
+    work = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    found = method_costs.in_turns(work, rounds=2)
+    assert "".join(order) == "abc" + "abc" + "bca"
+    assert found == {name: [1, 1] for name in "abc"}
+    assert method_costs.median_ratio([2, 9, 4], [1, 3, 4]) == (2, 1, 3)
+
+
+def fake_records(plan, task):
+    """Records as the runs of the study write them."""
+    records = {}
+    for number, method in enumerate(methods.chosen_methods(plan)):
+        for rows in (None, *plan.rows):
+            for run in methods.runs_of(plan, "builtin", task, method, rows):
+                value = 0.5 + 0.1 * number + 0.01 * (run.seed or 0) - 0.2 * (rows is not None)
+                records[run.key] = {
+                    "test": value, "validation": 0.0, "rate": 0.001, "metric": "accuracy",
+                    "trainable_parameters": 1000 * 10**number, "bytes": 4096 * 10**number,
+                    "parameters": 10**6, "load_seconds": 0.012, "majority": 0.2,
+                    "majority_test": 0.3, "text_loss": 2.5 + number, "untuned_text_loss": 2.25,
+                }  # fmt: skip
+    run = methods.costs_run(plan, "builtin", task)
+    times = {m: [1.0 + n, 1.0 + n] for n, m in enumerate(methods.chosen_methods(plan))}
+    frozen = {m: t for m, t in times.items() if m != "model-tuning"}
+    records[run.key] = {
+        "memory": {m: {"total": 2**20 * (n + 1)} for n, m in enumerate(times)},
+        "step_seconds": times, "alone_seconds": {"bare": [1.0, 0.5], **frozen},
+        "mixed_seconds": {"bare": [2.0, 2.0], **frozen, "all methods": [3.0, 4.0]}, "members": 8,
+    }  # fmt: skip
+    return records
+
+
+def test_the_tables_of_introductions_have_what_was_measured():
+    chosen = ["prompt-tuning", "lora", "model-tuning"]
+    options = StudyOptions(
+        backbones={"builtin": "builtin"}, tasks=["spam"], seeds=2, methods=chosen, rows=[16]
+    )
+    plan = make_plan("methods", options)
+    tables = dict(method_tables.tables(plan, fake_records(plan, "spam")))
+    scores = {line[0]: line[1:] for line in tables["spam, builtin"]}
+    assert scores["lora"] == ["2", "0.605 ± 0.007", "10,000", "75%", "0.001"]
+    few = {
+        line[0]: line[1:] for line in tables["spam, builtin: accuracy by number of training rows"]
+    }
+    assert few["lora"] == ["0.405 ± 0.007", "0.605 ± 0.007"]
+    costs = {line[0]: line[1:] for line in tables["spam, builtin: costs"]}
+    assert costs["lora"] == [
+        "10,000", "40.0 KiB", "2.0 MiB", "2.000", "0.67", "3.00 (2.00 to 4.00)", "1.00"
+    ]  # fmt: skip
+    # one model after the other: 8 answers of 1 and of 0.5 s against a batch of 2 s
+    assert costs[FULL][-2:] == ["1.00", "3.00 (2.00 to 4.00)"]
+    assert costs["all methods in one batch"][-1] == "1.75 (1.50 to 2.00)"
+    said = {line[0]: line[1:] for line in tables["spam, builtin: what is said in introductions"]}
+    assert said["prompt-tuning"] == [
+        "1,000 (0.10%)", "stays as it is", "1.0 MiB", "4.0 KiB", "12 ms, or none in a mixed batch",
+        "1.50 (1.00 to 2.00)", "+0.250", "0",
+    ]  # fmt: skip
+    assert said[FULL][1] == "is another one" and said[FULL][-2:] == ["+2.250", "cannot be off"]
+    sentences = method_tables.summary(plan, fake_records(plan, "spam"))
+    assert "spam, builtin: a prompt has the least storage: holds here." in sentences
+    assert sentences[-1].endswith(
+        "time of an answer: does not hold here; full fine-tuning has less."
+    )
+
+
+def test_methods_are_trained_measured_and_reported_and_a_killed_study_goes_on(
+    mine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(methods, "FACTORS", {"miniature": (1.0,)})
+    monkeypatch.setattr(methods, "ROUNDS", 1)
+    monkeypatch.setattr(methods, "MEMBERS", 2)
+    options = StudyOptions(**{**mine, "methods": ["lora"], "rows": [4]})
+
+    def interrupt(text):
+        if text.startswith("[3/5]"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(make_plan("methods", options), tmp_path, interrupt)
+    before = read_records(tmp_path)
+    said = []
+    page, failed = reproduce(make_plan("methods", options), tmp_path, said.append)
+    assert failed == 0 and said[-1] == "5 runs: 3 measured now, 0 failed"
+    records = read_records(tmp_path)
+    assert before.items() <= records.items()
+    seeds = [records["tiny", "mine", "lora", None, seed, "all"] for seed in (0, 1)]
+    # both seeds are of one run, which trained them together
+    assert len(list(tmp_path.glob("runs/tiny/mine/all-lora/population/*"))) == 2
+    for record in seeds:
+        assert record["trainable_parameters"] == 2304 and record["steps"] == 4
+        assert record["bytes"] > 4 * 2304 and record["untuned_text_loss"] > 0
+    assert len(list(tmp_path.glob("runs/tiny/mine/rows4-lora-seed*/prompt"))) == 2
+    costs = records["tiny", "mine", "costs", None, None, None]
+    assert costs["memory"]["lora"]["total"] > costs["weights_bytes"]
+    assert set(costs["mixed_seconds"]) == {"bare", "lora"}
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert "mine, tiny: what is said in introductions" in told[0]["tables"]
+    assert (tmp_path / "figures/methods.png").is_file() and page.is_file()
+
+
+def test_a_model_that_was_measured_is_removed_and_made_again_if_its_record_is_lost(mine, tmp_path):
+    plan = make_plan("methods", StudyOptions(**{**mine, "methods": ["model-tuning"], "seeds": 1}))
+    (run,) = methods.runs_of(plan, "tiny", "mine", "model-tuning", 4)
+    suite = Suite(tmp_path, plan.backbones, plan.tasks, measure=methods.measure_run)
+    run = run._replace(settings={**run.settings, "factors": [1.0], "train.steps": 1})
+    assert run_suite([run], suite) == 0
+    first = read_records(tmp_path)[run.key]
+    assert not list(tmp_path.glob("runs/**/model"))
+    (tmp_path / "cells.jsonl").unlink()
+    assert run_suite([run], suite) == 0
+    again = read_records(tmp_path)[run.key]
+    sizes = lambda record: {k: v for k, v in record.items() if not k.endswith("seconds")}
+    assert sizes(again) == sizes(first) and first["trainable_parameters"] == first["parameters"]
+
+
+def test_what_a_backbone_does_not_allow_is_left_out_with_the_reason(mine, tmp_path):
+    plan = make_plan("methods", StudyOptions(**{**mine, "methods": ["lora"], "rows": []}))
+    (run, _) = methods.runs_of(plan, "tiny", "mine", "lora")
+    run = run._replace(settings={**run.settings, "lora.rank": 17})
+    suite = Suite(tmp_path, plan.backbones, plan.tasks, measure=methods.measure_run)
+    assert run_suite([run], suite) == 0
+    assert "lora.rank is 17" in read_records(tmp_path)[run.key]["skipped"]
+
+
+def test_the_table_of_dept_has_the_means_of_the_paper_and_ours_beside_them():
+    """Means: the columns of the published table; entries: methods.md has their sources."""
+    plan = plan_of("dept", "paper").model_copy(
+        update={"tasks": {}, "methods": ["lora"], "seeds": 2}
+    )
+    plan.tasks = {name: TASK.model_copy(update={"name": name}) for name in dept.TASKS}
+    records = {}
+    for task in dept.TASKS:
+        for run in dept.runs_of(plan, task, "lora"):
+            assert run.settings["train.steps"] == {"mnli": 250_000, "mrpc": 10_000}.get(
+                task, run.settings["train.steps"]
+            )
+            records[run.key] = {
+                "validation": 0.5 + 0.02 * (run.seed or 0),
+                "trainable_parameters": 12345,
+            }
+    ((_, lines),) = dept.tables(plan, records)
+    means = {line[0]: line[-2:] for line in lines}
+    assert means["lora, here"] == ["51.0", "51.0"] and lines[1][1] == "12,345"
+    published = {
+        FULL: (84.9, 73.9), "houlsby": (84.5, 75.7), "bitfit": (83.3, 72.5), "lora": (85.3, 76.5),
+        "prompt-tuning": (84.8, 60.0), "multitask-prompt-tuning": (85.6, 74.1),
+        "SPoT": (82.3, 62.9), "ATTEMPT": (83.4, 70.5), "DePT": (85.9, 76.5),
+    }  # fmt: skip
+    for name, printed in published.items():  # the paper's means are rounded from other digits
+        found = list(map(float, means[f"{name}, published"]))
+        assert found == pytest.approx(printed, abs=0.11)
+    variants = [v for v in STUDIES["dept"].variants(plan) if v.group == "BoolQ"]
+    assert variants[0].paper == pytest.approx(0.813)
+
+
+def test_a_cell_of_the_table_of_dept_runs_in_miniature(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(dept, "MINIATURE_STEPS", 2)
+    plan = make_plan("dept", StudyOptions(**{**mine, "methods": ["prompt-tuning"], "seeds": 1}))
+    settings = plan.settings | {"train.warmup_steps": 1}
+    del settings["train.steps"]
+    plan = plan.model_copy(update={"settings": settings})
+    _, failed = reproduce(plan, tmp_path, quiet)
+    (record,) = read_records(tmp_path).values()
+    assert failed == 0 and record["steps"] == 2 and record["rate"] == 0.3
+    assert "prompt-tuning, here" in (tmp_path / "report.md").read_text()
