@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING
 from jaxprompt import moved
 
 if TYPE_CHECKING:
-    from jaxprompt.api import evaluate, inspect, open_session, predict, score, train
+    from jaxprompt.api import evaluate, inspect, merge, open_session, predict, score, train
     from jaxprompt.config.errors import UserError
     from jaxprompt.config.overrides import load_config
     from jaxprompt.config.schema import RunConfig, TaskConfig
-    from jaxprompt.methods.artefact import Prompt, load_prompt, save_peft, save_prompt
+    from jaxprompt.methods.artefact import (
+        Prompt,
+        load_prompt,
+        save_adapterhub,
+        save_peft,
+        save_prompt,
+    )
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.load import Backbone, load_backbone
     from jaxprompt.training.metric_log import NullReporter, Reporter
@@ -28,21 +34,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "jaxprompt.api": ("evaluate", "inspect", "open_session", "predict", "score", "train"),
+    "jaxprompt.api": ("evaluate", "inspect", "merge", "open_session", "predict", "score", "train"),
     "jaxprompt.config.errors": ("UserError",),
     "jaxprompt.config.overrides": ("load_config",),
     "jaxprompt.config.schema": ("RunConfig", "TaskConfig"),
     "jaxprompt.models.checkpoints.export": ("save_backbone",),
     "jaxprompt.models.checkpoints.load": ("Backbone", "load_backbone"),
-    "jaxprompt.methods.artefact": ("Prompt", "load_prompt", "save_peft", "save_prompt"),
+    "jaxprompt.methods.artefact": (
+        "Prompt", "load_prompt", "save_adapterhub", "save_peft", "save_prompt"
+    ),
     "jaxprompt.training.metric_log": ("NullReporter", "Reporter"),
-}
+}  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Backbone", "NullReporter", "Prompt", "Reporter", "RunConfig", "TaskConfig",
     "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt",
-    "open_session", "predict", "save_backbone", "save_peft", "save_prompt", "score", "train",
+    "merge", "open_session", "predict", "save_adapterhub", "save_backbone", "save_peft",
+    "save_prompt", "score", "train",
 ]  # fmt: skip
 
 

@@ -57,7 +57,11 @@ from jaxprompt.inference.session import (
     open_session,
     prompt_task,
 )
+from jaxprompt.methods.artefact import Prompt
+from jaxprompt.methods.contents import ChangeReport, changes_in
+from jaxprompt.models.checkpoints.export import check_output, save_backbone
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.merge import merge as merge_weights
 from jaxprompt.runtime.processes import on_process_zero
 
 if TYPE_CHECKING:
@@ -66,7 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvaluationOptions", "PredictOptions", "Session", "answer_form", "check_pair", "check_pairs",
-    "evaluate", "evaluate_ensemble", "inspect", "open_session", "predict",
+    "evaluate", "evaluate_ensemble", "inspect", "merge", "open_session", "predict",
     "predict_rows", "prompt_task", "rows_of", "score", "train",
 ]  # fmt: skip
 
@@ -550,17 +554,34 @@ def check_pairs(pairs: Rows, origin: str | None = None) -> None:
             )
 
 
+class ChangesAlone(TypedDict):
+    """What ``inspect`` says of a prompt without virtual tokens."""
+
+    length: int
+    changes: list[ChangeReport]
+
+
+class Inspection(PromptReport, total=False):
+    """What ``inspect`` says of a prompt with virtual tokens."""
+
+    changes: list[ChangeReport]  # of the layers, where there are any
+
+
 def inspect(
     session: Session, *, nearest: int = 5, figure: str | Path | None = None
-) -> PromptReport:
-    """Nearest words, norms, similarities of the session's prompt; ``figure`` draws them (.png)."""
+) -> Inspection | ChangesAlone:
+    """What the session's prompt is.
+
+    Nearest words, norms and similarities of its vectors, which ``figure`` draws (.png); and of
+    what changes the layers the kind, what is changed, the rank or width, and how many numbers.
+    """
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
+    changes = changes_in(session.prompt.layers)
     if not len(session.prompt.vectors):
-        raise UserError(
-            f"The method {session.prompt.metadata.get('method')!r} has no vectors to inspect; "
-            "inspect a prompt of virtual tokens."
-        )
+        if figure is not None:
+            raise UserError("The prompt has no vectors to draw; leave out the figure.")
+        return {"length": 0, "changes": changes}
     if not isinstance(nearest, int | np.integer) or nearest < 1:
         raise UserError(f"nearest is {shown(nearest)}; give a whole number from 1 on.")
     if figure is not None:
@@ -576,7 +597,47 @@ def inspect(
     )
     if figure is not None:
         draw_prompt(report, vectors, Path(expanded(figure)))
-    return report
+    return {**report, "changes": changes} if changes else {**report}
+
+
+def merge(
+    prompt: str | Path | Prompt,
+    output: str | Path,
+    *,
+    backbone: str | Path | Backbone | None = None,
+    dtype: str = "float32",
+    any_backbone: bool = False,
+) -> Backbone:
+    """Write a backbone with a prompt's changes of its weights as a plain Hugging Face directory.
+
+    LoRA, IA3 and norms become part of the weights, so the merged model takes no longer than the
+    backbone, and any library reads it. Sums are in float32.
+
+    Args:
+        prompt: a folder or a loaded prompt.
+        output: a new directory, or one that this function or ``save_backbone`` has written.
+        backbone: None: the one that the prompt records.
+        dtype: of the weights that are read and written: "float32" or "bfloat16".
+        any_backbone: allow other weights of the same shapes than those that the prompt records.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        UserError: no weight can hold a part of the prompt, ``output`` has other contents, or the
+            prompt is of another backbone.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {shown(dtype)}; give float32 or bfloat16.")
+    check_output(output)
+    session = open_session(prompt, backbone, dtype=dtype, any_backbone=any_backbone)
+    assert session.prompt is not None
+    base, tuned = session.backbone, session.prompt
+    merged = base._replace(params=merge_weights(base.params, tuned.injection))
+    task = tuned.metadata.get("task", {}).get("name")
+    made_of = {"method": tuned.metadata.get("method"), "task": task}
+    save_backbone(output, merged, note={"merged": made_of})
+    return merged
 
 
 def _label_pieces(session: Session) -> dict[str, list[int]]:

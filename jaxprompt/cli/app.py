@@ -56,6 +56,7 @@ for name, command in {
     "inspect": use.inspect,
     "similar": use.similar,
     "export": artefacts.export,
+    "merge": artefacts.merge,
     "push": artefacts.push,
     "reproduce": studies.reproduce,
     "tasks": discover.tasks,

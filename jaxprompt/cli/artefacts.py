@@ -16,25 +16,65 @@ def export(
     backbone: BackboneOption = None,
 ) -> None:
     """Write OUTPUT/adapter for PEFT and, of a backbone that only jaxprompt knows, OUTPUT/backbone
-    for transformers. Prints where they are, as one JSON object.
+    for transformers. Bottleneck adapters, which PEFT does not have, are written for AdapterHub.
+    Prints where they are, as one JSON object.
 
     \b
     jaxprompt export runs/my/prompt --output exported
     """
-    from jaxprompt.methods.artefact import load_prompt, save_peft
+    from jaxprompt.methods.artefact import fitted, load_prompt, save_adapterhub, save_peft
+    from jaxprompt.methods.contents import ADAPTERS, NORMS, parts_in
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.hub import only_here
+    from jaxprompt.models.checkpoints.load import load_backbone
+    from jaxprompt.runtime import devices
 
     loaded = load_prompt(prompt)
     base = backbone or loaded.metadata.get("backbone", {}).get("source")
+    weights = None
     if base is not None and only_here(base):
-        from jaxprompt.runtime import devices
-
         devices.start()
         save_backbone(output / "backbone", base)
         base = str((output / "backbone").absolute())
-    save_peft(output / "adapter", loaded, base_model=base)
-    print_json({"adapter": str(output / "adapter"), "backbone": base})
+    kinds = {part.kind for part in parts_in(loaded.layers)}
+    if base is not None and (loaded.adapter_file is not None or NORMS in kinds):
+        devices.start()
+        weights = load_backbone(base)
+        loaded = fitted(loaded, weights)
+        kinds = {part.kind for part in parts_in(loaded.layers)}
+    if kinds == {ADAPTERS} and not len(loaded.vectors):
+        library = "AdapterHub"
+        save_adapterhub(output / "adapter", loaded, base_model=base)
+    else:
+        library = "PEFT"
+        save_peft(output / "adapter", loaded, base_model=base, backbone=weights)
+    print_json({"adapter": str(output / "adapter"), "library": library, "backbone": base})
+
+
+def merge(
+    prompt: PromptArgument,
+    output: Annotated[Path, typer.Option(callback=at_home, help="a folder for the model")],
+    backbone: BackboneOption = None,
+    dtype: Annotated[
+        str, typer.Option(help="of the weights that are written: float32 or bfloat16")
+    ] = "float32",
+    any_backbone: Annotated[
+        bool, typer.Option(help="allow other weights of the same shapes")
+    ] = False,
+) -> None:
+    """Write a backbone with LoRA, IA3 or norms merged into its weights, and its tokenizer, as a
+    plain Hugging Face model. Prints where it is, as one JSON object.
+
+    \b
+    jaxprompt merge runs/my/prompt --output merged
+    """
+    from jaxprompt.runtime import devices
+
+    devices.start()
+    from jaxprompt import api
+
+    merged = api.merge(prompt, output, backbone=backbone, dtype=dtype, any_backbone=any_backbone)
+    print_json({"model": str(output), "backbone": merged.source})
 
 
 def push(

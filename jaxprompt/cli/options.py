@@ -45,7 +45,7 @@ OverridesArgument = Annotated[
     typer.Argument(help="key=value, e.g. train.steps=100; `jaxprompt settings` lists all"),
 ]
 PromptArgument = Annotated[
-    Path, typer.Argument(callback=at_home, help="artefact, PEFT adapter or .npy")
+    Path, typer.Argument(callback=at_home, help="artefact, adapter of PEFT or AdapterHub, or .npy")
 ]
 BackboneOption = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.methods.adapterhub import adapterhub_layers, read_adapterhub
 from jaxprompt.methods.adapterhub_export import save_adapterhub
+from jaxprompt.methods.contents import changes_in
 from jaxprompt.methods.layers import from_tensors, to_tensors
 from jaxprompt.methods.model_card import model_card
 from jaxprompt.methods.peft import PEFT_CONFIG, peft_layers, read_peft
@@ -55,7 +56,7 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
     if layers is not None:
         changes, settings = to_tensors(layers)
         tensors |= {name: np.ascontiguousarray(array) for name, array in changes.items()}
-        known |= {"format": 2, "layers": settings}
+        known |= {"format": 2, "layers": settings, "changes": changes_in(layers)}
     text = as_json(known)
 
     def write(folder: Path) -> None:

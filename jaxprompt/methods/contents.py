@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import PyTree
@@ -32,6 +32,28 @@ class Part(NamedTuple):
     size: int | None  # rank, length or width; None for scales and biases
     numbers: int  # that were trained, as far as the tensors tell
     paths: tuple[Path, ...]  # of the changes
+
+
+class ChangeReport(TypedDict):
+    """A ``Part``, JSON-ready."""
+
+    kind: str
+    targets: list[str]
+    size: int | None
+    numbers: int
+
+
+def changes_in(layers: Layers | None) -> list[ChangeReport]:
+    """What is changed, for people and for metadata."""
+    return [
+        {
+            "kind": part.kind,
+            "targets": list(part.targets),
+            "size": part.size,
+            "numbers": part.numbers,
+        }
+        for part in parts_in(layers)
+    ]
 
 
 def parts_in(layers: Layers | None) -> list[Part]:

@@ -336,13 +336,38 @@ def _change(path: str, fields: dict[str, PyTree], settings: Values) -> PyTree:
 
 def check_fit(layers: Layers, params: Params, source: str) -> None:
     """Raise a UserError unless changes of one member [L, ...] fit the weights of a backbone."""
-    for name, tensor in to_tensors(layers)[0].items():
+    tensors = to_tensors(layers)[0]
+    for name, tensor in tensors.items():
         path = tuple(name.split("/"))
         if not _fits(path, np.shape(tensor), params):
             raise UserError(
                 f"The changes at {name!r} have shape {list(np.shape(tensor))}, and {source} has no "
                 "weights of that place and size; use the backbone that they were tuned on."
             )
+    _check_sizes({name: np.shape(tensor) for name, tensor in tensors.items()})
+
+
+# the axes in which two tensors of one change have the same rank, width or length
+_SHARED_SIZES = (
+    ("low_rank/a", -1, "low_rank/b", 1),
+    ("_adapter/down", -1, "_adapter/up", -2),
+    ("_adapter/down", -1, "_adapter/down_bias", -1),
+    ("prefix/key", 1, "prefix/value", 1),
+    ("prefix/key", 1, "prefix/used", 1),
+)
+
+
+def _check_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a UserError unless tensors of one change have the same rank, width or length."""
+    for end, axis, other_end, other_axis in _SHARED_SIZES:
+        for name, shape in shapes.items():
+            other = name.removesuffix(end) + other_end
+            if name.endswith(end) and other in shapes:
+                if shape[axis:][:1] != shapes[other][other_axis:][:1]:
+                    raise UserError(
+                        f"The tensor {name!r} has shape {list(shape)} and {other!r} "
+                        f"{list(shapes[other])}; the two do not belong together."
+                    )
 
 
 def _fits(path: Path, shape: tuple[int, ...], params: Params) -> bool:

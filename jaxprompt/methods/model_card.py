@@ -22,12 +22,12 @@ def model_card(metadata: Mapping[str, object]) -> str:
     return f"""---
 {_front_matter(metadata, source)}
 ---
-# Soft prompt for {plain(task.get("name", "an unnamed task"))}
+# {_title(metadata)} for {plain(task.get("name", "an unnamed task"))}
 
-{_size(metadata)} that go before the text of a frozen
+{_size(metadata)} a frozen
 {_code(source)} (fingerprint {_code(backbone.get("fingerprint", "unknown"))}).
 It works with that backbone only.
-
+{_changes(metadata)}
 - Input: {_code(task.get("template", "unknown"))}
 - Output: {labels}
 - {_steps(metadata)}; see `prompt.json` for the whole configuration.
@@ -50,8 +50,40 @@ print(jp.predict(session, [{example}]))
 """
 
 
+def _title(metadata: Mapping[str, object]) -> str:
+    kinds = [str(change.get("kind")) for change in _changes_of(metadata)]
+    if not kinds:
+        return "Soft prompt"
+    names = ["Soft prompt"] * bool(metadata.get("length")) + kinds
+    text = " and ".join(plain(name) for name in names)
+    return text[0].upper() + text[1:]
+
+
 def _size(metadata: Mapping[str, object]) -> str:
-    return f"{metadata.get('length')} vectors of {metadata.get('width')} numbers"
+    """What there is and where it acts, up to "a frozen BACKBONE"."""
+    length, changes = metadata.get("length"), _changes_of(metadata)
+    vectors = f"{length} vectors of {metadata.get('width')} numbers that go before the text of"
+    numbers = sum(n for n in (change.get("numbers") for change in changes) if isinstance(n, int))
+    weights = f"{numbers:,} numbers that change the layers of"
+    if not changes:
+        return vectors
+    return f"{vectors.removesuffix(' of')}, and {weights}" if length else weights
+
+
+def _changes_of(metadata: Mapping[str, object]) -> list[Mapping[str, object]]:
+    return [change for change in _list(metadata.get("changes")) if isinstance(change, Mapping)]
+
+
+def _changes(metadata: Mapping[str, object]) -> str:
+    """A line for each kind of change: its rank or width, what is changed, how many numbers."""
+    words = {"LoRA": "of rank", "prefixes": "of length", "adapters": "of width"}
+    lines = []
+    for change in _changes_of(metadata):
+        kind, size = str(change.get("kind")), change.get("size")
+        of = f" {words[kind]} {size}" if kind in words else ""
+        targets = ", ".join(plain(target) for target in _list(change.get("targets")))
+        lines.append(f"- {plain(kind)}{of}: {targets}; {change.get('numbers')} numbers")
+    return "\n".join(["", *lines, ""]) if lines else ""
 
 
 def adapter_card(metadata: Mapping[str, object], config: Mapping[str, object], size: str) -> str:
@@ -152,7 +184,8 @@ def _steps(metadata: Mapping[str, object]) -> str:
     settings = record_of(record_of(metadata, "config"), "train")
     total, step = settings.get("steps"), metadata.get("step", "?")
     of = f" of {total}, the best on validation rows" if type(total) is int else ""
-    return f"Vectors of step {step}{of}; seed {metadata.get('seed', '?')}"
+    what = "Numbers" if _changes_of(metadata) else "Vectors"
+    return f"{what} of step {step}{of}; seed {metadata.get('seed', '?')}"
 
 
 def _front_matter(metadata: Mapping[str, object], source: str) -> str:
@@ -161,7 +194,9 @@ def _front_matter(metadata: Mapping[str, object], source: str) -> str:
     values: dict[str, object] = {"library_name": "jaxprompt"}
     if _is_hub_id(source):
         values["base_model"] = source
-    values["tags"] = ["prompt-tuning", "soft-prompt", kind]
+    changes = [str(change.get("kind")).lower() for change in _changes_of(metadata)]
+    tags = ["prompt-tuning", "soft-prompt"] if metadata.get("length") or not changes else []
+    values["tags"] = [*tags, *changes, kind]
     names = [name for name in record_of(metadata, "metrics") if re.fullmatch(r"\w+", str(name))]
     if names:
         values["metrics"] = names

@@ -54,6 +54,7 @@ class Metadata(TypedDict, total=False):
     format: int
     length: int  # vectors; 0 for a method without any
     layers: dict[str, Values]  # settings of adapters, by their path in the tree
+    changes: list[Values]  # of layers, see ``methods.contents.ChangeReport``
     width: int  # of a vector
     method: str
     backbone: BackboneRecord
@@ -184,7 +185,7 @@ def _kinds(record: type, prefix: str = "") -> dict[str, type]:
 
 
 _KINDS = _kinds(Metadata)
-_NAMES = {dict: "object", str: "text", int: "whole number"}
+_NAMES = {dict: "object", list: "list", str: "text", int: "whole number"}
 
 
 def check_metadata(values: object, where: str) -> Metadata:

@@ -177,6 +177,24 @@ def replace_directory(
     Raises:
         UserError: ``path`` is a file, or a directory that holds other things; nothing is written.
     """
+    place = check_replaceable(path, ours)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _beside(place, "")
+    old = fresh.with_name(fresh.name + "-old")
+    fresh.mkdir()
+    try:
+        write(fresh)
+        _swap(fresh, place, old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> Path:
+    """Where ``replace_directory`` would write.
+
+    Raises:
+        UserError: it would write nothing, see there.
+    """
     place = _target(path)
     if place.exists() and not place.is_dir():
         raise UserError(f"{_shown(path)} is a file and a directory is to be written; name another.")
@@ -187,15 +205,7 @@ def replace_directory(
             f"{_shown(path)} holds other things ({_shown(', '.join(some[:3]))[1:-1]}{more}), which "
             "would be lost; name a new or an empty directory."
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _beside(place, "")
-    old = fresh.with_name(fresh.name + "-old")
-    fresh.mkdir()
-    try:
-        write(fresh)
-        _swap(fresh, place, old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    return place
 
 
 def _swap(fresh: Path, place: Path, old: Path) -> None:
