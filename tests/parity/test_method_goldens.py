@@ -1,10 +1,13 @@
 """Methods against PEFT and AdapterHub: parity/goldens_methods/, of make_goldens_methods.py."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_goldens import (
+    FOLDER,
     MethodGolden,
     backbone,
     golden,
@@ -13,13 +16,18 @@ from method_goldens import (
     peft_network,
 )
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.data.batches import Batch, Example, make_batch
 from jaxprompt.data.virtual_tokens import virtual_ids
+from jaxprompt.methods.adapterhub import adapterhub_layers, read_adapterhub
+from jaxprompt.methods.peft import peft_layers, read_peft
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.injection import Adapter
 from jaxprompt.models.t5.config import T5Config
 
 LOGITS, GRADIENT = 1e-5, 1e-4  # relative errors allowed
 REFUSED = {"dora_t5_gated"}
+READ = {"peft": (read_peft, peft_layers), "adapterhub": (read_adapterhub, adapterhub_layers)}
 # AdapterHub's own golden has another relative position bias
 MOVED = {name: "golden_before.npz" for name in names("adapterhub") if name.startswith("prefix")}
 CASES = [
@@ -112,3 +120,37 @@ def test_every_adapter_changes_what_its_base_model_computes():
             frozen = np.where(g.values["logits"] == 0, 0, file["logits"])
         assert relative(g.values["logits"], frozen) > 0.01
         assert all(np.any(gradient) for gradient in g.group("gradient").values())
+
+
+def with_scale_in_weights(adapter):
+    if not isinstance(adapter, Adapter):
+        return adapter
+    up, bias = adapter.scale * adapter.up, adapter.scale * adapter.up_bias
+    return dataclasses.replace(adapter, up=up, up_bias=bias, scale=1.0)
+
+
+@pytest.mark.parametrize(("library", "name"), [c[:2] for c in CASES if c[1] not in MOVED])
+def test_each_file_is_read_as_the_injection_that_computes_the_same(library, name):
+    read, layers_of = READ[library]
+    task = {"task": 2} if name.startswith("multitask") else {}
+    g, adapter = golden(library, name), read(FOLDER / library / name, **task)
+    b = backbone(g.base)
+    expected = injection_of(g, b, g.tensors)
+    if expected.embeddings is not None:
+        np.testing.assert_allclose(adapter.vectors, expected.embeddings[task.get("task", 0)], 1e-6)
+        return
+    of_member = jax.tree.map(lambda leaf: leaf[0], expected.layers)
+    layers, of_member = (
+        jax.tree.map(with_scale_in_weights, tree, is_leaf=lambda node: isinstance(node, Adapter))
+        for tree in (layers_of(adapter.adapter_file, b), of_member)
+    )
+    assert jax.tree.structure(layers) == jax.tree.structure(of_member)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-6), layers, of_member)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("peft", "dora_t5_gated"), *(("adapterhub", name) for name in MOVED)]
+)
+def test_what_no_injection_computes_is_refused(library, name):
+    with pytest.raises(UserError):
+        READ[library][0](FOLDER / library / name)
