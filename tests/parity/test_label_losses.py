@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 from helpers_step import D, P, V, prompts
 
-from jaxprompt.config.schema import TrainConfig
+from jaxprompt.config.schema import MeshConfig, PromptConfig, RunConfig, TrainConfig
 from jaxprompt.data.batches import Example, make_batch
 from jaxprompt.data.label_sets import label_sets, with_choices
 from jaxprompt.data.microbatches import micro_batches
 from jaxprompt.losses import LabelLoss
-from jaxprompt.methods.registry import METHODS
+from jaxprompt.methods.registry import METHODS, method_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel, init_params
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import label_trees
+from jaxprompt.runtime import parallel
 from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import batch_losses, init_state, make_train_step
 
 # of two tasks, which have a label in common; labels have 2, 3 and 4 tokens
 SETS = [[[5, 1], [6, 7, 1], [6, 8, 9, 1]], [[6, 7, 1], [10, 1]]]
 MANY = [[[5, 10 + n, 1] for n in range(11)]]  # two trees
+ADAM = {"optimizer": "adamw", "learning_rate": 0.05}
 FACTORS = {"unlikelihood": 0.7, "length_normalized": 0.4, "z_loss": 0.01}
 
 
@@ -54,7 +56,7 @@ def loss_of(sets=SETS, **factors):
 
 @functools.cache
 def trained(model, **factors):
-    optimizer = per_member(TrainConfig(optimizer="adamw", learning_rate=0.05))
+    optimizer = per_member(TrainConfig(**ADAM))
     step = make_train_step(model, METHODS["prompt-tuning"], optimizer, loss=loss_of(**factors))
     return optimizer, step
 
@@ -201,3 +203,52 @@ def test_a_member_that_is_nan_leaves_the_others_alone(tiny):
     state, losses = run(tiny, [[make_batch(rows, target_length=4)]], start)
     assert np.isnan(losses.loss).tolist() == [True, False]
     assert np.isfinite(state.trainables["prompt"][1]).all()
+
+
+def test_members_that_change_the_layers_have_the_gradients_of_members_alone(tiny):
+    """Two LoRAs with labels of their own in one batch."""
+    model, params = tiny
+    method = method_of(
+        RunConfig(task="boolq", output="x", method="lora", lora={"rank": 2, "targets": "all"})
+    )
+    rng = np.random.default_rng(0)
+    random = lambda x: rng.normal(size=(2, *x.shape[1:])).astype(np.float32) / 4
+    start = np.zeros((1, 0, D), np.float32)
+    trainables = jax.tree.map(random, method.init(params, start, PromptConfig(), 0))
+    plain = lambda rows: [e._replace(inputs=e.inputs[P:]) for e in rows]
+    rows = [plain(examples(n, member=k, own=k)) for k, n in enumerate((2, 3))]
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def gradient(trainables, batch, count):
+        return jax.grad(
+            lambda x: batch_losses(
+                params, method.inject(x, params), model, batch, num_members=count, loss=loss_of()
+            )[0]
+        )(trainables)
+
+    together = gradient(trainables, make_batch(chosen([*rows[0], *rows[1]])), 2)
+    for k in range(2):
+        own = chosen([e._replace(member=0) for e in rows[k]], lambda _, k=k: k)
+        single = gradient(jax.tree.map(lambda x, k=k: x[k : k + 1], trainables), make_batch(own), 1)
+        same = lambda a, b, k=k: np.testing.assert_allclose(a[k], b[0], rtol=1e-4, atol=2e-5)
+        jax.tree.map(same, together, single)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)], ids=str)
+def test_devices_that_share_the_rows_compute_the_same_step(tiny, shape):
+    model, params = tiny[0].with_runtime(dropout=0.2), tiny[1]
+    rows = chosen([*examples(5), *examples(3, member=1, own=1)])
+    batch = make_batch(rows, target_length=4)
+    alone, losses = run((model, params), [[batch]], prompts(2))
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = parallel.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
+    optimizer, method = per_member(TrainConfig(**ADAM)), METHODS["prompt-tuning"]
+    step = make_train_step(model, method, optimizer, mesh=mesh, loss=loss_of())
+    rule = parallel.parameter_sharding(mesh)
+    place = lambda x, axes: jax.device_put(x, rule(axes))
+    params = jax.tree.map(place, params, model.logical_axes())
+    state = init_state(method, optimizer, params, prompts(2))
+    state, found = step(state, params, parallel.put_batch([batch], mesh))
+    np.testing.assert_allclose(found.loss, losses.loss, rtol=1e-5)
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-7)
+    jax.tree.map(same, state.optimizer, alone.optimizer)
