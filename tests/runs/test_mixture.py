@@ -1,6 +1,7 @@
 """Runs that learn several tasks, or a task in several forms, with one set of trainables."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from helpers import Killer, make_backbone, make_rows, metrics, run_config, write
 from jaxprompt import api
 from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import load_prompt
+from jaxprompt.training.dry_run import dry_run
 from jaxprompt.training.loop import train
+from jaxprompt.training.metric_log import NullReporter
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,20 @@ def test_whole_models_learn_mixtures_and_labels_of_each_task_are_compared(backbo
     full = {"method": "model-tuning", "train": {"learning_rate": 1e-3}}
     result = train(two_tasks(backbone, tmp_path / "full", **full))
     assert result["metric"] == "mean" and (tmp_path / "full" / "run" / "model").is_dir()
+
+
+def test_a_dry_run_tells_of_each_task_and_of_its_share(backbone, tmp_path):
+    class Heard(NullReporter):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, text):
+            self.lines.append(text)
+
+    facts = dry_run(two_tasks(backbone, tmp_path), Heard())
+    assert {name: each["splits"]["train"]["rows"] for name, each in facts["tasks"].items()} == {
+        "mine": 24, "other": 60  # 30 rows in two forms
+    }  # fmt: skip
+    assert "mixture both: 28.6% mine, 71.4% other" in Heard.lines  # 24 and 2 x 30
 
 
 @pytest.mark.parametrize(
