@@ -269,6 +269,40 @@ def test_a_tree_of_labels_is_teacher_forcing():
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+def test_words_are_a_prefix_of_the_decoder_and_keys_of_them_one_of_the_others():
+    model, params, words = T5Model(CONFIG), t5_params(), np.array([5, 9, 3])
+    targets = jnp.asarray([[4, 8, 11, 2]])
+
+    @jax.jit
+    def run(params):
+        made, one = model.prefix_of_words(params, words), jnp.ones((1, 3), jnp.int32)
+        encoded = model.prefill(params, Injection(), words[None], one)
+        whole = jnp.concatenate([words[None], targets], axis=1)
+        wanted = model.decode(params, Injection(), encoded, whole, jnp.ones_like(whole))[:, 3:]
+        own = {"layers": {"self_attention": made["decoder"]["layers"]["self_attention"]}}
+        behind = Injection(layers={"decoder": own})
+        logits = model.decode(params, behind, encoded, targets, jnp.ones_like(targets))
+        return made, encoded.hidden[0], wanted, logits
+
+    made, hidden, wanted, logits = run(params)
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    keys = lambda stack, module, i, x: jnp.einsum(
+        "sd,dnh->snh", x, params[stack]["layers"][module]["key"][i]
+    )
+    nothing = [jnp.zeros((0, 2, 8))] * 2
+    x, bias = params["token_embedder"]["embedding"][words], params["encoder"]["relative_bias"]
+    for i in range(2):
+        layer = jax.tree.map(lambda x, i=i: x[i], params["encoder"]["layers"])
+        y = _norm(x, layer["attention_norm"]["scale"])
+        for (stack, module), inputs in (PLACES["encoder"], y), (PLACES["cross"], hidden):
+            right = keys(stack, module, i, inputs)
+            key = made[stack]["layers"][module]["prefix"].key[0, i]
+            np.testing.assert_allclose(key, right, rtol=0, atol=2e-5 * np.abs(right).max())
+        offsets = _bias(bias, range(3), range(3), True)
+        x = x + _attend(layer["attention"], y, y, nothing, offsets)
+        x = x + _mlp(layer["mlp"], _norm(x, layer["mlp_norm"]["scale"]))
+
+
 def test_a_prefix_and_flash_kernels_are_refused_in_one_sentence():
     model = T5Model(CONFIG, Runtime(flash="cudnn", dtype="bfloat16"))
     ids = jnp.ones((3, 8), jnp.int32)
@@ -296,9 +330,9 @@ def of_words():
     model = DecoderModel(LLAMA)
     keys, values = np.zeros((2, 2, 2, 3, 2, 8), np.float32)
     for member, start in enumerate(START):
-        words = jnp.asarray(WORDS[member : member + 1, start:])
-        made = model.prefill(llama_params(), Injection(), words, jnp.ones_like(words))
-        keys[member, :, start:], values[member, :, start:] = (x[:, 0] for x in made.key_values)
+        tree = model.prefix_of_words(llama_params(), WORDS[member, start:])
+        made = tree["layers"]["attention"]["prefix"]
+        keys[member, :, start:], values[member, :, start:] = made.key[0], made.value[0]
     used = np.broadcast_to(np.arange(3) >= START[:, None, None], (2, 2, 3))
     return Prefix(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(used))
 

@@ -112,6 +112,7 @@ def test_a_run_stores_the_vectors_and_resumes_exactly(tmp_path, name):
 LAYERS = {
     "prompt+lora": {"lora": {"rank": 2}},
     "adapter": {"adapter": {"width": 2}},
+    "prefix-tuning": {"prefix": {"length": 3, "mlp": 5, "init": "text", "text": "one two"}},
 }
 
 
