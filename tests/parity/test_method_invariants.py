@@ -16,10 +16,12 @@ from jaxprompt.config.schema import MeshConfig, RunConfig
 from jaxprompt.data.batches import make_batch
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.data.microbatches import packed_rows
+from jaxprompt.inference.rank import label_log_likelihoods
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
 from jaxprompt.models.injection import Injection
+from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.merge import merge
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.t5.t5 import T5Config, T5Model
@@ -28,21 +30,30 @@ from jaxprompt.training.step import TrainState, batch_losses, make_train_step
 
 P, K = 4, 3
 LORA = {"rank": 2, "targets": "all"}
+PARALLEL = {"after": ["attention", "mlp"], "width": 3}
+PREFIX = {"length": 3, "mlp": 4}
 # method -> settings; the prompt is P vectors where there is one
 CASES = {
-    "prefix-tuning": {"prefix": {"length": 3, "mlp": 5}},
     "lora": {"lora": LORA},
     "ia3": {},
-    "prompt+lora": {"lora": LORA},
-    "prompt+ia3": {},
+    "prefix-tuning": {"prefix": PREFIX},
+    "p-tuning-v2": {"prefix": {"length": 3}},
     "p-tuning": {"p_tuning": {"encoder": "lstm", "width": 4}},
     "multitask-prompt-tuning": {},
-    "low-rank-prompt+ia3": {"prompt": {"length": P, "rank": 2}},
-    "parallel": {"adapter": {"after": ["attention", "mlp"], "width": 3}},
+    "low-rank-prompt-tuning": {"prompt": {"length": P, "rank": 2}},
+    "houlsby": {"adapter": {"width": 3}},
+    "parallel": {"adapter": PARALLEL},
     "bitfit": {"bitfit": {"norms": True}},
-}
-EXACT_AT_START = {"lora", "ia3", "parallel", "bitfit"}
-MERGED = {"lora", "ia3"}
+    "mam": {"prefix": PREFIX, "adapter": PARALLEL},
+    "prompt+lora": {"lora": LORA},
+    "prompt+prefix+lora+ia3+parallel+bitfit": {
+        "lora": LORA, "prefix": PREFIX, "adapter": PARALLEL, "bitfit": {"norms": True},
+    },
+}  # fmt: skip
+# every part that a model computes, in one program
+ALL = "prompt+prefix+lora+ia3+parallel+bitfit"
+EXACT_AT_START = ["lora", "ia3", "parallel", "bitfit"]
+MERGED = ["lora", "ia3"]
 
 T5 = T5Model(
     T5Config(
@@ -148,7 +159,11 @@ def close(a, b, tolerance=2e-5):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-every = pytest.mark.parametrize("name", CASES)
+def of(*names):
+    """A test of some of the methods. Those that are not named are parts of one that is."""
+    return pytest.mark.parametrize("name", names)
+
+
 families = pytest.mark.parametrize("family", MODELS)
 
 
@@ -166,7 +181,7 @@ def logits_of(family):
     return logits
 
 
-@pytest.mark.parametrize("name", sorted(EXACT_AT_START))
+@of(*EXACT_AT_START)
 @families
 def test_a_neutral_start_is_the_frozen_model_bit_for_bit(name, family):
     injection = method(name).inject(alone(started(name, family), 0), weights(family))
@@ -176,8 +191,13 @@ def test_a_neutral_start_is_the_frozen_model_bit_for_bit(name, family):
     np.testing.assert_array_equal(at_start, frozen)
 
 
-@every
-@families
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "t5") for name in CASES),
+        *((name, "decoder") for name in (ALL, "lora", "prefix-tuning") if name in CASES),
+    ],
+)
 def test_members_together_equal_each_alone_and_no_nan_spreads(name, family):
     trainables, rows = trained(name, family), mixed_rows(name)
     together, losses = stepped(name, family, trainables, batch_of(rows))
@@ -192,7 +212,7 @@ def test_members_together_equal_each_alone_and_no_nan_spreads(name, family):
         jax.tree.map(np.testing.assert_array_equal, alone(others, k), alone(together, k))
 
 
-@every
+@of(ALL, "prefix-tuning")
 @families
 def test_cached_decoding_equals_teacher_forcing(name, family):
     model, params = MODELS[family], weights(family)
@@ -221,7 +241,7 @@ def test_cached_decoding_equals_teacher_forcing(name, family):
         np.testing.assert_allclose(logits[beam::2][there], wanted[there], rtol=3e-5, atol=3e-5)
 
 
-@every
+@of(ALL, "lora", "prefix-tuning")
 def test_examples_that_share_rows_have_the_gradient_of_padded_ones(name):
     params, trainables, rows = weights("t5"), trained(name, "t5"), mixed_rows(name)
     layout = BatchLayout(packed_widths=(8, 16), examples_per_row=2, one_member_per_row=True)
@@ -238,7 +258,7 @@ def test_examples_that_share_rows_have_the_gradient_of_padded_ones(name):
     close(gradient(shared, packed), gradient(T5, batch_of(rows)), 2e-4)
 
 
-@every
+@of(ALL)
 def test_devices_together_equal_one(name):
     mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     batch = batch_of(mixed_rows(name))
@@ -246,7 +266,7 @@ def test_devices_together_equal_one(name):
     close(*(stepped(name, "t5", trainables, batch, m)[0] for m in (mesh, None)), 5e-5)
 
 
-@every
+@of(ALL, "lora")
 def test_a_quantized_backbone_trains(name):
     inside = lambda axes: axes[0] == "layers" and len(axes) > 2
     shrink = lambda x, axes: quantization.quantize(x, axes, "int8") if inside(axes) else x
@@ -261,7 +281,7 @@ def test_a_quantized_backbone_trains(name):
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", sorted(MERGED))
+@of(*MERGED)
 @families
 def test_a_merged_model_equals_the_unmerged_one(name, family):
     params = weights(family)
@@ -271,3 +291,27 @@ def test_a_merged_model_equals_the_unmerged_one(name, family):
     np.testing.assert_allclose(
         merged, logits_of(family)(params, injection, batch), rtol=1e-4, atol=1e-4
     )
+
+
+@of(ALL)
+@families
+def test_a_tree_of_labels_equals_each_label_by_itself(name, family):
+    model, params, rows = MODELS[family], weights(family), mixed_rows(name)
+    injection = method(name).inject(trained(name, family), params)
+    labels = np.array([[5, 1, -1], [5, 7, 1], [9, 1, -1]])
+    trees = label_trees(labels)
+
+    @jax.jit
+    def ranked(injection, batch):
+        prepared = model.prepare(params, injection).for_rows(len(batch.inputs), batch.member)
+        return label_log_likelihoods(params, prepared, model, batch.inputs, batch.segments, trees)
+
+    scores = ranked(injection, batch_of(rows))
+    for number, label in enumerate(labels):
+        ids = label[label >= 0].astype(np.int32)
+        batch = batch_of([row._replace(targets=ids) for row in rows])
+        logits = jax.nn.log_softmax(logits_of(family)(params, injection, batch))
+        picked = np.take_along_axis(np.asarray(logits), batch.targets[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(
+            scores[:, number], (picked * batch.weights).sum(-1), rtol=1e-4, atol=1e-4
+        )
