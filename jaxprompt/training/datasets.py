@@ -38,6 +38,13 @@ class Split(NamedTuple):
     truncation: Truncation
     warnings: Sequence[str] = ()  # of targets that no answer can equal
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are, each once however many templates it comes with."""
+        if isinstance(self.examples, MixedExamples):
+            return sum(len(templates[0]) for templates in self.examples.tasks)
+        return len(self.examples)
+
     def digest(self) -> str:
         """SHA-256 of all ids and of what predictions are compared with, in their order."""
         digest = hashlib.sha256()

@@ -80,7 +80,7 @@ def _facts(dataset: TaskDataset) -> TaskFacts:
     }  # fmt: skip
     return {
         "splits": {
-            name: {"rows": len(split.examples), "truncated": split.truncation.cut}
+            name: {"rows": split.num_rows, "truncated": split.truncation.cut}
             for name, split in splits.items()
             if split is not None
         },

@@ -116,7 +116,7 @@ def test_a_dry_run_tells_of_each_task_and_of_its_share(backbone, tmp_path):
 
     facts = dry_run(two_tasks(backbone, tmp_path), Heard())
     assert {name: each["splits"]["train"]["rows"] for name, each in facts["tasks"].items()} == {
-        "mine": 24, "other": 60  # 30 rows in two forms
+        "mine": 24, "other": 30
     }  # fmt: skip
     assert "mixture both: 28.6% mine, 71.4% other" in Heard.lines  # 24 and 2 x 30
 
