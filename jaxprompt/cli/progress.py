@@ -153,9 +153,10 @@ def show_plan(report: dict) -> None:
     head = f"{report['backbone']} on {report['devices']} x {report['kind']}, GiB a device"
     title = f"{head} of {report['memory_gib']:g}\nmesh: data x fsdp x tensor"
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
-    names = ("weights", "state", "kept", "in_work", "total", "sent")
+    names = ("weights", "state", "saved_activations", "workspace", "total", "sent")
+    heads = {"saved_activations": "saved"}
     for name in ("mesh", "remat", "rows", *names, "fits", "ms"):
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(heads.get(name, name), justify="right", no_wrap=True)
     fitting = [row for row in report["layouts"] if row["fits"]]
     some = [row for row in report["layouts"][:SHOWN] if row not in fitting[:SHOWN]]
     for row in [*some, *fitting[:SHOWN]]:
@@ -168,6 +169,12 @@ def show_plan(report: dict) -> None:
         )  # fmt: skip
     console = Console(stderr=True)
     console.print(table)
+    stored, count = report["stored_bytes"], len(report.get("members", [1]))
+    each = f" for {count} members" if count > 1 else ""
+    console.print(
+        f"{report['method']}: {report['trained_parameters']:,} trained parameters, "
+        f"{stored / 1e6:,.1f} MB stored{each}", highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
     operations = f"{sum(report['flops'].values()) / 1e12:,.2f} TFLOP a step"
     rows = f"rows of {report['inputs']} + {report['targets']} positions"
     if report["best"] is None:

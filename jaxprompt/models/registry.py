@@ -1,8 +1,7 @@
 """The families of backbones: from a configuration to its model, and the layout of its batches."""
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -14,6 +13,8 @@ from jaxprompt.models.base import Model as Model
 from jaxprompt.models.base import ModelConfig as ModelConfig
 from jaxprompt.models.base import Params as Params
 from jaxprompt.models.base import Runtime as Runtime
+from jaxprompt.models.cost import FamilyCost
+from jaxprompt.models.decoder import cost as decoder_cost
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
 from jaxprompt.models.ops.attention import per_example
@@ -34,9 +35,10 @@ def model_for(config: Config, runtime: Runtime = Runtime()) -> FamilyModel:
     return DecoderModel(config, runtime)
 
 
-def cost(config: ModelConfig) -> ModuleType | None:
-    """What a step on this family costs (``activations``, ``flops``); None if it is not counted."""
-    return t5_cost if isinstance(config, T5Config) else None
+def cost(config: Config) -> FamilyCost:
+    """What a step on this family costs."""
+    # each takes models of its own family alone
+    return cast(FamilyCost, t5_cost if isinstance(config, T5Config) else decoder_cost)
 
 
 def one_sequence(config: ModelConfig) -> bool:

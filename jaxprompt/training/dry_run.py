@@ -43,7 +43,7 @@ class DryRun(TypedDict):
     backbone: str
     tasks: dict[str, TaskFacts]
     trained_parameters: int
-    memory_gib: float | None  # of a device, in a step; None where it is not counted
+    memory_gib: float | None  # of a device, in a step; None where its kind is not known
     steps: int
     output: str
 
@@ -100,7 +100,7 @@ def _memory(config: RunConfig, trials: Sequence[Trial]) -> float | None:
     longest = max(len(e.inputs) for trial in trials for e in trial.dataset.training.examples)
     try:
         plan = plan_of(config, devices=mesh.devices.size, kind=kind, inputs=longest)
-    except UserError:  # methods and families that are not counted
+    except UserError:  # no layout is possible, or a kernel is not for this device
         return None
     ways = dict(mesh.shape) | {"remat": config.model.remat}
     totals = [

@@ -1,35 +1,35 @@
 """What a run will need, before there is one: memory and time of a step from shapes alone.
 
-Nothing is allocated or compiled. Bytes of weights are exact; those of activations are counted, see
-``models/t5/cost.py``.
+Nothing is compiled, and no weights are allocated. Bytes of weights and of the state are exact;
+those of activations are counted, see ``models/cost.py``.
 """
 
 import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.mixture import parts_of
-from jaxprompt.config.schema import RunConfig
+from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.tasks.registry import resolve_learnt
-from jaxprompt.methods.registry import method_of
+from jaxprompt.data.templates import place_prompt
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
+from jaxprompt.models.cost import A_PROMPT
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
 from jaxprompt.training.label_losses import compares_labels
-from jaxprompt.training.optimizer import per_member
-from jaxprompt.training.step import init_state
+from jaxprompt.training.trained_shapes import TrainedShapes, trained_shapes
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory; the rest is for its runtime and for gaps
@@ -121,20 +121,32 @@ class Parameter(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Bytes of the frozen weights on a device."""
+    """Bytes of a model's weights on a device."""
 
     layers: int
     others: int  # embedding and head
 
     @classmethod
-    def of(cls, model: registry.FamilyModel, layout: Layout, small: str | None = None) -> "Weights":
-        """Those of a model on a layout's devices; ``small`` is ``model.quantization``."""
+    def of(
+        cls,
+        model: registry.FamilyModel,
+        layout: Layout,
+        small: str | None = None,
+        *,
+        trained: bool = False,
+    ) -> "Weights":
+        """Those of a model on a layout's devices.
+
+        Args:
+            small: ``model.quantization``.
+            trained: the weights are trained, so they are float32.
+        """
         total = {True: 0, False: 0}
         for name, shape, named in _parameters(model.config):
             axes = {parallel.RULES.get(str(axis)) for axis in named}
             cut = math.prod(getattr(layout, axis) for axis in ("fsdp", "tensor") if axis in axes)
-            size = 2 if rounded_at_load(name, model.runtime, False) else 4
-            size = 2 if model.runtime.activations == "bfloat16" else size
+            size = 2 if rounded_at_load(name, model.runtime, trained) else 4
+            size = 2 if model.runtime.activations == "bfloat16" and not trained else size
             if small is not None and name in quantization.MATMUL_WEIGHTS:
                 size = quantization.bytes_each(small, named, shape)
             total[named[0] == "layers"] += int(math.prod(shape) * size) // cut
@@ -142,23 +154,35 @@ class Weights(NamedTuple):
 
 
 def needs(
-    model: registry.FamilyModel, work: Work, layout: Layout, small: str | None = None
+    model: registry.FamilyModel,
+    work: Work,
+    layout: Layout,
+    small: str | None = None,
+    injection: Injection = A_PROMPT,
 ) -> tuple[dict[str, int], int]:
-    """Bytes that a device holds, by part, and that it receives in a step beside the prompts'."""
-    cost, held = registry.cost(model.config), Weights.of(model, layout, small)
-    assert cost is not None, "plan_of refuses families that are not counted"
-    parts = {"weights": sum(held), **cost.activations(model, work, layout.tensor)}
+    """Bytes that a device holds, by part, and that it receives in a step for weights and layers.
+
+    Args:
+        small: ``model.quantization``.
+        injection: the shapes of what is trained.
+    """
+    trained = injection.params is not None
+    cost, held = registry.cost(model.config), Weights.of(model, layout, small, trained=trained)
+    depth = cost.depth(model.config)
+    parts = {"weights": sum(held), **cost.activations(model, work, layout.tensor, injection)}
     gathered = 0
     if small is not None:  # one dequantized layer, and the head
         dense = Weights.of(model, layout)
-        parts["in_work"] += dense.layers * layout.fsdp // cost.depth(model.config)
-        parts["in_work"] += dense.others * layout.fsdp // 2
+        parts["workspace"] += dense.layers * layout.fsdp // depth
+        parts["workspace"] += dense.others * layout.fsdp // 2
     if layout.fsdp > 1:
         # gathered at the same time: the head, a layer, and the next layer while it arrives
-        parts["in_work"] += 2 * held.layers * layout.fsdp // cost.depth(model.config)
-        parts["in_work"] += held.others * layout.fsdp // (1 if model.config.tied else 2)
+        parts["workspace"] += 2 * held.layers * layout.fsdp // depth
+        parts["workspace"] += held.others * layout.fsdp // (1 if model.config.tied else 2)
         # each layer is gathered in the forward and in the backward pass
         gathered = (2 * held.layers + held.others) * (layout.fsdp - 1)
+        if trained:  # gradients of whole weights are added up, and each device gets its part
+            gathered += sum(held) * (layout.fsdp - 1)
     return parts, work.parts * (gathered + cost.shared(model, work, layout.tensor))
 
 
@@ -198,13 +222,15 @@ class Workload(NamedTuple):
     dtype: str  # that it is computed in
     inputs: int  # positions of the longest row, prompt included
     targets: int
+    shared_prefix: int  # positions that are computed once for all rows of a member
     flash: str  # the attention kernel, or ""
     flops: dict[str, float]  # of a step, by part
-    state: int  # bytes
+    recomputed: float  # operations that rematerialised layers take beside
+    trained: TrainedShapes
 
 
 def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Workload:
-    """The work of a run's steps; raises UserError for methods and families that are not counted."""
+    """The work of a run's steps."""
     members = config.members()
     tasks = [resolve_learnt(member.task) for member in members]
     shape = open_config(config.backbone)
@@ -221,16 +247,31 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
         for part in parts_of(task)
     )
     targets = round_target_length(longest_target)
-    cost = registry.cost(shape)
-    if cost is None or config.method == "model-tuning":
-        raise UserError(
-            f"{config.backbone!r} with method {config.method!r} is not counted: plan knows prompts "
-            "on T5; measure a run of a few steps instead."
-        )
+    cost, rows = registry.cost(shape), config.train.batch_size * len(members)
     dtype = precision.resolve_dtype(config.model.dtype, machine.cpu)
+    if registry.one_sequence(shape) and config.model.flash:
+        raise UserError(
+            f"model.flash is on, and {config.backbone} is decoder-only; flash kernels are there "
+            "for the encoder of a T5, leave the key out."
+        )
     flash = flash_attention.kernel(config.model.flash, dtype, None, machine.backend)
-    flops = cost.flops(shape, config.train.batch_size * len(members), inputs, targets)
-    return Workload(shape, dtype, inputs, targets, flash, flops, state_bytes(config, shape))
+    trained = trained_shapes(config, shape)
+    prefix = min(_shared_prefix(config, shape, tasks), inputs)
+    flops = cost.flops(shape, rows, inputs, targets, trained.injection, prefix)
+    recomputed = cost.recomputed(shape, rows, inputs, targets, trained.injection, prefix)
+    flops["making what is injected"] = trained.network_flops
+    return Workload(shape, dtype, inputs, targets, prefix, flash, flops, recomputed, trained)
+
+
+def _shared_prefix(config: RunConfig, shape: registry.Config, tasks: Sequence[TaskConfig]) -> int:
+    """The vectors that are computed once for all rows, see ``registry.with_shared_prefix``."""
+    lengths = {member.prompt_length for member in config.members()}
+    if not registry.one_sequence(shape) or config.model.attention == "prefix" or len(lengths) > 1:
+        return 0
+    length = lengths.pop()
+    parts = [part for task in tasks for part in parts_of(task)]
+    first = {place_prompt(part.template, length)[0].virtual for part in parts}
+    return length if first == {length} else 0
 
 
 def _candidate(config: RunConfig, machine: Machine, workload: Workload, layout: Layout) -> Values:
@@ -243,14 +284,17 @@ def _candidate(config: RunConfig, machine: Machine, workload: Workload, layout: 
         flash=workload.flash,
     )
     model = registry.model_for(workload.shape, runtime)
+    model = model.with_layout(shared_prefix_length=workload.shared_prefix)
     work = work_of(config, layout, workload.inputs, workload.targets, machine.cpu)
-    held, sent = needs(model, work, layout, config.model.quantization)
-    parts = {"weights": held.pop("weights"), "state": workload.state, **held}
+    trained = workload.trained
+    held, sent = needs(model, work, layout, config.model.quantization, trained.injection)
+    parts = {"weights": held.pop("weights"), "state": trained.state_bytes(model, layout), **held}
+    sent += trained.gradient_traffic(model, layout)
     total = sum(parts.values())
     seconds = {}
     if not machine.cpu:
         device = machine.device
-        flops = sum(workload.flops.values()) * (4 / 3 if layout.remat else 1)
+        flops = sum(workload.flops.values()) + layout.remat * workload.recomputed
         read = 2 * work.parts * parts["weights"] * layout.fsdp
         seconds = {
             "arithmetic": flops / machine.num_devices / (device.tflops * 1e12),
@@ -285,7 +329,7 @@ def plan_of(
         inputs: positions of the longest row, prompt included; None: what the task allows.
 
     Raises:
-        UserError: for methods and families that are not counted, and where no layout is possible.
+        UserError: a run could not have these settings, or no layout is possible.
     """
     machine = _machine(devices, kind, memory)
     workload = _workload(config, machine, inputs)
@@ -304,11 +348,24 @@ def plan_of(
     rows.sort(key=_cost_order)
     best = next((row for row in rows if row["fits"]), None)
     report = {
-        "backbone": config.backbone, "devices": devices, "kind": kind,
+        "backbone": config.backbone, "method": config.method, **_trained(config, workload.trained),
+        "devices": devices, "kind": kind,
         "memory_gib": machine.memory, "inputs": workload.inputs, "targets": workload.targets,
         "flops": workload.flops, "layouts": rows, "best": best,
     }  # fmt: skip
     return report if best is None else report | _advice(best, machine)
+
+
+def _trained(config: RunConfig, trained: TrainedShapes) -> Values:
+    """What is trained and what of it is stored, of all members and of each."""
+    figures = [
+        {"trained_parameters": member.parameters, "stored_bytes": member.stored_bytes}
+        for member in trained.members
+    ]
+    total = {key: sum(each[key] for each in figures) for key in figures[0]}
+    pairs = zip(config.choices(), figures, strict=True)
+    members = [{**choice, **each} for choice, each in pairs]
+    return total | ({"members": members} if len(members) > 1 else {})
 
 
 def _advice(best: Values, machine: Machine) -> Values:
@@ -327,20 +384,3 @@ def _advice(best: Values, machine: Machine) -> Values:
 def _memory_here() -> float:
     """GiB of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-def state_bytes(config: RunConfig, shape: registry.Config) -> int:
-    """Bytes of prompts, their gradient and the optimizer's state, which every device has."""
-    lone = len(config.parts) == 1
-    optimizer = per_member(config.train, None if lone else [config.learning_rates()])
-    params = registry.model_for(shape).abstract_params()
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    def alone(member: RunConfig) -> int:
-        method = method_of(member)
-        start = np.zeros((1, method.num_start_vectors(member.prompt), shape.d_model), np.float32)
-        begin = functools.partial(init_state, method, optimizer)
-        state = jax.eval_shape(lambda p: begin(p, start, member.prompt), params)
-        return size(state) + size(state.trainables)
-
-    return sum(map(alone, config.members()))

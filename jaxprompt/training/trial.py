@@ -49,15 +49,7 @@ class Trial:
     @property
     def structure(self) -> Structure:
         """What decides the shapes of its trainables, and what they do to the model."""
-        parts = self.config.parts
-        sections = {SETTINGS_OF[part] for part in parts} & {*SECTIONS}
-        settings = [
-            getattr(self.config, section).model_dump_json(exclude={"learning_rate"})
-            for section in sorted(sections)
-        ]
-        if "low-rank-prompt" in parts:
-            settings.append(f"rank {self.config.prompt.rank}")
-        return self.length, ";".join(settings)
+        return structure_of(self.config, self.length)
 
     @property
     def metric(self) -> str:
@@ -67,6 +59,18 @@ class Trial:
     @property
     def name(self) -> MetricName:
         return MetricName(self.prefix, self.metric)
+
+
+def structure_of(config: RunConfig, length: int) -> Structure:
+    """The structure of a member with so many virtual tokens."""
+    sections = {SETTINGS_OF[part] for part in config.parts} & {*SECTIONS}
+    settings = [
+        getattr(config, section).model_dump_json(exclude={"learning_rate"})
+        for section in sorted(sections)
+    ]
+    if "low-rank-prompt" in config.parts:
+        settings.append(f"rank {config.prompt.rank}")
+    return length, ";".join(settings)
 
 
 def make_trials(config: RunConfig, datasets: Sequence[TaskDataset]) -> tuple[Trial, ...]:

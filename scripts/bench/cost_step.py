@@ -7,7 +7,8 @@
 
 With several numbers of devices, a table: weak scaling, of so many rows a device.
 
-The real step is lowered and compiled for so many (emulated) devices with the recipe's mesh. FLOPs
+The real step, of one member, is lowered and compiled for so many (emulated) devices with the
+recipe's mesh. FLOPs
 are those of the whole program before it is split; bytes of weights, arguments and temporaries are
 those of one device. Temporaries are the CPU compiler's, which holds bfloat16 products in float32,
 so they are an upper bound. The time is a roofline's: the larger of arithmetic at peak and of
@@ -101,7 +102,7 @@ class Program(NamedTuple):
     model: "registry.FamilyModel"
     mesh: "Mesh"
     make_step: Callable[..., "TrainStep"]  # of a model; mesh=: on a mesh
-    params: "registry.Params"
+    params: "registry.Params"  # frozen ones
     state: "TrainState"
     batch: "Batch"
 
@@ -124,17 +125,16 @@ def cost(config: "RunConfig", devices: int, options: argparse.Namespace) -> dict
     print(f"{devices} devices: lowered; compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()
     seconds = time.monotonic() - begun
+    weights = jax.tree.leaves(program.params or program.state.trainables)
     sizes = {
         "backbone": config.backbone,
-        "parameters": sum(x.size for x in jax.tree.leaves(program.params)),
+        "method": config.method,
+        "parameters": sum(x.size for x in weights),
         "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainables)),
         "mesh": dict(program.mesh.shape),
         "rows x tokens": [*program.batch.inputs.shape, program.batch.targets.shape[1]],
     }
-    held = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(program.params)
-    )
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in weights)
     return {
         **sizes,
         **counts(compiled, flops, held, devices, options),
@@ -164,14 +164,14 @@ def make_model(config: "RunConfig") -> "registry.FamilyModel":
 def make_program(config: "RunConfig", devices: int, options: argparse.Namespace) -> Program:
     """The recipe's step on so many devices; nothing is allocated."""
     import jax
-    import numpy as np
 
-    from jaxprompt.methods.registry import METHODS
+    from jaxprompt.methods.registry import method_of
     from jaxprompt.runtime import parallel
-    from jaxprompt.training.optimizer import per_member
-    from jaxprompt.training.step import init_state, make_train_step
+    from jaxprompt.training.step import make_train_step, shardings
+    from jaxprompt.training.trained_shapes import optimizer_of, trained_shapes
 
-    model, method = make_model(config), METHODS[config.method]
+    config = config.members()[0]
+    model, method = make_model(config), method_of(config)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:devices])
     size = options.rows * devices if options.rows else config.train.batch_size
     parallel.check_batch_size(size, mesh, "train.batch_size")
@@ -182,20 +182,20 @@ def make_program(config: "RunConfig", devices: int, options: argparse.Namespace)
         model.abstract_params(kept),
         model.logical_axes(),
     )
-    optimizer = per_member(config.train)
-    rows = 1, method.num_start_vectors(config.prompt), model.config.d_model
-    start = np.zeros(rows, np.float32)
-    state = jax.eval_shape(lambda p: init_state(method, optimizer, p, start, config.prompt), params)
-    everywhere = jax.tree.map(lambda x: parallel.replicated(mesh), state)
+    (state,) = trained_shapes(config, model.config).states
     return Program(
         model=model,
         mesh=mesh,
         make_step=functools.partial(
-            make_train_step, method=method, optimizer=optimizer, z_loss=config.train.z_loss
+            make_train_step,
+            method=method,
+            optimizer=optimizer_of([config]),
+            z_loss=config.train.z_loss,
         ),
-        params=params,
-        state=parallel.with_sharding(state, everywhere),
-        batch=abstract_batch(mesh, size, config.prompt.length + options.inputs, options.targets),
+        # a whole model that is trained is in the state alone
+        params=params if method.frozen else {},
+        state=parallel.with_sharding(state, shardings(state, method, model, mesh)),
+        batch=abstract_batch(mesh, size, config.prompt_length + options.inputs, options.targets),
     )
 
 

@@ -14,8 +14,10 @@ from jaxprompt.config.validation import parse
 from jaxprompt.methods.multitask import MULTITASK_PROMPT_TUNING
 from jaxprompt.methods.p_tuning import inject, p_tuning
 from jaxprompt.methods.registry import method_of
+from jaxprompt.models.registry import model_for
 from jaxprompt.models.t5.config import T5Config
-from jaxprompt.training.plan import state_bytes
+from jaxprompt.training.plan import Layout
+from jaxprompt.training.trained_shapes import trained_shapes
 from jaxprompt.training.trial import Trial
 
 P, D, H, RANK = 5, 8, 3, 2
@@ -290,7 +292,8 @@ def test_the_plan_counts_each_member_with_its_own_network():
 
     def planned(prompt, **p_tuning):
         values = {"task": "boolq", "output": "x", "method": "p-tuning", "p_tuning": p_tuning}
-        return state_bytes(parse(RunConfig, values | {"prompt": prompt}), shape)
+        trained = trained_shapes(parse(RunConfig, values | {"prompt": prompt}), shape)
+        return trained.state_bytes(model_for(shape), Layout(1, 1, 1, False))
 
     both = planned({"length": 3, "population": {"p_tuning.width": [4, 8]}})
     assert both == sum(planned({"length": 3}, width=width) for width in (4, 8))
