@@ -12,21 +12,20 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.methods import AdapterConfig, IA3Config, LoraConfig
+from jaxprompt.config.methods import AdapterConfig, IA3Config, LoraConfig, PrefixConfig
 from jaxprompt.config.schema import MeshConfig, PromptConfig, RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.batches import Batch
 from jaxprompt.methods.adapter import adapter
-from jaxprompt.methods.base import Method, composed, no_start_vectors
+from jaxprompt.methods.base import composed
 from jaxprompt.methods.ia3 import ia3
-from jaxprompt.methods.layers import nested
 from jaxprompt.methods.lora import lora
+from jaxprompt.methods.prefix import prefix
 from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints.load import rounded_at_load
 from jaxprompt.models.decoder.config import DecoderConfig
-from jaxprompt.models.injection import Injection, Prefix
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
@@ -132,7 +131,7 @@ def test_bytes_are_those_of_the_compiled_step(name, rows, inputs, in_turn, remat
 
 
 @pytest.mark.parametrize(
-    ("shape", "method", "prefix", "layout"),
+    ("shape", "method", "shared", "layout"),
     [
         (SHAPES["mixed"], METHODS["model-tuning"], 0, (1, 2, 1)),
         (SHAPES["mixed"], lora(LoraConfig()), 0, (1, 1, 1)),
@@ -141,12 +140,20 @@ def test_bytes_are_those_of_the_compiled_step(name, rows, inputs, in_turn, remat
     ],
     ids=["whole-fsdp", "lora", "decoder-only", "decoder-only-whole"],
 )
-def test_bytes_of_other_methods_and_decoder_only_models(shape, method, prefix, layout):
-    model = registry.model_for(shape).with_layout(shared_prefix_length=prefix)
+def test_bytes_of_other_methods_and_decoder_only_models(shape, method, shared, layout, monkeypatch):
+    model = registry.model_for(shape).with_layout(shared_prefix_length=shared)
     work, layout = Work(8, 1, 160, 6), Layout(*layout, False)
     program, trained = compiled(model, work, layout, method)
     counted = planned(model, work, layout, trained)
     assert counted == pytest.approx(bytes_of(program), rel=WITHIN)
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
+    collectives = importlib.import_module("cost_step").collectives
+    received = sum(one.received for one in collectives(program.as_text()))
+    _, sent = plan.needs(model, work, layout, None, trained.injection)
+    # embedding and head are gathered and their gradients scattered once, layers in a loop
+    once = 2 * plan.Weights.of(model, layout, trained=True).others * (layout.fsdp - 1)
+    loops = received - once if layout.fsdp > 1 else 0
+    assert sent == pytest.approx((once + loops * SHAPES["mixed"].num_encoder_layers), rel=WITHIN)
 
 
 def test_bytes_of_a_mixed_step_on_a_cpu():
@@ -223,25 +230,7 @@ DECODER_TINY = DecoderConfig(
 )  # fmt: skip
 
 
-def prefixes(shape):
-    """A method that trains keys and values of five positions in every attention."""
-    decoder = isinstance(shape, DecoderConfig)
-    heads = shape.num_kv_heads if decoder else shape.num_heads
-    places = ["layers/attention"] if decoder else [
-        "encoder/layers/attention", "decoder/layers/self_attention",
-        "decoder/layers/cross_attention",
-    ]  # fmt: skip
-
-    def init(params, start, settings, seed):
-        leaf = jnp.zeros((len(start), LAYERS, 5, heads, shape.head_dim))
-        return {place: {"key": leaf, "value": leaf} for place in places}
-
-    def inject(trainables, params):
-        return Injection(layers=nested(
-            {f"{place}/prefix": Prefix(**leaves) for place, leaves in trainables.items()}
-        ))  # fmt: skip
-
-    return Method(init, inject, num_start_vectors=no_start_vectors, uses_prompt=False)
+PREFIX = prefix(PrefixConfig(length=5, mlp=None))
 
 
 @pytest.mark.parametrize(
@@ -253,10 +242,10 @@ def prefixes(shape):
         (T5_TINY, lora(LoraConfig(stacks=["decoder", "cross"], rank=2)), {}, 1),
         (T5_TINY, composed({"lora": lora(LoraConfig(rank=2)), "ia3": ia3(IA3Config())}), {}, 3),
         (T5_TINY, composed({"prompt": PROMPT, "adapter": adapter(AdapterConfig())}), {}, 1),
-        (T5_TINY, prefixes(T5_TINY), {}, 1),
+        (T5_TINY, PREFIX, {}, 1),
         (DECODER_TINY, PROMPT, {}, 2),
         (DECODER_TINY, METHODS["model-tuning"], {"dtype": "mixed"}, 1),
-        (DECODER_TINY, composed({"lora": lora(LoraConfig(rank=2)), "p": prefixes(DECODER_TINY)}),
+        (DECODER_TINY, composed({"lora": lora(LoraConfig(rank=2)), "p": PREFIX}),
          {}, 1),
     ],
     ids=["prompt", "whole-mixed", "lora-all-bfloat16", "lora-decoder", "lora-ia3-of-members",
@@ -267,11 +256,11 @@ def test_operations_and_what_layers_keep_are_those_of_the_traced_step(
     shape, method, runtime, members
 ):
     model = registry.model_for(shape, Runtime(**runtime))
-    prefix = 20 if method.uses_prompt and shape is DECODER_TINY else 0
-    model, work = model.with_layout(shared_prefix_length=prefix), Work(6, 1, 100, 5)
+    shared = 20 if method.uses_prompt and shape is DECODER_TINY else 0
+    model, work = model.with_layout(shared_prefix_length=shared), Work(6, 1, 100, 5)
     operations, kept, injection = traced(model, work, method, members)
     counts = registry.cost(shape)
-    counted = counts.flops(shape, work.rows, work.inputs, work.targets, injection, prefix)
+    counted = counts.flops(shape, work.rows, work.inputs, work.targets, injection, shared)
     assert sum(counted.values()) == operations
     saved = counts.activations(model, work, 1, injection)["saved_activations"]
     assert saved == pytest.approx(kept, rel=0.05)
@@ -285,11 +274,11 @@ def test_answers_as_long_as_half_a_head_have_keys_and_values_of_their_own():
     assert saved == pytest.approx(kept, rel=0.05)
 
 
-@pytest.mark.parametrize(("shape", "prefix"), [(T5_TINY, 0), (DECODER_TINY, 20)])
-def test_a_rematerialised_step_repeats_its_layers_without_their_last_products(shape, prefix):
-    model = registry.model_for(shape, Runtime(remat=True)).with_layout(shared_prefix_length=prefix)
+@pytest.mark.parametrize(("shape", "shared"), [(T5_TINY, 0), (DECODER_TINY, 20)])
+def test_a_rematerialised_step_repeats_its_layers_without_their_last_products(shape, shared):
+    model = registry.model_for(shape, Runtime(remat=True)).with_layout(shared_prefix_length=shared)
     operations, _, injection = traced(model, Work(6, 1, 60, 5), PROMPT)
-    counts, args = registry.cost(shape), (shape, 6, 60, 5, injection, prefix)
+    counts, args = registry.cost(shape), (shape, 6, 60, 5, injection, shared)
     assert sum(counts.flops(*args).values()) + counts.recomputed(*args) == operations
 
 

@@ -46,6 +46,20 @@ def test_trained_and_stored_parameters_of_each_method_on_a_t5_base(changes, coun
     assert member == (count, 4 * count)
 
 
+@pytest.mark.parametrize(
+    ("method", "count", "stored"),
+    [
+        ("multitask-prompt-tuning", 77_668, 76_800),
+        ("p-tuning-v2", 552_960, 552_960),
+        # a network for each of encoder, decoder and cross-attention: PD + Dm + m + m 2LI + 2LI
+        ("prefix-tuning", 3 * (30 * 768 + 769 * 512 + 513 * 2 * 12 * 768), 1_658_880),
+    ],
+)
+def test_what_only_makes_the_injection_is_not_stored(method, count, stored):
+    (member,) = trained_shapes(config(method=method), BASE).members
+    assert member == (count, 4 * stored)
+
+
 def test_a_network_that_makes_vectors_is_trained_and_not_stored():
     changes = {"method": "residual-prompt-tuning", "prompt": {"length": 10}}
     (member,) = trained_shapes(config(**changes), TINY).members
