@@ -144,20 +144,29 @@ def test_it_goes_back_to_prompts_that_had_been_stopped(backbone, tmp_path, monke
     assert sorted(row["steps"] for row in result["population"]) == [4] * 4 + [8] * 2 + [12] * 2
 
 
-def test_a_reparameterised_prompt_of_any_length_is_that_of_a_lone_run(backbone, tmp_path):
-    for method in ("residual-prompt-tuning", "superposition-prompt-tuning"):
-        grid = {"length": [3, 9]}  # the longer one has a larger basis
-        prompt = {"population": grid, "basis": 6, "bottleneck": 4}
-        run = run_config(
-            backbone, tmp_path / method, method=method, prompt=prompt,
-            train={"learning_rate": 0.01, "steps": 4},
-        )  # fmt: skip
-        train(run)
-        for k, member in enumerate(run.members()):
-            folder = tmp_path / method / f"alone{k}"
-            train(member.model_copy(update={"output": str(folder)}))
-            alone = load_prompt(folder / "prompt").vectors
-            assert_same_sums(prompt_of(run, k).vectors, alone, RUN_SUMS)
+@pytest.mark.parametrize(
+    "method, grid",
+    [
+        ("residual-prompt-tuning", {"length": [3, 9]}),
+        ("superposition-prompt-tuning", {"length": [3, 9]}),  # the longer one has a larger basis
+        ("low-rank-prompt-tuning", {"rank": [1, 3]}),
+        ("p-tuning", {"p_tuning.encoder": ["mlp", "lstm"]}),
+    ],
+)
+def test_a_reparameterised_prompt_of_any_size_is_that_of_a_lone_run(
+    backbone, tmp_path, method, grid
+):
+    prompt = {"population": grid, "basis": 6, "bottleneck": 4}
+    run = run_config(
+        backbone, tmp_path / method, method=method, prompt=prompt,
+        train={"learning_rate": 0.01, "steps": 4},
+    )  # fmt: skip
+    train(run)
+    for k, member in enumerate(run.members()):
+        folder = tmp_path / method / f"alone{k}"
+        train(member.model_copy(update={"output": str(folder)}))
+        alone = load_prompt(folder / "prompt").vectors
+        assert_same_sums(prompt_of(run, k).vectors, alone, RUN_SUMS)
 
 
 def test_a_prompt_that_has_diverged_is_kept_nowhere(backbone, tmp_path):
