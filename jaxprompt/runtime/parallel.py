@@ -284,7 +284,12 @@ def psum_over_batch(results: T, mesh: Mesh | None, specs: PyTree | None = None) 
         return first(results)
     if specs is not None:
         specs = _along(specs, ROWS)
-        add = lambda x, spec: jax.lax.psum(x[0], _adding(spec))
+
+        def add(x, spec):
+            # XLA (jax 0.10) refuses sums along axes of one device beside axes that it divides
+            names = [name for name in _adding(spec) if mesh.shape[name] > 1]
+            return jax.lax.psum(x[0], names) if names else x[0]
+
         return jax.shard_map(
             lambda stacked: jax.tree.map(add, stacked, specs), mesh=mesh,
             in_specs=(stacked_specs(specs),), out_specs=specs, axis_names=set(ROWS),
