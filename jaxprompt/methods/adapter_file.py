@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.values import Values
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.methods.layers import from_tensors
 from jaxprompt.models.checkpoints.leaf import finite
 from jaxprompt.models.checkpoints.legacy.torch_pickle import read_torch
@@ -23,7 +25,7 @@ from jaxprompt.models.checkpoints.torch_modules import Path as TreePath
 from jaxprompt.models.checkpoints.torch_modules import Place, depths_of, places
 from jaxprompt.models.injection import Layers
 
-Tensors = Mapping[str, Float[np.ndarray, "..."]]
+Tensors = Mapping[str, AnyArray]
 
 
 class AdapterFile(NamedTuple):
@@ -84,7 +86,7 @@ class Changes:
         self.places = places(backbone.config)
         self.depths = depths_of(backbone.config)
         # the parts of each tensor of the tree, by layer
-        self.parts: dict[str, dict[int | None, Float[np.ndarray, ...]]] = {}
+        self.parts: dict[str, dict[int | None, AnyArray]] = {}
         # of adapters, by their path
         self.settings: dict[str, Values] = {}
 
@@ -107,7 +109,7 @@ class Changes:
             )
         return place
 
-    def fitting(self, name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    def fitting(self, name: str, shape: tuple[int, ...]) -> AnyArray:
         """The tensor of this name. Raises UserError where its shape is not ``shape``."""
         tensor = self.file.tensors.get(name)
         if tensor is None:
@@ -148,7 +150,7 @@ class Changes:
         self.add((*path, "a"), place.layer, first.T.reshape(*place.inputs, rank))
         self.add((*path, "b"), place.layer, second)
 
-    def add(self, path: TreePath, layer: int | None, tensor: Float[np.ndarray, "..."]) -> None:
+    def add(self, path: TreePath, layer: int | None, tensor: AnyArray) -> None:
         """Add a tensor of a change, for one layer.
 
         Args:
@@ -158,24 +160,27 @@ class Changes:
         self.parts.setdefault("/".join(path), {})[layer] = tensor
 
     def tree(self) -> Layers:
-        """All changes. Layers that have none have zeros, and so have lower ranks and widths."""
+        """All changes. Layers that have none have zeros, and so have lower ranks and widths.
+
+        It is a differentiable function of the tensors.
+        """
         tensors = {name: self._stacked(name) for name in self.parts}
         return from_tensors(tensors, self.settings)
 
-    def _stacked(self, name: str) -> Float[np.ndarray, "..."]:
+    def _stacked(self, name: str) -> Float[Array, "..."]:
         parts = self.parts[name]
         if None in parts:
-            return parts[None]
-        nothing = np.zeros_like(next(iter(parts.values())))
+            return jnp.asarray(parts[None])
+        nothing = jnp.zeros_like(next(iter(parts.values())))
         depth = self.depths[name.partition("/")[0]]
         return _padded([parts.get(layer, nothing) for layer in range(depth)])
 
 
-def _padded(leaves: Sequence[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "L ..."]:
+def _padded(leaves: Sequence[AnyArray]) -> Float[Array, "L ..."]:
     """Arrays of several sizes, filled up with zeros, on a new first axis."""
     shape = np.max([leaf.shape for leaf in leaves], axis=0)
     pads = [[(0, s - own) for s, own in zip(shape, x.shape, strict=True)] for x in leaves]
-    return np.stack([np.pad(x, pad) for x, pad in zip(leaves, pads, strict=True)])
+    return jnp.stack([jnp.pad(x, pad) for x, pad in zip(leaves, pads, strict=True)])
 
 
 def check_all_read(file: AdapterFile, read: Iterable[str], means: Mapping[str, str]) -> None:

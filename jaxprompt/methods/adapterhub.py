@@ -27,6 +27,7 @@ from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.torch_modules import Sublayer, sublayers
 from jaxprompt.models.injection import Layers
 from jaxprompt.models.ops.activations import HUGGING_FACE_NAMES
+from jaxprompt.models.ops.quantization import QuantizedArray
 
 CONFIG = "adapter_config.json"
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
@@ -137,17 +138,23 @@ def adapterhub_layers(file: AdapterFile, backbone: Backbone) -> Layers:
         read = _low_rank(changes)
     else:
         read = _scales(changes)
-    if HEAD in file.tensors and _is_frozen_head(file.tensors[HEAD], backbone):
+    if HEAD in file.tensors and _is_frozen_head(file, backbone):
         read.append(HEAD)
     check_all_read(file, read, _FOREIGN_TENSORS | {HEAD: "a head that was trained"})
     _check_layers(changes)
     return changes.tree()
 
 
-def _is_frozen_head(head: Float[np.ndarray, "V D"], backbone: Backbone) -> bool:
-    """Whether a head is the backbone's own, in the backbone's precision."""
-    params = backbone.params
-    own = params["head"].T if "head" in params else params["token_embedder"]["embedding"]
+def _is_frozen_head(file: AdapterFile, backbone: Backbone) -> bool:
+    """Whether the head that was saved is the backbone's own, in the backbone's precision."""
+    head, params = file.tensors[HEAD], backbone.params
+    own = params.get("head")
+    if isinstance(own, QuantizedArray):
+        raise UserError(
+            f"The adapter {file.path!r} has a head beside it, which cannot be compared with that "
+            f"of {backbone.source} in few bits; load the backbone without quantization."
+        )
+    own = params["token_embedder"]["embedding"] if own is None else own.T
     return own.shape == head.shape and bool(np.array_equal(own, head.astype(own.dtype)))
 
 

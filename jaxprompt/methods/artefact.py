@@ -7,6 +7,7 @@ paper), adapters of PEFT (``methods/peft.py``) and of AdapterHub (``methods/adap
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save
 
@@ -107,7 +108,7 @@ def fitted(prompt: Prompt, backbone: Backbone) -> Prompt:
     if file is None:
         return prompt
     read = peft_layers if file.library == "PEFT" else adapterhub_layers
-    layers = read(file, backbone)
+    layers = jax.tree.map(np.asarray, read(file, backbone))
     nothing = np.zeros((0, backbone.config.d_model), np.float32)
     return Prompt(nothing, prompt.metadata, layers)
 
