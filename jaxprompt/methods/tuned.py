@@ -115,7 +115,7 @@ def check_fitted(prompt: Prompt) -> None:
     if prompt.adapter_file is not None:
         raise UserError(
             f"The adapter {prompt.adapter_file.path!r} says nothing of the heads of its backbone; "
-            "load it with load_prompt(path, backbone)."
+            "name the backbone (--backbone, or load_prompt(path, backbone))."
         )
 
 

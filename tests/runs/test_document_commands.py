@@ -26,7 +26,8 @@ PARSED_ONLY = (
 # what the forms in capital letters stand for
 FORMS = {
     "FILE": "reviews.csv", "CONFIG.yaml": "form.yaml", "PROMPT": "runs/quickstart/prompt",
-    "FOLDER": "adapter", "B": "tiny", "PATH_OR_HUB_ID": "tiny",
+    "FOLDER": "adapter", "B": "tiny", "PATH_OR_HUB_ID": "tiny", "LORA": "lora/prompt",
+    "MODEL": "merged",
 }  # fmt: skip
 SMALL = [
     "backbone=tiny", "model.dtype=float32", "model.unroll=false", "prompt.length=2",
@@ -112,13 +113,15 @@ def call(monkeypatch, capsys):
 
 def test_the_commands_of_the_documents_run(place, call):
     call("train", "quickstart", *SMALL)  # what scripts/quickstart.sh has done
+    call("train", "quickstart", *SMALL, "method=lora", "output=lora")
     call("init", "reviews.csv", "--output", "my.yaml")
     call("train", "my.yaml", *SMALL)
     ran = [made_small(words) for words in commands() if why_not(words) is None]
     for words in ran:
         call(*words)
     assert len(ran) >= 15
-    for name in ("prompt.png", "answers.csv", "out.csv", "scores.jsonl", "adapter", "reviews.yaml"):
+    for name in ("prompt.png", "answers.csv", "out.csv", "scores.jsonl", "adapter", "reviews.yaml",
+                 "merged"):  # fmt: skip
         assert (place / name).exists(), name
     assert json.loads((place / "runs" / "sweep" / "result.json").read_text())["steps"] == 1
 

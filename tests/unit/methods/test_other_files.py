@@ -114,7 +114,7 @@ def test_an_adapter_waits_for_its_backbone(tmp_path, t5):
     prompt = load_prompt(lora(tmp_path / "a"))
     assert prompt.layers is None and prompt.metadata["backbone"] == {"source": "some/t5"}
     for use in (lambda: prompt.injection, lambda: save_prompt(tmp_path / "p", prompt)):
-        with pytest.raises(UserError, match=r"load it with load_prompt\(path, backbone\)"):
+        with pytest.raises(UserError, match="says nothing of the heads .*; name the backbone"):
             use()
     same(fitted(prompt, t5), load_prompt(tmp_path / "a", t5))
     save_prompt(tmp_path / "p", fitted(prompt, t5))
