@@ -73,7 +73,11 @@ def why_not(words) -> str | None:
 
 def made_small(words):
     if words[0] == "train":
-        return [*words, *SMALL]
+        if not any(word.startswith("method=") for word in words):
+            return [*words, *SMALL]
+        # each in a folder of its own, and of a rank that the tiny backbone has
+        folder = re.sub(r"\W+", "-", " ".join(words))
+        return [*words, *SMALL, f"output=runs/{folder}", "lora.rank=2"]
     return [*words, *SMALL_PRETRAINING] if words[0] == "pretrain" else list(words)
 
 
