@@ -13,7 +13,7 @@ many again, where it is needed; and for the gradient of one operand the other is
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
@@ -78,6 +78,7 @@ class Sublayer(NamedTuple):
         return self.depth * sum(product.operations for product in self.products)
 
 
+@runtime_checkable
 class FamilyCost(Protocol):
     """What a step on a family of models costs; each is a module, ``cost`` of its package.
 

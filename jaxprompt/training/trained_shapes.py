@@ -5,7 +5,7 @@ Nothing is computed but the random start of a member, whose shapes are taken.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxprompt.training.step import TrainState
 from jaxprompt.training.trial import structure_of
 
 
+@runtime_checkable
 class MeshSizes(Protocol):
     """The devices along each axis of a mesh."""
 

@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxprompt.config.paths import expanded
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.models.checkpoints import hf_decoder, hf_t5
 from jaxprompt.models.checkpoints.axes import axis_sizes, leaf_at
 from jaxprompt.models.checkpoints.int8 import quantised
@@ -69,7 +70,7 @@ def _outputs(leaf: Leaf, config: Config, params: Params) -> list[Output]:
 
 
 def _values(
-    array: Float[Array, "..."], layer: int | None, order: list[int], shape: tuple[int, ...]
+    array: Float[AnyArray, "..."], layer: int | None, order: list[int], shape: tuple[int, ...]
 ) -> Float[np.ndarray, "..."]:
     """One layer of an array, or all of it, with its axes as in the file."""
     part = np.asarray(array if layer is None else array[layer])

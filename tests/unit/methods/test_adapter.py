@@ -174,7 +174,7 @@ def test_what_a_config_sets_wins_over_the_preset():
 def test_the_registry_makes_the_methods(name):
     method = method_of(run_of(name))
     start = jax.eval_shape(lambda: method.init(DECODER, ONE, PromptConfig(), 0))
-    layers = method.inject(start, DECODER).layers["layers"]
+    layers = jax.eval_shape(method.inject, start, DECODER).layers["layers"]
     assert ("mlp_adapter" in layers) == (name in ("parallel", "norm-tuning+adapter"))
     assert ("mlp_norm" in layers) == ("norm" in name)
     assert ("query" in layers.get("attention", {})) == (name == "bitfit")
