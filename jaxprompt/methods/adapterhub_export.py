@@ -17,8 +17,7 @@ from jaxprompt.methods.model_card import adapterhub_card
 from jaxprompt.methods.tuned import (
     Prompt,
     as_json,
-    check_fitted,
-    checked_prompt,
+    fitted_prompt,
     read_object,
     record_of,
 )
@@ -46,8 +45,7 @@ def save_adapterhub(
         UserError: ``path`` holds anything but an adapter that was written here, the prompt has
             more than bottlenecks, or AdapterHub has none of their kind.
     """
-    check_fitted(prompt)
-    vectors, metadata, layers, _ = checked_prompt(prompt)
+    vectors, metadata, layers = fitted_prompt(prompt)
     kinds = [part.kind for part in parts_in(layers)]
     if len(vectors) or kinds != [ADAPTERS] or layers is None:
         every = ["virtual tokens"] * bool(len(vectors)) + kinds

@@ -23,10 +23,10 @@ from jaxprompt.methods.peft_export import save_peft
 from jaxprompt.methods.tuned import (
     Prompt,
     as_json,
-    check_fitted,
     check_metadata,
     checked_prompt,
     checked_vectors,
+    fitted_prompt,
     read_object,
     read_tensor,
     read_tensors,
@@ -48,8 +48,7 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         UserError: ``path`` holds anything but an artefact, the vectors are not finite numbers, or
             the metadata holds values that JSON cannot say.
     """
-    check_fitted(prompt)
-    vectors, metadata, layers, _ = checked_prompt(prompt)
+    vectors, metadata, layers = fitted_prompt(prompt)
     length, width = vectors.shape
     known: dict[str, object] = {**metadata, "length": length, "width": width}
     tensors = {"prompt": np.ascontiguousarray(vectors)} if length else {}

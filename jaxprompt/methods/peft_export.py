@@ -28,9 +28,8 @@ from jaxprompt.methods.peft import PEFT_CONFIG, PEFT_TENSORS, PROMPT, lora_rank_
 from jaxprompt.methods.tuned import (
     Prompt,
     as_json,
-    check_fitted,
-    checked_prompt,
     decoder_only,
+    fitted_prompt,
     read_object,
     record_of,
 )
@@ -94,8 +93,7 @@ def save_peft(
         UserError: ``path`` holds anything but an adapter that was written here, the numbers are not
             finite, or PEFT has no form for what was tuned.
     """
-    check_fitted(prompt)
-    vectors, metadata, layers, _ = checked_prompt(prompt)
+    vectors, metadata, layers = fitted_prompt(prompt)
     is_decoder = decoder_only(metadata) or "layers" in (layers or {})
     if layers is None:
         adapter = _virtual_tokens(vectors, metadata)

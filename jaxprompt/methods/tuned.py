@@ -110,6 +110,19 @@ def checked_prompt(prompt: Prompt) -> Prompt:
     return Prompt(vectors, metadata, _checked_layers(prompt.layers), prompt.adapter_file)
 
 
+def fitted_prompt(
+    prompt: Prompt,
+) -> tuple[Float[np.ndarray, "P D"], Metadata, Layers | None]:
+    """Vectors, metadata and changes of ``checked_prompt``, whose backbone must be known.
+
+    Raises:
+        UserError: it is no prompt, or no backbone has been given for its changes of layers yet.
+    """
+    vectors, metadata, layers, _ = checked_prompt(prompt)
+    check_fitted(prompt)
+    return vectors, metadata, layers
+
+
 def check_fitted(prompt: Prompt) -> None:
     """Refuse changes of layers that no backbone has been given for yet."""
     if prompt.adapter_file is not None:

@@ -266,6 +266,8 @@ def _train(run: Run, suite: Suite, task: TaskConfig, backbone: Backbone) -> tupl
     scores["metrics"] = prompt.metadata.get("metrics", {})
     session = open_session(prompt, backbone)
     seen = inspect(session)
+    if "vectors" not in seen:  # of a method without virtual tokens
+        return scores, session
     tightest = sorted(seen["vectors"], key=lambda v: -v["nearest"][-1]["cosine"])[:3]
     scores["inspection"] = {key: seen[key] for key in ("norm", "vocabulary_norm", "clusters")} | {
         "labels": {
