@@ -62,9 +62,9 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Float[np.ndarr
             break
     else:
         raise UserError(f"The adapter {str(folder)!r} has no {names[0]}; save it again.")
-    found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
+    read = read_torch if path.suffix == ".bin" else read_safetensors
     tensors = {}
-    for name, tensor in found.items():
+    for name, tensor in read(path).items():
         size = math.prod(tensor.shape) * tensor.dtype.itemsize
         if size > path.stat().st_size:
             raise UserError(f"{path} is damaged: {name!r} is larger than the file.")

@@ -43,18 +43,18 @@ def leaves(config: Config) -> list[Leaf]:
 
 def places(config: Config) -> dict[str, Place]:
     """Name of a torch module with a weight -> its place."""
-    found = {}
+    by_module = {}
     for leaf in leaves(config):
         sizes = layer_sizes(leaf, axis_sizes(config))
         for number, piece in enumerate(leaf.pieces):
             outputs, inputs = (*piece.axes.split(), "")[:2]
-            found[piece.name.removesuffix(".weight")] = Place(
+            by_module[piece.name.removesuffix(".weight")] = Place(
                 leaf.path,
                 number if "layers" in leaf.path else None,
                 tuple(sizes[letter] for letter in outputs),
                 tuple(sizes[letter] for letter in inputs),
             )
-    return found
+    return by_module
 
 
 def module_of(path: Path) -> str:
