@@ -178,7 +178,11 @@ def needs(
     if layout.fsdp > 1:
         # gathered at the same time: the head, a layer, and the next layer while it arrives
         parts["workspace"] += 2 * held.layers * layout.fsdp // depth
-        parts["workspace"] += held.others * layout.fsdp // (1 if model.config.tied else 2)
+        others = held.others * layout.fsdp
+        if trained:  # embedding and head, and their gradients before each device gets its part
+            parts["workspace"] += 2 * others
+        else:
+            parts["workspace"] += others // (1 if model.config.tied else 2)
         # each layer is gathered in the forward and in the backward pass
         gathered = (2 * held.layers + held.others) * (layout.fsdp - 1)
         if trained:  # gradients of whole weights are added up, and each device gets its part
@@ -288,7 +292,8 @@ def _candidate(config: RunConfig, machine: Machine, workload: Workload, layout: 
     work = work_of(config, layout, workload.inputs, workload.targets, machine.cpu)
     trained = workload.trained
     held, sent = needs(model, work, layout, config.model.quantization, trained.injection)
-    parts = {"weights": held.pop("weights"), "state": trained.state_bytes(model, layout), **held}
+    state = trained.state_bytes(model, layout, work.parts)
+    parts = {"weights": held.pop("weights"), "state": state, **held}
     sent += trained.gradient_traffic(model, layout)
     total = sum(parts.values())
     seconds = {}

@@ -66,30 +66,33 @@ class TrainedShapes(NamedTuple):
         """Whether the whole model is trained."""
         return self.injection.params is not None
 
-    def state_bytes(self, model: registry.FamilyModel, sizes: MeshSizes) -> int:
+    def state_bytes(
+        self, model: registry.FamilyModel, sizes: MeshSizes, micro_batches: int = 1
+    ) -> int:
         """Bytes that a device has of trainables, gradient and moments.
 
         The weights of a whole model are not among them, and its gradient and moments are divided as
-        these are.
+        these are. Of several micro-batches, the sum of the gradients is there beside the gradient
+        of one.
         """
-        if not self.whole:
-            return sum(_size(state) + _size(state.trainables) for state in self.states)
-        return sum(_size_on_device(state, model, sizes) for state in self.states)
+        held = sum(self._on_device(state, model, sizes) for state in self.states)
+        copies = 1 + (micro_batches > 1) - self.whole
+        return held + copies * self.gradient_bytes(model, sizes)
+
+    def gradient_bytes(self, model: registry.FamilyModel, sizes: MeshSizes) -> int:
+        """Bytes that a device has of a gradient."""
+        return sum(self._on_device(state.trainables, model, sizes) for state in self.states)
+
+    def _on_device(self, tree: PyTree, model: registry.FamilyModel, sizes: MeshSizes) -> int:
+        return _size_on_device(tree, model, sizes) if self.whole else _size(tree)
 
     def gradient_traffic(self, model: registry.FamilyModel, sizes: MeshSizes) -> int:
         """Bytes that a device receives in a step where gradients are added up around a ring.
 
         Devices of ``fsdp`` that share a whole model exchange its gradient in the layers.
         """
-        if self.whole:
-            ways, each = (
-                sizes.data,
-                sum(_size_on_device(state.trainables, model, sizes) for state in self.states),
-            )
-        else:
-            ways = sizes.data * sizes.fsdp
-            each = sum(_size(state.trainables) for state in self.states)
-        return 2 * each * (ways - 1) // ways
+        ways = sizes.data if self.whole else sizes.data * sizes.fsdp
+        return 2 * self.gradient_bytes(model, sizes) * (ways - 1) // ways
 
 
 def trained_shapes(config: RunConfig, shape: registry.Config) -> TrainedShapes:

@@ -75,6 +75,8 @@ def test_a_state_has_trainables_gradient_and_two_moments(method):
     count = trained.members[0].parameters
     model = registry.model_for(TINY)
     assert trained.state_bytes(model, ONE) == pytest.approx(4 * 4 * count, abs=64)
+    # the gradient of a micro-batch beside the sum of those before
+    assert trained.state_bytes(model, ONE, 3) == pytest.approx(5 * 4 * count, abs=64)
 
 
 @pytest.mark.parametrize("shape", [TINY, TINY_DECODER])
@@ -94,6 +96,7 @@ def test_moments_and_gradient_of_a_whole_model_are_divided_as_its_weights():
     trained = trained_shapes(config(method="model-tuning", train={"optimizer": "adamw"}), TINY)
     model, count = registry.model_for(TINY), trained.members[0].parameters
     alone = trained.state_bytes(model, ONE)
+    assert trained.state_bytes(model, ONE, 2) == alone + 4 * count
     assert alone == pytest.approx(3 * 4 * count, abs=64)  # and the weights themselves
     norms = 4 * 3 * (2 * 2 + 3 * 3 + 2) * 32  # which every device has whole, and the biases
     four = trained.state_bytes(model, Layout(1, 4, 1, False))
