@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 def reproduce(
-    study: Annotated[str, typer.Argument(help="a study of Lester et al. (2021), all, or report")],
+    study: Annotated[str, typer.Argument(help="a study, all that the options allow, or report")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="settings of all runs, e.g. train.steps=100")
     ] = None,
@@ -54,10 +54,11 @@ def reproduce(
         "runs/reproduce"
     ),
 ) -> None:
-    """Run or resume a study of the paper, and write a report of all studies in the output.
+    """Run or resume a study of the paper or of the methods, and report on all in the output.
 
     \b
     jaxprompt reproduce length --seeds 1
+    jaxprompt reproduce methods --method lora --method prompt-tuning
     jaxprompt reproduce report
     """
     from jaxprompt.studies.catalogue import STUDIES

@@ -32,8 +32,8 @@ FEW: Mapping[str, Settings] = {
     "paper": {"train.steps": 1000, "train.batch_size": 8},
     "miniature": {"train.steps": 100, "train.batch_size": 8},
 }
-# full fine-tuning by AdamW; 1e-3 suits the built-in backbones, as in the paper's studies
-RATES_OF_MODELS = {"paper": 1e-4, "miniature": 1e-3}
+# full fine-tuning by AdamW; the higher rate suits the built-in backbones, as in the paper's studies
+RATE_OF_MODELS, RATE_OF_BUILTIN_MODELS = 1e-4, 1e-3
 # learning rates that are tried, times the usual one of the method. Runs of hundreds of steps need
 # higher rates than the usual ones, which are for thousands
 FACTORS: Mapping[str, Sequence[float]] = {
@@ -42,7 +42,7 @@ FACTORS: Mapping[str, Sequence[float]] = {
 FACTORS_OF_PROMPTS = (1 / 3, 1.0, 3.0)
 
 
-def settings_of(plan: StudyPlan, method: str, rows: int | None = None) -> Settings:
+def settings_of(plan: StudyPlan, backbone: str, method: str, rows: int | None = None) -> Settings:
     """The settings of a method's runs; those of the user come last.
 
     rows: training rows; None: all.
@@ -56,7 +56,8 @@ def settings_of(plan: StudyPlan, method: str, rows: int | None = None) -> Settin
         init = "class_labels" if plan.length >= 20 else "sampled_vocabulary"
         settings |= {"prompt.length": plan.length, "prompt.init": init}
     if method == MODEL_TUNING:
-        rate = RATES_OF_MODELS[plan.recipe]
+        builtin = plan.backbones[backbone].startswith("builtin")
+        rate = RATE_OF_BUILTIN_MODELS if builtin else RATE_OF_MODELS
         settings |= {"train.optimizer": "adamw", "train.weight_decay": 0.0}
         settings |= {"train.learning_rate": rate}
     steady = parts <= {*PROMPTS, "model"}
@@ -91,7 +92,7 @@ def runs_of(
     plan: StudyPlan, backbone: str, task: str, method: str, rows: int | None = None
 ) -> list[Run]:
     """A run for each seed of a method."""
-    settings = settings_of(plan, method, rows)
+    settings = settings_of(plan, backbone, method, rows)
     variant = f"rows{rows}" if rows else "all"
     return [
         Run(backbone, task, method, None, seed, variant, settings) for seed in range(plan.seeds)
@@ -100,7 +101,7 @@ def runs_of(
 
 def costs_run(plan: StudyPlan, backbone: str, task: str) -> Run:
     """The run that measures what steps and answers cost."""
-    each = {method: settings_of(plan, method) for method in chosen_methods(plan)}
+    each = {method: settings_of(plan, backbone, method) for method in chosen_methods(plan)}
     numerics = {k: v for k, v in of_method(plan.settings, "").items() if k.startswith("model.")}
     batch = each[next(iter(each))]["train.batch_size"]
     own = {"methods": each, "rounds": ROUNDS, "members": MEMBERS, "batch_size": batch}

@@ -535,12 +535,12 @@ def test_config_of_studies_is_a_config_of_runs():
 def test_methods_have_the_same_budget_and_the_users_settings_come_last():
     settings = read_overrides(["train.steps=60", "lora:lora.rank=2", "model.dtype=mixed"])
     plan = make_plan("methods", StudyOptions(backbones=BOTH, tasks=["spam"], settings=settings))
-    every = {m: methods.settings_of(plan, m) for m in methods.METHODS}
+    every = {m: methods.settings_of(plan, "builtin", m) for m in methods.METHODS}
     assert {own["train.steps"] for own in every.values()} == {60}
     assert {own["train.batch_size"] for own in every.values()} == {16}
     assert {len(own["factors"]) for own in every.values()} == {3}
     assert {m for m, own in every.items() if "lora.rank" in own} == {"lora"}
-    few = methods.settings_of(plan, "lora", 4)
+    few = methods.settings_of(plan, "builtin", "lora", 4)
     assert few["train.steps"] == 20 and few["train.batch_size"] == 4 and few["rows"] == 4
     assert methods.costs_run(plan, "builtin", "spam").numerics["dtype"] == "mixed"
     with pytest.raises(UserError, match="no method"):
