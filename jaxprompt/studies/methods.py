@@ -24,7 +24,7 @@ COMMON: Mapping[str, Settings] = {
     "paper": {"train.steps": 30_000, "train.batch_size": 32, "train.schedule": "linear"},
     "miniature": {
         "train.steps": 300, "train.batch_size": 16, "train.schedule": "linear",
-        "train.length_bucketing_window": 16,
+        "train.length_bucketing_window": 16, "train.max_eval_examples": 300,
     },
 }  # fmt: skip
 # of few rows: 1,000 steps of 8 rows (Liu et al. 2022, arXiv 2205.05638, section 3.6)
