@@ -336,20 +336,25 @@ def rate_warnings(optimizer: str, rates: Mapping[str, float]) -> list[str]:
     return warnings
 
 
+def recipe_of(method: str) -> dict[str, Values]:
+    """The settings, by section, that are usual for a method; empty where there are none."""
+    if "+" not in method:
+        name = method if method in METHOD_NAMES else f"{method}-tuning"  # of a part
+        return {**RECIPES.get(name, {})}
+    recipe: dict[str, Values] = {"train": _ADAMW}
+    for name in method.split("+"):
+        own = RECIPES.get(name, {})
+        recipe |= {section: own[section] for section in own if section != "train"}
+        for part in METHOD_NAMES.get(name, (name,)):
+            if part in _RATES:
+                section = SECTIONS_OF[part]
+                recipe[section] = {"learning_rate": _RATES[part], **recipe.get(section, {})}
+    return recipe
+
+
 def with_recipe(values: Mapping[str, object]) -> dict[str, object]:
     """The settings of a run with the recipe of its method for all that is not set."""
-    method = values.get("method")
-    name = str(method) if str(method) in METHOD_NAMES else f"{method}-tuning"  # of a part
-    recipe = RECIPES.get(name, {})
-    if isinstance(method, str) and "+" in method:
-        recipe = {"train": _ADAMW}
-        for name in method.split("+"):
-            own = RECIPES.get(name, {})
-            recipe |= {section: own[section] for section in own if section != "train"}
-            for part in METHOD_NAMES.get(name, (name,)):
-                if part in _RATES:
-                    section = SECTIONS_OF[part]
-                    recipe[section] = {"learning_rate": _RATES[part], **recipe.get(section, {})}
+    recipe = recipe_of(str(values.get("method")))
     full = dict(values)
     for section, settings in recipe.items():
         given = full.get(section, {})

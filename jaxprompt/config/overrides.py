@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pydantic import (
 
 from jaxprompt.config import yaml12
 from jaxprompt.config.errors import UserError, shown
+from jaxprompt.config.methods import recipe_of
 from jaxprompt.config.names import current_key, current_names
 from jaxprompt.config.paths import expanded, looked_in
 from jaxprompt.config.schema import RunConfig
@@ -93,9 +95,32 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Values:
         values = current_names(values)
     except UserError as error:
         raise UserError(f"{path}: {error}.") from None
+    _drop_other_recipe(values, overrides, path)
     for override in overrides:
         set_value(values, override)
     return values
+
+
+def _drop_other_recipe(values: Values, overrides: Sequence[str], path: Path) -> None:
+    """Drop the file's learning rate, optimizer and the like where an override changes the method.
+
+    They suit the method of the file. The recipe of the other method takes their place.
+    """
+    methods = [value for key, _, value in (text.partition("=") for text in overrides)
+               if key == "method"]  # fmt: skip
+    train = values.get("train")
+    if not methods or methods[-1] == values.get("method", "prompt-tuning"):
+        return
+    dropped = recipe_of(methods[-1]).get("train", {}).keys() & {*(train or ())}
+    if dropped and isinstance(train, dict):
+        values["train"] = {key: value for key, value in train.items() if key not in dropped}
+        keys = ", ".join(f"train.{key}" for key in sorted(dropped))
+        warnings.warn(
+            f"{path} has {keys} for another method; method={methods[-1]} has a recipe of its own, "
+            "which replaces them; set them on the command line to have other values",
+            FutureWarning,
+            stacklevel=4,
+        )
 
 
 def packaged_configs() -> list[str]:

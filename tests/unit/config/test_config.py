@@ -519,3 +519,20 @@ def test_configs_are_read_from_the_repository_where_the_link_to_them_is_not_kept
         load_config("mine")
     write(tmp_path / "configs", MINIMAL, "mine.yaml")
     assert load_config("mine").output == "runs/a"
+
+
+def test_a_method_of_the_command_line_brings_its_recipe(tmp_path):
+    """The rate of a file suits the method of the file."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "task: boolq\noutput: x\ntrain: {learning_rate: 0.3, steps: 100, schedule: cosine}\n"
+    )
+    with pytest.warns(FutureWarning, match="train.learning_rate, train.schedule for another"):
+        changed = load_config(file, ["method=lora"])
+    assert (changed.train.learning_rate, changed.train.optimizer) == (4e-4, "adamw")
+    assert (changed.train.schedule, changed.train.warmup_steps) == ("linear", 6)
+    with pytest.warns(FutureWarning, match="train.schedule for another"):
+        chosen = load_config(file, ["method=lora", "train.learning_rate=0.002"])
+    assert chosen.train.learning_rate == 0.002
+    assert load_config(file, ["method=prompt-tuning"]).train.learning_rate == 0.3
+    assert load_config(file, ["method=residual-prompt-tuning"]).train.learning_rate == 0.3
