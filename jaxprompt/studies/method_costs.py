@@ -39,7 +39,7 @@ from jaxprompt.training.step import TrainState, TrainStep, first_state, make_tra
 
 COSTS = "costs"  # the run that measures them
 BARE = "bare"  # the backbone without anything
-EVERYTHING = "all methods"  # one member of each in the same batch
+SEVERAL = "several methods"  # members of as many methods as fit in the same batch
 
 
 class Workplace(NamedTuple):
@@ -211,11 +211,10 @@ def answer_seconds(
         alone[name] = Answers(_engine(place, injection), place, examples[:1])
         mixed[name] = _mixed(place, [injection] * count, [lengths[name]] * count)
     together, left_out = _joinable(injections)
+    together = together[:count]
     if len(together) > 1:
         names = [together[k % len(together)] for k in range(count)]
-        mixed[EVERYTHING] = _mixed(
-            place, [injections[n] for n in names], [lengths[n] for n in names]
-        )
+        mixed[SEVERAL] = _mixed(place, [injections[n] for n in names], [lengths[n] for n in names])
     kinds = {"alone_seconds": alone, "mixed_seconds": mixed}
     work = {(kind, name): some[name].give for kind, some in kinds.items() for name in some}
     seconds = in_turns(work, rounds, least=3)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxprompt.studies.baselines import Record
-from jaxprompt.studies.method_costs import BARE, EVERYTHING, is_frozen, median_ratio
+from jaxprompt.studies.method_costs import BARE, SEVERAL, is_frozen, median_ratio
 from jaxprompt.studies.method_runs import MODEL_TUNING
 from jaxprompt.studies.methods import chosen_methods, costs_run, label_of, runs_of, variants
 from jaxprompt.studies.study import Records, StudyPlan, score
@@ -109,7 +109,7 @@ class Place:
         return self.costs["memory"].get(method, {}).get("total")
 
     def cost_table(self) -> Table:
-        """A line for each method, and one for a batch with a member of each."""
+        """A line for each method, and one for a batch with members of several."""
         count = self.costs["members"]
         of = label_of(self.reference)
         head = ["", "trained parameters", "bytes stored", "memory of a step", "a step, s"]
@@ -127,9 +127,10 @@ class Place:
                 _ratio(self.answer_ratio("alone", method)),
                 _ratio(self.answer_ratio("mixed", method)),
             ])  # fmt: skip
-        if EVERYTHING in self.costs["mixed_seconds"]:
-            ratio = _ratio(self.answer_ratio("mixed", EVERYTHING))
-            lines.append([f"{EVERYTHING} in one batch", *[""] * 6, ratio])
+        if SEVERAL in self.costs["mixed_seconds"]:
+            ratio = _ratio(self.answer_ratio("mixed", SEVERAL))
+            names = ", ".join(self.costs["mixed_methods"])
+            lines.append([f"in one batch: {names}", *[""] * 6, ratio])
         return lines
 
     def introduction(self) -> Table:

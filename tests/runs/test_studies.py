@@ -619,7 +619,9 @@ def fake_records(plan, task):
     records[run.key] = {
         "memory": {m: {"total": 2**20 * (n + 1)} for n, m in enumerate(times)},
         "step_seconds": times, "alone_seconds": {"bare": [1.0, 0.5], **frozen},
-        "mixed_seconds": {"bare": [2.0, 2.0], **frozen, "all methods": [3.0, 4.0]}, "members": 8,
+        "mixed_seconds": {"bare": [2.0, 2.0], **frozen, "several methods": [3.0, 4.0]},
+        "members": 8,
+        "mixed_methods": ["lora", "prompt-tuning"],
     }  # fmt: skip
     return records
 
@@ -643,7 +645,7 @@ def test_the_tables_of_introductions_have_what_was_measured():
     ]  # fmt: skip
     # one model after the other: 8 answers of 1 and of 0.5 s against a batch of 2 s
     assert costs[FULL][-2:] == ["1.00", "3.00 (2.00 to 4.00)"]
-    assert costs["all methods in one batch"][-1] == "1.75 (1.50 to 2.00)"
+    assert costs["in one batch: lora, prompt-tuning"][-1] == "1.75 (1.50 to 2.00)"
     said = {line[0]: line[1:] for line in tables["spam, builtin: what is said in introductions"]}
     assert said["prompt-tuning"] == [
         "1,000 (0.10%)", "stays as it is", "1.0 MiB", "4.0 KiB", "12 ms, or none in a mixed batch",
