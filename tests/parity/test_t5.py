@@ -204,7 +204,7 @@ def test_an_encoder_layer_keeps_little_for_the_gradient_of_the_prompt(tiny, dtyp
     model = tiny[0].with_runtime(dtype=dtype, per_example_attention=True)
     layer, rows, length = t5.EncoderLayer(model), 2, 24
     mask = dense_mask(jnp.ones((rows, 1, length, length), bool))
-    bias = jnp.zeros((1, model.config.num_heads, length, length))
+    bias = t5.Bias(jnp.zeros((1, model.config.num_heads, length, length)))
     context = t5.LayerContext(jnp.arange(length), jnp.arange(length), mask, bias)
     x = jnp.ones((rows, length, model.config.d_model))
     params = layer.init(jax.random.key(0), x, context)

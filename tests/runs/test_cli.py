@@ -523,7 +523,7 @@ def test_an_export_is_all_that_others_need(call, prompt, backbone, tmp_path):
     code, out, err = call("export", prompt, "--output", tmp_path / "known")
     assert code == 0, err
     assert json.loads(out) == {
-        "adapter": str(tmp_path / "known" / "adapter"), "backbone": str(backbone)
+        "adapter": str(tmp_path / "known" / "adapter"), "library": "PEFT", "backbone": str(backbone)
     }  # fmt: skip
     assert os.listdir(tmp_path / "known") == ["adapter"]
     code, out, err = call(
