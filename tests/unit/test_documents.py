@@ -68,6 +68,8 @@ def test_files_that_are_named_exist(path):
     assert missing == []
 
 
+# a document may train a config with another method, whose recipe then replaces the config's
+@pytest.mark.filterwarnings("ignore:.*a recipe of its own:FutureWarning")
 @by_path
 def test_commands_have_the_options_that_they_are_given(path):
     from jaxprompt.cli.app import app
