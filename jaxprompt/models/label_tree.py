@@ -52,6 +52,15 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)
 
 
+def label_tree(labels: Int[np.ndarray, "C T"]) -> tuple[Tree, Int[np.ndarray, "C T"]]:
+    """One tree of all labels without padding, and the node at which each token is predicted.
+
+    labels: padded with -1.
+    """
+    beginnings, nodes = _tree(labels)
+    return _padded(beginnings, len(beginnings)), nodes
+
+
 def _tree(labels):
     """The beginnings of labels, and for each token of a label the number of the one it follows."""
     numbers: dict[tuple[int, ...], int] = {(): 0}

@@ -11,7 +11,7 @@ from helpers_source import nodes
 PACKAGE = ROOT / "jaxprompt"
 # from the lowest level to the highest
 ORDER = ["moved", "config", "runtime", "data", "models", "losses", "methods", "inference",
-         "evaluation", "training", "api", "studies", "cli", "__main__"]  # fmt: skip
+         "evaluation", "training", "api", "serving", "studies", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"training/checkpoint.py"},
     "linen": {"models/blocks.py", "models/t5/t5.py", "models/decoder/decoder.py"},
