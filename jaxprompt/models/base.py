@@ -186,6 +186,7 @@ class Model:
 
         R is B or, where examples share rows, ``layout.examples_per_row`` times B.
 
+        tree: of all rows, with leaves [n, ...]; or one for each row, with leaves [R, n, ...].
         dropout_seed: that ``prefill`` got; None for no dropout.
         """
         raise NotImplementedError

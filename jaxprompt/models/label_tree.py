@@ -1,5 +1,6 @@
 """Labels as trees: a common beginning is computed once, and one pass computes all nodes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,20 @@ def label_tree(labels: Int[np.ndarray, "C T"]) -> tuple[Tree, Int[np.ndarray, "C
     """
     beginnings, nodes = _tree(labels)
     return _padded(beginnings, len(beginnings)), nodes
+
+
+def stack_trees(trees: Sequence[Tree], rows: int, nodes: int) -> Tree:
+    """The trees of a batch's rows, each padded to ``nodes`` nodes: leaves [rows, nodes, ...].
+
+    Rows after the last tree have the empty beginning alone. Padding attends to itself.
+    """
+    ids = np.full((rows, nodes), -1, np.int32)
+    depths = np.zeros((rows, nodes), np.int32)
+    visible = np.tile(np.eye(nodes, dtype=bool), (rows, 1, 1))
+    for row, tree in enumerate(trees):
+        n = len(tree.ids)
+        ids[row, :n], depths[row, :n], visible[row, :n, :n] = tree
+    return Tree(ids, depths, visible)
 
 
 def _tree(labels):

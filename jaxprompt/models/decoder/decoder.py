@@ -442,7 +442,7 @@ class DecoderModel(Model):
         tree: Tree,
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "B n V"]:
-        text, shape = prefill.text, (len(prefill.text.ids), len(tree.ids))
+        text, shape = prefill.text, (len(prefill.text.ids), tree.ids.shape[-1])
         segments = jnp.ones(shape, jnp.int32)
         first, start = _last_input_token(text, segments)
         positions = start + tree.depths

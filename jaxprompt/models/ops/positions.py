@@ -53,18 +53,18 @@ def relative_bias(
     return jnp.take(table, numbers, axis=0).transpose(2, 0, 1)[None]
 
 
-def prefix_bias(
+def bias_of_offsets(
     table: Float[Array, "R N"],
-    offsets: Int[Array, "#B T P"],
+    offsets: Int[Array, "#B T S"],
     *,
     bidirectional: bool,
     max_distance: int,
-) -> Float[Array, "#B N T P"]:
-    """Attention bias of a prefix's keys from a table of R buckets.
+) -> Float[Array, "#B N T S"]:
+    """``relative_bias`` of rows whose positions differ, and of a prefix's keys.
 
     Args:
-        table: of the text's bias.
-        offsets: of each key from each query, see ``prefix_offsets``.
+        table: of R buckets.
+        offsets: of each key from each query. Those of a prefix: see ``prefix_offsets``.
         bidirectional: whether the table has buckets of keys after a query.
         max_distance: from which on all distances share a bucket.
     """

@@ -41,7 +41,7 @@ from jaxprompt.models.ops.attention.prefix import with_prefix
 from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
 from jaxprompt.models.ops.matmul import dense, head
-from jaxprompt.models.ops.positions import prefix_bias, prefix_offsets, relative_bias
+from jaxprompt.models.ops.positions import bias_of_offsets, prefix_offsets, relative_bias
 from jaxprompt.models.ops.segments import positions_in_segments, segment_mask, shift_right
 from jaxprompt.models.t5.config import AXES, T5Config
 from jaxprompt.runtime.parallel import shard_activation
@@ -150,8 +150,8 @@ class Bias(NamedTuple):
 class LayerContext(NamedTuple):
     """What all layers of a stack read and none writes."""
 
-    query_positions: Int[Array, " T"]  # in the row
-    key_positions: Int[Array, " S"]
+    query_positions: Int[Array, "*R T"]  # in the row; the same in all rows, or of each
+    key_positions: Int[Array, "*R S"]
     attention_mask: AttentionMask
     bias: Bias | None = None  # None: each layer has its own
     encoded: Float[Array, "B S D"] | None = None
@@ -182,8 +182,11 @@ def _bias(
 ) -> Bias:
     queries, keys, offsets = context.query_positions, context.key_positions, context.prefix_offsets
     form = {"bidirectional": bidirectional, "max_distance": c.max_distance}
-    text = relative_bias(table, queries, keys, **form)
-    return Bias(text, None if offsets is None else prefix_bias(table, offsets, **form))
+    if queries.ndim == 1:
+        text = relative_bias(table, queries, keys, **form)
+    else:
+        text = bias_of_offsets(table, keys[:, None, :] - queries[:, :, None], **form)
+    return Bias(text, None if offsets is None else bias_of_offsets(table, offsets, **form))
 
 
 def _prefix_offsets(
@@ -191,7 +194,7 @@ def _prefix_offsets(
     path: tuple[str, ...],
     *,
     segments: Int[Array, "R T"] | None = None,
-    positions: Int[Array, " T"] | None = None,
+    positions: Int[Array, "*R T"] | None = None,
 ) -> Int[Array, "#R T P"] | None:
     """The offsets for the prefix at a path, from queries given by their segments.
 
@@ -204,7 +207,7 @@ def _prefix_offsets(
         assert segments is not None
         queries = positions_in_segments(segments)
     else:
-        queries = positions[None]
+        queries = positions if positions.ndim == 2 else positions[None]
     return prefix_offsets(queries, prefix.key.shape[2])
 
 
@@ -361,6 +364,7 @@ class T5(nn.Module):
         else:
             positions, visible = jnp.asarray(tree.depths), jnp.asarray(tree.visible)
             offsets = _prefix_offsets(injection, _DECODER, positions=positions)
+            visible = visible if visible.ndim == 2 else visible[:, None]
         mask = dense_mask(segment_mask(segments, segments) & visible)
         widths = self.model.layout.packed_widths
         cross_mask = cross_attention_mask(segments, encoded.segments, widths)
@@ -370,7 +374,7 @@ class T5(nn.Module):
         )  # fmt: skip
         if dropout_seed is not None:
             context = context._replace(
-                dropout=seeds_of_rows(dropout_seed, len(positions)),
+                dropout=seeds_of_rows(dropout_seed, positions.shape[-1]),
                 cross_dropout=seeds_of_segments(dropout_seed, encoded.segments),
             )
         x = self.token_embedder(decoder_inputs, injection.embeddings)
@@ -522,7 +526,7 @@ class T5Model(Model):
     ) -> Float[Array, "R n V"]:
         rows = len(prefill.segments) * self.layout.examples_per_row
         ids = jnp.where(tree.ids < 0, self.config.decoder_start_id, tree.ids)
-        ids = jnp.broadcast_to(ids, (rows, len(ids)))
+        ids = jnp.broadcast_to(ids, (rows, ids.shape[-1]))
         segments = jnp.ones_like(ids)
         return self.decode(params, injection, prefill, ids, segments, dropout_seed, tree)
 
