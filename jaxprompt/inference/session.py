@@ -68,7 +68,7 @@ def open_session(
     loaded = _load(backbone, recorded.get("source"), dtype, quantization, weights)
     injection = Injection()
     if prompt is not None:
-        model = registry.with_attention(loaded.model, _attention(prompt))
+        model = registry.with_attention(loaded.model, attention_of(prompt))
         loaded = loaded._replace(model=model)
         prompt = fitted(prompt, loaded)
         check_pair(prompt, loaded, any_backbone)
@@ -110,7 +110,7 @@ def _load(
     )  # fmt: skip
 
 
-def _attention(prompt: Prompt) -> str:
+def attention_of(prompt: Prompt) -> str:
     """The attention that the prompt was tuned with: causal, prompt or prefix."""
     value: object = prompt.metadata
     for key in ("config", "model", "attention"):
