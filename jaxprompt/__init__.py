@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.load import Backbone, load_backbone
+    from jaxprompt.serving.client import Client, ServerError
     from jaxprompt.training.metric_log import NullReporter, Reporter
 
 __version__ = "0.1.0"
@@ -43,13 +44,14 @@ _HOMES = {
     "jaxprompt.methods.artefact": (
         "Prompt", "load_prompt", "save_adapterhub", "save_peft", "save_prompt"
     ),
+    "jaxprompt.serving.client": ("Client", "ServerError"),
     "jaxprompt.training.metric_log": ("NullReporter", "Reporter"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Backbone", "NullReporter", "Prompt", "Reporter", "RunConfig", "TaskConfig",
-    "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt",
+    "Backbone", "Client", "NullReporter", "Prompt", "Reporter", "RunConfig", "ServerError",
+    "TaskConfig", "UserError", "evaluate", "inspect", "load_backbone", "load_config", "load_prompt",
     "merge", "open_session", "predict", "save_adapterhub", "save_backbone", "save_peft",
     "save_prompt", "score", "train",
 ]  # fmt: skip
