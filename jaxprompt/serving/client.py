@@ -20,6 +20,7 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.values import Values
 
 _BUSY = (429, 503)
+_CONFIGS = ("prompt.json", "adapter_config.json")
 _LONGEST_WAIT = 30.0  # seconds between two attempts, at most
 
 
@@ -100,7 +101,7 @@ class Client:
         """
         rows = [row if isinstance(row, str) else dict(row) for row in inputs]
         body = {"prompt": prompt, "inputs": rows} | settings
-        return self._post("/v1/predict", body)["predictions"]
+        return self._post("/v1/predict", body, prompt)["predictions"]
 
     def score(
         self, prompt: str, pairs: Iterable[Mapping[str, str]], **settings: object
@@ -116,16 +117,16 @@ class Client:
             For each row ``{"log_likelihood": in nats, "tokens": of the target}``.
         """
         body = {"prompt": prompt, "inputs": [dict(pair) for pair in pairs]} | settings
-        return self._post("/v1/score", body)["scores"]
+        return self._post("/v1/score", body, prompt)["scores"]
 
     def complete(self, prompt: str, text: str | list[str], **settings: Unpack[Sampling]) -> Values:
         """The whole answer of ``/v1/completions``; the texts are ``["choices"][i]["text"]``."""
-        return self._post("/v1/completions", {"model": prompt, "prompt": text} | settings)
+        return self._post("/v1/completions", {"model": prompt, "prompt": text} | settings, prompt)
 
     def stream(self, prompt: str, text: str, **settings: Unpack[Sampling]) -> Iterator[str]:
         """Pieces of a completion as they are decoded. Closing the iterator cancels the request."""
         body = {"model": prompt, "prompt": text, "stream": True} | settings
-        with self._open("POST", "/v1/completions", _encoded(body), _JSON) as response:
+        with self._open("POST", "/v1/completions", _encoded(body), _headers(prompt)) as response:
             for line in response:
                 data = line.decode().strip().removeprefix("data:").strip()
                 if data == "[DONE]":
@@ -155,7 +156,7 @@ class Client:
 
         Args:
             name: the prompt's name on the server.
-            artefact: the folder of a tuned prompt.
+            artefact: the folder of a tuned prompt, or of PEFT's adapter.
             replace: whether a prompt of this name is replaced; otherwise that is an error (409).
 
         Returns:
@@ -203,8 +204,8 @@ class Client:
     def _get(self, path: str) -> Values:
         return self._read("GET", path, None, {})
 
-    def _post(self, path: str, body: Values) -> Values:
-        return self._read("POST", path, _encoded(body), _JSON)
+    def _post(self, path: str, body: Values, prompt: object) -> Values:
+        return self._read("POST", path, _encoded(body), _headers(prompt))
 
     def _read(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Values:
         with self._open(method, path, body, headers) as response:
@@ -249,7 +250,12 @@ class Client:
             raise ServerError(0, f"{self.url} gave no answer: {error!r}.") from None
 
 
-_JSON = {"Content-Type": "application/json"}
+def _headers(prompt: object) -> dict[str, str]:
+    """Headers of a request to a model: a gateway hashes the prompt's name to choose a replica."""
+    headers = {"Content-Type": "application/json"}
+    if isinstance(prompt, str):
+        headers["x-jaxprompt-prompt"] = urllib.parse.quote(prompt.partition("@")[0])
+    return headers
 
 
 class _Busy(ServerError):
@@ -332,11 +338,13 @@ def _prompt_path(name: str) -> str:
 
 def _files_of(artefact: Path) -> dict[str, bytes]:
     """The files of an artefact that a server reads."""
-    if not (artefact / "prompt.json").is_file():
+    configs = [artefact / name for name in _CONFIGS if (artefact / name).is_file()]
+    if not configs:
         raise UserError(
-            f"{shown(artefact)} is no folder of a tuned prompt; give one that has a prompt.json."
+            f"{shown(str(artefact))} is no folder of a tuned prompt; give one that has a "
+            "prompt.json, or PEFT's adapter_config.json."
         )
-    wanted = [artefact / "prompt.json", *sorted(artefact.glob("*.safetensors"))]
+    wanted = [*configs, *sorted(artefact.glob("*.safetensors"))]
     return {path.name: path.read_bytes() for path in wanted}
 
 

@@ -73,6 +73,7 @@ def test_predictions_come_back_in_order_and_the_key_goes_along(client, server):
     assert [each["prediction"] for each in found] == ["ham", "spam"]
     assert server.sent == {"prompt": "mail", "inputs": [{"text": "hi"}, "win"], "top_k": 1}
     assert server.asked[-1][2]["Authorization"] == "Bearer secret"
+    assert server.asked[-1][2]["X-Jaxprompt-Prompt"] == "mail"
 
 
 def test_without_a_prompt_the_field_is_left_out_so_that_the_router_chooses(client, server):
@@ -206,7 +207,7 @@ def test_an_url_that_is_none_is_refused(url):
 
 
 def test_a_folder_that_is_no_artefact_is_refused_before_anything_is_sent(client, server, tmp_path):
-    with pytest.raises(jp.UserError, match=r"has a prompt\.json"):
+    with pytest.raises(jp.UserError, match=r"has a prompt\.json, or PEFT"):
         client.put("a", tmp_path)
     assert not server.asked
 
