@@ -1,7 +1,7 @@
 """A model of lm-evaluation-harness that a running ``jaxprompt serve`` answers.
 
     python -m jaxprompt.serving.lm_eval_model --model jaxprompt \\
-        --model_args url=http://127.0.0.1:8000,prompt=supersense --tasks TASK
+        --model_args url=http://127.0.0.1:8000,prompt=supersense --batch_size 32 --tasks TASK
 
 It is for encoder-decoders. The harness's own ``local-completions`` sends context and continuation
 as one text, so a server cannot know where the encoder's input ends; a decoder-only backbone needs

@@ -13,7 +13,7 @@ from stages import ROWS, Figures, Setup, seconds_of
 import jaxprompt as jp
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
-from jaxprompt.data.templates import to_text
+from jaxprompt.data.templates import fill
 from jaxprompt.inference.score import PairTokenizer
 
 WORKER = Path(__file__).with_name("peft_answers.py")
@@ -104,7 +104,7 @@ def write_problem(setup: Setup, rows: Sequence[dict], count: int) -> Path:
     task = parse(TaskConfig, session.prompt.metadata["task"], "task.")
     vocabulary = session.backbone.config.vocab_size
     tokenizer = PairTokenizer(session.tokenizer, vocabulary, 0, task)
-    texts = [to_text(task.template, row) for row in rows]
+    texts = [fill(task.template, row) for row in rows]
     inputs, _ = tokenizer.encode([{"input": text, "target": ""} for text in texts])
     labels, _ = tokenizer.encode([{"input": "", "target": label} for label in task.labels])
     problem = {
