@@ -217,9 +217,9 @@ class Catalogue:
             full = self._visible(name, tenant)
             return self._facts(full, self._records[full])
 
-    def listing(
+    def list(
         self, tenant: str | None = None, *, limit: int = 1000, after: str | None = None
-    ) -> list[Facts]:
+    ) -> Sequence[Facts]:
         """Prompts that a tenant sees, by name. Nothing is loaded.
 
         Args:

@@ -35,7 +35,7 @@ Features = Float[np.ndarray, "N D"]
 class TaskStatistics(NamedTuple):
     """What is kept of a task's rows."""
 
-    count: int  # n, the rows of mean and scatter
+    rows: int  # n, the rows of mean and scatter
     mean: Float[np.ndarray, " D"]
     scatter: Float[np.ndarray, " t"]  # sum of (x - mean)(x - mean)^T, its lower triangle
     held_out: Float[np.ndarray, "M D"]  # float16; rows that thresholds are set by
@@ -87,7 +87,13 @@ class Decision(NamedTuple):
     score: float
     margin: float  # log odds of the nearest task against the second, in nats; inf: there is none
     reason: str  # one sentence
-    nearest: str | None = None  # also where no prompt fits
+    # the tasks that could be chosen with their scores, the nearest first
+    candidates: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def nearest(self) -> str | None:
+        """The nearest task, also where no prompt fits."""
+        return self.candidates[0][0] if self.candidates else None
 
 
 class Router:
@@ -164,29 +170,29 @@ class Router:
             return Decision(None, -math.inf, 0.0, "The features of the text are not finite.")
         distances = self.distances(np.asarray(features)[None])[0][places]
         order = np.argsort(distances, kind="stable")
-        first = places[order[0]]
-        distance, margin = float(distances[order[0]]), math.inf
-        if len(order) > 1:
-            margin = float(distances[order[1]] - distances[order[0]]) * self.width / 2
-        return self._decision(first, distance, margin)
+        ranked = tuple((self.names[places[i]], -float(distances[i])) for i in order)
+        margin = math.inf
+        if len(ranked) > 1:
+            margin = (ranked[0][1] - ranked[1][1]) * self.width / 2
+        return self._decision(ranked, float(self.limits[places[order[0]]]), margin)
 
-    def _decision(self, place: int, distance: float, margin: float) -> Decision:
-        name, limit = self.names[place], self.limits[place]
-        if distance > limit:
-            return Decision(
-                None, -distance, margin,
+    def _decision(
+        self, ranked: tuple[tuple[str, float], ...], limit: float, margin: float
+    ) -> Decision:
+        name, score = ranked[0]
+        if -score > limit:
+            reason = (
                 f"The text is unlike all tasks: from the nearest, {name!r}, it is "
-                f"{distance / limit:.2f} times as far as the rows of that task are.",
-                name,
-            )  # fmt: skip
+                f"{-score / limit:.2f} times as far as the rows of that task are."
+            )
+            return Decision(None, score, margin, reason, ranked)
         if margin < self.least_margin:
-            return Decision(
-                None, -distance, margin,
+            reason = (
                 f"The text is between tasks: the margin of the nearest, {name!r}, is {margin:.2f} "
-                f"and has to be {self.least_margin:.2f}.",
-                name,
-            )  # fmt: skip
-        return Decision(name, -distance, margin, f"The nearest task is {name!r}.", name)
+                f"and has to be {self.least_margin:.2f}."
+            )
+            return Decision(None, score, margin, reason, ranked)
+        return Decision(name, score, margin, f"The nearest task is {name!r}.", ranked)
 
     def _whitened(self, features: Features) -> Float[np.ndarray, "N D"]:
         if self._whitening is None:
@@ -246,7 +252,7 @@ def _whitening(tasks: list[TaskStatistics]) -> Float[np.ndarray, "D D"]:
     total = np.zeros(width * (width + 1) // 2)
     for task in tasks:
         total += task.scatter
-    freedom = max(sum(task.count - 1 for task in tasks), 1)
+    freedom = max(sum(task.rows - 1 for task in tasks), 1)
     covariance = np.zeros((width, width))
     covariance[np.tril_indices(width)] = total / freedom
     covariance += np.tril(covariance, -1).T
@@ -288,7 +294,7 @@ def save_router(folder: Path, router: Router) -> None:
         "settings": router.settings._asdict(),
         "width": router.width,
         **router.facts,
-        "tasks": {name: task.count for name, task in router.tasks.items()},
+        "tasks": {name: task.rows for name, task in router.tasks.items()},
     }
     tensors = {
         f"{name}/{field}": np.ascontiguousarray(getattr(task, field))
@@ -301,7 +307,7 @@ def save_router(folder: Path, router: Router) -> None:
     shown_facts = facts | {
         "tasks": {
             name: {
-                "rows": task.count,
+                "rows": task.rows,
                 "held_out_rows": len(task.held_out),
                 "routed_right": round(float(routed[place]), 4),
                 "largest_distance": round(float(router.limits[place]), 4),

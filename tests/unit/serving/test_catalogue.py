@@ -87,8 +87,8 @@ def test_prompts_are_listed_without_being_read_and_read_when_asked_for(catalogue
     for name in ("b", "a", "acme/c"):
         store.write(name, CONTENTS[1])
     catalogue.scan()
-    assert [facts.name for facts in catalogue.listing(EVERY_TENANT)] == ["a", "acme/c", "b"]
-    assert {facts.state for facts in catalogue.listing(EVERY_TENANT)} == {"stored"}
+    assert [facts.name for facts in catalogue.list(EVERY_TENANT)] == ["a", "acme/c", "b"]
+    assert {facts.state for facts in catalogue.list(EVERY_TENANT)} == {"stored"}
     assert gate.made == []
     version = now(catalogue, "a")
     assert (version.number, version.digest) == (1, digest_of(CONTENTS[1]))
@@ -101,7 +101,7 @@ def test_pages_follow_one_another(catalogue, store):
         store.write(f"p{number}", CONTENTS[0])
     catalogue.scan()
     pages, after = [], None
-    while page := catalogue.listing(limit=3, after=after):
+    while page := catalogue.list(limit=3, after=after):
         pages.append([facts.name for facts in page])
         after = page[-1].name
     assert pages == [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
@@ -119,7 +119,7 @@ def test_a_tenant_sees_its_own_and_public_prompts_only(catalogue):
         for tenant in (None, "acme"):
             with pytest.raises(UnknownPrompt):
                 catalogue.resolve(reference, tenant)
-    assert [facts.name for facts in catalogue.listing("acme")] == ["acme/spam", "spam"]
+    assert [facts.name for facts in catalogue.list("acme")] == ["acme/spam", "spam"]
     assert value_of(now(catalogue, "other/secret", EVERY_TENANT)) == 2
     with pytest.raises(UnknownPrompt):
         catalogue.put("other/secret", CONTENTS[0], "acme")
@@ -361,7 +361,7 @@ def test_a_change_made_here_is_newer_than_a_listing_that_began_before(
 
     monkeypatch.setattr(store, "list", slow)
     catalogue.scan()
-    assert [facts.name for facts in catalogue.listing()] == ["added", "kept"]
+    assert [facts.name for facts in catalogue.list()] == ["added", "kept"]
     assert value_of(now(catalogue, "kept")) == 2
     catalogue.scan()
     assert now(catalogue, "kept").number == 2
@@ -386,5 +386,5 @@ def test_adding_and_replacing_take_as_long_with_ten_thousand_names(store, gate):
     for turn in range(4):
         catalogue.put("p77", CONTENTS[turn])
     assert time.monotonic() - begun < 0.5
-    assert [facts.name for facts in catalogue.listing(limit=2, after="p9998")] == ["p9999"]
+    assert [facts.name for facts in catalogue.list(limit=2, after="p9998")] == ["p9999"]
     catalogue.close()
