@@ -242,15 +242,31 @@ class Tokenizer:
         Pieces of SentencePiece are decoded as T5 does: an id that is unknown, or beyond the
         vocabulary, becomes the text " \u2047 ".
         """
+        return self.decode_all(ids).strip()
+
+    def decode_all(self, ids: Sequence[int] | np.ndarray) -> str:
+        """As ``decode``, with the blanks at both ends."""
         until = itertools.takewhile(lambda id: id != self.eos_id, map(int, ids))
         if self._decoder is None:
             skip = not hasattr(self._inner, "backend_tokenizer")  # bytes have no sentinels
             special = {*self.special_ids}
             kept = [id for id in until if id < self.ids and id not in special]
-            return str(self._inner.decode(kept, skip_special_tokens=skip)).strip()
+            return str(self._inner.decode(kept, skip_special_tokens=skip))
         dropped = {*self.special_ids} - {self.unk_id}
         pieces = [piece for id in until if id not in dropped for piece in self._pieces(id)]
-        return self._decoder.decode(pieces).strip()
+        return self._decoder.decode(pieces)
+
+    def token_text(self, id: int) -> str:
+        """The text of one token within a text, with the blank before it; also a special one's."""
+        if self._decoder is not None:
+            return self.piece(id).replace(_BLANK, " ")
+        return str(self._inner.decode([id], skip_special_tokens=False))
+
+    def special_names(self) -> dict[str, str | None]:
+        """The special tokens by what they are for, as transformers names them."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        found = {name: getattr(self._inner, name, None) for name in names}
+        return {name: None if token is None else str(token) for name, token in found.items()}
 
     def _pieces(self, id: int) -> list[str]:
         if not 0 <= id < self.ids or id == self.unk_id:

@@ -9,10 +9,12 @@ what has come meanwhile.
 import functools
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -117,6 +119,7 @@ class Batcher:
         warm: is called by the thread before it is ready.
         observe: is called in the thread with the facts of each batch.
         ended: is posted when the thread has ended.
+        room: how many different versions a batch may have now.
     """
 
     most_generating = 4  # batches of generation at a time
@@ -131,14 +134,16 @@ class Batcher:
         warm: Callable[[], None] = lambda: None,
         observe: Callable[[BatchFacts], None] = lambda facts: None,
         ended: Callable[[], None] = lambda: None,
+        room: Callable[[], int] = lambda: sys.maxsize,
     ):
         self.state: State = "warming"
         self.busy_since: float | None = None  # by time.monotonic(): the batch that is computed
         self._engine, self._post = engine, post
-        self._warm, self._observe, self._ended = warm, observe, ended
+        self._warm, self._observe, self._ended, self._room = warm, observe, ended, room
         self._queue: FairQueue[_Part] = FairQueue(limits)
         self._wake = threading.Condition()
         self._generating: deque[_Generation] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._failures = 0
         self._rate = 0.0  # tokens a second, lately
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -207,6 +212,24 @@ class Batcher:
                 self.state = "draining"
             self._wake.notify()
 
+    def call(self, function: Callable[[], R]) -> Future[R]:
+        """Run a function in the thread, between two batches: what only that thread may touch."""
+        future: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self.state in ("stopped", "failed"):
+                future.set_exception(UserError("The server ends; ask another one."))
+            else:
+                self._calls.append(run)
+                self._wake.notify()
+        return future
+
     # what follows runs in the thread
 
     def _work(self) -> None:
@@ -233,6 +256,9 @@ class Batcher:
             self._generating.clear()
             while (cut := self._queue.cut(-math.inf)).rows:
                 left += cut.rows
+            calls = list(self._calls)
+        for call in calls:
+            call()
         self._send([_event(row, Broken("The server ended; ask another one.")) for row in left])
         self._post(self._ended)
 
@@ -243,7 +269,9 @@ class Batcher:
         """The rows of the next batch and late ones, waiting for them; None: there will be none."""
         with self._wake:
             while True:
-                cut = self._queue.cut(time.monotonic(), self._may_run)
+                while self._calls:
+                    self._calls.popleft()()
+                cut = self._queue.cut(time.monotonic(), self._may_run, self._room())
                 if cut.rows or cut.late or self._generating:
                     return cut.rows, cut.late
                 if self.state != "ready":

@@ -9,6 +9,7 @@ another.
 import heapq
 import itertools
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,12 +167,18 @@ class FairQueue(Generic[T]):
             self._debts[row.key] = account.served
         return True
 
-    def cut(self, now: float, may_run: Callable[[Hashable], bool] = lambda lane: True) -> Cut:
+    def cut(
+        self,
+        now: float,
+        may_run: Callable[[Hashable], bool] = lambda lane: True,
+        room: int = sys.maxsize,
+    ) -> Cut:
         """Take out the rows of the next batch; none if nothing may run.
 
         Args:
             now: rows with earlier deadlines are taken out as late.
             may_run: whether a batch of a lane may run now.
+            room: different versions that a batch may have, beside ``limits.batch_versions``.
         """
         late: list[Row] = []
         while True:
@@ -184,7 +191,7 @@ class FairQueue(Generic[T]):
             late.append(anchor)
         account = self._accounts[anchor.key]
         self._now = max(self._now, account.served)
-        rows = self._filled(anchor, now)
+        rows = self._filled(anchor, now, min(room, self.limits.batch_versions))
         for row in rows:
             self._accounts[row.key].served += row.cost
             self.discard(row)
@@ -203,7 +210,7 @@ class FairQueue(Generic[T]):
                 return min(able, key=lambda row: row.sequence)
         return None
 
-    def _filled(self, anchor: Row, now: float) -> list[Row]:
+    def _filled(self, anchor: Row, now: float, most_versions: int) -> list[Row]:
         """The anchor and the rows that go with it, as many as their padding is worth."""
         limits = self.limits
         rows, versions = [anchor], {anchor.version}
@@ -214,7 +221,7 @@ class FairQueue(Generic[T]):
                 break
             if row is anchor or row.deadline < now:
                 continue
-            if row.version not in versions and len(versions) == limits.batch_versions:
+            if row.version not in versions and len(versions) >= most_versions:
                 continue
             width = max(widest, row.cost)
             padded = width * (len(rows) + 1)

@@ -1,0 +1,316 @@
+"""``/v1/predict`` and ``/v1/score``: rows and their answers, in order."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxprompt.config.errors import UserError
+from jaxprompt.config.values import Values
+from jaxprompt.serving import prepare
+from jaxprompt.serving.http.errors import ApiError, of_user_error
+from jaxprompt.serving.http.json_body import JsonResponse
+from jaxprompt.serving.http.schemas import PredictRequest, ScoreRequest
+from jaxprompt.serving.http.service import (
+    Decision,
+    Opened,
+    Service,
+    check_rows,
+    named,
+    open_request,
+    read,
+    resolve,
+    server_timing,
+)
+from jaxprompt.serving.http.waiting import Pending, watched
+from jaxprompt.serving.prepare import Asked, BadInput
+from jaxprompt.serving.version import Version
+from jaxprompt.serving.work import Chunk, Featured, Outcome, Ranked, Scored, Work
+
+Given = str | Mapping[str, object]
+
+
+@dataclass(eq=False)
+class _Row:
+    """One row of a request, and what came of it."""
+
+    version: Version | None  # that answers it
+    work: Work
+    asked: Version | None = None  # whose task it is; another one where the backbone answers alone
+    routed: Decision | None = None
+    outcome: Outcome | None = None
+    ids: list[int] = field(default_factory=list)  # that were generated
+
+
+class _Prepared(NamedTuple):
+    rows: list[_Row]
+    warnings: list[str]
+
+
+async def predict(request: Request) -> Response:
+    """The answers of rows by the tasks of their prompts."""
+    opened = open_request(request, "predict")
+    service = opened.service
+    body = await read(request, service, PredictRequest)
+    check_rows(service, len(body.inputs))
+    deadline = opened.deadline(body.timeout_ms)
+    rankings: Sequence[Decision | None] = [None] * len(body.inputs)
+    if body.prompt is None:
+        rankings = await _route(opened, request, body, deadline)
+        names = [ranking.name or "" for ranking in rankings if ranking is not None]
+    else:
+        names = _one_each(body.prompt, len(body.inputs))
+    versions = await _resolved(opened, names, deadline)
+    if None in versions:
+        raise ApiError(
+            400,
+            "invalid_value",
+            "The backbone has no task of its own; name a prompt and send bare: true to have the "
+            "backbone answer that prompt's task.",
+            "prompt",
+        )
+    size = sum(map(_size, body.inputs))
+    asked = [version for version in versions if version is not None]
+    prepared = await service.apart(size, lambda: _predictions(service, body, asked, rankings))
+    pending = await _answered(opened, request, prepared.rows, deadline)
+    return _answer(
+        opened, prepared, pending, "predictions",
+        [_prediction(service, row, body.top_k) for row in prepared.rows],
+    )  # fmt: skip
+
+
+async def score(request: Request) -> Response:
+    """The log-likelihoods of targets."""
+    opened = open_request(request, "predict")
+    service = opened.service
+    body = await read(request, service, ScoreRequest)
+    check_rows(service, len(body.inputs))
+    deadline = opened.deadline(body.timeout_ms)
+    names = _one_each(body.prompt, len(body.inputs))
+    versions = await _resolved(opened, names, deadline)
+    size = sum(len(pair.input) + len(pair.target) for pair in body.inputs)
+    prepared = await service.apart(size, lambda: _scores(service, body, versions))
+    pending = await _answered(opened, request, prepared.rows, deadline)
+    scores = [
+        {"log_likelihood": row.outcome.log_likelihood, "tokens": row.outcome.tokens}
+        | named(service, row.version)
+        for row in prepared.rows
+        if isinstance(row.outcome, Scored)
+    ]
+    return _answer(opened, prepared, pending, "scores", scores)
+
+
+def _size(given: Given) -> int:
+    if isinstance(given, str):
+        return len(given)
+    return sum(len(value) for value in given.values() if isinstance(value, str))
+
+
+def _one_each(prompt: str | list[str], rows: int) -> list[str]:
+    """The prompt of each row."""
+    if isinstance(prompt, str):
+        return [prompt] * rows
+    if len(prompt) != rows:
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"There are {len(prompt)} prompts for {rows} inputs; name one prompt, or one for each "
+            "input.",
+            "prompt",
+        )
+    return prompt
+
+
+async def _resolved(opened: Opened, names: Sequence[str], deadline: float) -> list[Version | None]:
+    """The version of each name. One name is one version throughout a request."""
+    found: dict[str, Version | None] = {}
+    for name in names:
+        if name not in found:
+            found[name] = await resolve(opened, name, deadline)
+    return [found[name] for name in names]
+
+
+def _groups(versions: Sequence[Version | None]) -> dict[Version | None, list[int]]:
+    """The places of each version."""
+    groups: dict[Version | None, list[int]] = {}
+    for place, version in enumerate(versions):
+        groups.setdefault(version, []).append(place)
+    return groups
+
+
+def _predictions(
+    service: Service,
+    body: PredictRequest,
+    versions: Sequence[Version],
+    rankings: Sequence[Decision | None],
+) -> _Prepared:
+    """The rows of a request in the order of its inputs. Raises ApiError."""
+    made: list[list[_Row]] = [[] for _ in body.inputs]
+    warnings: list[str] = []
+    for version, places in _groups(versions).items():
+        assert version is not None
+        ruled = version.task is not None and version.task.rule is not None
+        for some in [[place] for place in places] if ruled else [places]:  # a rule makes many rows
+            asked = _asked(service, version, some, body)
+            warnings += asked.warnings
+            used = None if body.bare else version
+            for turn, work in enumerate(asked.works):
+                place = some[0] if ruled else some[turn]
+                made[place].append(_Row(used, work, version, rankings[place]))
+    return _Prepared([row for rows in made for row in rows], warnings)
+
+
+def _asked(
+    service: Service, version: Version, places: Sequence[int], body: PredictRequest
+) -> Asked:
+    inputs: list[Given] = [body.inputs[place] for place in places]
+    try:
+        return prepare.prediction_works(service.words, version, inputs, body.bare)
+    except BadInput as error:
+        place = places[error.number]
+        raise of_user_error(error, f"inputs.{place}") from None
+    except UserError as error:
+        raise of_user_error(error, "inputs") from None
+
+
+def _scores(service: Service, body: ScoreRequest, versions: Sequence[Version | None]) -> _Prepared:
+    rows: dict[int, _Row] = {}
+    warnings: list[str] = []
+    for version, places in _groups(versions).items():
+        pairs = [prepare.Pair(body.inputs[p].input, body.inputs[p].target) for p in places]
+        try:
+            asked = prepare.score_works(
+                service.words, version, pairs, body.raw, body.max_input_length
+            )
+        except UserError as error:
+            raise of_user_error(error, "inputs") from None
+        warnings += asked.warnings
+        for place, work in zip(places, asked.works, strict=True):
+            rows[place] = _Row(version, work, version)
+    return _Prepared([rows[place] for place in sorted(rows)], warnings)
+
+
+async def _answered(
+    opened: Opened, request: Request, rows: Sequence[_Row], deadline: float
+) -> Pending:
+    """Fill in the outcome of each row."""
+    pending = opened.submit([row.work for row in rows], deadline)
+    async with watched(pending, request.receive):
+        async for answer in pending.answers():
+            row = rows[answer.number]
+            row.outcome = answer.outcome
+            if isinstance(answer.outcome, Chunk):
+                row.ids += answer.outcome.tokens.ids.tolist()
+    return pending
+
+
+def _prediction(service: Service, row: _Row, top: int | None) -> Values:
+    assert row.asked is not None and row.asked.task is not None
+    facts = named(service, row.version) | {"routed": _routed(row.routed)}
+    plan = row.work.labels
+    if plan is None or not isinstance(row.outcome, Ranked):
+        text = prepare.generated_answer(service.words, row.asked.task, row.ids)
+        return {"prediction": text, "label_index": None, "scores": None} | facts
+    scores = row.outcome.scores
+    each = prepare.probabilities(scores)
+    best = int(scores.argmax())
+    told = [
+        {
+            "label": plan.labels[n],
+            "log_likelihood": float(scores[n]),
+            "probability": float(each[n]),
+        }
+        for n in prepare.label_numbers(plan, scores, top)
+    ]
+    return {"prediction": plan.labels[best], "label_index": best, "scores": told} | facts
+
+
+def _routed(ranking: Decision | None) -> Values | None:
+    if ranking is None:
+        return None
+    return {
+        "prompt": ranking.name,
+        "score": ranking.score,
+        "margin": ranking.margin if math.isfinite(ranking.margin) else None,
+        "nearest": ranking.nearest,
+        "reason": ranking.reason,
+    }
+
+
+def _answer(
+    opened: Opened, prepared: _Prepared, pending: Pending, name: str, answers: list[Values]
+) -> Response:
+    rows, service = prepared.rows, opened.service
+    read = sum(prepare.text_tokens(service.words, row.work) for row in rows)
+    virtual = sum(len(row.work.example.inputs) for row in rows) - read
+    written = sum(len(row.ids) for row in rows)
+    usage = {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "virtual_tokens": virtual,
+    }
+    opened.note(pending, [row.version for row in rows], read + written)
+    timing = opened.timing(pending)
+    body: Values = {name: answers, "usage": usage, "timing": timing}
+    if prepared.warnings:
+        body["warnings"] = prepared.warnings
+    return JsonResponse(body, headers=server_timing(timing))
+
+
+# ---- without a prompt
+
+
+async def _route(
+    opened: Opened, request: Request, body: PredictRequest, deadline: float
+) -> list[Decision]:
+    """The prompt that the router chooses for each input. Raises ApiError where it abstains."""
+    rankings = await rank_prompts(opened, request, body.inputs, body.candidates, deadline)
+    for number, ranking in enumerate(rankings):
+        if ranking.name is None:
+            raise ApiError(
+                422,
+                "no_prompt_fits",
+                f"No prompt fits input {number + 1}, so name one. {ranking.reason}",
+                f"inputs.{number}",
+            )
+    return rankings
+
+
+async def rank_prompts(
+    opened: Opened,
+    request: Request,
+    inputs: Sequence[Given],
+    candidates: Sequence[str] | None,
+    deadline: float,
+) -> list[Decision]:
+    """What the router finds for each input. Raises ApiError where there is no router."""
+    service = opened.service
+    router = service.router
+    if router is None:
+        raise ApiError(
+            400,
+            "no_prompt",
+            "Name a prompt: this server has no router (see jaxprompt library).",
+            "prompt",
+        )
+    works = [prepare.feature_work(service.words, given) for given in inputs]
+    pending = opened.submit(works, deadline)
+    vectors: dict[int, np.ndarray] = {}
+    async with watched(pending, request.receive):
+        async for answer in pending.answers():
+            if isinstance(answer.outcome, Featured):
+                vectors[answer.number] = answer.outcome.vector
+    seen = {facts.name for facts in service.catalogue.listing(opened.caller.tenant, limit=1 << 30)}
+    allowed = [name for name in candidates if name in seen] if candidates else sorted(seen)
+    try:
+        rankings = [router.route(vectors[number], allowed) for number in range(len(inputs))]
+    except UserError as error:
+        raise of_user_error(error, "candidates") from None
+    for ranking in rankings:
+        service.metrics.routed.labels(str(ranking.name is None).lower()).inc()
+    return rankings
