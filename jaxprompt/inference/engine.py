@@ -186,11 +186,16 @@ _traces: list[object] = []  # one entry for each program; it only grows
 
 
 def num_compilations() -> int:
-    """How many programs this process has compiled for engines.
+    """How many programs this process has compiled for engines and servers.
 
     It stays the same while requests only ask for shapes that were there before.
     """
     return len(_traces)
+
+
+def count_compilation(function: object) -> None:
+    """Count a program. A function that is compiled calls it while jax traces it, which is once."""
+    _traces.append(function)
 
 
 @functools.lru_cache(maxsize=256)
@@ -198,7 +203,7 @@ def _compiled(mesh, function, teacher_forced, model, settings):
     placed = model.on(parallel.place_in(mesh))
 
     def apply_to_rows(params, shared, batch):
-        _traces.append(function)  # runs while jax traces, which is once for each program
+        count_compilation(function)
         injection, *operands = shared
         injection = injection.for_rows(len(batch.inputs), batch.member)
         rows = batch.inputs, batch.segments

@@ -134,6 +134,17 @@ class Model:
         """
         raise NotImplementedError
 
+    def hidden(
+        self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """What the frozen model makes of each token, for a description of the whole text.
+
+        An encoder's output; in a decoder-only model the residual stream behind the layer in the
+        middle, which is divided by its root mean square at each token. (At the first token of a
+        sequence it is a thousand times longer than at others: Sun et al. 2024, arXiv 2402.17762.)
+        """
+        raise NotImplementedError
+
     def logits(
         self,
         params: Params,

@@ -15,6 +15,7 @@ text and prompts have the positions after it.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -42,6 +43,7 @@ from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
 from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
 from jaxprompt.models.ops.matmul import dense, head
+from jaxprompt.models.ops.norm import rms_norm
 from jaxprompt.models.ops.segments import (
     last_of_segment,
     positions_in_segments,
@@ -178,6 +180,10 @@ class Decoder(nn.Module):
         tied = self.model.config.tied
         table = self.token_embedder.embedding if tied else self.head
         return head(y, table, self.model.runtime.mixed, tied), key_values
+
+    def residual(self, ids: Int[Array, "B T"], context: LayerContext) -> Float[Array, "B T D"]:
+        """The residual stream behind the last layer."""
+        return self.layers(self.token_embedder(ids, None), PastKeyValues(), context)[0]
 
 
 class Text(NamedTuple):
@@ -426,6 +432,19 @@ class DecoderModel(Model):
         past = PastKeyValues(injection.shared_prefix)
         _, key_values = self._apply(params, injection, text.ids, past, context, 0)
         return Prefill(text, key_values)
+
+    def hidden(
+        self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]
+    ) -> Float[Array, "B S D"]:
+        depth = (self.config.num_layers + 1) // 2
+        half = self.with_config(num_layers=depth).with_layout(shared_prefix_length=0)
+        params = params | {"layers": jax.tree.map(lambda leaf: leaf[:depth], params["layers"])}
+        text = _text(half, Injection(), jnp.asarray(inputs), jnp.asarray(segments))
+        mask = _self_mask(half, text.ids, text.segments, text.positions, is_input=True)
+        context = LayerContext(_angles(self.config, text.positions), mask)
+        apply = functools.partial(Decoder(half).apply, method="residual")
+        x = apply(variables_of(params, Injection()), text.ids, context)
+        return rms_norm(x, jnp.ones(self.config.d_model), self.config.norm_eps)
 
     def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
         rows = jnp.asarray(ids)[None]

@@ -483,6 +483,11 @@ class T5Model(Model):
         args = injection, encoded, decoder_inputs, target_segments, dropout_seed, tree
         return self._apply(params, "decode", *args)
 
+    def hidden(
+        self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]
+    ) -> Float[Array, "B S D"]:
+        return self.encode(params, Injection(), inputs, segments)
+
     def prepare(self, params: Params, injection: Injection) -> Injection:
         """The injection itself: in an encoder every activation depends on the text."""
         return injection
