@@ -146,7 +146,7 @@ class Running:
         kind = "decoder-only" if one_sequence else "encoder-decoder"
         self.service = Service(
             BackboneFacts("tiny", "tiny", "f00d", kind, WIDTH), words, self.catalogue, self.engine,
-            None, FakeDevice(), lambda version, nearest: {"length": version.length},
+            FakeDevice(), lambda version, nearest: {"length": version.length},
             **{"anyone": OPEN} | more,
         )  # fmt: skip
 

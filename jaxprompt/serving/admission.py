@@ -32,7 +32,7 @@ class Admission(NamedTuple):
         """
         prompt = read_artefact(candidate.files, candidate.name, self.backbone)
         check_pair(prompt, self.backbone, self.any_backbone)
-        task = _task_of(prompt)
+        task = task_of(prompt)
         if task is not None:
             check_labels(task, self.tokenizer)
         version = Version(
@@ -49,7 +49,7 @@ class Admission(NamedTuple):
         return version
 
 
-def _task_of(prompt: Prompt) -> TaskConfig | None:
+def task_of(prompt: Prompt) -> TaskConfig | None:
     """The task that the prompt was tuned on; None where it names none, or several."""
     if prompt.metadata.get("task") is None or prompt.metadata.get("mixture"):
         return None

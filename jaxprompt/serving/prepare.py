@@ -1,6 +1,5 @@
 """From what a client sends to work for the engine, and back to text. No HTTP, no JAX."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
 from jaxprompt.inference.score import PairTokenizer
+from jaxprompt.serving.features import feature_ids, text_of
 from jaxprompt.serving.version import LabelPlan, Version
 from jaxprompt.serving.work import Sampling, Work
 
@@ -192,17 +192,8 @@ def feature_work(words: Words, given: str | Mapping[str, object]) -> Work:
 
     The text is that of the values alone: a template would tell which task it is.
     """
-    text = given if isinstance(given, str) else "\n".join(map(_plain, given.values()))
-    tokenizer = words.tokenizer
-    ids = [*tokenizer.start_ids, *tokenizer.encode_start(text, 511)[:511]]
-    if not tokenizer.one_sequence:
-        ids.append(tokenizer.eos_id)
-    inputs = np.array(ids or [tokenizer.eos_id], np.int32)
-    return Work("features", None, Example(inputs, NO_IDS))
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = given if isinstance(given, str) else text_of(given)
+    return Work("features", None, Example(feature_ids(words.tokenizer, text), NO_IDS))
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:

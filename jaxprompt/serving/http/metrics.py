@@ -1,6 +1,7 @@
 """Figures for Prometheus. No label holds a prompt's name: there may be thousands."""
 
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -9,6 +10,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jaxprompt.serving.batcher import BatchFacts
@@ -16,6 +18,22 @@ from jaxprompt.serving.batcher import BatchFacts
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class _Read(Collector):
+    """Gauges of functions that give figures by name."""
+
+    def __init__(self, figures: Sequence[Callable[[], Mapping[str, float]]]):
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        for read in self._figures:
+            for name, value in read().items():
+                yield GaugeMetricFamily(f"jaxprompt_{name}", name.replace("_", " "), value)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the figures are not there yet when the collector is registered."""
+        return []
 
 
 class Metrics:
@@ -56,9 +74,9 @@ class Metrics:
         self.tokens.inc(facts.tokens)
         self.padded.inc(facts.padded)
 
-    def add(self, collector: Collector) -> None:
-        """Figures that are read when somebody asks for them."""
-        self.registry.register(collector)
+    def watch(self, *figures: Callable[[], Mapping[str, float]]) -> None:
+        """Add figures that are read when somebody asks for them."""
+        self.registry.register(_Read(figures))
 
     def text(self) -> bytes:
         """All figures in Prometheus' format."""

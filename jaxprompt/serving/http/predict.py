@@ -1,6 +1,5 @@
 """``/v1/predict`` and ``/v1/score``: rows and their answers, in order."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from jaxprompt.serving.http.errors import ApiError, of_user_error
 from jaxprompt.serving.http.json_body import JsonResponse
 from jaxprompt.serving.http.schemas import PredictRequest, ScoreRequest
 from jaxprompt.serving.http.service import (
-    Decision,
+    Choice,
     Opened,
     Service,
     check_rows,
@@ -41,7 +40,7 @@ class _Row:
     version: Version | None  # that answers it
     work: Work
     asked: Version | None = None  # whose task it is; another one where the backbone answers alone
-    routed: Decision | None = None
+    routed: Choice | None = None
     outcome: Outcome | None = None
     ids: list[int] = field(default_factory=list)  # that were generated
 
@@ -58,10 +57,10 @@ async def predict(request: Request) -> Response:
     body = await read(request, service, PredictRequest)
     check_rows(service, len(body.inputs))
     deadline = opened.deadline(body.timeout_ms)
-    rankings: Sequence[Decision | None] = [None] * len(body.inputs)
+    rankings: Sequence[Choice | None] = [None] * len(body.inputs)
     if body.prompt is None:
         rankings = await _route(opened, request, body, deadline)
-        names = [ranking.name or "" for ranking in rankings if ranking is not None]
+        names = [ranking.prompt or "" for ranking in rankings if ranking is not None]
     else:
         names = _one_each(body.prompt, len(body.inputs))
     versions = await _resolved(opened, names, deadline)
@@ -146,7 +145,7 @@ def _predictions(
     service: Service,
     body: PredictRequest,
     versions: Sequence[Version],
-    rankings: Sequence[Decision | None],
+    rankings: Sequence[Choice | None],
 ) -> _Prepared:
     """The rows of a request in the order of its inputs. Raises ApiError."""
     made: list[list[_Row]] = [[] for _ in body.inputs]
@@ -229,15 +228,14 @@ def _prediction(service: Service, row: _Row, top: int | None) -> Values:
     return {"prediction": plan.labels[best], "label_index": best, "scores": told} | facts
 
 
-def _routed(ranking: Decision | None) -> Values | None:
+def _routed(ranking: Choice | None) -> Values | None:
     if ranking is None:
         return None
     return {
-        "prompt": ranking.name,
+        "prompt": ranking.prompt,
         "score": ranking.score,
-        "margin": ranking.margin if math.isfinite(ranking.margin) else None,
-        "nearest": ranking.nearest,
-        "reason": ranking.reason,
+        "margin": ranking.margin,
+        "candidates": [{"prompt": name, "score": score} for name, score in ranking.candidates],
     }
 
 
@@ -267,15 +265,15 @@ def _answer(
 
 async def _route(
     opened: Opened, request: Request, body: PredictRequest, deadline: float
-) -> list[Decision]:
+) -> list[Choice]:
     """The prompt that the router chooses for each input. Raises ApiError where it abstains."""
     rankings = await rank_prompts(opened, request, body.inputs, body.candidates, deadline)
     for number, ranking in enumerate(rankings):
-        if ranking.name is None:
+        if ranking.prompt is None:
             raise ApiError(
                 422,
                 "no_prompt_fits",
-                f"No prompt fits input {number + 1}, so name one. {ranking.reason}",
+                f"No prompt fits input {number + 1}{ranking.reason}; name one.",
                 f"inputs.{number}",
             )
     return rankings
@@ -287,7 +285,7 @@ async def rank_prompts(
     inputs: Sequence[Given],
     candidates: Sequence[str] | None,
     deadline: float,
-) -> list[Decision]:
+) -> list[Choice]:
     """What the router finds for each input. Raises ApiError where there is no router."""
     service = opened.service
     router = service.router
@@ -305,12 +303,12 @@ async def rank_prompts(
         async for answer in pending.answers():
             if isinstance(answer.outcome, Featured):
                 vectors[answer.number] = answer.outcome.vector
-    seen = {facts.name for facts in service.catalogue.listing(opened.caller.tenant, limit=1 << 30)}
+    seen = {facts.name for facts in service.catalogue.list(opened.caller.tenant, limit=1 << 30)}
     allowed = [name for name in candidates if name in seen] if candidates else sorted(seen)
     try:
-        rankings = [router.route(vectors[number], allowed) for number in range(len(inputs))]
+        rankings = [router.choose(vectors[number], allowed) for number in range(len(inputs))]
     except UserError as error:
         raise of_user_error(error, "candidates") from None
     for ranking in rankings:
-        service.metrics.routed.labels(str(ranking.name is None).lower()).inc()
+        service.metrics.routed.labels(str(ranking.prompt is None).lower()).inc()
     return rankings

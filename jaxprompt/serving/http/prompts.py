@@ -77,7 +77,7 @@ def _page(opened: Opened, request: Request) -> _Page:
     found: list[Facts] = []
     while len(found) <= limit:
         wanted = limit + 1 if not search else _MOST_LISTED
-        some = opened.service.catalogue.listing(caller.tenant, limit=wanted, after=after)
+        some = opened.service.catalogue.list(caller.tenant, limit=wanted, after=after)
         found += [facts for facts in some if search in facts.name]
         if len(some) < wanted:
             break

@@ -167,8 +167,7 @@ class RoutedTo(BaseModel):
     prompt: str | None
     score: float
     margin: float | None
-    nearest: str | None
-    reason: str
+    candidates: list[dict[str, str | float]]
 
 
 class Prediction(BaseModel):

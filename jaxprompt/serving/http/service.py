@@ -52,12 +52,12 @@ class BackboneFacts(NamedTuple):
     width: int
 
 
-class Decision(Protocol):
-    """Which prompt fits an input; ``serving.router.Decision`` is one."""
+class Choice(Protocol):
+    """What the router found for one input; ``serving.library.Choice`` is one."""
 
     @property
-    def name(self) -> str | None:
-        """The prompt; None: none fits."""
+    def prompt(self) -> str | None:
+        """The prompt that fits; None: none does."""
         ...
 
     @property
@@ -66,26 +66,26 @@ class Decision(Protocol):
         ...
 
     @property
-    def margin(self) -> float:
-        """By how much it is before the second; infinite where there is none."""
+    def margin(self) -> float | None:
+        """By how much it is before the second; None: there is none."""
+        ...
+
+    @property
+    def candidates(self) -> Sequence[tuple[str, float]]:
+        """Prompts by score, the best first."""
         ...
 
     @property
     def reason(self) -> str:
-        """One sentence."""
-        ...
-
-    @property
-    def nearest(self) -> str | None:
-        """The nearest prompt, also where none fits."""
+        """Why none fits, to go on with after "no prompt fits"."""
         ...
 
 
 class Router(Protocol):
     """Chooses a prompt for an input by what the bare backbone makes of it."""
 
-    def route(self, features: np.ndarray, candidates: Sequence[str] | None = None) -> Decision:
-        """The prompt that fits."""
+    def choose(self, vector: np.ndarray, candidates: Sequence[str] | None = None) -> Choice:
+        """The prompt that fits. Raises UserError where no candidate is known."""
         ...
 
 
@@ -129,7 +129,6 @@ class Service:
     words: Words
     catalogue: Catalogue
     engine: Engine
-    batcher: Batcher
     device: Device
     inspect: Callable[[Version, int], Values]
     anyone: Caller | None  # who comes without a key; None: nobody may
@@ -138,6 +137,7 @@ class Service:
     limits: HttpLimits = HttpLimits()
     hosts: Sequence[str] | None = None  # that a Host header may name; None: any
     sources: Sequence[str] = ()  # folders that a client may name as a prompt's source
+    batcher: Batcher = field(init=False)  # it belongs to an event loop
     metrics: Metrics = field(default_factory=Metrics)
     warming: Warming = field(default_factory=Warming)
     draining: bool = False
@@ -146,6 +146,18 @@ class Service:
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
+
+    def figures(self) -> Mapping[str, float]:
+        """What is read when somebody asks for figures."""
+        versions, size = self.catalogue.in_memory
+        return {
+            "queue_rows": self.batcher.waiting,
+            "prompts": len(self.catalogue),
+            "prompts_in_memory": versions,
+            "prompt_bytes": size,
+            "prompt_load_failures": self.catalogue.load_failures,
+            "ready": float(self.batcher.state == "ready" and not self.draining),
+        }
 
     def note_used(self, versions: Sequence[Version | None]) -> None:
         """Count rows that were answered."""

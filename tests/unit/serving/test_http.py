@@ -353,22 +353,22 @@ def test_scores_that_are_not_finite_are_an_error_of_their_request(running, tmp_p
     assert error_of(bad) == (500, "non_finite_scores") and good.status_code == 200
 
 
-class Decision(NamedTuple):
-    """As ``router.Decision``."""
+class Choice(NamedTuple):
+    """As ``library.Choice``."""
 
-    name: str | None
+    prompt: str | None
     score: float
     margin: float
+    candidates: list
     reason: str
-    nearest: str | None
 
 
 class Nearest:
     """A router that chooses by the number of tokens, and abstains for long texts."""
 
-    def route(self, features, candidates=None):
+    def choose(self, features, candidates=None):
         chosen = None if len(features) > 3 else candidates[-1]
-        return Decision(chosen, -0.5, 0.1, "It is so.", candidates[-1])
+        return Choice(chosen, -0.5, 0.1, [(name, -1.0) for name in candidates], "")
 
 
 def test_the_router_chooses_or_abstains(running):
