@@ -36,6 +36,11 @@ if CHECK_TYPES:  # before the package is imported
     )
 
 GROUPS = ("unit", "parity", "runs", "processes")
+LONG = {
+    line
+    for line in Path(__file__).with_name("long.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
 ENDED_TESTS = itertools.count(1)
 
 
@@ -47,14 +52,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test has the marker of the folder of tests/ that it lies in."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test has the marker of the folder of tests/ that it lies in; those of long.txt are long."""
     here = Path(__file__).parent
+    names = {item.nodeid for item in items}
+    files = {name.partition("::")[0] for name in names}
+    gone = sorted(name for name in LONG - names if name.partition("::")[0] in files)
+    if gone and not any("::" in argument for argument in config.args):  # files, and not tests
+        raise pytest.UsageError(f"tests/long.txt names what is no test: {gone[0]}")
     for item in items:
         group = item.path.relative_to(here).parts[0]
         if group not in GROUPS:
             raise pytest.UsageError(f"{item.path}: move it to one of tests/{{{','.join(GROUPS)}}}")
         item.add_marker(group)
+        if item.nodeid in LONG:
+            item.add_marker("long")
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures
