@@ -7,7 +7,7 @@ figure shows a value, the direction alone is given.
 import itertools
 from functools import partial
 
-from jaxprompt.studies import dept, method_tables, methods, summaries
+from jaxprompt.studies import continual, dept, method_tables, methods, summaries
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Run, Settings
 from jaxprompt.studies.study import (
@@ -430,5 +430,17 @@ STUDIES = {
         notes=dept.notes,
         measure=methods.measure_run,
         needs="--backbone with a T5 of the hub, such as google-t5/t5-base",
+    ),
+    "continual": Study(
+        "Continual learning: a prompt for each task, and a router",
+        "A frozen model with a prompt for each task forgets nothing; the question is which prompt "
+        "a text needs. One prompt or model that learns task after task forgets.",
+        continual.variants,
+        continual.HYPOTHESES,
+        summary=continual.summary,
+        tables=continual.tables,
+        notes=continual.notes,
+        measure=continual.measure,
+        source="What is usually said",
     ),
 }

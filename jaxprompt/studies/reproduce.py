@@ -23,6 +23,7 @@ SPANS = {"builtin": "builtin-span", "builtin-small": "builtin-small-span"}
 TASKS = {
     "transfer": ("qqp", "mrpc"),
     "methods": ("supersense", "spam"),
+    "continual": ("supersense", "spam"),
     "dept": tuple(dept.TASKS),
     "shift": ("squad", *(f"mrqa_{name}" for name in (
         "textbook_qa", "bio_asq", "race", "relation_extraction", "duo_rc", "drop"))),
@@ -48,7 +49,9 @@ def make_plan(study: str, options: StudyOptions) -> StudyPlan:
     recipe = options.recipe or ("miniature" if small else "paper")
     check_recipe(recipe)
     first = next(iter(paths))
-    tasks = options.tasks or (("supersense",) if small else TASKS.get(study, SUPERGLUE))
+    tasks = options.tasks or (
+        ("supersense",) if small and study != "continual" else TASKS.get(study, SUPERGLUE)
+    )
     if study == "dept" and small:
         raise UserError(f"The study 'dept' needs {STUDIES[study].needs}.")
     plan = StudyPlan(
