@@ -16,6 +16,8 @@ from helpers import ROOT, make_backbone, make_rows, write_rows
 from jaxprompt.cli import app
 
 PARSED_ONLY = (
+    ("serve runs/", "it ends only when it is told to"),
+    ("train spam ", "it makes what the server serves"),
     ("push ", "network"),
     ("train configs/paper/base.yaml", "network"),
     ("train.trackers=", "libraries that are not installed"),
