@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from jaxprompt.cli.library import named_prompts
-from jaxprompt.cli.options import BackboneOption, at_home
+from jaxprompt.cli.options import Loading, at_home
 from jaxprompt.cli.output import say
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import expanded
@@ -88,9 +88,7 @@ def serve(
     address: Address = Address(),
     room: Room = Room(),
     bounds: Bounds = Bounds(),
-    backbone: BackboneOption = None,
-    tokenizer: Annotated[str | None, typer.Option(help="default: the prompt's")] = None,
-    any_backbone: Annotated[bool, typer.Option(help="allow other weights")] = False,
+    loading: Loading = Loading(),
 ) -> None:
     """Answer requests of many prompts on one backbone, over HTTP.
 
@@ -109,7 +107,7 @@ def serve(
     _log_lines()
     bound = server.bind(address.host, address.port)
     shelf = library if library is None or "://" in library else expanded(library)
-    sources = Sources(named, shelf, backbone, tokenizer, any_backbone)
+    sources = Sources(named, shelf, *loading)
     parts = make_parts(sources, Sizes(*room))
     service = _service(parts, sources, address, bounds, [str(path) for path in source or []])
     parts.catalogue.watch()

@@ -11,7 +11,7 @@ no such knowledge and is served by ``local-completions``.
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.values import Values
@@ -24,6 +24,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@runtime_checkable
 class Request(Protocol):
     """``lm_eval.api.instance.Instance``: what is asked of a model."""
 

@@ -29,7 +29,7 @@ TENSORS, FACTS = "router.safetensors", "router.json"
 FORMAT = 1
 _FIELDS = ("mean", "scatter", "held_out")
 
-Features = Float[np.ndarray, "N D"]
+Features = Float[np.ndarray, "_ D"]
 
 
 class TaskStatistics(NamedTuple):
@@ -135,7 +135,7 @@ class Router:
         del left[name]
         return Router(left, self.settings, self.facts)
 
-    def distances(self, features: Features) -> Float[np.ndarray, "N T"]:
+    def distances(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N T"]:
         """Squared Mahalanobis distances of rows to the tasks, divided by D."""
         white = self._whitened(features)
         squared = (
@@ -194,7 +194,7 @@ class Router:
             return Decision(None, score, margin, reason, ranked)
         return Decision(name, score, margin, f"The nearest task is {name!r}.", ranked)
 
-    def _whitened(self, features: Features) -> Float[np.ndarray, "N D"]:
+    def _whitened(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
         if self._whitening is None:
             return np.zeros((len(features), 0))
         return np.asarray(features, np.float64) @ self._whitening

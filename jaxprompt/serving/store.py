@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded
@@ -56,6 +56,7 @@ def check_name(name: str) -> str:
     return name
 
 
+@runtime_checkable
 class Store(Protocol):
     """Prompts by name. All methods may be called from several threads at once.
 

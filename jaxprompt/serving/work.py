@@ -6,7 +6,7 @@ in a test, needs only these types.
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -113,6 +113,7 @@ class Failed:
 Outcome = Ranked | Scored | Echoed | Featured | Chunk | Failed
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the batcher needs of ``compute.Compute``. One thread calls it, after ``warm``.
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -52,6 +52,7 @@ class BackboneFacts(NamedTuple):
     width: int
 
 
+@runtime_checkable
 class Choice(Protocol):
     """What the router found for one input; ``serving.library.Choice`` is one."""
 
@@ -81,6 +82,7 @@ class Choice(Protocol):
         ...
 
 
+@runtime_checkable
 class Router(Protocol):
     """Chooses a prompt for an input by what the bare backbone makes of it."""
 
@@ -89,6 +91,7 @@ class Router(Protocol):
         ...
 
 
+@runtime_checkable
 class Device(Protocol):
     """What is told of the bank of slots. Any thread may read it."""
 
