@@ -128,6 +128,7 @@ def _isolated(run: Run, suite: Suite, backbone: Backbone, tasks: Sequence[TaskCo
     routed: Matrix = []
     random: Matrix = []
     router, names = Router({}), [task.name for task in tasks]
+    chosen: list[np.ndarray] = []
     for stage in range(count):
         mine = features[stage]
         router = router.add(names[stage], statistics_of(mine["train"], mine["held_out"]))

@@ -152,7 +152,7 @@ def features_of(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part.npz")
-    np.savez(part, **found)
+    np.savez(part, allow_pickle=False, **found)
     part.replace(file)
     return found
 

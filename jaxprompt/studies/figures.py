@@ -58,7 +58,10 @@ def _line_panel(axis: "Axes", label: str, variants: Sequence[Variant], records: 
     if majority is not None:
         axis.axhline(majority, color="gray", linestyle=":", label="majority class")
     axis.set(xlabel=label, ylabel=_metric(placed, records))
-    axis.legend(fontsize="small")
+    if len(axis.get_lines()) > 8:  # it would hide points
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        axis.legend(fontsize="small")
 
 
 def _metric(variants: Sequence[Variant], records: Records) -> str:

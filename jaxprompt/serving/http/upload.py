@@ -1,7 +1,7 @@
 """The files of a prompt as a form sends them, within a limit of bytes and time."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -43,7 +43,7 @@ async def read_upload(request: Request, limits: HttpLimits) -> dict[str, bytes]:
         raise ApiError(400, "invalid_form", "The form ended too early.") from None
 
 
-async def _counted(request: Request, most: int) -> AsyncIterator[bytes]:
+async def _counted(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     count = 0
     async for part in request.stream():
         count += len(part)
