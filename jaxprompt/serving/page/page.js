@@ -522,10 +522,10 @@ function showLive() {
     ["rows in the queue", whole(total("queue_rows"))],
     ["rows a batch", number(mean("batch_rows"), 1)],
     ["prompts a batch", number(mean("batch_distinct_prompts"), 1)],
-    ["slots in use", `${whole(total("prompt_slots_used"))} of ${whole(total("prompt_slots"))}`],
-    ["prompts found on the device", percent(grown("prompt_hits_total") / (grown("prompt_hits_total") + grown("prompt_misses_total")))],
-    ["rejected", whole(total("rejected_total") ?? 0)],
-    ["compilations since ready", whole(total("compiles_total") ?? 0)],
+    ["prompts, and slots on the device", `${whole(total("prompts"))}, ${whole(total("slots"))}`],
+    ["prompts that gave way to others", whole(total("evictions"))],
+    ["rejected", whole(total("rejected_total") ?? 0)], // a counter with labels begins with its first event
+    ["compilations since ready", whole(total("compilations"))],
   ];
   $("live").replaceChildren(...figures(pairs).children);
   chart();
