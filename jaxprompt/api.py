@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -33,14 +33,15 @@ from jaxprompt.data.memory import (
 from jaxprompt.data.references import Reference, references
 from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.targets import as_written, label_warnings
-from jaxprompt.data.tasks.registry import class_words, resolve_task
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.data.templates import columns_of, to_text
 from jaxprompt.data.truncation import Truncation, of_task
 from jaxprompt.data.virtual_tokens import VirtualTokens
-from jaxprompt.evaluation.analysis import PromptReport, summarize
+from jaxprompt.evaluation.analysis import PromptReport
 from jaxprompt.evaluation.classes import Confusion, class_report, confusion_of
+from jaxprompt.evaluation.inspection import ChangesAlone, Inspection, inspect_prompt
 from jaxprompt.evaluation.metrics import check_metrics, diagnose, majority, measure
 from jaxprompt.evaluation.plots import draw_confusion, draw_prompt, figure_format
 from jaxprompt.inference.engine import Progress, ignore_progress
@@ -58,7 +59,6 @@ from jaxprompt.inference.session import (
     prompt_task,
 )
 from jaxprompt.methods.artefact import Prompt
-from jaxprompt.methods.contents import ChangeReport, changes_in
 from jaxprompt.models.checkpoints.export import check_output, save_backbone
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.merge import merge as merge_weights
@@ -554,19 +554,6 @@ def check_pairs(pairs: Rows, origin: str | None = None) -> None:
             )
 
 
-class ChangesAlone(TypedDict):
-    """What ``inspect`` says of a prompt without virtual tokens."""
-
-    length: int
-    changes: list[ChangeReport]
-
-
-class Inspection(PromptReport, total=False):
-    """What ``inspect`` says of a prompt with virtual tokens."""
-
-    changes: list[ChangeReport]  # of the layers, where there are any
-
-
 def inspect(
     session: Session, *, nearest: int = 5, figure: str | Path | None = None
 ) -> Inspection | ChangesAlone:
@@ -577,27 +564,15 @@ def inspect(
     """
     if session.prompt is None:
         raise UserError("There is no prompt to inspect.")
-    changes = changes_in(session.prompt.layers)
-    if not len(session.prompt.vectors):
-        if figure is not None:
-            raise UserError("The prompt has no vectors to draw; leave out the figure.")
-        return {"length": 0, "changes": changes}
-    if not isinstance(nearest, int | np.integer) or nearest < 1:
-        raise UserError(f"nearest is {shown(nearest)}; give a whole number from 1 on.")
+    vectors = session.prompt.vectors
+    if figure is not None and not len(vectors):
+        raise UserError("The prompt has no vectors to draw; leave out the figure.")
     if figure is not None:
         figure_format(Path(figure))
-    tokenizer, vectors = session.tokenizer, session.prompt.vectors
-    report = summarize(
-        vectors,
-        session.backbone.params["token_embedder"]["embedding"],
-        pieces=min(tokenizer.size, session.backbone.config.vocab_size),
-        word=tokenizer.piece,
-        count=nearest,
-        labels=_label_pieces(session),
-    )
+    report = inspect_prompt(session.prompt, session.backbone, session.tokenizer, nearest)
     if figure is not None:
-        draw_prompt(report, vectors, Path(expanded(figure)))
-    return {**report, "changes": changes} if changes else {**report}
+        draw_prompt(cast(PromptReport, report), vectors, Path(expanded(figure)))
+    return report
 
 
 def merge(
@@ -638,17 +613,3 @@ def merge(
     made_of = {"method": tuned.metadata.get("method"), "task": task}
     save_backbone(output, merged, note={"merged": made_of})
     return merged
-
-
-def _label_pieces(session: Session) -> dict[str, list[int]]:
-    """Ids of the class labels of the prompt's task, without what ends them."""
-    recorded = session.prompt.metadata.get("task") if session.prompt is not None else None
-    if recorded is None:
-        return {}
-    task = parse(TaskConfig, recorded, "task.")
-    labels = class_words(task)
-    ids = session.tokenizer.encode_targets(labels, task.separator)
-    special = set(session.tokenizer.special_ids)
-    return {
-        label: [i for i in row if i not in special] for label, row in zip(labels, ids, strict=True)
-    }

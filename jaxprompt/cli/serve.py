@@ -1,10 +1,12 @@
 """The command that serves prompts over HTTP."""
 
+import asyncio
 import importlib.util
 import ipaddress
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -17,6 +19,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.paths import expanded
 
 if TYPE_CHECKING:
+    from jaxprompt.serving.batcher import Batcher
     from jaxprompt.serving.http.service import Service
     from jaxprompt.serving.start import Parts, Sources
 
@@ -100,6 +103,9 @@ def serve(
     curl -d '{"prompt": "spam", "inputs": [{"text": "hello"}]}' 127.0.0.1:8000/v1/predict
     """
     _check(prompts, library, address)
+    from jaxprompt.runtime import devices
+
+    devices.available()
     named = named_prompts(prompts or [])
     from jaxprompt.serving.http import server
     from jaxprompt.serving.start import Sizes, Sources, make_parts
@@ -118,7 +124,7 @@ def serve(
     say(f"http://{shown_host}:{port}/")
     code = server.run(
         service,
-        lambda loop, ended: _batcher(parts, service, bounds.queued_rows, (loop, ended)),
+        lambda loop, ended: _batcher(parts, service, bounds.queued_rows, loop, ended),
         bound,
         server.Drain(bounds.drain_delay, bounds.drain_timeout),
     )
@@ -164,11 +170,12 @@ def _log_lines() -> None:
 def _service(
     parts: "Parts", sources: "Sources", address: Address, bounds: Bounds, folders: list[str]
 ) -> "Service":
+    from jaxprompt.evaluation.inspection import inspect_prompt
     from jaxprompt.models import registry
     from jaxprompt.serving.http.keys import OPEN, PUBLIC, Keys
     from jaxprompt.serving.http.service import BackboneFacts, HttpLimits, Service
     from jaxprompt.serving.prepare import Words
-    from jaxprompt.serving.start import Slots, inspect_version, name_of
+    from jaxprompt.serving.start import Slots, name_of
 
     backbone = parts.backbone
     one_sequence = registry.one_sequence(backbone.config)
@@ -184,20 +191,27 @@ def _service(
         watchdog_seconds=bounds.watchdog,
     )  # fmt: skip
     slots = Slots(parts.compute)
+    inspect = lambda version, nearest: dict(
+        inspect_prompt(version.prompt, backbone, parts.tokenizer, nearest)
+    )
     service = Service(
         facts, Words(parts.tokenizer, backbone.config.vocab_size), parts.catalogue, parts.compute,
-        slots, lambda version, nearest: inspect_version(parts, version, nearest), anyone, keys,
+        slots, inspect, anyone, keys,
         parts.router, limits, _LOOPBACK if local and keys is None else None, folders,
     )  # fmt: skip
     service.metrics.watch(slots.facts, service.figures)
     return service
 
 
-def _batcher(parts: "Parts", service: "Service", queued_rows: int, loop_and_end):
+def _batcher(
+    parts: "Parts",
+    service: "Service",
+    queued_rows: int,
+    loop: asyncio.AbstractEventLoop,
+    ended: Callable[[], None],
+) -> "Batcher":
     from jaxprompt.serving.batcher import Batcher
     from jaxprompt.serving.start import queue_limits
-
-    loop, ended = loop_and_end
 
     def progress(done: int, programs: int) -> None:
         service.warming.done, service.warming.programs = done, programs

@@ -232,6 +232,10 @@ class Catalogue:
             seen = sorted(name for name in names if _sees(tenant, name))[: max(limit, 0)]
             return [self._facts(name, self._records[name]) for name in seen]
 
+    def sees(self, name: str, tenant: str | None = None) -> bool:
+        """Whether a prompt has this whole name and a tenant sees it."""
+        return name in self._records and _sees(tenant, name)
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from jaxprompt.config.errors import UserError
-
 T = TypeVar("T")
 
 
@@ -265,10 +263,3 @@ class FairQueue(Generic[T]):
     def _forget_debts(self) -> None:
         if len(self._debts) > 1000:
             self._debts = {k: served for k, served in self._debts.items() if served > self._now}
-
-
-def check_limits(limits: Limits) -> None:
-    """Raise a UserError for limits under which nothing could run."""
-    for name in ("queued_rows", "batch_rows", "batch_tokens", "batch_versions"):
-        if getattr(limits, name) < 1:
-            raise UserError(f"{name} is {getattr(limits, name)}; give a whole number from 1 on.")

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.config.errors import UserError
-from jaxprompt.data.batches import Example
+from jaxprompt.data.batches import AnyArray, Example
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.inference.engine import Program
 from jaxprompt.inference.session import Session
@@ -51,32 +50,28 @@ def text_features(
     examples = [Example(feature_ids(session.tokenizer, text), nothing) for text in texts]
     if not examples:
         return np.zeros((0, session.backbone.config.d_model), np.float32)
-    return session.engine.run(Program(mean_hidden), examples, batch_size=batch_size)
+    return session.engine.run(Program(_of_batch), examples, batch_size=batch_size)
 
 
 def mean_hidden(
+    params: registry.Params,
+    model: registry.Model,
+    inputs: Int[AnyArray, "B S"],
+    segments: Int[AnyArray, "B S"],
+) -> Float[Array, "B D"]:
+    """The mean of ``Model.hidden`` over the tokens of each row, in float32."""
+    hidden = model.hidden(params, inputs, segments).astype(jnp.float32)
+    there = (jnp.asarray(segments) > 0)[..., None]
+    total = jnp.sum(jnp.where(there, hidden, 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(there, axis=1), 1)
+
+
+def _of_batch(
     params: registry.Params,
     injection: Injection,
     model: registry.Model,
     inputs: Int[Array, "B S"],
     segments: Int[Array, "B S"],
 ) -> Float[Array, "B D"]:
-    """The mean of the hidden states over the tokens of each row, in float32."""
-    hidden = _hidden(params, model, inputs, segments).astype(jnp.float32)
-    there = (segments > 0)[..., None]
-    total = jnp.sum(jnp.where(there, hidden, 0.0), axis=1)
-    return total / jnp.maximum(jnp.sum(there, axis=1), 1)
-
-
-def _hidden(
-    params: registry.Params,
-    model: registry.Model,
-    inputs: Int[Array, "B S"],
-    segments: Int[Array, "B S"],
-) -> Float[Array, "B S D"]:
-    own = getattr(model, "hidden", None)
-    if own is not None:
-        return own(params, inputs, segments)
-    if registry.one_sequence(model.config):
-        raise UserError("A router needs an encoder-decoder; this backbone is decoder-only.")
-    return model.prefill(params, Injection(), inputs, segments).hidden
+    del injection  # the backbone is bare
+    return mean_hidden(params, model, inputs, segments)

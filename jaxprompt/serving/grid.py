@@ -21,6 +21,7 @@ from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_tree import stack_trees
 from jaxprompt.serving import programs
+from jaxprompt.serving.features import MOST_TOKENS
 from jaxprompt.serving.programs import Choice, Edges, Rows, Targets
 from jaxprompt.serving.work import Kind
 
@@ -133,7 +134,8 @@ def default_limits(
         "generate": grid(
             few_rows, few_widths, _up_to((32, 256), options.max_new_tokens), scored=False
         ),
-        "features": grid(few_rows, few_widths),
+        # texts are cut at this length, whatever the tasks' are
+        "features": grid(few_rows, _up_to((64, 256), MOST_TOKENS)),
     }
     if one_sequence:
         texts = _up_to((64, 256, 1024), options.max_input_length + options.max_target_length)

@@ -186,6 +186,12 @@ class LibraryRouter:
         self._stamp, self._looked = self._current_stamp(), time.monotonic()
         self.router = self._load()
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The prompts that it can choose now."""
+        self._refresh()
+        return self.router.names
+
     def choose(
         self, vector: Sequence[float] | np.ndarray, candidates: Sequence[str] | None = None
     ) -> Choice:

@@ -18,6 +18,7 @@ from jaxprompt.inference.engine import count_compilation
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection, Layers
 from jaxprompt.models.label_tree import Tree
+from jaxprompt.serving.features import mean_hidden
 from jaxprompt.serving.work import TOP
 
 # why a row generates no more tokens
@@ -129,12 +130,9 @@ def _scores(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> TokenScores:
 
 
 def features(params: registry.Params, model: registry.Model, rows: Rows) -> Float[Array, "B D"]:
-    """The mean of ``Model.hidden`` over the tokens of each row, in float32."""
+    """What the bare backbone makes of each row, see ``features.mean_hidden``."""
     count_compilation(features)
-    hidden = model.hidden(params, rows.inputs, rows.segments).astype(jnp.float32)
-    there = (jnp.asarray(rows.segments) > 0)[..., None]
-    total = jnp.sum(jnp.where(there, hidden, 0.0), axis=1)
-    return total / jnp.maximum(jnp.sum(there, axis=1), 1)
+    return mean_hidden(params, model, rows.inputs, rows.segments)
 
 
 def prefill(

@@ -125,6 +125,11 @@ class SlotBank:
         """How many versions a batch may have at most."""
         return self.slots - 1 - len(self._pinned)
 
+    @property
+    def used(self) -> int:
+        """How many slots hold a version. Any thread may ask."""
+        return len(self._of_version)
+
     def holds(self, version: Version) -> bool:
         """Whether a version is in a slot."""
         return version in self._of_version

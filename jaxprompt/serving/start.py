@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError, shown
-from jaxprompt.config.values import Values
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.evaluation.analysis import summarize
 from jaxprompt.inference.session import attention_of
 from jaxprompt.methods.artefact import Prompt, fitted, load_prompt
-from jaxprompt.methods.contents import changes_in
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.serving.admission import Admission, task_of
@@ -18,7 +15,7 @@ from jaxprompt.serving.artefacts import read_artefact
 from jaxprompt.serving.catalogue import Catalogue
 from jaxprompt.serving.compute import Compute
 from jaxprompt.serving.fair_queue import Limits
-from jaxprompt.serving.grid import GridOptions, default_limits
+from jaxprompt.serving.grid import KINDS, GridOptions, default_limits
 from jaxprompt.serving.library import LibraryRouter
 from jaxprompt.serving.router import TENSORS
 from jaxprompt.serving.slots import SlotBank, slot_shape
@@ -82,12 +79,13 @@ def make_parts(sources: Sources, sizes: Sizes = Sizes()) -> Parts:
     if library is not None:
         stores.append(library)
         known += _known(library, backbone)
-    compute = _compute(backbone, words, known, sizes)
+    router = _router(sources.library, backbone)
+    compute = _compute(backbone, words, known, sizes, routed=router is not None)
     admission = Admission(backbone, words, compute.check_fits, sources.any_backbone)
     catalogue = Catalogue(stores, admission)
     catalogue.scan()
     catalogue.warm(sources.prompts)
-    return Parts(backbone, words, compute, catalogue, _router(sources.library, backbone))
+    return Parts(backbone, words, compute, catalogue, router)
 
 
 def _backbone(sources: Sources, given: Sequence[Prompt], library: Store | None) -> Backbone:
@@ -95,10 +93,10 @@ def _backbone(sources: Sources, given: Sequence[Prompt], library: Store | None) 
     if name is None and given:
         name = given[0].metadata.get("backbone", {}).get("source")
     if name is None and library is not None:
-        for prompt in library.list():
-            found = read_artefact(library.read(prompt), prompt).metadata.get("backbone", {})
-            name = name or found.get("source")
-            break
+        first = next(iter(sorted(library.list())), None)
+        if first is not None:
+            recorded = read_artefact(library.read(first), first).metadata.get("backbone", {})
+            name = recorded.get("source")
     if name is None:
         raise UserError(
             "No prompt says which backbone it is for; name the backbone with --backbone."
@@ -118,22 +116,26 @@ def _known(library: Store, backbone: Backbone) -> list[Prompt]:
 
 
 def _compute(
-    backbone: Backbone, words: Tokenizer, known: Sequence[Prompt], sizes: Sizes
+    backbone: Backbone, words: Tokenizer, known: Sequence[Prompt], sizes: Sizes, routed: bool
 ) -> Compute:
-    """The engine, with room for each prompt that is known."""
+    """The engine, with room for each prompt that is known.
+
+    routed: whether a router asks for features; else no program for them is compiled.
+    """
     width, dtype = backbone.config.d_model, backbone.model.runtime.activations
     shape = slot_shape(known, width, dtype, sizes.max_prompt_length)
     fitting = min(_BANK_BYTES // max(shape.bytes, 1), _MOST_SLOTS)
     bank = SlotBank(shape, sizes.slots or max(fitting, _FEWEST_SLOTS))
     tasks = [task for task in map(task_of, known) if task is not None]
-    plans = [plan for plan in (label_plan(task, words) for task in tasks) if plan is not None]
-    nodes = sizes.max_label_nodes or max([16, *(plan.nodes for plan in plans)])
+    plans = [label_plan(task, words) for task in tasks]
+    nodes = sizes.max_label_nodes or max([16, *(plan.nodes for plan in plans if plan is not None)])
     longest = sizes.max_input_length or max([128, *(task.max_input_length for task in tasks)])
-    answers = [task.max_target_length for task in tasks if label_plan(task, words) is None]
+    pairs = zip(tasks, plans, strict=True)
+    answers = [task.max_target_length for task, plan in pairs if plan is None]
     attentions = tuple(sorted({attention_of(prompt) for prompt in known})) or ("causal",)
     options = GridOptions(
         sizes.max_rows, longest, sizes.max_target_length, max([sizes.max_new_tokens, *answers]),
-        nodes, attentions=attentions,
+        nodes, None if routed else tuple(kind for kind in KINDS if kind != "features"), attentions,
     )  # fmt: skip
     return Compute(backbone, words, bank, default_limits(backbone.model, shape.length, options))
 
@@ -175,40 +177,12 @@ class Slots:
         bank = self._compute.bank
         return {
             "slots": bank.slots,
+            "slots_used": bank.used,
             "max_prompt_length": bank.shape.length,
             "slot_bytes": bank.shape.bytes,
             "evictions": bank.evictions,
             "compilations": self._compute.num_compilations,
         }
-
-
-def inspect_version(parts: Parts, version: Version, nearest: int) -> Values:
-    """Nearest words, norms and similarities of a version's vectors; of layers what they change."""
-    prompt, words = version.prompt, parts.tokenizer
-    changes = changes_in(prompt.layers)
-    if not len(prompt.vectors):
-        return {"length": 0, "changes": changes}
-    report = summarize(
-        prompt.vectors,
-        parts.backbone.params["token_embedder"]["embedding"],
-        pieces=min(words.size, parts.backbone.config.vocab_size),
-        word=words.piece,
-        count=nearest,
-        labels=_label_pieces(version, words),
-    )
-    return {**report, "changes": changes} if changes else {**report}
-
-
-def _label_pieces(version: Version, words: Tokenizer) -> dict[str, list[int]]:
-    task = version.task
-    if task is None or not task.labels:
-        return {}
-    special = set(words.special_ids)
-    ids = words.encode_targets(task.labels, task.separator)
-    return {
-        label: [id for id in row if id not in special]
-        for label, row in zip(task.labels, ids, strict=True)
-    }
 
 
 def name_of(sources: Sources, backbone: Backbone) -> str:

@@ -17,6 +17,7 @@ from jaxprompt.serving.http.schemas import PredictRequest, ScoreRequest
 from jaxprompt.serving.http.service import (
     Choice,
     Opened,
+    Router,
     Service,
     check_rows,
     named,
@@ -279,6 +280,14 @@ async def _route(
     return rankings
 
 
+def _allowed(opened: Opened, router: Router, candidates: Sequence[str] | None) -> list[str]:
+    """Prompts that the caller sees. Raises UserError for a candidate that is not there."""
+    catalogue, tenant = opened.service.catalogue, opened.caller.tenant
+    if candidates:
+        return [catalogue.facts(name, tenant).name for name in candidates]
+    return [name for name in router.names if catalogue.sees(name, tenant)]
+
+
 async def rank_prompts(
     opened: Opened,
     request: Request,
@@ -303,9 +312,8 @@ async def rank_prompts(
         async for answer in pending.answers():
             if isinstance(answer.outcome, Featured):
                 vectors[answer.number] = answer.outcome.vector
-    seen = {facts.name for facts in service.catalogue.list(opened.caller.tenant, limit=1 << 30)}
-    allowed = [name for name in candidates if name in seen] if candidates else sorted(seen)
     try:
+        allowed = _allowed(opened, router, candidates)
         rankings = [router.choose(vectors[number], allowed) for number in range(len(inputs))]
     except UserError as error:
         raise of_user_error(error, "candidates") from None

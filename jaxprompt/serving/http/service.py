@@ -86,6 +86,11 @@ class Choice(Protocol):
 class Router(Protocol):
     """Chooses a prompt for an input by what the bare backbone makes of it."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The prompts that it can choose."""
+        ...
+
     def choose(self, vector: np.ndarray, candidates: Sequence[str] | None = None) -> Choice:
         """The prompt that fits. Raises UserError where no candidate is known."""
         ...

@@ -522,7 +522,7 @@ function showLive() {
     ["rows in the queue", whole(total("queue_rows"))],
     ["rows a batch", number(mean("batch_rows"), 1)],
     ["prompts a batch", number(mean("batch_distinct_prompts"), 1)],
-    ["prompts, and slots on the device", `${whole(total("prompts"))}, ${whole(total("slots"))}`],
+    ["slots in use", `${whole(total("slots_used"))} of ${whole(total("slots"))}`],
     ["prompts that gave way to others", whole(total("evictions"))],
     ["rejected", whole(total("rejected_total") ?? 0)], // a counter with labels begins with its first event
     ["compilations since ready", whole(total("compilations"))],
