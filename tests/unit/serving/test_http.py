@@ -366,6 +366,8 @@ class Choice(NamedTuple):
 class Nearest:
     """A router that chooses by the number of tokens, and abstains for long texts."""
 
+    names = ("first", "gone", "second")
+
     def choose(self, features, candidates=None):
         chosen = None if len(features) > 3 else candidates[-1]
         return Choice(chosen, -0.5, 0.1, [(name, -1.0) for name in candidates], "")
@@ -373,11 +375,13 @@ class Nearest:
 
 def test_the_router_chooses_or_abstains(running):
     running.service.router = Nearest()
-    routed, abstained = ask(
+    routed, abstained, unknown = ask(
         running,
         post("/v1/predict", inputs=[{"text": "good"}], candidates=["first", "second"]),
         post("/v1/predict", inputs=[{"text": "it was good was it good"}]),
+        post("/v1/predict", inputs=[{"text": "good"}], candidates=["first", "gone"]),
     )
+    assert error_of(unknown) == (404, "model_not_found")
     answer = routed.json()["predictions"][0]
     assert answer["prompt"] == "second" and answer["routed"]["margin"] == 0.1
     assert error_of(abstained) == (422, "no_prompt_fits")
