@@ -274,10 +274,10 @@ def notes(plan: StudyPlan) -> list[str]:
     """How the figures are to be read."""
     return [
         "A task with four labels or more is split into tasks of two labels each, which have no "
-        "rows and labels in common. Three orders: as given, backwards, second half first. Scores "
-        "are of up to 300 test rows. One prompt and one model are asked with the task's own "
-        "template and labels. Before its turn a task has the latest prompt. Abstention: each task "
-        "is removed from the router in turn.",
+        "rows and labels in common; of an odd number the last label is left out. Three orders: as "
+        "given, backwards, second half first. Scores are of up to 300 test rows. One prompt and "
+        "one model are asked with the task's own template and labels. Before its turn a task has "
+        "the latest prompt. Abstention: each task is removed from the router in turn.",
     ]
 
 

@@ -15,7 +15,7 @@ from jaxprompt.config.values import Values
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.targets import eval_references
 from jaxprompt.data.tasks.splits import load_rows
-from jaxprompt.data.templates import columns_of
+from jaxprompt.data.templates import columns_of, to_target
 from jaxprompt.evaluation.metrics import measure as measure_answers
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.runtime.files import write_atomically
@@ -34,7 +34,8 @@ Matrix = list[list[float]]  # a[i][j]: the score on task j after learning i + 1 
 def parts_of(task: TaskConfig, folder: Path) -> list[TaskConfig]:
     """A task with four labels or more as several tasks with two labels each, none in common.
 
-    The rows of each are in files of ``folder``. Other tasks stay as they are.
+    Of an odd number of labels the last one is left out. The rows of each part are in files of
+    ``folder``. Other tasks stay as they are.
     """
     labels = task.labels or []
     if len(labels) < 2 * GROUP or task.rule is not None:
@@ -53,16 +54,11 @@ def parts_of(task: TaskConfig, folder: Path) -> list[TaskConfig]:
             values[split] = str(file.absolute())
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                kept = [row for row in every if _label(row, mapped) in chosen]
+                kept = [row for row in every if to_target(task, row) in chosen]
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
                 write_atomically(file, lines)
         found.append(parse(TaskConfig, values, "task."))
     return found
-
-
-def _label(row: dict[str, object], mapped: dict[str, str]) -> str:
-    text = str(row.get("label"))
-    return mapped.get(text, text)
 
 
 def tasks_in(suite: Suite) -> list[TaskConfig]:
