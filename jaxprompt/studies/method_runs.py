@@ -1,8 +1,9 @@
 """Runs of the studies of methods: seeds and learning rates of a method are one population.
 
 The first seed of a method that is measured trains all of them, and the others take their members
-from the same run. A learning rate is chosen by its mean over seeds on validation rows. Full
-fine-tuning has no population: its seeds and rates are trained one after the other.
+from the same run. A learning rate is chosen by its mean over seeds on validation rows. If the best
+rate of a sweep is its highest or its lowest, rates beyond it are tried in a population of their
+own. Full fine-tuning has no population: its seeds and rates are trained one after the other.
 """
 
 import itertools
@@ -46,11 +47,13 @@ class Sweep(NamedTuple):
 
     seeds: int
     factors: Sequence[float]  # the learning rates that are tried, times the usual one
+    extensions: int  # how often two more rates are tried beyond a best one at an edge
     rows: int | None  # training rows; None: all
 
     @classmethod
     def of(cls, settings: Settings) -> "Sweep":
-        return cls(settings["seeds"], settings["factors"], settings.get("rows"))
+        extensions = settings.get("extensions", 0)
+        return cls(settings["seeds"], settings["factors"], extensions, settings.get("rows"))
 
 
 def method_config(run: Run, suite: Suite, backbone: Backbone, output: Path) -> RunConfig:
@@ -208,28 +211,68 @@ def draw_rows(task: TaskConfig, rows: Rows, count: int, seed: int) -> Rows:
     return [rows[i] for i in drawn[:count]]
 
 
+def rates_beyond(members: Sequence[Member]) -> list[float]:
+    """Two rates beyond the best one if it is the highest or the lowest that was tried, else none.
+
+    The best of a sweep says little where it lies at an edge: a rate beyond it may be better.
+    """
+    best, tried = chosen_rate(members), {member.rate for member in members}
+    if len(tried) == 1 or min(tried) < best < max(tried):
+        return []
+    factors = (3.0, 10.0) if best == max(tried) else (1 / 3, 1 / 10)
+    return [float(f"{best * factor:.3g}") for factor in factors]
+
+
 def train_members(config: RunConfig, plan: Plan, suite: Suite) -> list[Member]:
     """Train all seeds and rates of a method, as far as they are not complete."""
     key, usual = swept_rate(config)
+    train = _models if config.method == MODEL_TUNING else _population
     rates = [float(f"{usual * factor:.3g}") for factor in plan.sweep.factors]
+    members = train(config, plan, {key: rates}, suite)
+    for number in range(1, plan.sweep.extensions + 1):
+        rates = rates_beyond(members)
+        if not rates:
+            break
+        suite.say(f"the best rate is {chosen_rate(members):g}, at an edge; tries {rates} too")
+        beyond = Path(f"{config.output}-beyond{number}")
+        members += train(_at(config, beyond), plan, {key: rates}, suite)
     if config.method != MODEL_TUNING:
-        return _population(config, plan, {key: rates}, suite)
-    members: list[Member] = []
-    for rate in rates:
-        members += [_model(config, plan, (seed, rate), suite) for seed in plan.seeds]
-        if None not in means_of(members).values():
-            best = chosen_rate(members)
-            for member in members:  # a model is hundreds of megabytes
-                if member.rate != best:
-                    shutil.rmtree(member.tuned, ignore_errors=True)
+        return members
+    _keep_best(members)
     best = chosen_rate(members)
     return [
         # it was measured and removed, and the record of that is gone
-        _model(config, plan, member[:2], suite, again=True)
+        _model(_at(config, member.run.parent), plan, member[:2], suite, again=True)
         if member.rate == best and not member.tuned.is_dir()
         else member
         for member in members
     ]
+
+
+def _at(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={"output": str(folder)})
+
+
+def _models(
+    config: RunConfig, plan: Plan, rates: Mapping[str, list[float]], suite: Suite
+) -> list[Member]:
+    """Full fine-tuning with each seed and rate, one after the other."""
+    members: list[Member] = []
+    for rate in next(iter(rates.values())):
+        for seed in plan.seeds:
+            members.append(_model(config, plan, (seed, rate), suite))
+        _keep_best(members)
+    return members
+
+
+def _keep_best(members: Sequence[Member]) -> None:
+    """Remove the models of all rates but the best: each is hundreds of megabytes."""
+    if None in means_of(members).values():
+        return
+    best = chosen_rate(members)
+    for member in members:
+        if member.rate != best:
+            shutil.rmtree(member.tuned, ignore_errors=True)
 
 
 def _population(

@@ -170,9 +170,10 @@ class Place:
 def notes(plan: StudyPlan) -> list[str]:
     """How the figures of the tables were measured."""
     return [
-        "Every method has the same rows, steps and number of learning rates; a rate is chosen by "
-        "the mean over seeds on validation rows. Seeds of few rows have rows of their own, drawn "
-        "in turn from each label.",
+        "Every method has the same rows and steps, and tries three learning rates. The mean over "
+        "seeds on validation rows chooses one. If the best is the highest or the lowest, two more "
+        "are tried beyond it, and again two if need be. Seeds of few rows have rows of their own, "
+        "drawn in turn from each label.",
         "A step's memory is that of XLA's compiler: weights, state, batch and temporaries. Times "
         "are of one process in which methods take turns: the median of the rounds' ratios, with "
         "the least and the largest. An answer is of one row, a batch of as many rows as members, "

@@ -40,6 +40,7 @@ FACTORS: Mapping[str, Sequence[float]] = {
     "paper": (1 / 3, 1.0, 3.0), "miniature": (1.0, 3.0, 10.0)
 }  # fmt: skip
 FACTORS_OF_PROMPTS = (1 / 3, 1.0, 3.0)
+EXTENSIONS = 2  # how often two more are tried beyond a best one at an edge
 
 
 def settings_of(plan: StudyPlan, backbone: str, method: str, rows: int | None = None) -> Settings:
@@ -68,7 +69,8 @@ def settings_of(plan: StudyPlan, backbone: str, method: str, rows: int | None = 
         own = own | {"train.steps": max(1, round(own["train.steps"] * share))}
     if rows and "train.batch_size" in own:
         own = own | {"train.batch_size": min(rows, own["train.batch_size"])}
-    return settings | {"seeds": plan.seeds, "factors": list(factors)} | own
+    sweep = {"seeds": plan.seeds, "factors": list(factors), "extensions": EXTENSIONS}
+    return settings | sweep | own
 
 
 def chosen_methods(plan: StudyPlan) -> list[str]:

@@ -1,7 +1,9 @@
 """Studies: what they plan, that they resume, what they conclude, what the report says."""
 
+import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.inference.predict import Predictions
+from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.studies import (
     baselines,
@@ -588,6 +591,35 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds():
     assert method_runs.chosen_rate(members(0.5, 0.5, 0.6, 0.4, 0.2, 0.2)) == 0.1  # the lower one
     with pytest.raises(UserError, match="No learning rate"):
         method_runs.chosen_rate(members(None, 0.5, None, 0.5, 0.2, None))
+    # the best of a sweep says little at an edge: what lies beyond is tried
+    assert method_runs.rates_beyond(members(0.1, 0.1, 0.5, 0.5, 0.9, 0.9)) == [0.9, 3.0]
+    assert method_runs.rates_beyond(members(0.9, 0.9, 0.5, 0.5, None, None)) == [0.0333, 0.01]
+    assert method_runs.rates_beyond(members(0.5, 0.5, 0.9, 0.9, 0.2, 0.2)) == []
+
+
+def test_rates_are_tried_beyond_a_best_one_at_an_edge_until_it_lies_inside(
+    mine, tmp_path, monkeypatch
+):
+    def population(config, plan, rates, suite):
+        tried.append((Path(config.output).name, *rates.values()))
+        return [
+            method_runs.Member(seed, rate, -abs(rate - 0.02), tmp_path, tmp_path, {})  # type: ignore[arg-type]
+            for (_, choices), seed in itertools.product(rates.items(), plan.seeds)
+            for rate in choices
+        ]
+
+    tried: list[tuple[str, list[float]]] = []
+    monkeypatch.setattr(method_runs, "_population", population)
+    plan = make_plan("methods", StudyOptions(**{**mine, "methods": ["lora"], "rows": []}))
+    run = methods.runs_of(plan, "tiny", "mine", "lora")[0]
+    suite = Suite(tmp_path, plan.backbones, plan.tasks, measure=methods.measure_run)
+    backbone = load_backbone(plan.backbones["tiny"])
+    config = method_runs.method_config(run, suite, backbone, tmp_path / "lora")
+    sweep = method_runs.Plan(method_runs.Sweep.of(run.settings), [0, 1], None)
+    members = method_runs.train_members(config, sweep, suite)
+    usual = [0.0004, 0.0012, 0.004]
+    assert tried == [("lora", usual), ("lora-beyond1", [0.012, 0.04])]
+    assert method_runs.chosen_rate(members) == 0.012 and len(members) == 10
 
 
 def test_methods_take_turns_and_ratios_are_of_one_round(monkeypatch):
