@@ -81,6 +81,23 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind, mixed):
         assert_same_sums(one, other, 64 + 2 * 5 * 3 * 32)
 
 
+def test_a_products_gradient_has_the_dtype_of_its_input():
+    """So it adds up with that of a low-rank term, which reads the same input."""
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
+    stored, x = (
+        quantization.quantize(weight, ("embed", "mlp"), "int8"),
+        jnp.ones((1, 3, 6), "bfloat16"),
+    )
+
+    def loss(x):
+        return dense("bsd,df->bsf", x, stored, Runtime(dtype="mixed")).sum() + (x * x).sum()
+
+    plain = quantization.dequantize(stored, jnp.bfloat16).astype(np.float32)
+    gradient = jax.grad(loss)(x)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient[0, 0].astype(np.float32), plain.sum(1) + 2, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [("int8", (2, 2, 1)), ("int8", (1, 2, 2)), ("int4", (2, 1, 2)), ("nf4", (2, 1, 1))],

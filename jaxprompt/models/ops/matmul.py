@@ -73,16 +73,17 @@ def _full_weight(spec: str, stored: Weight, dtype: jnp.dtype, runtime: Runtime) 
 
 
 def _dense_frozen_forward(spec, x, stored, runtime):
-    return _dense_frozen(spec, x, stored, runtime), stored
+    return _dense_frozen(spec, x, stored, runtime), (stored, jnp.zeros((0,), x.dtype))
 
 
-def _dense_frozen_backward(spec, runtime, stored, cotangent):
+def _dense_frozen_backward(spec, runtime, residuals, cotangent):
+    stored, like_x = residuals
     # without the barrier, the compiler would keep the weight of the forward pass in unrolled layers
     stored, cotangent = jax.lax.optimization_barrier((stored, cotangent))
     first, second, result = re.split(",|->", spec)
     back = f"{result},{second}->{first}"
     weight = _full_weight(spec, stored, cotangent.dtype, runtime)
-    return matmul(back, cotangent, weight, runtime.mixed), None
+    return matmul(back, cotangent, weight, runtime.mixed).astype(like_x.dtype), None
 
 
 _dense_frozen.defvjp(_dense_frozen_forward, _dense_frozen_backward)
