@@ -173,6 +173,8 @@ class Catalogue:
         self._pool = ThreadPoolExecutor(loaders, thread_name_prefix="load-prompt")
         self._closing = threading.Event()
         self._watchers: list[threading.Thread] = []
+        # hears of a name that means another version from now on, or nothing; it must not wait
+        self.listener: Callable[[str, Version | None], None] = lambda name, version: None
         self.store_errors: dict[int, str] = {}  # by the store's place, while it does not answer
         self.load_failures = 0
 
@@ -350,7 +352,8 @@ class Catalogue:
     def _install(self, name: str, record: _Record, version: Version) -> Version:
         """Let a name mean a version. The lock is held. Content that was current stays as it was."""
         history = record.history
-        if version.digest != record.digest:
+        new = version.digest != record.digest
+        if new:
             version = self._numbered(version)
             history = (*history, (version.number, version.digest))
         elif version.number != record.number:  # it was read again
@@ -361,6 +364,8 @@ class Catalogue:
                 self._cache.drop(name, digest)
         self._cache.put(version)
         self._records[name] = _Record(record.store, record.stamp, kept)
+        if new:
+            self.listener(name, version)
         return version
 
     def _read_old(self, name: str, record: _Record, digest: str) -> Version:
@@ -467,6 +472,7 @@ class Catalogue:
     def _forget(self, name: str) -> None:
         for _, digest in self._records.pop(name).history:
             self._cache.drop(name, digest)
+        self.listener(name, None)
 
     # ---- watching the stores
 

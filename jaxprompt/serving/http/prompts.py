@@ -1,6 +1,7 @@
 """The prompts of a server: listed, described, put, removed, looked into."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +33,12 @@ from jaxprompt.serving.http.service import (
     within,
 )
 from jaxprompt.serving.http.upload import read_upload
+from jaxprompt.serving.similarity import similarity_map
 from jaxprompt.serving.store import PathStore, UnknownPrompt
 from jaxprompt.serving.version import Version
 
 _MOST_LISTED = 1000
+_MOST_COMPARED = 12  # prompts that an inspection puts beside one another
 
 
 class _Page(NamedTuple):
@@ -191,15 +194,28 @@ async def inspect_prompt(request: Request) -> Response:
     nearest = 5
     if "nearest" in request.query_params:
         nearest = _number(request.query_params["nearest"], "nearest", 50)
-    service = opened.service
+    service, beside = opened.service, _beside(opened, version)
+
+    def look() -> Values:
+        vectors = [each.prompt.vectors for each in beside]
+        alike = similarity_map([each.name for each in beside], vectors) if beside else None
+        return {**service.inspect(version, nearest), "prompts": alike}
+
     try:
-        report = await asyncio.get_running_loop().run_in_executor(
-            service.pool, service.inspect, version, nearest
-        )
+        report = await asyncio.get_running_loop().run_in_executor(service.pool, look)
     except UserError as error:
         raise of_user_error(error) from None
     facts = {"prompt": version.name, "version": version.number, "digest": version.digest}
     return JsonResponse(facts | report)
+
+
+def _beside(opened: Opened, version: Version) -> list[Version]:
+    """A prompt and others that are in memory, as far as they have vectors."""
+    listed = opened.service.catalogue.list(opened.caller.tenant, limit=_MOST_LISTED)
+    ready = (facts.name for facts in listed if facts.state == "ready")
+    loaded = (_in_memory(opened, name) for name in ready if name != version.name)
+    comparable = (each for each in (version, *loaded) if each is not None and each.length)
+    return list(itertools.islice(comparable, _MOST_COMPARED))
 
 
 async def pin_prompt(request: Request) -> Response:
@@ -290,10 +306,6 @@ async def _remove(opened: Opened, name: str, if_match: str | None) -> None:
     except UserError as error:
         raise of_user_error(error, "name") from None
     service.metrics.changes.labels("removed").inc()
-    service.used.pop(name, None)
-    pinned = service.pinned.pop(name, None)
-    if pinned is not None:
-        service.batcher.call(lambda: service.device.pin(pinned, False))
 
 
 async def load_adapter(request: Request) -> Response:

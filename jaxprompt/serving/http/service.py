@@ -155,6 +155,26 @@ class Service:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
 
+    def __post_init__(self) -> None:
+        self.catalogue.listener = self.changed
+
+    def changed(self, name: str, version: Version | None) -> None:
+        """A name means another version, or nothing any more: its pin goes along. For any thread."""
+        if version is None:
+            self.used.pop(name, None)
+        pinned = self.pinned.pop(name, None)
+        if pinned is None:
+            return
+        if version is not None:
+            self.pinned[name] = version
+
+        def move() -> None:
+            self.device.pin(pinned, False)
+            if version is not None:
+                self.device.pin(version, True)
+
+        self.batcher.call(move)
+
     def figures(self) -> Mapping[str, float]:
         """What is read when somebody asks for figures."""
         versions, size = self.catalogue.in_memory

@@ -1,5 +1,6 @@
 // A client of the server's public routes; every request here can be made with curl, too.
-const MOST_CHOSEN = 4, MOST_SHOWN = 200, MOST_ROWS = 1000, CHUNK = 32, POLL_MS = 2000, KEPT = 60;
+const MOST_CHOSEN = 4, MOST_SHOWN = 200, MOST_ROWS = 1000, MOST_CLASSES = 20, CHUNK = 32, POLL_MS = 2000, KEPT = 61;
+const ASKING = ["/v1/predict", "/v1/score", "/v1/completions"]; // routes that a model answers
 
 const $ = (id) => document.getElementById(id);
 const state = { key: sessionStorage.getItem("key") || "", prompts: [], chosen: [], table: null, answers: null, stop: null };
@@ -41,9 +42,10 @@ async function ask(path, { method = "GET", body, signal, headers = {} } = {}) {
   }
   if (response.ok) return response;
   const text = await response.text();
-  let said = text;
-  try { said = JSON.parse(text).error.message; } catch { /* no JSON: the text itself */ }
-  const wrong = new Error(`${said || response.statusText} (${response.status})`);
+  let told = { message: text };
+  try { told = JSON.parse(text).error; } catch { /* no JSON: the text itself */ }
+  const wrong = new Error(`${told.message || response.statusText} (${response.status})`);
+  Object.assign(wrong, { code: told.code, sentence: told.message });
   wrong.status = response.status;
   wrong.retryAfter = Number(response.headers.get("Retry-After")) || 1;
   throw wrong;
@@ -65,8 +67,6 @@ async function patient(path, options, attempts = 6) {
 
 // ---------------------------------------------------------------- prompts
 
-const columnsOf = (prompt) => prompt.columns || [];
-
 async function loadPrompts() {
   const prompts = [];
   try {
@@ -84,9 +84,16 @@ async function loadPrompts() {
   const names = new Set(prompts.map((prompt) => prompt.name));
   state.chosen = state.chosen.filter((name) => names.has(name));
   if (!state.chosen.length) state.chosen = prompts.slice(0, 2).map((prompt) => prompt.name);
+  await Promise.all(state.chosen.map(describe));
   showPrompts();
   showChosen();
-  showNames();
+}
+
+/** Of a prompt that no request has asked for yet, the server knows the name alone until it reads it. */
+async function describe(name) {
+  const at = state.prompts.findIndex((prompt) => prompt.name === name);
+  if (at < 0 || state.prompts[at].state !== "store") return;
+  try { state.prompts[at] = await answer(promptPath(name)); } catch { /* an answer will say why */ }
 }
 
 function matching() {
@@ -102,94 +109,108 @@ function showPrompts() {
   $("prompts").replaceChildren(...found.slice(0, MOST_SHOWN).map(promptRow));
   const all = state.prompts.length;
   let text = found.length === all ? `${all} ${all === 1 ? "prompt" : "prompts"}` : `${found.length} of ${all} prompts`;
-  if (found.length > MOST_SHOWN) text += `; the first ${MOST_SHOWN} are shown`;
+  if (found.length > MOST_SHOWN) text += `; the first ${MOST_SHOWN} are shown, search for others`;
   say("prompts-note", text);
+  showNames(found);
 }
 
 function promptRow(prompt) {
-  const chosen = state.chosen.includes(prompt.name);
   const box = el("input", { type: "checkbox", "aria-label": `Try ${prompt.name}`, onchange: (event) => choose(prompt.name, event.target) });
-  box.checked = chosen;
-  const labels = prompt.labels || [];
+  box.checked = state.chosen.includes(prompt.name);
+  const about = el("span", {}, prompt.reason || [prompt.task === prompt.name ? null : prompt.task, labelsOf(prompt)].filter(Boolean).join(": "));
+  if (prompt.reason) about.className = "error";
   return el("tr", {},
     el("td", {}, box),
-    el("th", { scope: "row" }, prompt.name),
-    el("td", {}, prompt.task || "–"),
-    el("td", {}, labels.length ? labels.slice(0, 6).join(", ") + (labels.length > 6 ? `, and ${labels.length - 6} more` : "") : "free text"),
-    el("td", { class: "number" }, String(prompt.length ?? "–")),
-    el("td", { title: prompt.digest }, String(prompt.version ?? "–")),
-    el("td", {}, prompt.state || "–"),
+    el("th", { scope: "row" }, prompt.name, about),
     el("td", {}, el("button", { class: "plain", type: "button", "aria-label": `Inspect ${prompt.name}`, onclick: () => inspect(prompt.name) }, "Inspect")));
 }
 
-function choose(name, box) {
+function labelsOf({ state, task, labels }) {
+  if (state === "store") return "not read yet";
+  if (!task) return "no task of its own";
+  if (!labels?.length) return "free text";
+  return labels.slice(0, 6).join(", ") + (labels.length > 6 ? `, and ${labels.length - 6} more` : "");
+}
+
+async function choose(name, box) {
   if (box.checked && state.chosen.length >= MOST_CHOSEN) {
     box.checked = false;
     say("chosen", `At most ${MOST_CHOSEN} prompts stand side by side; take one away first.`, true);
     return;
   }
   state.chosen = box.checked ? [...state.chosen, name] : state.chosen.filter((other) => other !== name);
+  if (box.checked) await describe(name);
   showChosen();
 }
 
+const chosenPrompts = () => state.chosen.map((name) => state.prompts.find((prompt) => prompt.name === name)).filter(Boolean);
+
+/** One field where each prompt reads one text, whatever its column is called; else one a column. */
 function showChosen() {
-  say("chosen", state.chosen.length ? `Chosen: ${state.chosen.join(", ")}` : "No prompt is chosen.");
-  const known = state.prompts.filter((prompt) => state.chosen.includes(prompt.name));
-  const columns = [...new Set(known.flatMap(columnsOf))];
-  const asText = $("as-text").checked || !columns.length;
+  say("chosen", state.chosen.length ? state.chosen.join(" beside ") : "Choose a prompt in the table.");
+  const known = chosenPrompts(), one = known.every((prompt) => (prompt.columns || [""]).length === 1);
+  const readers = new Map();
+  for (const prompt of known) for (const column of one ? [""] : prompt.columns || []) readers.set(column, [...(readers.get(column) || []), prompt.name]);
   const before = Object.fromEntries([...$("fields").querySelectorAll("textarea")].map((area) => [area.name, area.value]));
-  const names = asText ? [""] : columns;
-  const label = (name) => {
-    const area = el("textarea", { name, rows: 2, required: true });
+  const field = ([name, by]) => {
+    const area = el("textarea", { name, rows: readers.size > 1 ? 2 : 3, required: readers.size < 2, spellcheck: "false" });
     area.value = before[name] || "";
-    return el("label", {}, asText ? "Text" : name, area);
+    return el("label", { class: "field" }, el("span", {}, name || "Text", by.length < known.length ? el("small", {}, ` of ${by.join(", ")}`) : null), area);
   };
-  $("fields").replaceChildren($("fields").querySelector("legend"), ...names.map(label));
+  $("fields").replaceChildren(...[...(readers.size ? readers : new Map([["", []]]))].map(field));
 }
 
-function showNames() {
-  const names = state.prompts.map((prompt) => prompt.name);
-  const fill = (id, first) => {
+/** The fields in which a prompt is named; the search narrows them. */
+function showNames(found) {
+  const names = [...new Set([...state.chosen, ...found.slice(0, MOST_SHOWN).map((prompt) => prompt.name)])];
+  const fill = (id, first, names) => {
     const before = $(id).value;
     $(id).replaceChildren(...first.map((text) => el("option", { value: "" }, text)), ...names.map((name) => el("option", { value: name }, name)));
     if (names.includes(before)) $(id).value = before;
   };
-  fill("rows-a", []);
-  fill("rows-b", ["none"]);
-  fill("delete-name", []);
+  fill("rows-a", [], names);
+  fill("rows-b", ["none"], names);
+  const fixed = new Set(state.prompts.filter((prompt) => prompt.writable === false).map((prompt) => prompt.name));
+  const removable = names.filter((name) => !fixed.has(name));
+  fill("delete-name", [], removable);
+  $("delete-hint").hidden = removable.length > 0 || !names.length;
+  $("delete").querySelector("button").disabled = !removable.length;
 }
 
 // ---------------------------------------------------------------- try
 
-function inputOf() {
+/** What the fields hold, as a prompt takes it: a text where it reads one, else its own columns. */
+function inputOf(prompt) {
   const areas = [...$("fields").querySelectorAll("textarea")];
   if (areas.length === 1 && !areas[0].name) return areas[0].value;
-  return Object.fromEntries(areas.map((area) => [area.name, area.value]));
+  const wanted = areas.filter((area) => !prompt || (prompt.columns || []).includes(area.name));
+  return Object.fromEntries(wanted.map((area) => [area.name, area.value]));
 }
 
 async function tryInput(event) {
   event.preventDefault();
-  const input = inputOf();
-  const asked = state.chosen.map((name) => ({ title: name, body: { prompt: name } }));
-  if ($("ask-router").checked) asked.push({ title: "The router's choice", body: {}, router: true });
-  if ($("ask-bare").checked && state.chosen.length) asked.push({ title: `The model without a prompt, as ${state.chosen[0]}`, body: { prompt: state.chosen[0], bare: true } });
+  const known = chosenPrompts();
+  const asked = known.map((prompt) => ({ title: prompt.name, input: inputOf(prompt), body: { prompt: prompt.name } }));
+  if ($("ask-router").checked) asked.push({ title: "The router's choice", input: inputOf(), body: {}, router: true });
+  if ($("ask-bare").checked && known.length) asked.push({ title: `No prompt, the task of ${known[0].name}`, input: inputOf(known[0]), body: { prompt: known[0].name, bare: true } });
   if (!asked.length) return say("chosen", "Choose a prompt in the table first.", true);
   $("send").disabled = true;
-  const cards = await Promise.all(asked.map((one) => card(one, input)));
+  const cards = await Promise.all(asked.map(card));
   $("answers").replaceChildren(...cards);
   $("send").disabled = false;
 }
 
-async function card({ title, body, router }, input) {
+async function card({ title, input, body, router }) {
   const begin = performance.now();
   const shell = el("article", { class: "card" }, el("h3", {}, title));
   try {
     const response = await ask("v1/predict", { method: "POST", body: { ...body, inputs: [input] } });
     const milliseconds = performance.now() - begin;
     const found = (await response.json()).predictions[0];
-    shell.append(...answered(found), latency(milliseconds, response), decision(found, router));
+    shell.append(...answered(found), el("footer", { class: "soft" }, ...decision(found, router), latency(milliseconds, response)));
   } catch (error) {
-    shell.append(message(error.message, true));
+    if (error.code === "no_prompt_fits") shell.append(el("p", { class: "answer" }, "No prompt fits"), message(error.sentence));
+    else shell.append(message(error.message, true));
   }
   return shell;
 }
@@ -212,16 +233,16 @@ function bars(scores) {
 /** The time that the page saw, and the parts that the server names in Server-Timing. */
 function latency(milliseconds, response) {
   const parts = (response.headers.get("Server-Timing") || "").split(",").map((part) => /^\s*([\w-]+).*?dur=([\d.]+)/.exec(part)).filter(Boolean);
-  const text = parts.map(([, name, value]) => `${name} ${Number(value).toFixed(1)}`).join(", ");
-  return message(`${milliseconds.toFixed(1)} ms${text && ` (${text})`}`);
+  const text = parts.filter(([, name]) => name !== "total").map(([, name, value]) => `${name} ${Number(value).toFixed(1)}`).join(", ");
+  return el("div", {}, `${milliseconds.toFixed(1)} ms${text && ` (${text})`}`);
 }
 
 function decision(found, router) {
-  const version = found.version == null ? `${found.prompt}, without a prompt` : `${found.prompt}, version ${found.version}`;
-  if (!router || !found.routed) return message(version);
-  const { score, margin, candidates } = found.routed;
-  const others = (candidates || []).map((one) => `${one.prompt} ${number(one.score, 1)}`).join(", ");
-  return message(`${version}; score ${number(score, 1)}, margin ${number(margin, 1)}${others && ` (${others})`}`);
+  const version = found.version == null ? "the backbone alone" : `${found.prompt}, version ${found.version}`;
+  if (!router || !found.routed) return [el("div", {}, version)];
+  const { margin, candidates } = found.routed;
+  const others = (candidates || []).slice(0, 4).map((one) => `${one.prompt} ${number(one.score, 2)}`).join(", ");
+  return [el("div", {}, version), el("div", {}, `scores: ${others}`), margin == null ? null : el("div", {}, `margin ${number(margin, 2)} nats`)].filter(Boolean);
 }
 
 // ---------------------------------------------------------------- inspect
@@ -229,12 +250,13 @@ function decision(found, router) {
 async function inspect(name) {
   const [facts, found] = await Promise.allSettled([answer(promptPath(name)), answer(`${promptPath(name)}/inspect`)]);
   $("inspect").hidden = false;
-  $("inspect-title").textContent = `Inspect: ${name}`;
+  $("inspect-title").textContent = `Inspect ${name}`;
   const parts = [];
   if (facts.status === "fulfilled") parts.push(factList(facts.value));
   if (found.status === "fulfilled") parts.push(...report(found.value));
   else parts.push(message(found.reason.message, true));
   $("inspected").replaceChildren(...parts);
+  redraw();
   $("inspect-title").focus();
 }
 
@@ -242,43 +264,57 @@ const promptPath = (name) => `v1/prompts/${encodeURIComponent(name)}`;
 
 function factList(facts) {
   const time = (seconds) => seconds && new Date(1000 * seconds).toLocaleString();
-  const pairs = [["task", facts.task], ["template", facts.template], ["method", facts.method], ["length", facts.length],
-    ["version", facts.version], ["digest", facts.digest?.slice(0, 12)], ["tuned on", facts.backbone?.source], ["where", facts.state],
-    ["requests", facts.requests], ["last used", time(facts.last_used)], ["here since", time(facts.created)],
+  const pairs = [["task", facts.task], ["template", facts.template], ["labels", facts.labels?.join(", ")], ["method", facts.method],
+    ["length", facts.length && `${facts.length} vectors`], ["version", facts.version], ["digest", facts.digest?.slice(0, 12)],
+    ["tuned on", facts.backbone?.source], ["where", facts.state], ["rows answered", facts.requests], ["last used", time(facts.last_used)],
     ...Object.entries(facts.metrics || {}).map(([name, value]) => [`${name}, validation`, typeof value === "number" ? number(value) : value])];
-  return figures(pairs.filter(([, value]) => value != null && value !== "" && typeof value !== "object").map(([name, value]) => [name, String(value)]));
+  const shown = pairs.filter(([, value]) => value != null && value !== "" && typeof value !== "object");
+  return el("dl", { class: "facts" }, ...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
 }
 
 const figures = (pairs) => el("dl", { class: "figures" }, ...pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 
 function report(found) {
-  if (!found.vectors) return [message(JSON.stringify(found.changes || found))];
+  if (!found.vectors) return [message(`It has no vectors; it changes ${JSON.stringify(found.changes)}.`)];
   const summary = figures([
     ["norm of a vector", `${number(found.norm.mean, 2)} ± ${number(found.norm.std, 2)}`],
     ["norm of a word", `${number(found.vocabulary_norm.mean, 2)} ± ${number(found.vocabulary_norm.std, 2)}`],
-    ["cosine between vectors", `mean ${number(found.similarity.mean)}, max ${number(found.similarity.max)}`],
-    ["tightness of nearest words", `${number(found.clusters.tightness)} (random: ${number(found.clusters.random)})`],
+    ["cosine between vectors, mean", number(found.similarity.mean)], ["cosine between vectors, largest", number(found.similarity.max)],
+    ["tightness of nearest words", number(found.clusters.tightness)], ["the same of random directions", number(found.clusters.random)],
   ]);
-  const most = Math.max(...found.vectors.map((vector) => vector.norm));
   const rows = found.vectors.map((vector, at) => el("tr", {},
-    el("th", { scope: "row" }, String(at)), el("td", { class: "number" }, number(vector.norm, 2)),
+    el("th", { scope: "row", class: "number" }, String(at)), el("td", { class: "number" }, number(vector.norm, 2)),
     el("td", {}, vector.nearest.map((near) => `${near.word} ${number(near.cosine, 2)}`).join("  ·  "))));
-  const table = el("table", {}, el("thead", {}, el("tr", {}, ...["Vector", "Norm", "Nearest words, with cosine"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, ...rows));
-  return [summary, norms(found.vectors, most), el("div", { class: "scroll short", tabindex: 0, role: "region", "aria-label": "Vectors" }, table), ...similarityMap(found.prompts)];
+  const table = el("table", {}, el("thead", {}, el("tr", {}, ...["Vector", "Norm"].map((text) => el("th", { scope: "col", class: "number" }, text)), el("th", { scope: "col" }, "Nearest words, with cosine"))), el("tbody", {}, ...rows));
+  return [summary, el("div", { class: "charts" }, norms(found), el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Vectors" }, table), ...similarityMap(found.prompts))];
 }
 
-function norms(vectors, most) {
-  const width = 600 / vectors.length;
-  const chart = el("svg", { viewBox: "0 0 600 60", role: "img", "aria-label": `Norms of ${vectors.length} vectors, the largest ${number(most, 2)}` },
-    ...vectors.map((vector, at) => el("rect", { class: "bar", x: at * width, width: Math.max(width - 1, 0.5), y: 60 - (58 * vector.norm) / most, height: (58 * vector.norm) / most })));
-  return el("figure", {}, chart, el("figcaption", {}, "Norm of each vector, in order."));
+function norms({ vectors, vocabulary_norm: words }) {
+  const most = Math.max(words.mean, ...vectors.map((vector) => vector.norm));
+  const label = `Norms of ${vectors.length} vectors, the largest ${number(most, 2)}; the mean norm of a word is ${number(words.mean, 2)}`;
+  const svg = el("svg", { role: "img", "aria-label": label });
+  const draw = () => {
+    const { x, y, add } = frame(svg, { most, from: 0, to: vectors.length, marks: [0, vectors.length - 1].map((at) => [at + 0.5, at ? `vector ${at}` : "vector 0"]) });
+    const width = Math.max(x(1) - x(0) - 1, 1);
+    add(...vectors.map((vector, at) => el("rect", { class: "bar-of", x: x(at), width, y: y(vector.norm), height: y(0) - y(vector.norm) }, el("title", {}, `vector ${at}: ${number(vector.norm, 2)}`))),
+      el("line", { class: "mark", x1: x(0), x2: x(vectors.length), y1: y(words.mean), y2: y(words.mean) }));
+  };
+  charts.set("norms", draw);
+  return el("figure", {}, el("figcaption", {}, "Norm of each vector", el("span", { class: "legend" }, el("span", { class: "key dashed" }, "mean of all words"))), svg);
 }
 
-/** Cosines between mean vectors of prompts, where the server gives them. */
-function similarityMap(prompts) {
-  if (!Array.isArray(prompts) || !prompts.length) return [];
-  const rows = prompts.map((other) => el("tr", {}, el("th", { scope: "row" }, other.name), el("td", { class: "number" }, number(other.cosine)), el("td", { class: "number" }, number(other.best_match))));
-  return [el("h3", {}, "Other prompts"), el("table", {}, el("thead", {}, el("tr", {}, ...["Prompt", "Cosine of means", "Best match of vectors"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, ...rows))];
+/** A table of prompts against prompts, as far as the server has them in memory. */
+function similarityMap(map) {
+  if (!map || map.names.length < 2) return [];
+  const cell = (value, at, other) => {
+    const found = el("td", { class: "number shade" }, number(value, 2));
+    found.style.setProperty("--share", at === other ? 0 : Math.max(0, Math.min(1, value)));
+    return found;
+  };
+  const table = (values, caption) => el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, el("table", { class: "grid" }, el("caption", {}, caption),
+    el("thead", {}, el("tr", {}, el("td"), ...map.names.map((name) => el("th", { scope: "col", class: "number" }, name)))),
+    el("tbody", {}, ...map.names.map((name, at) => el("tr", {}, el("th", { scope: "row" }, name), ...values[at].map((value, other) => cell(value, at, other)))))));
+  return [table(map.cosine, "Cosine of the mean vectors of prompts"), table(map.best_match, "Mean cosine of each vector (line) with the nearest one of another prompt (column)")];
 }
 
 // ---------------------------------------------------------------- rows of a file
@@ -328,7 +364,7 @@ async function readFile() {
     if (rows.length > MOST_ROWS) throw new Error(`The file has ${rows.length} rows; at most ${MOST_ROWS} go here, more with jaxprompt predict.`);
     if (rows.some((row) => row === null || typeof row !== "object" || Array.isArray(row))) throw new Error("Each row is an object of columns.");
     const columns = [...new Set(rows.flatMap(Object.keys))];
-    $("rows-label").replaceChildren(el("option", { value: "" }, "no column"), ...columns.map((name) => el("option", { value: name }, name)));
+    $("rows-label").replaceChildren(el("option", { value: "" }, "none"), ...columns.map((name) => el("option", { value: name }, name)));
     const likely = columns.find((name) => /^(label|target|answer|class|gold)$/i.test(name));
     if (likely) $("rows-label").value = likely;
     state.table = { rows, columns, name: file.name };
@@ -390,11 +426,11 @@ function showRows() {
   const parts = [];
   if (label) {
     const right = (name) => rows.filter((row, at) => isRight(answers[name][at], row[label])).length;
-    parts.push(figures(names.map((name) => [`accuracy of ${name}`, `${percent(right(name) / rows.length)} (${right(name)} of ${rows.length})`])));
+    parts.push(figures(names.flatMap((name) => [[`accuracy of ${name}`, percent(right(name) / rows.length)], [`right answers of ${name}`, `${right(name)} of ${rows.length}`]])));
   }
-  if (names.length === 2) parts.push(comparison());
-  if (label) parts.push(...names.map((name) => confusion(name)));
-  $("rows-summary").replaceChildren(...parts);
+  if (names.length === 2) parts.push(...comparison());
+  if (label) parts.push(el("div", { class: "charts" }, ...names.map((name) => confusion(name))));
+  $("rows-summary").replaceChildren(el("div", { class: "summary" }, ...parts));
   showTable();
   $("rows-save").hidden = $("rows-scroll").hidden = false;
 }
@@ -402,26 +438,36 @@ function showRows() {
 function comparison() {
   const { names: [a, b], answers, label, rows } = state.answers;
   const apart = rows.filter((row, at) => given(answers[a][at]) !== given(answers[b][at])).length;
-  if (!label) return message(`The prompts disagree on ${apart} of ${rows.length} rows; those stand first.`);
+  if (!label) return [el("p", {}, `The prompts disagree on ${apart} of ${rows.length} rows; those stand first.`)];
   const count = (first, second) => rows.filter((row, at) => isRight(answers[a][at], row[label]) === first && isRight(answers[b][at], row[label]) === second).length;
   const [both, onlyA, onlyB, none] = [count(true, true), count(true, false), count(false, true), count(false, false)];
   const head = el("thead", {}, el("tr", {}, el("td"), el("th", { scope: "col", class: "number" }, `${b} right`), el("th", { scope: "col", class: "number" }, `${b} wrong`)));
   const line = (text, ...counts) => el("tr", {}, el("th", { scope: "row" }, text), ...counts.map((value) => el("td", { class: "number" }, String(value))));
-  return el("div", {}, el("table", {}, el("caption", {}, `McNemar: p = ${mcnemar(onlyA, onlyB).toPrecision(3)} that ${onlyA} against ${onlyB} is chance. They disagree on ${apart} rows; those stand first.`), head,
-    el("tbody", {}, line(`${a} right`, both, onlyA), line(`${a} wrong`, onlyB, none))));
+  const chance = mcnemar(onlyA, onlyB), told = chance < 0.0001 ? "below 0.0001" : chance.toPrecision(2);
+  return [el("p", {}, `${a} alone is right on ${onlyA} rows, ${b} alone on ${onlyB}. By chance such a split, or a clearer one, has the probability ${told} (McNemar's exact test). They disagree on ${apart} rows; those stand first in the table.`),
+    el("table", { class: "grid" }, head, el("tbody", {}, line(`${a} right`, both, onlyA), line(`${a} wrong`, onlyB, none)))];
 }
 
 function confusion(name) {
   const { answers, label, rows } = state.answers;
   const truths = rows.map((row) => plain(row[label]).trim()), said = answers[name].map((found) => given(found).trim());
   const classes = [...new Set([...truths, ...said])].sort();
-  if (classes.length > 20) return message(`${name}: ${classes.length} different answers, too many for a table.`);
-  const counts = new Map();
-  truths.forEach((truth, at) => counts.set(`${truth}\n${said[at]}`, (counts.get(`${truth}\n${said[at]}`) || 0) + 1));
-  const body = classes.map((truth) => el("tr", {}, el("th", { scope: "row" }, truth || "(none)"), ...classes.map((other) => el("td", { class: `number ${truth === other ? "right" : ""}` }, String(counts.get(`${truth}\n${other}`) || 0)))));
-  return el("details", {}, el("summary", {}, `Confusion of ${name}`), el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Confusion of ${name}` },
-    el("table", { class: "map" }, el("caption", {}, "Lines: the correct answer. Columns: the answer of the prompt."),
-      el("thead", {}, el("tr", {}, el("td"), ...classes.map((text) => el("th", { scope: "col", class: "number" }, text || "(none)")))), el("tbody", {}, ...body))));
+  if (classes.length > MOST_CLASSES) return message(`${name}: ${classes.length} different answers, too many for a table.`);
+  const counts = new Map(), totals = new Map();
+  truths.forEach((truth, at) => {
+    counts.set(`${truth}\n${said[at]}`, (counts.get(`${truth}\n${said[at]}`) || 0) + 1);
+    totals.set(truth, (totals.get(truth) || 0) + 1);
+  });
+  const cell = (truth, other) => {
+    const count = counts.get(`${truth}\n${other}`) || 0;
+    const found = el("td", { class: "number shade" }, truth === other ? el("strong", {}, String(count)) : String(count));
+    found.style.setProperty("--share", count / (totals.get(truth) || 1));
+    return found;
+  };
+  const body = classes.map((truth) => el("tr", {}, el("th", { scope: "row" }, truth || "(none)"), ...classes.map((other) => cell(truth, other))));
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Confusion of ${name}` },
+    el("table", { class: "grid" }, el("caption", {}, `Confusion of ${name}. Lines: the correct answer; columns: the answer given.`),
+      el("thead", {}, el("tr", {}, el("td"), ...classes.map((text) => el("th", { scope: "col", class: "number" }, text || "(none)")))), el("tbody", {}, ...body)));
 }
 
 function showTable() {
@@ -458,17 +504,63 @@ function saveRows() {
   setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
+// ---------------------------------------------------------------- charts
+
+const charts = new Map(); // how each chart is drawn, for when the window changes
+
+function redraw() {
+  for (const draw of charts.values()) draw();
+}
+
+/** Round numbers from 0 on, at most five, of which the last is not below the largest value. */
+export function ticks(most) {
+  const raw = most / 3, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find((one) => one * power >= raw * (1 - 1e-9));
+  return Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, at) => at * step);
+}
+
+/** The axes of a chart as wide as its figure, with scales of what is drawn into it. */
+function frame(svg, { most, from, to, marks, height = 190 }) {
+  const width = Math.max(svg.parentElement?.clientWidth || 0, 240), left = 46, right = 14, top = 12, bottom = 26;
+  const steps = ticks(most || 1), highest = steps[steps.length - 1];
+  const x = (value) => left + ((width - left - right) * (value - from)) / (to - from);
+  const y = (value) => height - bottom - ((height - top - bottom) * value) / highest;
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.replaceChildren(
+    ...steps.flatMap((step) => [el("line", { class: "axis", x1: left, x2: width - right, y1: y(step), y2: y(step) }), el("text", { x: left - 8, y: y(step) + 4, "text-anchor": "end" }, step.toLocaleString("en", { maximumFractionDigits: 3 }))]),
+    ...marks.map(([at, text], place) => el("text", { x: x(at), y: height - 7, "text-anchor": place ? (place === marks.length - 1 ? "end" : "middle") : "start" }, text)));
+  return { x, y, add: (...nodes) => svg.append(...nodes) };
+}
+
+/** Lines over the last two minutes; where a value is missing, a line is broken. */
+function lines(id, times, series) {
+  const most = Math.max(...series.flatMap(([, values]) => values.filter(Number.isFinite)), 0);
+  const { x, y, add } = frame($(id), { most, from: -120, to: 0, marks: [[-120, "2 minutes ago"], [-60, "1 minute ago"], [0, "now"]] });
+  for (const [kind, values] of series) {
+    let pen = "M";
+    const path = values.map((value, at) => {
+      if (!Number.isFinite(value)) { pen = "M"; return ""; }
+      const step = `${pen}${x(Math.max(times[at], -120)).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`; // h0: a point alone
+      pen = "L";
+      return step;
+    }).join("");
+    add(el("path", { class: `line ${kind}`, d: path }));
+  }
+}
+
 // ---------------------------------------------------------------- live
 
 const snapshots = [];
 
-/** Samples of the text that Prometheus reads, without those of single prompts. */
+/** Samples of the text that Prometheus reads; of those that have a route, the ones of models. */
 export function parseMetrics(text) {
   const totals = new Map(), buckets = new Map();
   for (const line of text.split("\n")) {
     const found = /^(\w+)(?:\{(.*)\})? ([^ ]+)/.exec(line);
     if (!found) continue;
     const [, name, labels, value] = found, edge = /(?:^|,)le="([^"]+)"/.exec(labels || "");
+    const route = /(?:^|,)route="([^"]*)"/.exec(labels || "");
+    if (route && !ASKING.includes(route[1])) continue; // this page's own questions, and the like
     if (name.endsWith("_bucket") && edge) {
       const series = buckets.get(name) || new Map();
       const at = edge[1] === "+Inf" ? Infinity : Number(edge[1]);
@@ -516,29 +608,31 @@ function showLive() {
   const ms = (value) => (Number.isFinite(value) ? `${(1000 * value).toFixed(1)} ms` : "–");
   const whole = (value) => (value == null ? "–" : String(Math.round(value)));
   const pairs = [
-    ["requests a second", seconds ? number(grown("requests_total") / seconds, 1) : "–"],
-    ["p50", ms(histogram("request_seconds", 0.5))], ["p99", ms(histogram("request_seconds", 0.99))],
-    ["p99 in the queue", ms(histogram("queue_seconds", 0.99))],
+    ["requests per second", seconds ? number(grown("requests_total") / seconds, 1) : "–"],
+    ["latency, p50", ms(histogram("request_seconds", 0.5))], ["latency, p99", ms(histogram("request_seconds", 0.99))],
+    ["wait in the queue, p99", ms(histogram("queue_seconds", 0.99))],
     ["rows in the queue", whole(total("queue_rows"))],
-    ["rows a batch", number(mean("batch_rows"), 1)],
-    ["prompts a batch", number(mean("batch_distinct_prompts"), 1)],
+    ["rows in a batch", number(mean("batch_rows"), 1)],
+    ["prompts in a batch", number(mean("batch_distinct_prompts"), 1)],
     ["slots in use", `${whole(total("slots_used"))} of ${whole(total("slots"))}`],
-    ["prompts that gave way to others", whole(total("evictions"))],
-    ["rejected", whole(total("rejected_total") ?? 0)], // a counter with labels begins with its first event
+    ["prompts evicted from slots", whole(total("evictions"))],
+    ["requests refused", whole(total("rejected_total") ?? 0)], // a counter with labels begins with its first event
     ["compilations since ready", whole(total("compilations"))],
   ];
   $("live").replaceChildren(...figures(pairs).children);
-  chart();
+  showCharts();
 }
 
-function chart() {
-  const rates = snapshots.slice(1).map((snapshot, at) => {
-    const grown = (snapshot.totals.get("jaxprompt_requests_total") || 0) - (snapshots[at].totals.get("jaxprompt_requests_total") || 0);
-    return Math.max(0, grown / ((snapshot.at - snapshots[at].at) / 1000));
-  });
-  const most = Math.max(1, ...rates), step = 560 / (KEPT - 1);
-  const points = rates.map((rate, at) => `${at ? "L" : "M"}${(40 + at * step).toFixed(1)} ${(80 - (70 * rate) / most).toFixed(1)}`).join("");
-  $("live-chart").replaceChildren(el("line", { class: "axis", x1: 40, x2: 600, y1: 80, y2: 80 }), el("text", { x: 0, y: 16 }, number(most, 0)), el("text", { x: 0, y: 84 }, "0"), el("path", { class: "line", d: points }));
+function showCharts() {
+  const last = snapshots[snapshots.length - 1], later = snapshots.slice(1);
+  if (!last) return;
+  const count = (snapshot) => snapshot.totals.get("jaxprompt_requests_total") || 0;
+  const rates = later.map((snapshot, at) => Math.max(0, (1000 * (count(snapshot) - count(snapshots[at]))) / (snapshot.at - snapshots[at].at)));
+  const seconds = (snapshot) => snapshot.buckets.get("jaxprompt_request_seconds_bucket") || new Map();
+  const share = (wanted) => later.map((snapshot, at) => 1000 * quantile(seconds(snapshot), seconds(snapshots[at]), wanted));
+  const times = later.map((snapshot) => (snapshot.at - last.at) / 1000);
+  lines("rate-chart", times, [["", rates]]);
+  lines("latency-chart", times, [["", share(0.5)], ["dashed", share(0.99)]]);
 }
 
 // ---------------------------------------------------------------- manage, and the server's state
@@ -578,15 +672,32 @@ async function showState() {
     await ask("ready");
     let facts = {};
     try { facts = await answer("version"); } catch { /* an older server */ }
-    $("ask-router").disabled = facts.router === false || facts.router === null;
-    say("state", ["ready", facts.backbone, facts.version && `version ${facts.version}`].filter(Boolean).join(" · "));
+    $("ask-router").disabled = !facts.router;
+    $("ask-router").parentElement.title = facts.router ? "" : "This server has no router; see jaxprompt library.";
+    $("key-form").hidden = !facts.keys;
+    $("state").classList.add("ready");
+    say("state", ["ready", facts.backbone, facts.kind, facts.version && `jaxprompt ${facts.version}`].filter(Boolean).join(" · "));
   } catch (error) {
-    say("state", error.message, error.status !== 503);
+    $("state").classList.remove("ready");
+    say("state", error.status === 503 ? await warming() : error.message, error.status !== 503);
     setTimeout(showState, POLL_MS);
   }
 }
 
+/** How far a server is that is not ready. */
+async function warming() {
+  try {
+    const { state: what, done, programs } = await (await fetch("ready")).json();
+    return what === "warming" ? `compiling: ${done} of ${programs} programs` : what;
+  } catch {
+    return "not ready";
+  }
+}
+
 function start() {
+  charts.set("live", showCharts);
+  addEventListener("resize", redraw);
+  $("inspect-close").addEventListener("click", () => { $("inspect").hidden = true; $("prompts-title").scrollIntoView(); });
   $("key").value = state.key;
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -596,7 +707,6 @@ function start() {
     loadPrompts();
   });
   $("search").addEventListener("input", showPrompts);
-  $("as-text").addEventListener("change", showChosen);
   $("try").addEventListener("submit", tryInput);
   $("try").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("try").requestSubmit();

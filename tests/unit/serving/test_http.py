@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -227,8 +228,33 @@ def test_prompts_are_listed_in_pages_inspected_and_pinned(running):
     assert names(rest) == ["second"] and not rest.json()["has_more"]
     assert names(found) == ["second"]
     assert inspected.json()["length"] == 2 and inspected.json()["prompt"] == "first"
+    assert inspected.json()["prompts"]["names"] == ["first"]
     assert (pinned.json()["state"], pinned.json()["pinned"]) == ("device", True)
     assert (unpinned.json()["state"], unpinned.json()["pinned"]) == ("host", False)
+
+
+def test_a_pin_goes_along_with_its_name_however_that_changes(running, tmp_path):
+    other = prompt_folder(tmp_path / "other", 1)
+    files = [("files", (path.name, path.read_bytes())) for path in sorted(other.iterdir())]
+    pinned, service = running.service.device.pinned, running.service
+
+    async def change():
+        async with running.client() as client:
+            for name in ("first", "second"):
+                await client.post(f"/v1/prompts/{name}/pin", json={"pinned": True})
+                await client.post("/v1/predict", json={"prompt": name, "inputs": ["a"]})
+            replaced = await client.put("/v1/prompts/first", files=files)
+            assert replaced.json()["pinned"]
+            shutil.rmtree(running.library / "second")  # by somebody else
+            running.catalogue.scan()
+            service.batcher.call(lambda: None).result(20)
+            assert {f"{one.name}@{one.number}" for one in pinned} == {"first@2"}
+            assert set(service.used) == {"first"}
+            await client.delete("/v1/prompts/first")
+            service.batcher.call(lambda: None).result(20)
+            assert not pinned and not service.pinned and not service.used
+
+    asyncio.run(change())
 
 
 def test_adapters_are_loaded_by_vllms_routes_from_folders_that_are_allowed(running, tmp_path):
