@@ -3,7 +3,7 @@ const MOST_CHOSEN = 4, MOST_SHOWN = 200, MOST_ROWS = 1000, MOST_CLASSES = 20, CH
 const ASKING = ["/v1/predict", "/v1/score", "/v1/completions"]; // routes that a model answers
 
 const $ = (id) => document.getElementById(id);
-const state = { key: sessionStorage.getItem("key") || "", prompts: [], chosen: [], table: null, answers: null, stop: null };
+const state = { key: sessionStorage.getItem("key") || "", prompts: [], chosen: [], table: null, answers: null, stop: null, inspected: null };
 
 /** An element. Text is always text, never markup: names and answers come from other people. */
 function el(tag, attributes = {}, ...children) {
@@ -250,6 +250,7 @@ function decision(found, router) {
 async function inspect(name) {
   const [facts, found] = await Promise.allSettled([answer(promptPath(name)), answer(`${promptPath(name)}/inspect`)]);
   $("inspect").hidden = false;
+  state.inspected = name;
   $("inspect-title").textContent = `Inspect ${name}`;
   const parts = [];
   if (facts.status === "fulfilled") parts.push(factList(facts.value));
@@ -284,10 +285,13 @@ function report(found) {
   ]);
   const rows = found.vectors.map((vector, at) => el("tr", {},
     el("th", { scope: "row", class: "number" }, String(at)), el("td", { class: "number" }, number(vector.norm, 2)),
-    el("td", {}, vector.nearest.map((near) => `${near.word} ${number(near.cosine, 2)}`).join("  ·  "))));
+    el("td", {}, vector.nearest.map((near) => `${piece(near.word)} ${number(near.cosine, 2)}`).join("  ·  "))));
   const table = el("table", {}, el("thead", {}, el("tr", {}, ...["Vector", "Norm"].map((text) => el("th", { scope: "col", class: "number" }, text)), el("th", { scope: "col" }, "Nearest words, with cosine"))), el("tbody", {}, ...rows));
   return [summary, el("div", { class: "charts" }, norms(found), el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Vectors" }, table), ...similarityMap(found.prompts))];
 }
+
+/** A piece of the vocabulary: a beginning of a word as it is, what goes on in a word after a hyphen. */
+const piece = (text) => (/^[\u2581\u0120]./.test(text) ? text.slice(1) : /^[<\W]/.test(text) ? text : `-${text}`);
 
 function norms({ vectors, vocabulary_norm: words }) {
   const most = Math.max(words.mean, ...vectors.map((vector) => vector.norm));
@@ -311,7 +315,7 @@ function similarityMap(map) {
     found.style.setProperty("--share", at === other ? 0 : Math.max(0, Math.min(1, value)));
     return found;
   };
-  const table = (values, caption) => el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, el("table", { class: "grid" }, el("caption", {}, caption),
+  const table = (values, caption) => el("div", { class: "scroll fit", tabindex: 0, role: "region", "aria-label": caption }, el("table", { class: "grid" }, el("caption", {}, caption),
     el("thead", {}, el("tr", {}, el("td"), ...map.names.map((name) => el("th", { scope: "col", class: "number" }, name)))),
     el("tbody", {}, ...map.names.map((name, at) => el("tr", {}, el("th", { scope: "row" }, name), ...values[at].map((value, other) => cell(value, at, other)))))));
   return [table(map.cosine, "Cosine of the mean vectors of prompts"), table(map.best_match, "Mean cosine of each vector (line) with the nearest one of another prompt (column)")];
@@ -445,7 +449,7 @@ function comparison() {
   const line = (text, ...counts) => el("tr", {}, el("th", { scope: "row" }, text), ...counts.map((value) => el("td", { class: "number" }, String(value))));
   const chance = mcnemar(onlyA, onlyB), told = chance < 0.0001 ? "below 0.0001" : chance.toPrecision(2);
   return [el("p", {}, `${a} alone is right on ${onlyA} rows, ${b} alone on ${onlyB}. By chance such a split, or a clearer one, has the probability ${told} (McNemar's exact test). They disagree on ${apart} rows; those stand first in the table.`),
-    el("table", { class: "grid" }, head, el("tbody", {}, line(`${a} right`, both, onlyA), line(`${a} wrong`, onlyB, none)))];
+    el("div", { class: "scroll fit", tabindex: 0, role: "region", "aria-label": "Right and wrong answers of both" }, el("table", { class: "grid" }, head, el("tbody", {}, line(`${a} right`, both, onlyA), line(`${a} wrong`, onlyB, none))))];
 }
 
 function confusion(name) {
@@ -465,7 +469,7 @@ function confusion(name) {
     return found;
   };
   const body = classes.map((truth) => el("tr", {}, el("th", { scope: "row" }, truth || "(none)"), ...classes.map((other) => cell(truth, other))));
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Confusion of ${name}` },
+  return el("div", { class: "scroll fit", tabindex: 0, role: "region", "aria-label": `Confusion of ${name}` },
     el("table", { class: "grid" }, el("caption", {}, `Confusion of ${name}. Lines: the correct answer; columns: the answer given.`),
       el("thead", {}, el("tr", {}, el("td"), ...classes.map((text) => el("th", { scope: "col", class: "number" }, text || "(none)")))), el("tbody", {}, ...body)));
 }
@@ -528,7 +532,7 @@ function frame(svg, { most, from, to, marks, height = 190 }) {
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.replaceChildren(
     ...steps.flatMap((step) => [el("line", { class: "axis", x1: left, x2: width - right, y1: y(step), y2: y(step) }), el("text", { x: left - 8, y: y(step) + 4, "text-anchor": "end" }, step.toLocaleString("en", { maximumFractionDigits: 3 }))]),
-    ...marks.map(([at, text], place) => el("text", { x: x(at), y: height - 7, "text-anchor": place ? (place === marks.length - 1 ? "end" : "middle") : "start" }, text)));
+    ...marks.filter((_, place) => width > 380 || !place || place === marks.length - 1).map(([at, text], place, all) => el("text", { x: x(at), y: height - 7, "text-anchor": place ? (place === all.length - 1 ? "end" : "middle") : "start" }, text)));
   return { x, y, add: (...nodes) => svg.append(...nodes) };
 }
 
@@ -697,7 +701,10 @@ async function warming() {
 function start() {
   charts.set("live", showCharts);
   addEventListener("resize", redraw);
-  $("inspect-close").addEventListener("click", () => { $("inspect").hidden = true; $("prompts-title").scrollIntoView(); });
+  $("inspect-close").addEventListener("click", () => {
+    $("inspect").hidden = true;
+    ($("prompts").querySelector(`button[aria-label="Inspect ${CSS.escape(state.inspected)}"]`) || $("search")).focus();
+  });
   $("key").value = state.key;
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
