@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prompts import name_of
-from servers import pinned
+from servers import Server, pinned
 from stages import ROWS, Figures, Setup, seconds_of
 
 import jaxprompt as jp
@@ -19,10 +19,10 @@ from jaxprompt.inference.score import PairTokenizer
 WORKER = Path(__file__).with_name("peft_answers.py")
 
 
-def beside_peft(setup: Setup, count: int) -> Figures:
+def beside_peft(setup: Setup, server: Server, count: int) -> Figures:
     """Ratios of times on the same weights, rows and prompts, in turns; how far answers differ."""
     if setup.peft_python is None:
-        raise SystemExit("The stage peft needs --peft-python, a Python with torch and PEFT.")
+        raise ValueError("The stage peft needs --peft-python, a Python with torch and PEFT.")
     rows = setup.inputs(ROWS)
     problem = write_problem(setup, rows, count)
     worker = subprocess.Popen(
@@ -31,13 +31,8 @@ def beside_peft(setup: Setup, count: int) -> Figures:
     )  # fmt: skip
     try:
         ask(worker, None)
-        with setup.served("--library", str(setup.library(count))) as server:
-            return {
-                "rows": ROWS,
-                "cells": [
-                    cell(setup, server.client, worker, rows, d, count) for d in (1, 4, 16, 32)
-                ],
-            }
+        cells = [cell(setup, server.client, worker, rows, d, count) for d in (1, 4, 16, 32)]
+        return {"rows": ROWS, "cells": cells}
     finally:
         worker.kill()
         worker.wait()
@@ -88,7 +83,7 @@ def ask(worker: subprocess.Popen, question: object) -> dict:
         worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
-        raise SystemExit("PEFT's side ended; see what it printed.")
+        raise RuntimeError("PEFT's side ended; see what it printed.")
     return json.loads(line)
 
 

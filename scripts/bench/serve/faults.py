@@ -1,32 +1,40 @@
-"""What a server does when things go wrong, one fault after another; prints each outcome as JSON.
+"""What a server does when things go wrong, one fault after another.
 
-python scripts/bench/serve/faults.py --artefact runs/quickstart/prompt --out runs/faults [FAULT ...]
+    python scripts/bench/serve/faults.py [FAULT ...] --artefact runs/quickstart/prompt
+
+Puts each outcome into OUT/faults.json, with what is as it should be, and all of them into
+OUT/faults.md. What is there already is not tried again without --again.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from load import summary
-from prompts import name_of, variant
+from load import request_of, summary
+from prompts import name_of
 from safetensors.numpy import load_file, save_file
 from servers import Cores, Server
-from stages import Figures, Setup, capacity
+from stages import Figures, Setup, capacity, names
 
 import jaxprompt as jp
+
+FAULTY = Path(__file__).with_name("faulty_server.py")
+NAME = name_of(0)
 
 
 def fresh_library(setup: Setup, name: str, count: int = 2) -> Path:
@@ -46,53 +54,61 @@ def status_of(act: Callable[[], object]) -> int | str:
     return 200
 
 
+def asks(server: Server, setup: Setup, name: str = NAME) -> int | str:
+    """What a request gets now, without a second attempt."""
+    client = jp.Client(server.client.url, retries=0, timeout=30)
+    return status_of(lambda: client.predict(name, setup.inputs(1)))
+
+
 def killed_upload(setup: Setup) -> Figures:
     """kill -9 while a prompt is being replaced: the library has a whole version afterwards."""
     library, outcomes = fresh_library(setup, "killed"), []
-    other = variant(setup.artefact, setup.out / "variant")
-    name = name_of(0)
+    other = setup.variant()
     for delay in (0.0, 0.01, 0.03):
         with setup.served("--library", str(library)) as server:
             stop = threading.Event()
-            thread = threading.Thread(target=replace_until, args=(server, name, other, setup, stop))
+            thread = threading.Thread(target=replace_until, args=(server, other, setup, stop))
             thread.start()
             time.sleep(0.2 + delay)
             server.process.kill()
             stop.set()
             thread.join()
-        outcomes.append(len(jp.load_prompt(str(library / name)).vectors))
+        outcomes.append(len(jp.load_prompt(str(library / NAME)).vectors))
     with setup.served("--library", str(library)) as server:
-        answered = status_of(lambda: server.client.predict(name, setup.inputs(1)))
+        answered = asks(server, setup)
     left = sorted(path.name for path in library.iterdir())
-    return {"vectors_after_each_kill": outcomes, "answer_after_restart": answered, "left": left}
+    return {
+        "vectors_after_each_kill": outcomes, "answer_after_restart": answered, "left": left,
+        "ok": len(set(outcomes)) == 1 and answered == 200,
+    }  # fmt: skip
 
 
-def replace_until(
-    server: Server, name: str, other: Path, setup: Setup, stop: threading.Event
-) -> None:
+def replace_until(server: Server, other: Path, setup: Setup, stop: threading.Event) -> None:
     client = jp.Client(server.client.url, retries=0)
     while not stop.is_set():
         with contextlib.suppress(jp.ServerError):
-            client.put(name, other, replace=True)
-            client.put(name, setup.artefact, replace=True)
+            client.put(NAME, other, replace=True)
+            client.put(NAME, setup.artefact, replace=True)
 
 
 def bad_artefacts(setup: Setup) -> Figures:
     """Damaged prompts over an existing name: each is refused, and the old one still answers."""
-    library, name = fresh_library(setup, "bad"), name_of(0)
+    library = fresh_library(setup, "bad")
     found = {}
     with setup.served("--library", str(library)) as server:
-        before = server.client.predict(name, setup.inputs(1))[0]
+        before = server.client.predict(NAME, setup.inputs(1))[0]
         for kind, folder in damaged(setup).items():
-            refused = status_of(lambda f=folder: server.client.put(name, f, replace=True))
-            after = server.client.predict(name, setup.inputs(1))[0]
+            refused = status_of(lambda f=folder: server.client.put(NAME, f, replace=True))
+            after = server.client.predict(NAME, setup.inputs(1))[0]
             found[kind] = {"put": refused, "old_answers": after["digest"] == before["digest"]}
         (library / "linked").symlink_to(setup.artefact.resolve())
         shutil.copytree(setup.out / "damaged" / "nan", library / "dropped-in")
         time.sleep(5)
         for dropped in ("linked", "dropped-in"):
-            found[dropped] = status_of(lambda n=dropped: server.client.predict(n, setup.inputs(1)))
-    return found
+            found[dropped] = {"predict": asks(server, setup, dropped), "old_answers": True}
+    statuses = [each.get("put", each.get("predict")) for each in found.values()]
+    refused = all(str(status).startswith(("400", "404", "413", "422")) for status in statuses)
+    return found | {"ok": refused and all(each["old_answers"] for each in found.values())}
 
 
 def damaged(setup: Setup) -> dict[str, Path]:
@@ -123,33 +139,38 @@ def damaged(setup: Setup) -> dict[str, Path]:
     return folders
 
 
-def request_bytes(name: str, row: dict) -> bytes:
-    from load import request_of
-
-    return request_of("127.0.0.1", "/v1/predict", {"prompt": name, "inputs": [row]})
-
-
 def disconnects(setup: Setup) -> Figures:
-    """Clients that go away before their answer, and clients that never finish their request."""
-    row, name = setup.inputs(1)[0], name_of(0)
+    """Clients that go away in the queue or amid a stream, and ones that never finish a request."""
+    row = setup.inputs(1)[0]
+    request = request_of("127.0.0.1", "/v1/predict", {"prompt": NAME, "inputs": [row]})
+    text = next(iter(row.values()))
+    stream = request_of(
+        "127.0.0.1", "/v1/completions",
+        {"model": NAME, "prompt": text, "stream": True, "max_tokens": 32, "temperature": 1},
+    )  # fmt: skip
     with setup.served("--library", str(fresh_library(setup, "disconnects"))) as server:
         address = ("127.0.0.1", server.port)
         for number in range(300):
             with socket.create_connection(address) as away:
-                away.sendall(request_bytes(name, row))
+                away.sendall(request)
                 time.sleep(0.02 * (number % 3 == 0))
+        for _ in range(20):
+            with socket.create_connection(address) as away:
+                away.sendall(stream)
+                away.recv(64)
         slow = [socket.create_connection(address) for _ in range(100)]
         for each in slow:
             each.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
-        answers = server.load(names=[name], inputs=[row], phases=[(10, setup.seconds)])
+        answers = server.load(names=[NAME], inputs=[row], phases=[(10, setup.seconds)])
         for each in slow:
             each.close()
         time.sleep(1)
-        figures = server.metrics()
+        figures, beside = server.metrics(), summary(answers, setup.seconds)
         return {
-            "beside_them": summary(answers, setup.seconds),
+            "beside_them": beside,
             "cancelled": figures.get("jaxprompt_cancelled_rows_total"),
-            "queue_rows_after": figures.get("jaxprompt_queue_rows"),
+            "queue_rows_after": figures["jaxprompt_queue_rows"],
+            "ok": beside["answered"] == beside["asked"] and figures["jaxprompt_queue_rows"] == 0,
         }
 
 
@@ -169,18 +190,18 @@ def delete_in_flight(setup: Setup) -> Figures:
         answers = server.load(names=[name], inputs=setup.inputs(), phases=[(30, setup.seconds)])
         stop.set()
         thread.join()
-        return {"statuses": Counter(each.status for each in answers)}
+        statuses = Counter(each.status for each in answers)
+        return {"statuses": statuses, "ok": not set(statuses) - {200, 404} and statuses[200] > 0}
 
 
 def terminated(setup: Setup) -> Figures:
     """SIGTERM under load: what was accepted is answered, and the exit code is 0."""
     with setup.served("--library", str(fresh_library(setup, "terminated"))) as server:
-        rate = 0.8 * capacity(server, setup, [name_of(0)])
+        rate = 0.8 * capacity(server, setup, [NAME])
         timer = threading.Timer(3.0, lambda: server.process.send_signal(signal.SIGTERM))
         timer.start()
-        answers = server.load(
-            names=[name_of(0)], inputs=setup.inputs(), phases=[(rate, 3 + setup.seconds)]
-        )
+        # the server admits requests for 5 s after the signal, and refuses or closes later ones
+        answers = server.load(names=[NAME], inputs=setup.inputs(), phases=[(rate, 10.0)])
         code = server.process.wait(90)
         last_good = max(each.due for each in answers if each.status == 200)
         lost = [each for each in answers if each.status == 0 and each.due < last_good]
@@ -188,48 +209,42 @@ def terminated(setup: Setup) -> Figures:
             "statuses": Counter(each.status for each in answers),
             "lost_before_the_last_answer": len(lost),
             "exit_code": code,
+            "ok": code == 0 and not lost,
         }
 
 
 def two_servers(setup: Setup) -> Figures:
     """Two servers on one library: what one is given, the other has soon."""
-    library = fresh_library(setup, "shared")
+    library, row = fresh_library(setup, "shared"), setup.inputs(1)
     with (
         setup.served("--library", str(library)) as one,
         setup.served("--library", str(library)) as two,
     ):
         one.client.put("common", setup.artefact)
         begin = time.perf_counter()
-        there = waited(lambda: two.client.predict("common", setup.inputs(1)))
+        there = waited(lambda: asks(two, setup, "common") == 200)
         seen = time.perf_counter() - begin
         one.client.delete("common")
         begin = time.perf_counter()
-        gone = waited(lambda: expect_404(two.client, setup))
-        return {"put": there, "seconds": seen, "gone": gone, "gone_s": time.perf_counter() - begin}
+        gone = waited(lambda: str(asks(two, setup, "common")).startswith("404"))
+        gone_seconds = time.perf_counter() - begin
+        both = [each.client.predict(NAME, row)[0]["digest"] for each in (one, two)]
+        return {
+            "seconds_until_there": seen, "seconds_until_gone": gone_seconds,
+            "ok": there and gone and both[0] == both[1],
+        }  # fmt: skip
 
 
-def expect_404(client: jp.Client, setup: Setup) -> None:
-    """Raises ServerError as long as the prompt is there."""
-    try:
-        client.predict("common", setup.inputs(1))
-    except jp.ServerError as error:
-        if error.status == 404:
-            return
-        raise
-    raise jp.ServerError(200, "It is still there.")
-
-
-def waited(act: Callable[[], object], seconds: float = 15.0) -> int | str:
+def waited(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
     end = time.monotonic() + seconds
-    while (found := status_of(act)) != 200 and time.monotonic() < end:
-        time.sleep(0.1)
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
     return found
 
 
 def flood(setup: Setup) -> Figures:
     """10,000 mixed requests of 64 clients that never wait: each is answered or refused."""
-    count, rows = 10_000, setup.inputs()
-    known = [name_of(number) for number in range(8)]
+    count, rows, known = 10_000, setup.inputs(), names(8)
     with setup.served("--library", str(fresh_library(setup, "flood", 8))) as server:
         client = jp.Client(server.client.url, retries=0)
         texts = [next(iter(row.values())) for row in rows]
@@ -237,12 +252,11 @@ def flood(setup: Setup) -> Figures:
         def one(number: int) -> int | str:
             rng = random.Random(number)
             name, text = rng.choice(known), rng.choice(texts)
-            pair = {"input": text, "target": "animal"}
             kind = number % 10
             if kind < 6:
                 act = lambda: client.predict(name, rng.sample(rows, rng.choice((1, 1, 4))))
             elif kind < 8:
-                act = lambda: client.score(name, [pair])
+                act = lambda: client.score(name, [{"input": text, "target": "animal"}])
             elif kind < 9:
                 act = lambda: client.complete(name, text, max_tokens=4, temperature=0.0)
             else:
@@ -253,27 +267,122 @@ def flood(setup: Setup) -> Figures:
         begin = time.perf_counter()
         with ThreadPoolExecutor(64) as threads:
             outcomes = Counter(threads.map(one, range(count)))
-        seconds = time.perf_counter() - begin
-        compiled = {k: v for k, v in server.metrics().items() if "compil" in k}
-        return {"outcomes": outcomes, "seconds": seconds, "memory": server.memory(), **compiled}
+        compilations = server.metrics()["jaxprompt_compilations"]
+        refused = sum(n for what, n in outcomes.items() if str(what).startswith(("429", "503")))
+        return {
+            "outcomes": outcomes,
+            "seconds": time.perf_counter() - begin,
+            "memory_mib": server.memory(),
+            "compilations": compilations,
+            "ok": outcomes[200] + refused == count and compilations == 0,
+        }
 
 
 def disk_full(setup: Setup) -> Figures:
-    """The server may write no file above 64 KB: a put is refused, and the old version answers."""
-    library, name = fresh_library(setup, "full"), name_of(0)
+    """The server may write no file above 4 KB: a put is refused, and the old version answers."""
+    library = fresh_library(setup, "full")
     with setup.served("--library", str(library)) as server:
-        before = server.client.predict(name, setup.inputs(1))[0]["digest"]
-        os.system(f"prlimit --pid {server.process.pid} --fsize=65536")
-        other = variant(setup.artefact, setup.out / "variant")
-        put = status_of(lambda: server.client.put(name, other, replace=True))
-        after = server.client.predict(name, setup.inputs(1))[0]["digest"]
+        before = server.client.predict(NAME, setup.inputs(1))[0]["digest"]
+        pid = str(server.process.pid)
+        subprocess.run(["prlimit", "--pid", pid, "--fsize=4096"], check=True)
+        put = status_of(lambda: server.client.put(NAME, setup.variant(), replace=True))
+        after = server.client.predict(NAME, setup.inputs(1))[0]["digest"]
         left = sorted(path.name for path in library.iterdir())
-        return {"put": put, "old_answers": before == after, "left": left}
+        ok = before == after and put != 200 and left == names(2)
+        return {"put": put, "old_answers": before == after, "left": left, "ok": ok}
+
+
+def all_pinned(setup: Setup) -> Figures:
+    """Pins that would leave no slot are refused, and other prompts are still answered."""
+    library = fresh_library(setup, "pinned", 8)
+    with setup.served("--library", str(library), "--slots", "4") as server:
+        pins = [status_of(lambda n=name: pin(server, n)) for name in names(4)]
+        answers = [asks(server, setup, name) for name in names(8)]
+        return {
+            "pins": pins, "answers": Counter(map(str, answers)),
+            "ok": pins[:2] == [200, 200] and pins[2] != 200 and set(answers) == {200},
+        }  # fmt: skip
+
+
+def pin(server: Server, name: str) -> None:
+    server.client._post(f"/v1/prompts/{name}/pin", {"pinned": True}, name)
+
+
+@contextlib.contextmanager
+def faulty(setup: Setup, name: str) -> Iterator[tuple[Server, Callable]]:
+    """A server that fails on demand, and what switches a failure of faulty_server.py on and off."""
+    switches = setup.out / "switches"
+    shutil.rmtree(switches, ignore_errors=True)
+    switches.mkdir(parents=True)
+
+    def switch(fault: str, on: bool = True) -> None:
+        (switches / fault).touch() if on else (switches / fault).unlink()
+
+    library = fresh_library(setup, name, 4)
+    environment = {"FAULTS": str(switches.resolve())}
+    with setup.served(
+        "--library", str(library), "--timeout", "3", program=[str(FAULTY)], environment=environment
+    ) as server:
+        yield server, switch
+
+
+def store_fails(setup: Setup) -> Figures:
+    """A store that hangs or fails: warm prompts answer, cold ones are a 504 or 503 in time."""
+    found: Figures = {}
+    with faulty(setup, "store") as (server, switch):
+        asks(server, setup)
+        for number, fault in enumerate(("slow-store", "no-store"), 1):
+            switch(fault)
+            time.sleep(3)  # the scan meets it, too
+            begin = time.perf_counter()
+            warm = asks(server, setup)
+            between = time.perf_counter()
+            cold = asks(server, setup, name_of(number))
+            found[fault] = {
+                "warm": warm, "warm_seconds": between - begin,
+                "cold": cold, "cold_seconds": time.perf_counter() - between,
+            }  # fmt: skip
+            switch(fault, on=False)
+            found[fault]["afterwards"] = waited(
+                lambda n=number: asks(server, setup, name_of(n)) == 200
+            )
+    ok = all(
+        each["warm"] == 200 and each["warm_seconds"] < 1 and each["afterwards"]
+        and str(each["cold"])[:3] in ("503", "504") and each["cold_seconds"] < 5
+        for each in found.values()
+    )  # fmt: skip
+    return found | {"ok": ok}
+
+
+def clock_jumps(setup: Setup) -> Figures:
+    """The wall clock jumps by a day and back: nothing expires, and changes are still seen."""
+    with faulty(setup, "clock") as (server, switch):
+        before = asks(server, setup)
+        switch("clock")
+        within = [asks(server, setup, name) for name in names(4)]
+        put = status_of(lambda: server.client.put("late", setup.artefact))
+        switch("clock", on=False)
+        after = [asks(server, setup), asks(server, setup, "late")]
+        found = [before, *within, put, *after]
+        return {"statuses": Counter(map(str, found)), "ok": set(found) == {200}}
+
+
+def device_fails(setup: Setup) -> Figures:
+    """A batch fails: its rows are tried again alone. All fail: the process ends with an error."""
+    with faulty(setup, "device") as (server, switch):
+        switch("device-once")
+        rows = setup.inputs(4)
+        again = status_of(lambda: server.client.predict(NAME, rows))
+        switch("device")
+        failed = [asks(server, setup) for _ in range(3)]
+        code = server.process.wait(30)
+        ok = again == 200 and all(str(each).startswith("500") for each in failed) and code != 0
+        return {"one_failure": again, "always": failed, "exit_code": code, "ok": ok}
 
 
 FAULTS = {fault.__name__: fault for fault in (
-    killed_upload, bad_artefacts, disconnects, delete_in_flight, terminated, two_servers, flood,
-    disk_full,
+    killed_upload, bad_artefacts, disconnects, delete_in_flight, terminated, two_servers,
+    disk_full, all_pinned, store_fails, clock_jumps, device_fails, flood,
 )}  # fmt: skip
 
 
@@ -281,19 +390,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="all of them if none")
+    parser.add_argument("faults", nargs="*", help=f"of {', '.join(FAULTS)}; all of them if none")
     parser.add_argument("--artefact", type=Path, default=Path("runs/quickstart/prompt"))
     parser.add_argument("--backbone", default="builtin")
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--server", default="", help="further options of `jaxprompt serve`")
+    parser.add_argument("--again", action="store_true", help="try also what is there already")
     given = parser.parse_args()
+    if unknown := set(given.faults) - set(FAULTS):
+        parser.error(f"{sorted(unknown)[0]!r} is no fault; there are {', '.join(FAULTS)}.")
     setup = Setup(
-        given.artefact, given.out, given.backbone, given.seconds, 1, given.server.split(),
+        given.artefact, given.out, given.backbone, given.seconds, 1, tuple(given.server.split()),
         Cores("", ""),
     )  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "faults.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
     for name in given.faults or FAULTS:
-        print(json.dumps({name: FAULTS[name](setup)}, default=str), flush=True)
+        if name in found and found[name]["ok"] and not given.again:
+            continue
+        try:
+            outcome = FAULTS[name](setup)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = {"error": repr(error), "ok": False}
+        found[name] = json.loads(json.dumps(outcome, default=str))
+        path.write_text(json.dumps(found, indent=1))
+        print(json.dumps({name: found[name]}), flush=True)
+    (given.out / "faults.md").write_text(table(found))
+    sys.exit(0 if all(each["ok"] for each in found.values()) else 1)
+
+
+def table(found: Figures) -> str:
+    """What happened, as Markdown."""
+    lines = ["| fault | as it should be | outcome |", "|---|---|---|"]
+    for name, outcome in found.items():
+        told = ", ".join(
+            f"{key} {json.dumps(value)}" for key, value in outcome.items() if key != "ok"
+        )
+        told = told.replace("|", "/")
+        lines.append(f"| {FAULTS[name].__doc__} | {'yes' if outcome['ok'] else 'NO'} | {told} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -73,28 +73,40 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(
-    arguments: Sequence[str], *, cores: Cores = Cores(), log: Path, seconds: float = 600
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    cores: Cores = Cores(),
+    program: Sequence[str] = ("-m", "jaxprompt"),
+    environment: Mapping[str, str] | None = None,
+    seconds: float = 600,
 ) -> Iterator[Server]:
     """A server that is ready. It is asked to end afterwards.
 
     Args:
         arguments: of ``jaxprompt serve``, without the port.
-        cores: see ``Cores``.
         log: a file for its output.
+        cores: see ``Cores``.
+        program: what Python runs instead of ``jaxprompt``.
+        environment: more of it.
         seconds: until it must be ready.
+
+    Raises:
+        RuntimeError: it is not ready in time.
     """
     port, begin = free_port(), time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "jaxprompt", "serve", *arguments, "--port", str(port)]
+    command = [sys.executable, *program, "serve", *arguments, "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*pinned(cores.server), *command], stdout=out, stderr=out, env=dict(os.environ)
-        )
+            [*pinned(cores.server), *command], stdout=out, stderr=out,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
     try:
         client = jp.Client(f"http://127.0.0.1:{port}")
         while not client.ready():
             if process.poll() is not None or time.perf_counter() - begin > seconds:
-                raise SystemExit(f"{' '.join(command)} is not ready; see {log}.")
+                raise RuntimeError(f"{' '.join(command)} is not ready; see {log}.")
             time.sleep(0.2)
         yield Server(client, port, process, time.perf_counter() - begin, cores)
     finally:

@@ -1,5 +1,10 @@
-"""The stages of the measurement. Each starts its own server and returns figures for JSON."""
+"""The stages of the measurement: each returns figures for JSON.
 
+Most take a server whose library has ``count`` prompts; ``bench_serve.py`` starts it once for all
+stages of one count.
+"""
+
+import functools
 import itertools
 import math
 import random
@@ -7,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +27,8 @@ from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.data.templates import columns_of
 
 Figures = dict[str, Any]
+ROWS = 32
+REPLACEMENTS = 1000
 
 
 class Setup(NamedTuple):
@@ -31,7 +39,7 @@ class Setup(NamedTuple):
     backbone: str
     seconds: float  # of each load
     rounds: int
-    server_options: Sequence[str]  # for ``jaxprompt serve``
+    server_options: tuple[str, ...]  # for ``jaxprompt serve``
     cores: Cores
     peft_python: str | None = None
 
@@ -43,71 +51,79 @@ class Setup(NamedTuple):
 
     def inputs(self, count: int = 2000, seed: int = 0) -> list[dict]:
         """Rows of the prompt's own task, with lengths as they come."""
-        task = parse(TaskConfig, jp.load_prompt(str(self.artefact)).metadata["task"], "task.")
-        rows = list(read_split(task, "validation"))
-        columns = columns_of(task.template)
-        drawn = random.Random(seed).sample(rows, min(count, len(rows)))
-        return [{name: row[name] for name in columns} for row in drawn]
+        rows = task_rows(self.artefact)
+        return random.Random(seed).sample(rows, min(count, len(rows)))
 
-    def served(self, *arguments: str):
+    def variant(self) -> Path:
+        """A prompt of the same shape that answers differently."""
+        return variant(self.artefact, self.out / "variant")
+
+    def served(self, *arguments: str, **settings: Any):
+        """A server of these arguments; see ``servers.served`` for the settings."""
         name = f"server-{time.time_ns()}.log"
-        return served(
-            [*arguments, "--backbone", self.backbone, *self.server_options],
-            cores=self.cores, log=self.out / "logs" / name,
-        )  # fmt: skip
+        full = [*arguments, "--backbone", self.backbone, *self.server_options]
+        return served(full, log=self.out / "logs" / name, **{"cores": self.cores} | settings)
+
+
+@functools.cache
+def task_rows(artefact: Path) -> list[dict]:
+    """The validation rows of a prompt's task, with the columns of its template."""
+    task = parse(TaskConfig, jp.load_prompt(str(artefact)).metadata["task"], "task.")
+    columns = columns_of(task.template)
+    return [{name: row[name] for name in columns} for row in read_split(task, "validation")]
 
 
 def names(count: int) -> list[str]:
     return [name_of(number) for number in range(count)]
 
 
-def capacity(server: Server, setup: Setup, known: Sequence[str], zipf: float = 1.0) -> float:
-    """Requests a second that 64 waiting clients get."""
+def capacity(
+    server: Server, setup: Setup, known: Sequence[str], zipf: float = 1.0, warm: float = 2.0
+) -> float:
+    """Requests a second that 64 waiting clients get, after ``warm`` seconds that do not count."""
     plan = {"names": list(known), "inputs": setup.inputs(), "zipf": zipf, "closed": 64}
-    server.load(**plan, phases=[(0, min(2.0, setup.seconds))])
+    server.load(**plan, phases=[(0, min(warm, setup.seconds))])
     found = server.load(**plan, phases=[(0, setup.seconds)], seed=1)
     return summary(found, setup.seconds)["throughput"]
 
 
-def throughput(setup: Setup, count: int) -> Figures:
+def throughput(setup: Setup, server: Server, count: int) -> Figures:
     """Offered against answered up to saturation, with ``count`` prompts under Zipf's law."""
-    with setup.served("--library", str(setup.library(count))) as server:
-        most = capacity(server, setup, names(count))
-        levels = []
-        for share in (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 2.0):
-            answers = server.load(
-                names=names(count), inputs=setup.inputs(), seed=int(100 * share),
-                phases=[(share * most, setup.seconds)],
-            )  # fmt: skip
-            levels.append({"share": share, **summary(answers, setup.seconds)})
-        return {
-            "prompts": count,
-            "capacity": most,
-            "levels": levels,
-            "ready_seconds": server.start_seconds,
-            "memory_mib": server.memory(),
-            "metrics": server.metrics(),
-        }
+    most = capacity(server, setup, names(count))
+    levels = []
+    for share in (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 2.0):
+        answers = server.load(
+            names=names(count), inputs=setup.inputs(), seed=int(100 * share),
+            phases=[(share * most, setup.seconds)],
+        )  # fmt: skip
+        levels.append({"share": share, **summary(answers, setup.seconds)})
+    return {
+        "prompts": count,
+        "capacity": most,
+        "levels": levels,
+        "ready_seconds": server.start_seconds,
+        "memory_mib": server.memory(),
+        "metrics": server.metrics(),
+    }
 
 
-def burst(setup: Setup, count: int) -> Figures:
+def burst(setup: Setup, server: Server, count: int) -> Figures:
     """Ten times the load for a while, from half of the capacity; when it is as before again."""
-    with setup.served("--library", str(setup.library(count))) as server:
-        rate = 0.5 * capacity(server, setup, names(count))
-        calm, high = setup.seconds, min(2.0, setup.seconds)
-        phases = [(rate, calm), (10 * rate, high), (rate, 2 * calm)]
-        answers = server.load(names=names(count), inputs=setup.inputs(), phases=phases)
-        before = [each for each in answers if each.due < calm]
-        during = [each for each in answers if calm <= each.due < calm + high]
-        after = [each for each in answers if each.due >= calm + high]
-        return {
-            "prompts": count,
-            "rate": rate,
-            "before": summary(before, calm),
-            "burst": summary(during, high),
-            "recovery_seconds": recovery(before, after, calm + high),
-            "memory_mib": server.memory(),
-        }
+    rate = 0.5 * capacity(server, setup, names(count), warm=1.0)
+    calm, high = setup.seconds, min(2.0, setup.seconds)
+    phases = [(rate, calm), (10 * rate, high), (rate, 1.5 * calm)]
+    answers = server.load(names=names(count), inputs=setup.inputs(), phases=phases)
+    before = [each for each in answers if each.due < calm]
+    during = [each for each in answers if calm <= each.due < calm + high]
+    after = [each for each in answers if each.due >= calm + high]
+    return {
+        "prompts": count,
+        "rate": rate,
+        "before": summary(before, calm),
+        "burst": summary(during, high),
+        "recovery_seconds": recovery(before, after, calm + high),
+        "memory_mib": server.memory(),
+    }
 
 
 def recovery(before: Sequence[Answer], after: Sequence[Answer], end: float) -> float | None:
@@ -127,39 +143,43 @@ def recovery(before: Sequence[Answer], after: Sequence[Answer], end: float) -> f
     return None if last == ending else 0.5 * (last + 1)
 
 
-def distinct(setup: Setup, count: int) -> Figures:
+def distinct(setup: Setup, server: Server, count: int) -> Figures:
     """The throughput of ``count`` prompts in turn against that of one, in alternating rounds."""
-    with setup.served("--library", str(setup.library(count))) as server:
-        rounds = []
-        for _ in range(setup.rounds):
-            one = capacity(server, setup, names(1))
-            many = capacity(server, setup, names(count), zipf=0.0)
-            rounds.append({"identical": one, "distinct": many, "ratio": many / one})
-        ratios = [each["ratio"] for each in rounds]
-        return {"prompts": count, "rounds": rounds, "ratio": statistics.median(ratios)}
+    rounds = []
+    capacity(server, setup, names(count), zipf=0.0)  # all prompts are on the device
+    for _ in range(setup.rounds):
+        one = capacity(server, setup, names(1), warm=0.5)
+        many = capacity(server, setup, names(count), zipf=0.0, warm=0.5)
+        rounds.append({"identical": one, "distinct": many, "ratio": many / one})
+    ratios = [each["ratio"] for each in rounds]
+    return {"prompts": count, "rounds": rounds, "ratio": statistics.median(ratios)}
 
 
-def changes(setup: Setup, count: int) -> Figures:
-    """Seconds until a prompt that is added, replaced or removed is so for requests."""
-    other = variant(setup.artefact, setup.out / "variant")
-    row = setup.inputs(1)
-    with setup.served("--library", str(setup.library(count))) as server:
-        client, found = server.client, {"add": [], "replace": [], "remove": []}
-        for number in range(10 * setup.rounds):
-            name = f"fresh{number}"
-            found["add"].append(seconds_of(lambda n=name: client.put(n, setup.artefact)))
-            first = client.predict(name, row)[0]
-            found["replace"].append(seconds_of(lambda n=name: client.put(n, other, replace=True)))
-            second = client.predict(name, row)[0]
-            if first["digest"] == second["digest"]:
-                raise SystemExit("A replaced prompt answered after it had been replaced.")
-            found["remove"].append(seconds_of(lambda n=name: client.delete(n)))
-            if is_there(client, name, row):
-                raise SystemExit("A removed prompt answered.")
-        return {"prompts": count} | {
-            what: {"p50": statistics.median(times), "p99": percentile(times, 0.99)}
-            for what, times in found.items()
-        }
+def changes(setup: Setup, server: Server, count: int) -> Figures:
+    """Seconds until a prompt that is added, replaced or removed is so for requests.
+
+    A change is over when the server says so; the next request proves it. ``first`` is the time of
+    the first request to a new prompt, ``second`` that of the next one.
+    """
+    other, row, client = setup.variant(), setup.inputs(1), server.client
+    found = {"add": [], "first": [], "second": [], "replace": [], "remove": []}
+    for number in range(6 * setup.rounds):
+        name = f"fresh{number}"
+        found["add"].append(seconds_of(lambda n=name: client.put(n, setup.artefact)))
+        found["first"].append(seconds_of(lambda n=name: client.predict(n, row)))
+        found["second"].append(seconds_of(lambda n=name: client.predict(n, row)))
+        first = client.predict(name, row)[0]
+        found["replace"].append(seconds_of(lambda n=name: client.put(n, other, replace=True)))
+        second = client.predict(name, row)[0]
+        if first["digest"] == second["digest"]:
+            raise RuntimeError("A replaced prompt answered after it had been replaced.")
+        found["remove"].append(seconds_of(lambda n=name: client.delete(n)))
+        if is_there(client, name, row):
+            raise RuntimeError("A removed prompt answered.")
+    return {"prompts": count} | {
+        what: {"p50": statistics.median(times), "p99": percentile(times, 0.99)}
+        for what, times in found.items()
+    }
 
 
 def is_there(client: jp.Client, name: str, row: list[dict]) -> bool:
@@ -176,38 +196,37 @@ def seconds_of(act: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def replace(setup: Setup, count: int) -> Figures:
+def replace(setup: Setup, server: Server, count: int) -> Figures:
     """Replacements of a prompt under load; each answer must be that of the version it names."""
-    artefacts = [setup.artefact, variant(setup.artefact, setup.out / "variant")]
-    row = setup.inputs(1)
-    with setup.served("--library", str(setup.library(1))) as server:
-        client, name = server.client, "changing"
-        kinds: dict[int, int] = {}
-        wanted = []
-        for kind, artefact in enumerate(artefacts):
-            kinds[client.put(name, artefact, replace=True)["version"]] = kind
-            [found] = client.predict(name, row)
-            wanted.append([each["log_likelihood"] for each in found["scores"]])
-        answers: list[Answer] = []
-        rate = 0.4 * capacity(server, setup, [name])
-        stop = threading.Event()
-        thread = threading.Thread(target=keep_asking, args=(server, name, row, rate, answers, stop))
-        thread.start()
-        times = []
-        for number in range(count):
-            kind = number % 2
-            begin = time.perf_counter()
-            version = client.put(name, artefacts[kind], replace=True)["version"]
-            times.append(time.perf_counter() - begin)
-            kinds[version] = kind
-        stop.set()
-        thread.join()
-        client.delete(name)
-        compilations = {k: v for k, v in server.metrics().items() if "compil" in k}
+    artefacts = [setup.artefact, setup.variant()]
+    row, client, name = setup.inputs(1), server.client, "changing"
+    kinds: dict[int, int] = {}
+    wanted = []
+    for kind, artefact in enumerate(artefacts):
+        kinds[client.put(name, artefact, replace=True)["version"]] = kind
+        [found] = client.predict(name, row)
+        wanted.append([each["log_likelihood"] for each in found["scores"]])
+    answers: list[Answer] = []
+    rate = 0.4 * capacity(server, setup, [name])
+    stop = threading.Event()
+    thread = threading.Thread(target=keep_asking, args=(server, name, row, rate, answers, stop))
+    thread.start()
+    times = []
+    for number in range(REPLACEMENTS):
+        kind = number % 2
+        begin = time.perf_counter()
+        version = client.put(name, artefacts[kind], replace=True)["version"]
+        times.append(time.perf_counter() - begin)
+        kinds[version] = kind
+    stop.set()
+    thread.join()
+    client.delete(name)
     return {
-        "replacements": count,
+        "prompts": count,
+        "replacements": REPLACEMENTS,
         "seconds_each": statistics.median(times),
-        "compilations": compilations,
+        "compilations": server.metrics()["jaxprompt_compilations"],
+        "difference_of_versions": max(abs(a - b) for a, b in zip(*wanted, strict=True)),
         **judged(answers, kinds, wanted),
     }
 
@@ -252,62 +271,45 @@ def close(one: Sequence[float], two: Sequence[float], tolerance: float = 1e-3) -
     )
 
 
-ROWS = 32
-
-
-def mixed(setup: Setup, count: int) -> Figures:
+def mixed(setup: Setup, server: Server, count: int) -> Figures:
     """32 rows of D prompts as one batch, against a batch for each prompt."""
-    rows = setup.inputs(ROWS)
-    with setup.served("--library", str(setup.library(count))) as server:
-        cells = []
-        for distinct_prompts in (1, 4, 16, 32):
-            asked = [name_of(at % min(distinct_prompts, count)) for at in range(ROWS)]
-            parts = [
-                (name, [row for row, other in zip(rows, asked, strict=True) if other == name])
-                for name in sorted(set(asked))
-            ]
-            together = lambda a=asked: server.client.predict(a, rows)
-            apart = lambda p=parts: [server.client.predict(name, part) for name, part in p]
-            together(), apart()
-            times = [(seconds_of(together), seconds_of(apart)) for _ in range(5 * setup.rounds)]
-            ratios = sorted(one / all_of_them for all_of_them, one in times)
-            cells.append(
-                {
-                    "distinct": distinct_prompts,
-                    "mixed_seconds": statistics.median(first for first, _ in times),
-                    "apart_seconds": statistics.median(second for _, second in times),
-                    "ratio": statistics.median(ratios),
-                    "ratio_low": ratios[0],
-                    "ratio_high": ratios[-1],
-                }
-            )
-        return {"rows": ROWS, "cells": cells}
+    rows, cells = setup.inputs(ROWS), []
+    for distinct_prompts in (1, 4, 16, 32):
+        asked = [name_of(at % min(distinct_prompts, count)) for at in range(ROWS)]
+        parts = [
+            (name, [row for row, other in zip(rows, asked, strict=True) if other == name])
+            for name in sorted(set(asked))
+        ]
+        together = lambda a=asked: server.client.predict(a, rows)
+        apart = lambda p=parts: [server.client.predict(name, part) for name, part in p]
+        together(), apart()
+        times = [(seconds_of(together), seconds_of(apart)) for _ in range(2 * setup.rounds)]
+        ratios = sorted(apart_seconds / mixed_seconds for mixed_seconds, apart_seconds in times)
+        cells.append(
+            {
+                "distinct": distinct_prompts,
+                "mixed_seconds": statistics.median(first for first, _ in times),
+                "apart_seconds": statistics.median(second for _, second in times),
+                "ratio": statistics.median(ratios),
+                "ratio_low": ratios[0],
+                "ratio_high": ratios[-1],
+            }
+        )
+    return {"rows": ROWS, "cells": cells}
 
 
 def processes(setup: Setup, count: int) -> Figures:
     """Memory of one process for each prompt, and of one process for all of them."""
-    library = setup.library(count)
-    cells = []
+    library, cells, total = setup.library(count), [], 0.0
     with setup.served("--library", str(library)) as server:
         server.client.predict(names(count), setup.inputs(count))
         cells.append({"processes": 1, "prompts": count, "memory_mib": server.memory()})
-    for many in (1, 2, min(count, 4)):
-        cells.append({"processes": many, "prompts": many, "memory_mib": together(setup, many)})
-    return {"cells": cells}
-
-
-def together(setup: Setup, many: int) -> float:
-    """MiB of so many servers with a prompt each."""
-    open_servers, total = [], 0.0
-    library = setup.library(many)
-    try:
-        for number in range(many):
-            manager = setup.served(f"only={library / name_of(number)}")
-            server = manager.__enter__()
-            open_servers.append((manager, server))
+    servers: list[Server] = []
+    with ExitStack() as stack:
+        for number in range(count):
+            server = stack.enter_context(setup.served(f"only={library / name_of(number)}"))
             server.client.predict("only", setup.inputs(1))
-        total = sum(server.memory() for _, server in open_servers)
-    finally:
-        for manager, _ in reversed(open_servers):
-            manager.__exit__(None, None, None)
-    return total
+            servers.append(server)
+            total = sum(each.memory() for each in servers)
+            cells.append({"processes": number + 1, "prompts": number + 1, "memory_mib": total})
+    return {"cells": cells}
