@@ -112,7 +112,9 @@ def default_limits(
 ) -> Limits:
     """The grids of a server.
 
-    Ranking has many shapes, since it is asked most; of the others there are few.
+    Ranking has many shapes, since it is asked most; of the others there are few. Its time grows
+    with the rows and the width, so both have small steps. Widths are those that texts behind the
+    longest prompt need, and a small one for shorter prompts.
 
     Args:
         model: of the backbone.
@@ -122,17 +124,18 @@ def default_limits(
     budget = registry.budget(model.config, 1, training=False)
     one_sequence = registry.one_sequence(model.config)
     longest = _multiple(options.max_input_length + prompt_length, 32)
-    rows = _up_to((1, 4, 16, 32, 64, 128), options.max_rows)
-    few_rows = _up_to((1, 4, 16), options.max_rows)
-    widths = _up_to((32, 64, 128, 256, 512, 1024), longest)
-    few_widths = _up_to((64, 256, 1024), longest)
-    nodes = _up_to((4, 16, 64, 256), options.max_label_nodes)
+    rows = _up_to((1, 2, 4, 8, 16, 32, 64, 128), options.max_rows)
+    few_rows = _up_to((1, 4, 16), min(options.max_rows, 16))
+    widths = _up_to(_widths(prompt_length), longest)
+    few_widths = _up_to((_multiple(prompt_length + 32, 32), 1024), longest)
+    # a decoder-only model reads each node as it reads a token; the decoder of others is short
+    nodes = _up_to((4, 16, 64, 256) if one_sequence else (16, 256), options.max_label_nodes)
     grid = functools.partial(Grid, budget=budget)
     grids: dict[Kind, Grid] = {
         "rank": grid(rows, widths, nodes),
         "score": grid(few_rows, few_widths, _up_to((16, 64, 256), options.max_target_length)),
         "generate": grid(
-            few_rows, few_widths, _up_to((32, 256), options.max_new_tokens), scored=False
+            few_rows, few_widths, _up_to((64, 256), options.max_new_tokens), scored=False
         ),
         # texts are cut at this length, whatever the tasks' are
         "features": grid(few_rows, _up_to((64, 256), MOST_TOKENS)),
@@ -143,6 +146,13 @@ def default_limits(
     if options.kinds is not None:
         grids = {kind: grid for kind, grid in grids.items() if kind in options.kinds}
     return Limits(grids, options.attentions if one_sequence else ("causal",))
+
+
+def _widths(prompt_length: int) -> tuple[int, ...]:
+    """Widths of texts of up to 16, 32, 64, ... tokens behind a prompt, and one of short prompts."""
+    behind = [_multiple(prompt_length + text, 32) for text in (16, 32, 64, 128, 256, 512, 1024)]
+    short = [64] if behind[0] > 64 else []
+    return tuple(dict.fromkeys([*short, *behind]))
 
 
 def _multiple(value: int, of: int) -> int:

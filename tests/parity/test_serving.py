@@ -18,6 +18,7 @@ from jaxprompt.inference.rank import label_log_likelihoods
 from jaxprompt.inference.score import log_likelihoods
 from jaxprompt.methods.registry import method_of
 from jaxprompt.methods.tuned import Prompt
+from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
@@ -40,6 +41,7 @@ PLANS = (
     plan_of_ids("ab", [[5, 1], [5, 7, 1]]),
     plan_of_ids("cd", [[9, 1], [10, 1]], length_normalized=True),
     plan_of_ids("efg", [[3, 4, 5, 1], [3, 8, 1], [11, 1]]),
+    plan_of_ids("hi", [[12, 13, 1], [12, 14, 1]]),
 )
 METHODS = {
     "prompt-tuning": {},
@@ -48,6 +50,7 @@ METHODS = {
     "ia3": {},
     "parallel": {"adapter": {"after": ["attention", "mlp"], "width": 3}},
 }
+ATTENTIONS = ("causal", "prefix", "prompt")
 GRIDS = {
     "rank": Grid((4,), (16,), (8,)),
     "score": Grid((4,), (16,), (8,)),
@@ -76,18 +79,18 @@ def prompt_of(family, method, length=4, seed=0):
     return Prompt(vectors, {}, injection.layers)
 
 
-def version_of(prompt, name="p", plan=None):
-    return Version(name, None, "0" * 64, 1, prompt, labels=plan)
+def version_of(prompt, name="p", plan=None, attention="causal"):
+    return Version(name, None, "0" * 64, 1, prompt, attention=attention, labels=plan)
 
 
 @functools.cache
 def server(family):
     """An engine with all kinds of work, and versions of several methods and lengths."""
     versions = [
-        version_of(prompt_of(family, method, length, seed), method, PLANS[seed % 3])
+        version_of(prompt_of(family, method, length, seed), method, PLANS[seed % 4])
         for seed, (method, length) in enumerate(
             [("prompt-tuning", 2), ("prompt+lora", 4), ("prefix-tuning", 4), ("ia3", 4),
-             ("parallel", 4)]
+             ("parallel", 4), ("prompt-tuning", 3)]
         )
     ]  # fmt: skip
     engine = compute_of(family, versions)
@@ -95,14 +98,14 @@ def server(family):
     return engine, versions
 
 
-def compute_of(family, versions, slots=4, kinds=None):
+def compute_of(family, versions, slots=4, kinds=None, attentions=("causal",)):
     """An engine with slots for three versions."""
     model = MODELS[family]
     grids = GRIDS | ({"echo": Grid((4,), (16,), (16,))} if family == "decoder" else {})
     grids = {kind: grid for kind, grid in grids.items() if kinds is None or kind in kinds}
     bank = SlotBank(slot_shape([each.prompt for each in versions], 16), slots)
     backbone = Backbone(model, params(family), "tiny", "", "tiny")
-    return Compute(backbone, SimpleNamespace(eos_id=1), bank, Limits(grids, chunk=3))
+    return Compute(backbone, SimpleNamespace(eos_id=1), bank, Limits(grids, attentions, chunk=3))
 
 
 def text(seed, count=5):
@@ -122,6 +125,16 @@ def alone(family, version):
     return make_engine(params(family), version.prompt.injection, MODELS[family])
 
 
+def predicted(engine, row):
+    """The scores of a row's labels as ``predict`` finds them."""
+    labels = np.full((len(row.labels.labels), 4), -1, np.int32)
+    for label, edges in zip(labels, row.labels.edges, strict=True):
+        label[: (edges >= 0).sum()] = row.labels.tokens[edges[edges >= 0]]
+    program = Program(label_log_likelihoods, operands=(label_trees(labels),))
+    [found] = engine.run(program, [row.example], batch_size=4)
+    return found / (labels >= 0).sum(axis=1) if row.labels.length_normalized else found
+
+
 def mixed(versions):
     return [work("rank", version, seed) for seed, version in enumerate([*versions, versions[0]])]
 
@@ -131,13 +144,7 @@ def test_labels_of_mixed_prompts_have_the_scores_that_predict_gives(family):
     engine, versions = server(family)
     works = mixed(versions)
     for row, outcome in zip(works, engine.run(works), strict=True):
-        labels = np.full((len(row.labels.labels), 4), -1, np.int32)
-        for label, edges in zip(labels, row.labels.edges, strict=True):
-            label[: (edges >= 0).sum()] = row.labels.tokens[edges[edges >= 0]]
-        program = Program(label_log_likelihoods, operands=(label_trees(labels),))
-        [wanted] = alone(family, row.version).run(program, [row.example], batch_size=4)
-        if row.labels.length_normalized:
-            wanted = wanted / (labels >= 0).sum(axis=1)
+        wanted = predicted(alone(family, row.version), row)
         np.testing.assert_allclose(outcome.scores, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -339,3 +346,26 @@ def test_pinned_versions_stay_and_the_least_recently_used_makes_room():
     with pytest.raises(UserError, match="--slots"):
         bank.pin(versions[1])
         bank.pin(versions[3])
+
+
+def test_each_attention_has_a_lane_whose_rows_are_read_as_it_says():
+    """A decoder-only prompt may see itself, or all of the input, and is answered like that."""
+    plain = [prompt_of("decoder", "prompt-tuning", length, length) for length in (2, 4)]
+    versions = [
+        version_of(prompt, plan=PLANS[at], attention=attention)
+        for attention in ATTENTIONS
+        for at, prompt in enumerate(plain)
+    ]
+    engine = compute_of("decoder", versions, kinds=("rank",), attentions=ATTENTIONS)
+    assert len({engine.lane(work("rank", version, 0)) for version in versions}) == 3
+    found = {}
+    for attention in ATTENTIONS:
+        model = registry.with_attention(MODELS["decoder"], attention)
+        works = [work("rank", each, 1) for each in versions if each.attention == attention]
+        for row, outcome in zip(works, engine.run(works), strict=True):
+            rival = make_engine(params("decoder"), row.version.prompt.injection, model)
+            wanted = predicted(rival, row)
+            np.testing.assert_allclose(outcome.scores, wanted, rtol=1e-5, atol=1e-5)
+            found[attention] = outcome.scores
+    assert not np.allclose(found["causal"], found["prompt"], atol=1e-4)
+    assert not np.allclose(found["causal"], found["prefix"], atol=1e-4)
