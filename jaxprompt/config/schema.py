@@ -31,6 +31,7 @@ from jaxprompt.config.methods import (
     with_recipe,
 )
 from jaxprompt.config.paths import expanded
+from jaxprompt.config.users import UsersConfig, with_users_recipe
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
 
@@ -515,6 +516,9 @@ class RunConfig(Schema):
         default=TrainConfig(), description="Optimizer, evaluations, checkpoints."
     )
     mesh: MeshConfig = Field(default=MeshConfig(), description="Devices along each axis.")
+    users: UsersConfig | None = Field(
+        default=None, description="A prompt for each user. null: one prompt for all rows."
+    )
     output: PathText = Field(
         min_length=1, description="Directory of the run; a run in it is resumed."
     )
@@ -523,7 +527,7 @@ class RunConfig(Schema):
     @classmethod
     def _defaults_suit_the_method(cls, values: object) -> object:
         """What nobody set has the value that is usual for the method (``config/methods.py``)."""
-        return with_recipe(values) if isinstance(values, Mapping) else values
+        return with_recipe(with_users_recipe(values)) if isinstance(values, Mapping) else values
 
     @field_validator("method")
     @classmethod
@@ -566,6 +570,32 @@ class RunConfig(Schema):
             raise ValueError(
                 f"prompt.rank is {rank}, and a prompt of {length} vectors (prompt.length) has at "
                 f"most rank {length}; lower the rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _users_can_be(self) -> "RunConfig":
+        users, train = self.users, self.train
+        if users is None:
+            return self
+        if self.method != "prompt-tuning":
+            raise ValueError(
+                f"users is for method=prompt-tuning, and the method is {self.method}; change it"
+            )
+        if self.prompt.population:
+            raise ValueError("users and prompt.population exclude each other; leave one out")
+        if isinstance(self.task, dict) and "mixture" in self.task:
+            raise ValueError("users is for one task, and task.mixture names several; name one")
+        if train.batch_size % users.rows:
+            raise ValueError(
+                f"users.rows is {users.rows}, which does not divide train.batch_size, "
+                f"{train.batch_size}; use a divisor of it"
+            )
+        if train.patience or train.length_bucketing_window or train.max_eval_examples:
+            raise ValueError(
+                "users takes the prompts of the last step and all validation rows, and rows of a "
+                "step belong to its users; leave out train.patience, train.max_eval_examples and "
+                "train.length_bucketing_window"
             )
         return self
 

@@ -12,7 +12,7 @@ from jaxprompt.models import precision
 from jaxprompt.runtime import parallel
 from jaxprompt.runtime.devices import describe
 from jaxprompt.runtime.signals import Signals
-from jaxprompt.training import tune
+from jaxprompt.training import tune, users
 from jaxprompt.training.datasets import Split, TaskDataset
 from jaxprompt.training.metric_log import Reporter
 from jaxprompt.training.plan import DEVICES, GIB, plan_of
@@ -57,8 +57,12 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
     config = precision.resolve_config(config)
     signals = Signals(install=False)
     with RunDir(config, reporter.say) as run:  # not opened: nothing is written
-        run.finished(lambda: tune.inputs_of_files(config))
-        job = tune.prepare(config, run, reporter, signals)
+        if config.users is None:
+            run.finished(lambda: tune.inputs_of_files(config))
+            job = tune.prepare(config, run, reporter, signals)
+        else:
+            run.finished(lambda: users.known_inputs(config))
+            job = users.prepare(config, run, reporter, signals, tune=lambda *given: {}).base
     return {
         "devices": describe(),
         "backbone": config.backbone,

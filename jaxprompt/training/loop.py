@@ -12,13 +12,14 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainConfig
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.data.rows import Rows
 from jaxprompt.models import precision
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.signals import Interrupted, Signals
-from jaxprompt.training import tune
+from jaxprompt.training import tune, users
 from jaxprompt.training.divergence import Diverged, check_members
 from jaxprompt.training.inputs import Inputs
 from jaxprompt.training.metric_log import MetricName, Reporter, StepLog
@@ -129,10 +130,28 @@ def train(
     """
     config = precision.resolve_config(config)
     with automatic(reporter, config.train.steps) as chosen:
-        kind = TUNING
-        if held is not None:
+        kind, signals = TUNING, signals or Signals(install=False)
+        if config.users is not None:
+            if held is not None:
+                raise UserError("users cuts the rows of task.train; name a file there, not data=.")
+            tune_shared = partial(_tune_shared, reporter=chosen, signals=signals)
+            prepare = partial(users.prepare, tune=tune_shared)
+            kind = Kind(prepare, users.known_inputs)
+        elif held is not None:
             kind = replace(TUNING, prepare=partial(tune.prepare, held=held))
-        return fit(config, kind, chosen, signals or Signals(install=False))
+        return fit(config, kind, chosen, signals)
+
+
+def _tune_shared(
+    config: RunConfig,
+    job: Callable[[RunDir], tune.Tuning],
+    *,
+    reporter: Reporter,
+    signals: Signals,
+) -> Result:
+    """Run or resume the shared prompt of users, whose backbone and rows are loaded already."""
+    kind = Kind(lambda config, run, *watching: job(run), lambda config: {})
+    return fit(config, kind, reporter, signals)
 
 
 def fit(config: C, kind: Kind[C], reporter: Reporter, signals: Signals) -> Result:

@@ -42,7 +42,7 @@ Result: TypeAlias = Values
 RUN_FILES = frozenset((
     LOCK, "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "damaged", "result.json",
     "curves.png", "losses.png", "samples.jsonl", "tokenizer", "tokens", "prompt", "model", "tasks",
-    "population", "population.md", IDS, "wandb",
+    "population", "population.md", IDS, "wandb", "shared", "users",
 ))  # fmt: skip
 
 # settings that a run may change when it goes on

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import rate_warnings
 from jaxprompt.config.mixture import parts_of
-from jaxprompt.config.schema import RunConfig, TaskConfig
-from jaxprompt.data.batches import with_member
+from jaxprompt.config.schema import RunConfig, TaskConfig, TrainConfig
+from jaxprompt.data.batches import Example, with_member
 from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import Cut
 from jaxprompt.data.sampling import Draw, training_batches
@@ -240,6 +240,58 @@ def _starts(
     return [init_trainables(trial.config, trial.task, source, tokenizer) for trial in trials]
 
 
+class BatchSize(NamedTuple):
+    """What the batches of a run are, before they are cut.
+
+    rows: examples of a batch, of all members that may share rows.
+    devices: that these go over.
+    length: virtual tokens of an example, at most.
+    nodes: of the tree of labels, where labels are compared.
+    apart: each member has rows of its own.
+    """
+
+    rows: int
+    devices: int
+    length: int
+    nodes: int | None = None
+    apart: bool = False
+
+
+def plan_batches(
+    model: registry.Model,
+    settings: TrainConfig,
+    examples: Sequence[Sequence[Example]],
+    size: BatchSize,
+) -> tuple[registry.Model, Cut]:
+    """The model for the batches of a run, and how these are cut into micro-batches.
+
+    Args:
+        examples: all of the run, each sequence once.
+    """
+    inputs = [example.inputs for each in examples for example in each]
+    longest = max(len(example.targets) for each in examples for example in each)
+    logits = longest if size.nodes is None else max(longest, size.nodes)  # of each example
+    model = registry.with_shared_prefix(model, inputs, size.length)
+    model, micro = registry.plan_microbatches(
+        model.with_layout(one_member_per_row=True) if size.apart else model,
+        [len(ids) for ids in inputs],
+        batch_size=size.rows,
+        devices=size.devices,
+        rows=settings.micro_batch_size,
+        target_length=logits,
+        # with a window, rows have hardly any padding and their total lengths differ
+        max_widths=4 if settings.length_bucketing_window == 0 else 0,
+    )
+    # rows that the user asks for are not cut again
+    budget = (
+        BatchBudget()
+        if settings.micro_batch_size
+        else registry.budget(model.config, size.devices, training=True)
+    )
+    budget = budget._replace(targets=budget.targets * longest / logits)
+    return model, Cut(micro, model.layout, size.devices, budget)
+
+
 class TestResult(TypedDict, total=False):
     """What ``result.json`` says of a task's test rows, where there are any."""
 
@@ -415,25 +467,22 @@ class Tuning:
         """The compiled step of the active trials and their batches from this step on."""
         settings = self.config.train
         active = [self.trials[number] for number in progress.active]
-        devices, length = parallel.num_batch_shards(self.mesh), max(t.length for t in active)
+        length = max(trial.length for trial in active)
         examples = [trial.dataset.training.examples for trial in active]
-        unique = {id(each): each for each in examples}.values()
-        inputs = [example.inputs for each in unique for example in each]
         labels = label_choices(settings, [trial.task for trial in active], self.tokenizer)
-        longest = max(len(example.targets) for each in unique for example in each)
-        logits = max(longest, labels.nodes) if labels else longest  # of each example
-        model = registry.with_shared_prefix(self.backbone.model, inputs, length)
         # where members change the layers, each has rows of its own
         apart = self.config.changes_layers and len(active) > 1
-        model, micro = registry.plan_microbatches(
-            model.with_layout(one_member_per_row=True) if apart else model,
-            [len(ids) for ids in inputs],
-            batch_size=settings.batch_size * (1 if apart else len(active)),
-            devices=devices,
-            rows=settings.micro_batch_size,
-            target_length=logits,
-            # with a window, rows have hardly any padding and their total lengths differ
-            max_widths=4 if settings.length_bucketing_window == 0 else 0,
+        model, cut = plan_batches(
+            self.backbone.model,
+            settings,
+            list({id(each): each for each in examples}.values()),
+            BatchSize(
+                rows=settings.batch_size * (1 if apart else len(active)),
+                devices=parallel.num_batch_shards(self.mesh),
+                length=length,
+                nodes=labels.nodes if labels else None,
+                apart=apart,
+            ),
         )
         optimizer = self._optimizer(progress)
         step = make_train_step(
@@ -444,13 +493,6 @@ class Tuning:
             z_loss=settings.z_loss,
             loss=labels.loss if labels else None,
         )
-        # rows that the user asks for are not cut again
-        budget = (
-            BatchBudget()
-            if settings.micro_batch_size
-            else registry.budget(model.config, devices, training=True)
-        )
-        budget = budget._replace(targets=budget.targets * longest / logits)
         batches = training_batches(
             examples,
             Draw(
@@ -458,7 +500,7 @@ class Tuning:
                 [trial.config.train.seed for trial in active],
                 settings.length_bucketing_window,
             ),
-            Cut(micro, model.layout, devices, budget),
+            cut,
             start=progress.step,
             relabel=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
             complete=labels.complete if labels else list,
