@@ -368,6 +368,12 @@ class ObjectStore:
         self.url, self.interval, self.writable = url, interval, True
         self._fs, root = _file_system(url)
         self._root = PurePosixPath(root)
+        bucket = self._root.parts[0] if self._root.parts else ""
+        with _asking(url):  # a list of a bucket that is not there is empty, and a write makes it
+            if bucket != "/" and not self._fs.exists(bucket):
+                raise UserError(
+                    f"There is no bucket {shown(bucket)} of {shown(url)}; make it, or name another."
+                )
 
     def _object(self, *parts: str) -> str:
         return str(self._root.joinpath(*parts))

@@ -489,9 +489,9 @@ function verdict(found, truth) {
   if (found.error) return el("td", { class: "error" }, found.error.message || String(found.error));
   const best = (found.scores || []).find((score) => score.label === found.prediction);
   const sure = best ? ` ${percent(best.probability)}` : "";
-  if (truth == null) return el("td", {}, given(found) + sure);
+  if (truth == null) return el("td", { class: "verdict" }, given(found) + sure);
   const right = isRight(found, truth);
-  return el("td", { class: right ? "right" : "wrong" }, `${right ? "✓" : "✗"} ${given(found)}${sure}`);
+  return el("td", { class: `verdict ${right ? "right" : "wrong"}` }, `${right ? "✓" : "✗"} ${given(found)}${sure}`);
 }
 
 /** A field of CSV; a spreadsheet must not take it for a formula. */
