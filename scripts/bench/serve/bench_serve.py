@@ -4,7 +4,8 @@
         --artefact runs/quickstart/prompt --out runs/bench-serve --seconds 10
     python scripts/bench/serve/bench_serve.py report --out runs/bench-serve
 
-Each stage can run alone: throughput, burst, changes, distinct, mixed, replace, processes, peft.
+Each stage can run alone: throughput, burst, changes, distinct, mixed, replace, peft, processes,
+starts.
 Stages that ask for the same number of prompts share a server. The figures of each are put into
 OUT/results.json, and what is there already is not measured again without --again. ``report``
 writes OUT/report.md and OUT/report.png.
@@ -43,7 +44,8 @@ STAGES = {
     "replace": Stage(stages.replace, (100,)),
     "peft": Stage(beside_peft, (100,)),
 }
-ALONE = {"processes": (stages.processes, (4,))}  # start servers of their own
+# these start servers of their own
+ALONE = {"processes": (stages.processes, (4,)), "starts": (stages.starts, (2,))}
 
 
 def options() -> argparse.Namespace:

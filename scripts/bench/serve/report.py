@@ -17,7 +17,10 @@ def write_report(out: Path) -> None:
     """Write ``report.md`` and ``report.png`` beside ``results.json``."""
     results: Results = json.loads((out / "results.json").read_text())
     sections = [
-        lines for make in (_load, _burst, _distinct, _changes, _replace, _mixed, _peft, _memory)
+        lines
+        for make in (
+            _load, _burst, _distinct, _changes, _replace, _mixed, _peft, _memory, _starts,
+        )
         if (lines := list(make(results)))
     ]  # fmt: skip
     (out / "report.md").write_text("\n\n".join("\n".join(lines) for lines in sections) + "\n")
@@ -74,20 +77,22 @@ def _changes(results: Results) -> Iterator[str]:
         f"{count} | "
         + " | ".join(
             f"{_ms(found[what]['p50'])} ({_ms(found[what]['p99'])})"
-            for what in ("add", "replace", "remove")
+            for what in ("add", "first", "second", "replace", "remove")
         )
         for count, found in results.get("changes", {}).items()
     ]
     if rows:
-        head = "prompts | add, median ms (p99) | replace, median ms (p99) | remove, median ms (p99)"
+        head = (
+            "prompts | add, median ms (p99) | its first request | its second one | replace | remove"
+        )
         yield from _table(head, rows)
 
 
 def _replace(results: Results) -> Iterator[str]:
-    for count, found in results.get("replace", {}).items():
+    for found in results.get("replace", {}).values():
         yield (
-            f"{count} replacements under load, {_ms(found['seconds_each'])} ms each: "
-            f"{found['answers']} answers of {found['versions_seen']} versions, "
+            f"{found['replacements']} replacements under load, {_ms(found['seconds_each'])} ms "
+            f"each: {found['answers']} answers of {found['versions_seen']} versions, "
             f"{found['wrong_version']} not of the version that they name, {found['failed']} failed."
         )
 
@@ -124,6 +129,15 @@ def _memory(results: Results) -> Iterator[str]:
             for cell in found["cells"]
         ]
         yield from _table("processes | prompts | MiB", rows)
+
+
+def _starts(results: Results) -> Iterator[str]:
+    for found in results.get("starts", {}).values():
+        later = " and ".join(f"{seconds:.0f}" for seconds in found["full_cache"])
+        yield (
+            f"Ready after {found['empty_cache']:.0f} s where nothing was compiled before, and "
+            f"after {later} s later."
+        )
 
 
 def draw(measured: Results, path: Path) -> None:

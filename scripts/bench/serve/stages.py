@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import random
+import shutil
 import statistics
 import threading
 import time
@@ -313,3 +314,27 @@ def processes(setup: Setup, count: int) -> Figures:
             total = sum(each.memory() for each in servers)
             cells.append({"processes": number + 1, "prompts": number + 1, "memory_mib": total})
     return {"cells": cells}
+
+
+def starts(setup: Setup, count: int) -> Figures:
+    """Seconds until a server is ready, with an empty cache of programs and with a full one.
+
+    The server has its own defaults, and all cores.
+    """
+    library, cache = str(setup.library(count)), setup.out / "compiled"
+    shutil.rmtree(cache, ignore_errors=True)
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache.resolve()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    plain, found = setup._replace(server_options=(), cores=Cores("", "")), []
+    for _ in range(3):
+        with plain.served("--library", library, environment=environment) as server:
+            programs = server.client._get("/ready")["programs"]
+            found.append(server.start_seconds)
+    return {
+        "prompts": count,
+        "programs": programs,
+        "empty_cache": found[0],
+        "full_cache": found[1:],
+    }
