@@ -3,8 +3,8 @@
     python scripts/bench/serve/equality.py --artefact runs/quickstart/prompt --out runs/equality
 
 20 prompts of 3 lengths and 4 tasks, with random vectors of the size of a real prompt's, are asked
-in requests that mix them at random. Each answer is compared with ``jp.predict`` of its prompt
-alone, and with the same row asked alone. Writes OUT/equality.json.
+in requests that mix them at random. Each answer is compared with ``jp.predict`` of the row alone,
+and with the same row asked of the server alone: these two have one number of rows and one width. Writes OUT/equality.json.
 """
 
 import argparse
@@ -54,7 +54,10 @@ def make_library(setup: Setup, count: int, lengths: Sequence[int]) -> dict[str, 
         folder.mkdir(parents=True)
         made = rng.normal(size=(length, vectors.shape[1]), scale=float(vectors.std()))
         save_file({key: made.astype(np.float32)}, folder / "prompt.safetensors")
-        own = facts | {"task": facts["task"] | {"length_normalized": False} | task}
+        own = facts | {
+            "length": length,
+            "task": facts["task"] | {"length_normalized": False} | task,
+        }
         (folder / "prompt.json").write_text(json.dumps(own))
     return found
 
@@ -94,24 +97,22 @@ def compared(setup: Setup, count: int, rows: int, lengths: Sequence[int]) -> Fig
         mixed = [each for part in requests(asked, rng) for each in through_server(server, part)]
         alone = [each for one in asked for each in through_server(server, [one])]
         compilations = server.metrics()["jaxprompt_compilations"]
-    together: list[np.ndarray] = [np.empty(0)] * rows
+    # one row at a time has few shapes, so little is compiled
     lone: list[np.ndarray] = [np.empty(0)] * rows
     loaded = jp.load_backbone(setup.backbone, dtype=None)
     for name, folder in library.items():
         session = jp.open_session(str(folder), loaded)
         places = [at for at, each in enumerate(asked) if each.name == name]
-        for size, found in ((64, together), (1, lone)):
-            answers = jp.predict(session, [asked[at].row for at in places], batch_size=size)
-            for at, answer in zip(places, answers, strict=True):
-                found[at] = np.array(list(answer["scores"].values()))
-    other = sum(int(a.argmax() != b.argmax()) for a, b in zip(mixed, together, strict=True))
+        answers = jp.predict(session, [asked[at].row for at in places], batch_size=1)
+        for at, answer in zip(places, answers, strict=True):
+            lone[at] = np.array(list(answer["scores"].values()))
+    other = sum(int(a.argmax() != b.argmax()) for a, b in zip(mixed, lone, strict=True))
     return {
         "backbone": setup.backbone, "prompts": count, "lengths": list(lengths), "rows": rows,
         "tasks": len(TASKS), "compilations": compilations, "other_answers": other,
         "server_alone_against_predict_alone": largest(alone, lone),
         "server_mixed_against_server_alone": largest(mixed, alone),
-        "server_mixed_against_predict": largest(mixed, together),
-        "predict_alone_against_predict": largest(lone, together),
+        "server_mixed_against_predict_alone": largest(mixed, lone),
     }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def main() -> None:
     found = compared(setup, given.prompts, given.rows, given.lengths)
     (given.out / "equality.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
-    worst = found["server_mixed_against_predict"]
+    worst = found["server_mixed_against_predict_alone"]
     sys.exit(int(min(worst["nats"], worst["relative"]) > 1e-5))
 
 
