@@ -4,7 +4,8 @@
 
 20 prompts of 3 lengths and 4 tasks, with random vectors of the size of a real prompt's, are asked
 in requests that mix them at random. Each answer is compared with ``jp.predict`` of the row alone,
-and with the same row asked of the server alone: these two have one number of rows and one width. Writes OUT/equality.json.
+and with the same row asked of the server alone: these two have one number of rows and one width.
+Writes OUT/equality.json.
 """
 
 import argparse
