@@ -1,4 +1,7 @@
-"""Prefixes of keys and values, against models that are written out and against real words."""
+"""Prefixes of keys and values, against models that are written out and against real words.
+
+One of these models is Hugging Face's T5 in torch, of make_goldens_prefix.py.
+"""
 
 import functools
 import math
@@ -7,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import GOLDENS
+from method_goldens import FOLDER, backbone
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.data.batches import Example, make_batch, pack_batch
 from jaxprompt.data.layout import BatchLayout
+from jaxprompt.methods.layers import joined, nested
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
@@ -218,6 +224,64 @@ def test_logits_and_gradients_are_those_of_keys_in_front_of_the_texts(name):
     )
     for found, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(found, right, rtol=0, atol=2e-5 * np.abs(right).max())
+
+
+SETS = ("encoder+decoder+cross", *PLACES)  # the places that have a prefix
+
+
+def _in_places(trainables):
+    """A member for each of ``SETS``; ``trainables`` has the keys and values of each by their names.
+
+    They are not shared, so that each has a gradient of its own.
+    """
+    members = []
+    for places in SETS:
+        prefixes = {}
+        for place in places.split("+"):
+            stack, module = PLACES[place]
+            pair = (trainables[f"{places}/{place}/{name}"][None] for name in ("key", "value"))
+            prefixes[f"{stack}/layers/{module}/prefix"] = Prefix(*pair)
+        members.append(Injection(layers=nested(prefixes)))
+    return joined(members)
+
+
+@pytest.mark.parametrize("name", ["t5_1_0", "t5_1_1"])
+def test_logits_and_gradients_are_those_of_keys_that_torch_concatenates(name):
+    with np.load(FOLDER / "concatenation" / f"{name}.npz") as file:
+        golden = dict(file)
+    with np.load(GOLDENS / name / "golden.npz") as file:
+        texts = [(i[i > 0], t[t > 0]) for i, t in zip(file["inputs"], file["targets"], strict=True)]
+    b, count = backbone(GOLDENS / name), len(texts)
+    batch = make_batch([Example(*text, member) for member in range(len(SETS)) for text in texts])
+    trainables = {
+        f"{places}/{place}/{leaf}": golden[f"{place}/{leaf}"]
+        for places in SETS for place in places.split("+") for leaf in ("key", "value")
+    }  # fmt: skip
+
+    @jax.jit
+    def run(trainables):
+        def loss(trainables):
+            injection = _in_places(trainables).for_rows(
+                len(batch.inputs), jnp.asarray(batch.member)
+            )
+            logits = b.model.logits(b.params, injection, *batch[:4])
+            chosen = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1
+            )
+            return -jnp.sum(chosen[..., 0] * batch.weights), logits
+
+        return jax.grad(loss, has_aux=True)(trainables)
+
+    gradients, logits = run(trainables)
+    logits = np.where(batch.weights[..., None] > 0, logits, 0)
+    for member, places in enumerate(SETS):
+        wanted = golden[f"{places}/logits"]
+        found = logits[member * count : (member + 1) * count, : wanted.shape[1]]
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max(), places
+    for leaf, found in gradients.items():
+        places, place, field = leaf.split("/")
+        right = golden[f"{places}/gradient/{place}/{field}"]
+        assert np.linalg.norm(found - right) < 1e-4 * np.linalg.norm(right), leaf
 
 
 def test_decoding_with_a_cache_and_beams_is_teacher_forcing():
