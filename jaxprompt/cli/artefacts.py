@@ -23,7 +23,7 @@ def export(
     jaxprompt export runs/my/prompt --output exported
     """
     from jaxprompt.methods.artefact import fitted, load_prompt, save_adapterhub, save_peft
-    from jaxprompt.methods.contents import ADAPTERS, NORMS, parts_in
+    from jaxprompt.methods.contents import ADAPTERS, DORA, NORMS, parts_in
     from jaxprompt.models.checkpoints.export import save_backbone
     from jaxprompt.models.checkpoints.hub import only_here
     from jaxprompt.models.checkpoints.load import load_backbone
@@ -37,7 +37,7 @@ def export(
         save_backbone(output / "backbone", base)
         base = str((output / "backbone").absolute())
     kinds = {part.kind for part in parts_in(loaded.layers)}
-    if base is not None and (loaded.adapter_file is not None or NORMS in kinds):
+    if base is not None and (loaded.adapter_file is not None or kinds & {NORMS, DORA}):
         devices.start()
         weights = load_backbone(base)
         loaded = fitted(loaded, weights)

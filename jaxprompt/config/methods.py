@@ -1,7 +1,7 @@
 """The methods: their parts, the settings of each part, and the recipes that are usual for them."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,20 @@ class LoraConfig(Schema):
         default=1.0,
         description=(
             "The second factor learns so many times as fast (LoRA+, arXiv 2402.12354); for AdamW."
+        ),
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description=(
+            "Share of its inputs that a change does not see in training; the frozen weight sees "
+            "all. It is the same at all positions of an example."
+        ),
+    )
+    dora: bool = Field(
+        default=False,
+        description=(
+            "Trains the length of each column of a changed weight apart from its direction (DoRA, "
+            "arXiv 2402.09353)."
         ),
     )
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)

@@ -550,6 +550,11 @@ class RunConfig(Schema):
         """Whether a part acts within the layers, and not by virtual tokens alone."""
         return bool({*self.parts} - {*PROMPTS, "model"})
 
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether a part has dropout of its own, beside the backbone's."""
+        return "lora" in self.parts and self.lora.dropout > 0
+
     def learning_rates(self) -> dict[str, float]:
         """The peak learning rate of each part."""
         own = {part: getattr(self, SECTIONS_OF[part]).learning_rate for part in self.parts}

@@ -12,8 +12,8 @@ from jaxprompt.models.injection import Layers, leaf_at
 
 Path = tuple[str, ...]  # in the tree of changes
 # kinds of changes, as a person calls them
-LORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS = (
-    *("LoRA", "IA3", "biases", "norms", "prefixes", "adapters"),
+LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS = (
+    *("LoRA", "DoRA", "IA3", "biases", "norms", "prefixes", "adapters"),
 )
 
 
@@ -63,7 +63,16 @@ def parts_in(layers: Layers | None) -> list[Part]:
     for name, tensor in tensors.items():
         kind, path, field = _kind_of(tuple(name.split("/")))
         kinds.setdefault(kind, {}).setdefault(path, {})[field] = np.shape(tensor)
-    order = (LORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS)
+    low_rank = kinds.get(LORA, {})
+    if low_rank and low_rank.keys() == kinds.get(IA3, {}).keys():
+        # a low-rank change and a scale of each result: a length of each column
+        beside = kinds.pop(BIASES, {}) if {*kinds.get(BIASES, {})} <= {*low_rank} else {}
+        scales = kinds.pop(IA3)
+        del kinds[LORA]
+        kinds[DORA] = {
+            path: fields | scales[path] | beside.get(path, {}) for path, fields in low_rank.items()
+        }
+    order = (LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS)
     return [_part(kind, kinds[kind]) for kind in order if kind in kinds]
 
 
@@ -84,15 +93,19 @@ def _kind_of(path: Path) -> tuple[str, Path, str]:
 def _part(kind: str, changes: Mapping[Path, Mapping[str, tuple[int, ...]]]) -> Part:
     fields = [shapes for shapes in changes.values()]
     size = None
-    if kind == LORA:
+    if kind in (LORA, DORA):
         size = max(shapes["a"][-1] for shapes in fields)
     elif kind == PREFIXES:
         size = max(shapes["key"][-3] for shapes in fields)
     elif kind == ADAPTERS:
         size = max(shapes["down"][-1] for shapes in fields)
     names = {_target(path) for path in changes}
+    untrained = ("used", "bias") if kind == DORA else ("used",)  # its bias undoes a scale
     numbers = sum(
-        math.prod(shape) for shapes in fields for field, shape in shapes.items() if field != "used"
+        math.prod(shape)
+        for shapes in fields
+        for field, shape in shapes.items()
+        if field not in untrained
     )
     return Part(kind, tuple(sorted(names)), size, numbers, tuple(changes))
 

@@ -1,8 +1,10 @@
 """LoRA: low-rank changes of frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
-x W becomes x W + s x A B with s = alpha / r. Recipes and defaults: ``config/methods.py``.
+x W becomes x W + s x A B with s = alpha / r. Recipes and defaults: ``config/methods.py``. DoRA is
+in ``methods/dora.py``.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -10,6 +12,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import LoraConfig
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.methods.base import Method, members_of, no_start_vectors, seeded
+from jaxprompt.methods.dora import with_length
 from jaxprompt.methods.layers import chosen_kernels, nested, size
 from jaxprompt.models.injection import Injection, LowRank, Params, Projection
 
@@ -20,7 +23,11 @@ def lora_scale(config: LoraConfig) -> float:
 
 
 def lora(config: LoraConfig) -> Method:
-    """The method of these settings; its leaves are "PATH/a" [K, L, in, r] and "PATH/b"."""
+    """The method of these settings; its leaves are "PATH/a" [K, L, in, r] and "PATH/b".
+
+    With DoRA there is "PATH/length" [K, L, out], too: what the length of a column differs by from
+    the frozen one, as a share of it.
+    """
 
     # with Adam, a leaf that is stored divided by c learns c times as fast
     ratio = config.ratio
@@ -44,14 +51,22 @@ def lora(config: LoraConfig) -> Method:
             second = np.zeros((kernel.layers, rank, *kernel.outputs))
             name = "/".join(kernel.path)
             leaves[f"{name}/a"], leaves[f"{name}/b"] = first, second
+            if config.dora:
+                leaves[f"{name}/length"] = np.zeros((kernel.layers, *kernel.outputs))
         return members_of(leaves, start)
 
     def inject(trainables: dict[str, Array], params: Params) -> Injection:
         scale, names = lora_scale(config) * ratio, [x[:-2] for x in trainables if x.endswith("/a")]
-        changes = {
-            name: Projection(LowRank(trainables[f"{name}/a"], scale * trainables[f"{name}/b"]))
-            for name in names
-        }
+        changes = {}
+        for name in names:
+            a, b = trainables[f"{name}/a"], scale * trainables[f"{name}/b"]
+            change = Projection(LowRank(a, b))
+            if config.dora:
+                path = tuple(name.split("/"))
+                change = with_length(change, trainables[f"{name}/length"], params, path)
+            if config.dropout:
+                change = change._replace(dropout=jnp.full(a.shape[:2], config.dropout))
+            changes[name] = change
         return Injection(layers=nested(changes))
 
     return Method(init, inject, num_start_vectors=no_start_vectors, uses_prompt=False)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.values import Values
+from jaxprompt.data.batches import AnyArray
 from jaxprompt.methods.adapter_file import (
     AdapterFile,
     Changes,
@@ -20,6 +21,7 @@ from jaxprompt.methods.adapter_file import (
     check_complete,
     read_tensors,
 )
+from jaxprompt.methods.dora import of_lengths
 from jaxprompt.methods.layers import PROJECTIONS
 from jaxprompt.methods.tuned import (
     Metadata,
@@ -29,8 +31,9 @@ from jaxprompt.methods.tuned import (
     read_object,
 )
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.checkpoints.torch_modules import Path as TreePath
 from jaxprompt.models.checkpoints.torch_modules import Place, decoder_attention
-from jaxprompt.models.injection import Layers, leaf_at
+from jaxprompt.models.injection import Layers, Params, leaf_at
 from jaxprompt.models.registry import one_sequence
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,6 +62,7 @@ _KEYS = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     # LoRA
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    "use_dora",
     *("fan_in_fan_out", "init_lora_weights", "bias", "megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
     *("ensure_weight_tying", "merge_weights"),
@@ -251,6 +255,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 def _lora(file: AdapterFile, backbone: Backbone) -> Layers:
     changes, read = Changes(file, backbone), []
+    lengths: dict[TreePath, dict[int | None, AnyArray]] = {}
     for module, start in _modules(file, "lora_A.weight"):
         a, b = f"{start}lora_A.weight", f"{start}lora_B.weight"
         rank, scale = lora_rank_and_scale(file.config, module)
@@ -261,7 +266,27 @@ def _lora(file: AdapterFile, backbone: Backbone) -> Layers:
             )
         changes.low_rank(module, a, b, scale)
         read += [a, b]
-    return _complete(changes, read, "lora_A.weight", lambda place: place.path[-1] in PROJECTIONS)
+        if file.config.get("use_dora"):
+            place, name = changes.place(module), f"{start}lora_magnitude_vector"
+            length = changes.fitting(name, (int(np.prod(place.outputs)),))
+            lengths.setdefault(place.path, {})[place.layer] = length.reshape(place.outputs)
+            read.append(name)
+    is_place = lambda place: place.path[-1] in PROJECTIONS
+    layers = _complete(changes, read, "lora_A.weight", is_place)
+    for path, of_layers in lengths.items():
+        _put_lengths(layers, path, of_layers, backbone.params)
+    return layers
+
+
+def _put_lengths(
+    layers: Layers, path: TreePath, lengths: Mapping[int | None, AnyArray], params: Params
+) -> None:
+    """Give the low-rank change at a path the lengths of columns that DoRA has, by layer."""
+    *modules, name = path
+    inner = layers
+    for module in modules:
+        inner = inner[module]
+    inner[name] = of_lengths(inner[name], lengths, params, path)
 
 
 def _ia3(file: AdapterFile, backbone: Backbone) -> Layers:

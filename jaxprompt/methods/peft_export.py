@@ -16,6 +16,7 @@ from jaxprompt.data.batches import AnyArray
 from jaxprompt.methods.contents import (
     ADAPTERS,
     BIASES,
+    DORA,
     IA3,
     LORA,
     NORMS,
@@ -23,6 +24,7 @@ from jaxprompt.methods.contents import (
     change_at,
     parts_in,
 )
+from jaxprompt.methods.dora import lengths_in
 from jaxprompt.methods.model_card import adapter_card
 from jaxprompt.methods.peft import PEFT_CONFIG, PEFT_TENSORS, PROMPT, lora_rank_and_scale
 from jaxprompt.methods.tuned import (
@@ -54,7 +56,7 @@ _KEYS: Mapping[str, set[str]] = {
     "PREFIX_TUNING": _COMMON | _OF_PROMPTS | {"prefix_projection"},
     "LORA": _COMMON
     | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-    | {"bias", "lora_dropout"},
+    | {"bias", "lora_dropout", "use_dora"},
     "IA3": _COMMON | {"target_modules", "feedforward_modules"},
     "LN_TUNING": _COMMON | {"target_modules"},
 }
@@ -124,7 +126,8 @@ def _is_our_adapter(folder: Path) -> bool:
         config = read_object(folder / PEFT_CONFIG)
     except UserError:
         return False
-    return set(config) == _KEYS.get(str(config.get("peft_type")))
+    written = _KEYS.get(str(config.get("peft_type")), set())
+    return set(config) in (written, written - {"use_dora"})  # which earlier versions left out
 
 
 def _virtual_tokens(vectors: Float[np.ndarray, "P D"], metadata: Mapping[str, object]) -> _Adapter:
@@ -156,6 +159,8 @@ def _changes(
     (part,) = parts
     if part.kind == LORA:
         return _lora(part.paths, layers, metadata)
+    if part.kind == DORA:
+        return _dora(part.paths, layers, metadata, backbone)
     if part.kind == IA3:
         return _ia3(part.paths, layers)
     if part.kind == NORMS:
@@ -196,8 +201,42 @@ def _lora(paths: Iterable[TreePath], layers: Layers, metadata: Mapping[str, obje
             tensors[f"base_model.model.{module}.lora_A.weight"] = first.T
             tensors[f"base_model.model.{module}.lora_B.weight"] = _divided(second, scale).T
     ranks = {len(a) for name, a in tensors.items() if name.endswith("lora_A.weight")}
-    more = {"target_modules": _targets(paths), "bias": "none", "lora_dropout": 0.0}
+    more: Settings = {
+        "target_modules": _targets(paths), "bias": "none", "lora_dropout": _dropout(metadata),
+        "use_dora": False,
+    }  # fmt: skip
     return _Adapter("LORA", settings | more, tensors, f"LoRA of rank {max(ranks)}")
+
+
+def _dropout(metadata: Mapping[str, object]) -> object:
+    """The dropout that the changes were trained with; it matters to those who train on."""
+    ours = record_of(record_of(metadata, "config"), "lora").get("dropout")
+    theirs = record_of(metadata, "peft").get("lora_dropout")
+    return ours or theirs or 0.0
+
+
+def _dora(
+    paths: Iterable[TreePath],
+    layers: Layers,
+    metadata: Mapping[str, object],
+    backbone: Backbone | None,
+) -> _Adapter:
+    """LoRA, and the length of each column of the changed weights."""
+    if backbone is None:
+        raise UserError(
+            "DoRA of PEFT stores the lengths of whole weights, and the prompt has the scales of "
+            "their results; give save_peft the backbone."
+        )
+    adapter = _lora(paths, layers, metadata)
+    for path in paths:
+        lengths = lengths_in(change_at(layers, path), backbone.params, path)
+        for module, (one,) in _each_layer(path, lengths):
+            name = f"base_model.model.{module}.lora_magnitude_vector"
+            adapter.tensors[name] = one.reshape(-1)
+    rank = adapter.size.rpartition(" ")[2]
+    return adapter._replace(
+        settings=adapter.settings | {"use_dora": True}, size=f"DoRA of rank {rank}"
+    )
 
 
 def _lora_settings(pairs: Mapping[TreePath, LowRank], metadata: Mapping[str, object]) -> Settings:

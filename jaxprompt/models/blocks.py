@@ -4,6 +4,7 @@ This is the only file that calls ``nn.scan`` and ``nn.remat``.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.models.base import Model, ModelConfig, Params, Runtime
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, Projection
 from jaxprompt.models.ops.activations import ACTIVATIONS, gate
 from jaxprompt.models.ops.changes import Member, of_rows, project, scaled
 from jaxprompt.models.ops.dropout import DropoutSeeds
@@ -32,6 +33,30 @@ def variables(params: Params, injection: Injection) -> dict[str, PyTree]:
 def tuned(module: nn.Module, name: str) -> PyTree | None:
     """What the injection has for ``name`` of a module, with leaves [K, ...]; None for nothing."""
     return module.get_variable("tuned", name) if module.has_variable("tuned", name) else None
+
+
+def drops(change: Projection | None, seeds: DropoutSeeds | None) -> bool:
+    """Whether a change of a projection has dropout."""
+    return seeds is not None and change is not None and change.dropout is not None
+
+
+def dropped(
+    module: nn.Module,
+    change: Projection | None,
+    x: Float[Array, "R T ..."],
+    member: Member,
+    seeds: DropoutSeeds | None,
+) -> Float[Array, "R T ..."] | None:
+    """What a low-rank change of a projection reads in training; None for ``x`` as it is.
+
+    Like ``Dropout`` it drops the same at all positions of an example, and each member has its rate.
+    """
+    if seeds is None or change is None or change.dropout is None:
+        return None
+    rates = of_rows(change.dropout, member, len(x)).reshape(-1, *[1] * (x.ndim - 1))
+    drawn = seeds.uniform_per_example(module.make_rng("dropout"), math.prod(x.shape[2:]))
+    keep = drawn.reshape(*drawn.shape[:2], *x.shape[2:]) >= rates
+    return jnp.where(keep, x / (1.0 - rates).astype(x.dtype), 0.0)
 
 
 class Norm(nn.Module):
@@ -90,7 +115,8 @@ class Mlp(nn.Module):
 
         def into(name):
             change, weight = tuned(self, name), self.param(name, *wide)
-            return project("bsd,df->bsf", x, weight, change, member, runtime)
+            read = dropped(self, change, x, member, dropout)
+            return project("bsd,df->bsf", x, weight, change, member, runtime, read)
 
         if c.gated:
             hidden = gate(into("wi_0"), into("wi_1"), c.activation, runtime.mixed)
@@ -102,7 +128,9 @@ class Mlp(nn.Module):
         hidden = Dropout(runtime.dropout)(hidden, dropout)
         hidden = parallel.shard_activation(hidden, runtime.place, None, "mlp")
         wo = self.param("wo", nn.initializers.normal(c.d_ff**-0.5), (c.d_ff, width))
-        return project("bsf,fd->bsd", hidden, wo, tuned(self, "wo"), member, runtime)
+        change = tuned(self, "wo")
+        read = dropped(self, change, hidden, member, dropout)
+        return project("bsf,fd->bsd", hidden, wo, change, member, runtime, read)
 
 
 class TokenEmbedder(nn.Module):

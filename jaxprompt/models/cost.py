@@ -234,7 +234,9 @@ def saved_by_layer(sublayer: Sublayer, injection: Injection, size: int, mixed: b
             # also where each head reads vectors of its own, it scales H numbers of each head
             numbers += math.prod(change.scale.shape[2:]) * product.positions
     for product, rank in _low_ranks(changes, sublayer):
-        reads.setdefault(product.reads, product.inputs * product.times * product.positions)
+        dropped = changes[product.weight].dropout is not None  # what each reads is its own
+        read = product.weight if dropped else product.reads
+        reads.setdefault(read, product.inputs * product.times * product.positions)
         numbers += rank * product.times * product.positions
     if "hidden" in changes:
         numbers += math.prod(changes["hidden"].shape[2:]) * sublayer.positions

@@ -42,11 +42,14 @@ class Projection(NamedTuple):
 
     scale: of each result, 0 for none (IA3, Liu et al. 2022, arXiv 2205.05638, section 3.3).
     bias: added to each result (BitFit, Ben Zaken et al. 2021, arXiv 2106.10199).
+    dropout: the share of x that a b does not see, where a batch has dropout seeds; see
+        ``without_dropout``.
     """
 
     low_rank: LowRank | None = None
     scale: Float[Array, "*K out"] | None = None
     bias: Float[Array, "*K out"] | None = None
+    dropout: Float[Array, "*K"] | None = None
 
 
 class Prefix(NamedTuple):
@@ -148,6 +151,23 @@ def some_members(
     bank = injection.embeddings
     bank = None if bank is None else bank[numbers, :length]
     return injection._replace(embeddings=bank, layers=jax.tree.map(take, injection.layers))
+
+
+def without_dropout(injection: Injection) -> Injection:
+    """What is left of an injection when training is over: it is what an artefact holds."""
+    drop = lambda node: node._replace(dropout=None) if _is_projection(node) else node
+    layers = jax.tree.map(drop, injection.layers, is_leaf=_is_projection)
+    return injection._replace(layers=layers)
+
+
+def has_dropout(injection: Injection) -> bool:
+    """Whether a change of a projection has dropout."""
+    changes = jax.tree.leaves(injection.layers, is_leaf=_is_projection)
+    return any(_is_projection(node) and node.dropout is not None for node in changes)
+
+
+def _is_projection(node: PyTree) -> bool:
+    return isinstance(node, Projection)
 
 
 def leaf_at(tree: Params | Layers | None, path: tuple[str, ...]) -> PyTree | None:

@@ -18,7 +18,7 @@ from jaxprompt.methods.base import Method, Trainables, grouped, join_groups
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models import registry
 from jaxprompt.models.cost import operations_of_network
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, without_dropout
 from jaxprompt.runtime import parallel
 from jaxprompt.training.optimizer import per_member
 from jaxprompt.training.step import TrainState
@@ -111,7 +111,7 @@ def trained_shapes(config: RunConfig, shape: registry.Config) -> TrainedShapes:
         for members, method in zip(groups.values(), methods, strict=True)
     ]
     injections = [
-        jax.eval_shape(method.inject, state.trainables, params)
+        without_dropout(jax.eval_shape(method.inject, state.trainables, params))
         for method, state in zip(methods, states, strict=True)
     ]
     of_group = {

@@ -35,7 +35,7 @@ from jaxprompt.methods.layers import joined
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
-from jaxprompt.models.injection import Injection, some_members
+from jaxprompt.models.injection import Injection, some_members, without_dropout
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 from jaxprompt.runtime.devices import describe, oversubscription_warning
@@ -167,6 +167,13 @@ def _make_mesh(config: RunConfig) -> Mesh:
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     if settings.micro_batch_size:
         parallel.check_batch_size(settings.micro_batch_size, mesh, "train.micro_batch_size")
+    dora = any(one.lora.dora for one in config.members() if "lora" in one.parts)
+    if dora and mesh.shape["fsdp"] > 1:
+        raise UserError(
+            f"lora.dora is true and mesh.fsdp is {mesh.shape['fsdp']}: the length of a column "
+            "needs the whole weight, of which each device holds a part; use mesh.data or "
+            "mesh.tensor."
+        )
     return mesh
 
 
@@ -248,6 +255,7 @@ class BatchSize(NamedTuple):
     length: virtual tokens of an example, at most.
     nodes: of the tree of labels, where labels are compared.
     apart: each member has rows of its own.
+    drops: changes of layers have dropout, also at the virtual tokens; so each row computes its own.
     """
 
     rows: int
@@ -255,6 +263,7 @@ class BatchSize(NamedTuple):
     length: int
     nodes: int | None = None
     apart: bool = False
+    drops: bool = False
 
 
 def plan_batches(
@@ -271,7 +280,8 @@ def plan_batches(
     inputs = [example.inputs for each in examples for example in each]
     longest = max(len(example.targets) for each in examples for example in each)
     logits = longest if size.nodes is None else max(longest, size.nodes)  # of each example
-    model = registry.with_shared_prefix(model, inputs, size.length)
+    if not size.drops:
+        model = registry.with_shared_prefix(model, inputs, size.length)
     model, micro = registry.plan_microbatches(
         model.with_layout(one_member_per_row=True) if size.apart else model,
         [len(ids) for ids in inputs],
@@ -448,7 +458,9 @@ class Tuning:
     def _injections(self, state: TrainState, progress: Progress) -> list[Injection]:
         """The injection of each structure that active trials have."""
         pairs = zip(self._methods(progress), member_groups(state.trainables), strict=True)
-        return [method.inject(group, self.backbone.params) for method, group in pairs]
+        return [
+            without_dropout(method.inject(group, self.backbone.params)) for method, group in pairs
+        ]
 
     def _optimizer(self, progress: Progress) -> optax.GradientTransformation:
         factor = progress.learning_rate_factor()
@@ -482,6 +494,7 @@ class Tuning:
                 length=length,
                 nodes=labels.nodes if labels else None,
                 apart=apart,
+                drops=any(trial.config.drops_inputs for trial in active),
             ),
         )
         optimizer = self._optimizer(progress)

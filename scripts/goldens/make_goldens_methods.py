@@ -270,7 +270,9 @@ def tuned_by_peft(case: Case) -> Tuned:
     config = case.config
     model = peft.get_peft_model(load_base(case.base), config).eval()
     trained = {
-        name.replace(".default", "").removeprefix("prompt_encoder."): parameter
+        name.replace(".default", "")
+        .removeprefix("prompt_encoder.")
+        .replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -29,12 +29,13 @@ from jaxprompt.runtime import parallel
 from jaxprompt.training.step import TrainState, batch_losses, make_train_step
 
 P, K = 4, 3
-LORA = {"rank": 2, "targets": "all"}
+LORA = {"rank": 2, "targets": "all", "dropout": 0.25}
 PARALLEL = {"after": ["attention", "mlp"], "width": 3}
 PREFIX = {"length": 3, "mlp": 4}
 # method -> settings; the prompt is P vectors where there is one
 CASES = {
     "lora": {"lora": LORA},
+    "dora": {"lora": LORA | {"dora": True}},
     "ia3": {},
     "prefix-tuning": {"prefix": PREFIX},
     "p-tuning-v2": {"prefix": {"length": 3}},
@@ -52,8 +53,9 @@ CASES = {
 }  # fmt: skip
 # every part that a model computes, in one program
 ALL = "prompt+prefix+lora+ia3+parallel+bitfit"
-EXACT_AT_START = ["lora", "ia3", "parallel", "bitfit"]
-MERGED = ["lora", "ia3"]
+EXACT_AT_START = ["lora", "dora", "ia3", "parallel", "bitfit"]
+MERGED = ["lora", "dora", "ia3"]
+METHOD_OF = {"dora": "lora"}  # of a case that is no name of a method
 
 T5 = T5Model(
     T5Config(
@@ -77,7 +79,12 @@ def weights(family):
 
 @functools.cache
 def method(name):
-    return method_of(RunConfig(task="boolq", output="x", method=name, **settings(name)))
+    return method_of(config(name))
+
+
+def config(name):
+    chosen = METHOD_OF.get(name, name)
+    return RunConfig(task="boolq", output="x", method=chosen, **settings(name))
 
 
 def settings(name):
@@ -93,8 +100,7 @@ def started(name, family):
     """Trainables of K members before step 0."""
     start = np.random.default_rng(3).normal(size=(K, P, 16)).astype(np.float32)
     start = start if has_prompt(name) else start[:, :0]
-    run = RunConfig(task="boolq", output="x", method=name, **settings(name))
-    return method(name).init(weights(family), start, run.prompt, 0)
+    return method(name).init(weights(family), start, config(name).prompt, 0)
 
 
 @functools.cache

@@ -113,7 +113,7 @@ EVERY_PART = "prompt+prefix+lora+adapter"  # in one run, as each takes a program
 LAYERS = {
     "prompt+lora": {"lora": {"rank": 2}},
     EVERY_PART: {
-        "lora": {"rank": 2},
+        "lora": {"rank": 2, "dropout": 0.2, "dora": True},
         "adapter": {"width": 2},
         "prefix": {"length": 3, "mlp": 5, "init": "text", "text": "one two"},
     },

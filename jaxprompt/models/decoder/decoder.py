@@ -31,6 +31,7 @@ from jaxprompt.models.blocks import (
     Norm,
     TokenEmbedder,
     abstract,
+    dropped,
     named_axes,
     stacked,
     tuned,
@@ -38,10 +39,18 @@ from jaxprompt.models.blocks import (
 from jaxprompt.models.blocks import variables as variables_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
-from jaxprompt.models.injection import Injection, KeyValues, Layers, Prefix, leaf_at
+from jaxprompt.models.injection import (
+    Injection,
+    KeyValues,
+    Layers,
+    Prefix,
+    has_dropout,
+    leaf_at,
+)
 from jaxprompt.models.label_tree import Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
+from jaxprompt.models.ops.changes import adapted, changed, of_rows, project
+from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.norm import rms_norm
 from jaxprompt.models.ops.segments import (
@@ -72,6 +81,7 @@ class LayerContext(NamedTuple):
     cache_index: Int[Array, ""] | int = 0  # where the cache is written
     member: Int[Array, " B"] | None = None  # of each row of inputs, see ``Injection``
     prefix_mask: Bool[Array, "#B #T P"] | None = None  # of the method's prefix; None: all of it
+    dropout: DropoutSeeds | None = None  # of low-rank changes; None: no dropout
 
 
 class Attention(nn.Module):
@@ -93,23 +103,26 @@ class Attention(nn.Module):
             self.value_bias = self.param("value_bias", zeros, narrow)
 
     def _project(
-        self, x: Float[Array, "B T D"], name: str, member: Member
+        self, x: Float[Array, "B T D"], name: str, context: LayerContext
     ) -> Float[Array, "B T N H"]:
         spec = "bsd,dnh->bsnh" if name == "query" else "bsd,dgh->bsgh"
         y = dense(spec, x, getattr(self, name), self.model.runtime)
         if self.model.config.qkv_bias:
             y += getattr(self, f"{name}_bias").astype(y.dtype)
-        change = tuned(self, name)
-        return y if change is None else changed(y, spec, x, change, member)
+        change, member = tuned(self, name), context.member
+        if change is None:
+            return y
+        read = dropped(self, change, x, member, context.dropout)
+        return changed(y, spec, x if read is None else read, change, member)
 
     def __call__(
         self, x: Float[Array, "B T D"], past: PastKeyValues, context: LayerContext
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Attention to the past and to ``x``, and the keys and values of ``x`` or of the cache."""
         member = context.member
-        query = rotate(self._project(x, "query", member), context.angles)
-        key = rotate(self._project(x, "key", member), context.angles)
-        value = self._project(x, "value", member)
+        query = rotate(self._project(x, "query", context), context.angles)
+        key = rotate(self._project(x, "key", context), context.angles)
+        value = self._project(x, "value", context)
         if past.cache is not None:
             at = (0, context.cache_index, 0, 0)
             key = jax.lax.dynamic_update_slice(past.cache.key, key, at)
@@ -130,7 +143,8 @@ class Attention(nn.Module):
             blocks.insert(0, KeyBlock(front_key, front_value, context.prefix_mask))
         y = grouped_attention(query, blocks)
         change, runtime = tuned(self, "out"), self.model.runtime
-        y = project("btnh,nhd->btd", y, self.out, change, member, runtime)
+        read = dropped(self, change, y, member, context.dropout)
+        y = project("btnh,nhd->btd", y, self.out, change, member, runtime, read)
         return y, KeyValues(key, value)
 
 
@@ -148,7 +162,8 @@ class Layer(nn.Module):
         y, key_values = self.attention(h, past, context)
         x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
         h = self.mlp_norm(x, member)
-        x = adapted(x, h, self.mlp(h, None, member), tuned(self, "mlp_adapter"), member)
+        y = self.mlp(h, context.dropout, member)
+        x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
         return shard_activation(x, self.model.runtime.place), key_values
 
 
@@ -310,6 +325,15 @@ def _prompt_mask(
     return _within_window(model.config, positions, keys)
 
 
+def _dropout(
+    injection: Injection, seeds: Int[AnyArray, " B"] | None, positions: Int[Array, "B T"]
+) -> DropoutSeeds | None:
+    """The seeds of a pass whose tokens have these positions; None where nothing has dropout."""
+    if seeds is None or not has_dropout(injection):
+        return None
+    return seeds_of_rows(jnp.asarray(seeds), positions.shape[1])
+
+
 def _last_input_token(
     text: Text, segments: Int[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -381,7 +405,10 @@ class DecoderModel(Model):
         """Logits of the last ``scored`` positions or None, and the keys and values of all."""
         variables = variables_of(params, injection)
         context = context._replace(member=injection.member)
-        return Decoder(self).apply(variables, ids, injection.embeddings, past, context, scored)
+        # a stream for each layer; a batch's seeds vary
+        rngs = None if context.dropout is None else {"dropout": jax.random.key(0)}
+        apply = functools.partial(Decoder(self).apply, variables, rngs=rngs)
+        return apply(ids, injection.embeddings, past, context, scored)
 
     def logits(
         self,
@@ -393,7 +420,10 @@ class DecoderModel(Model):
         target_segments: Int[AnyArray, "B T"],
         dropout_seed: Int[AnyArray, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits in one pass over inputs and targets; there is no dropout."""
+        """Teacher-forced logits in one pass over inputs and targets.
+
+        Only low-rank changes have dropout, and none at a prompt that ``prepare`` has read.
+        """
         text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         targets, target_segments = jnp.asarray(targets), jnp.asarray(target_segments)
         ids, positions = _decoder_inputs(text, targets, target_segments)
@@ -407,8 +437,9 @@ class DecoderModel(Model):
         prompt_mask = _prompt_mask(self, injection, positions)
         prefix_mask = _prefix_mask(self.config, injection, positions)
         context = LayerContext(
-            angles, mask, text.prompt_numbers, prompt_mask, prefix_mask=prefix_mask
-        )
+            angles, mask, text.prompt_numbers, prompt_mask, prefix_mask=prefix_mask,
+            dropout=_dropout(injection, dropout_seed, positions),
+        )  # fmt: skip
         ids, past = jnp.concatenate([text.ids, ids], axis=1), PastKeyValues(injection.shared_prefix)
         return self._apply(params, injection, ids, past, context, targets.shape[1])[0]
 
@@ -420,7 +451,7 @@ class DecoderModel(Model):
         segments: Int[AnyArray, "B S"],
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Prefill:
-        """The keys and values of the inputs; there is no dropout."""
+        """The keys and values of the inputs; as for dropout see ``logits``."""
         text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         context = LayerContext(
             _angles(self.config, text.positions),
@@ -428,6 +459,7 @@ class DecoderModel(Model):
             text.prompt_numbers,
             _prompt_mask(self, injection, text.positions),
             prefix_mask=_prefix_mask(self.config, injection, text.positions),
+            dropout=_dropout(injection, dropout_seed, text.positions),
         )
         past = PastKeyValues(injection.shared_prefix)
         _, key_values = self._apply(params, injection, text.ids, past, context, 0)
@@ -472,6 +504,7 @@ class DecoderModel(Model):
             _prompt_mask(self, injection, positions),
             _input_mask(self.config, text, segments, positions),
             prefix_mask=_prefix_mask(self.config, injection, positions),
+            dropout=_dropout(injection, dropout_seed, positions),
         )
         past = PastKeyValues(injection.shared_prefix, prefill.key_values)
         ids = jnp.where(tree.ids < 0, first, tree.ids)

@@ -46,6 +46,7 @@ def project(
     change: Projection | None,
     member: Member,
     runtime: Runtime,
+    dropped: Float[Array, "B T ..."] | None = None,
 ) -> Float[Array, "B T ..."]:
     """``dense`` with a change of the projection, see ``Projection``.
 
@@ -53,9 +54,12 @@ def project(
         spec: as in ``dense``: of x, the weight and the result.
         change: leaves [K, ...]; None for none.
         member: of each row of inputs, see ``of_rows``.
+        dropped: what a low-rank change reads instead of ``x``; None: ``x``.
     """
     y = dense(spec, x, weight, runtime)
-    return y if change is None else changed(y, spec, x, change, member)
+    if change is None:
+        return y
+    return changed(y, spec, x if dropped is None else dropped, change, member)
 
 
 def changed(
@@ -65,7 +69,10 @@ def changed(
     change: Projection,
     member: Member,
 ) -> Float[Array, "B T ..."]:
-    """``y``, the product of ``x`` and a frozen weight, with a change of the projection."""
+    """``y``, the product of ``x`` and a frozen weight, with a change of the projection.
+
+    Only a low-rank change reads ``x``.
+    """
     if change.low_rank is not None:
         first, second, _ = re.split(",|->", spec)
         summed = sum(letter in first for letter in second)

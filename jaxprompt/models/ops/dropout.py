@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxprompt.models.ops.segments import positions_in_segments
 
@@ -27,6 +27,12 @@ class DropoutSeeds(NamedTuple):
         """True for a share ``rate`` of the last axis, the same at all positions of an example."""
         keep = jax.vmap(lambda n: _draw(jax.random.fold_in(key, n), rate, size))(self.seeds)
         return keep[:, None] if self.examples is None else keep[self.examples]
+
+    def uniform_per_example(self, key: PRNGKeyArray, size: int) -> Float[Array, "B _ {size}"]:
+        """Numbers of [0, 1), the same at all positions of an example."""
+        draw = lambda n: jax.random.uniform(jax.random.fold_in(key, n), (size,))
+        each = jax.vmap(draw)(self.seeds)
+        return each[:, None] if self.examples is None else each[self.examples]
 
     def keep_per_position(
         self, key: PRNGKeyArray, rate: float, size: int

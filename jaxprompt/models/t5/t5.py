@@ -64,20 +64,26 @@ class Attention(nn.Module):
         self.drop_keys = blocks.DropKeys(runtime.dropout, c.num_heads)
 
     def keys_values(
-        self, x: Float[Array, "B S D"], member: Member
+        self, x: Float[Array, "B S D"], member: Member, dropout: DropoutSeeds | None
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        key, value = self._project(x, "key", member), self._project(x, "value", member)
+        key, value = (self._project(x, name, member, dropout) for name in ("key", "value"))
         self.sow("keys_values", "made", KeyValues(key, value))  # nothing, unless they are asked for
         return key, value
 
-    def _project(self, x: Float[Array, "B S D"], name: str, member: Member):
+    def _project(
+        self, x: Float[Array, "B S D"], name: str, member: Member, dropout: DropoutSeeds | None
+    ) -> Float[Array, "B S N H"]:
         runtime, change = self.model.runtime, tuned(self, name)
-        y = project("bsd,dnh->bsnh", x, getattr(self, name), change, member, runtime)
+        read = blocks.dropped(self, change, x, member, dropout)
+        y = project("bsd,dnh->bsnh", x, getattr(self, name), change, member, runtime, read)
         return shard_activation(y, runtime.place, None, "heads", None)
 
-    def _out(self, y: Float[Array, "R T N H"], member: Member) -> Float[Array, "R T D"]:
+    def _out(
+        self, y: Float[Array, "R T N H"], member: Member, dropout: DropoutSeeds | None
+    ) -> Float[Array, "R T D"]:
         change, runtime = tuned(self, "out"), self.model.runtime
-        return project("btnh,nhd->btd", y, self.out, change, member, runtime)
+        read = blocks.dropped(self, change, y, member, dropout)
+        return project("btnh,nhd->btd", y, self.out, change, member, runtime, read)
 
     def attend(
         self,
@@ -85,12 +91,12 @@ class Attention(nn.Module):
         keys_values: tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]],
         mask: AttentionMask,
         bias: "Bias",
-        dropout: DropoutSeeds | None,
+        dropout: "AttentionDropout",
         member: Member,
     ) -> Float[Array, "R T D"]:
-        """Attention of ``x`` to a prefix, keys and values; ``dropout`` is that of the latter."""
-        query, (key, value) = self._project(x, "query", member), keys_values
-        keep = self.drop_keys(dropout, x.dtype)
+        """Attention of ``x`` to a prefix, keys and values."""
+        query, (key, value) = self._project(x, "query", member, dropout.queries), keys_values
+        keep = self.drop_keys(dropout.keys, x.dtype)
         if keep is not None:  # to drop a key's weight is to drop its value
             value = value * keep[..., None]
         mixed, prefix = self.model.runtime.mixed, self._prefix(member, len(x))
@@ -99,7 +105,7 @@ class Attention(nn.Module):
         else:
             part = mask.attend_part(query, key, value, bias.text, mixed=mixed)
             y = with_prefix(part, query, prefix, bias.prefix)
-        return self._out(y, member)
+        return self._out(y, member, dropout.queries)
 
     def _prefix(self, member: Member, rows: int) -> Prefix | None:
         prefix = tuned(self, "prefix")
@@ -110,20 +116,23 @@ class Attention(nn.Module):
         x: Float[Array, "R T D"],
         encoded: Float[Array, "B S D"],
         mask: CrossAttentionMask,
-        dropout: DropoutSeeds | None,
+        dropout: "AttentionDropout",
         member: Member,
     ) -> Float[Array, "R T D"]:
         """Attention of ``x`` to an encoder's output, without keys and values if that is less work.
 
-        ``dropout`` is that of the encoder's positions.
+        A bias and the dropout of a low-rank change are there for keys and values alone.
         """
         changes = tuned(self, "key"), tuned(self, "value")
-        with_bias = any(change is not None and change.bias is not None for change in changes)
-        if x.shape[1] >= self.model.config.head_dim // 2 or with_bias:
-            keys_values = self.keys_values(encoded, member)
+        needed = any(
+            blocks.drops(change, dropout.keys) or (change is not None and change.bias is not None)
+            for change in changes
+        )
+        if x.shape[1] >= self.model.config.head_dim // 2 or needed:
+            keys_values = self.keys_values(encoded, member, dropout.keys)
             return self.attend(x, keys_values, mask, Bias(), dropout, member)
-        query = self._project(x, "query", member)
-        keep = self.drop_keys(dropout, x.dtype)
+        query = self._project(x, "query", member, dropout.queries)
+        keep = self.drop_keys(dropout.keys, x.dtype)
         y = attend_unprojected(
             query,
             CrossKernels(
@@ -137,7 +146,7 @@ class Attention(nn.Module):
             member,
             self.model.runtime,
         )
-        return self._out(y, member)
+        return self._out(y, member, dropout.queries)
 
 
 class Bias(NamedTuple):
@@ -145,6 +154,13 @@ class Bias(NamedTuple):
 
     text: Float[Array, "1 N T S"] | None = None
     prefix: Float[Array, "#R N T P"] | None = None
+
+
+class AttentionDropout(NamedTuple):
+    """The seeds of what asks and of what is asked, which differ in cross-attention."""
+
+    queries: DropoutSeeds | None = None
+    keys: DropoutSeeds | None = None
 
 
 class LayerContext(NamedTuple):
@@ -232,8 +248,9 @@ class EncoderLayer(nn.Module):
             bias = _bias(self.relative_bias, context, self.model.config, True)
         member = context.member
         h = self.attention_norm(x, member)
-        keys_values = self.attention.keys_values(h, member)
-        y = self.attention.attend(h, keys_values, context.attention_mask, bias, dropout, member)
+        keys_values = self.attention.keys_values(h, member, dropout)
+        both = AttentionDropout(dropout, dropout)
+        y = self.attention.attend(h, keys_values, context.attention_mask, bias, both, member)
         y = self.dropout(y, dropout)
         x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
         h = self.mlp_norm(x, member)
@@ -260,14 +277,13 @@ class DecoderLayer(nn.Module):
             bias = _bias(self.relative_bias, context, self.model.config, False)
         member = context.member
         h = self.self_attention_norm(x, member)
-        key, value = self.self_attention.keys_values(h, member)
+        key, value = self.self_attention.keys_values(h, member, dropout)
         if cache is not None:
             at = (0, context.query_positions[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache.self_key, key, at)
             value = jax.lax.dynamic_update_slice(cache.self_value, value, at)
-        y = self.self_attention.attend(
-            h, (key, value), context.attention_mask, bias, dropout, member
-        )
+        both = AttentionDropout(dropout, dropout)
+        y = self.self_attention.attend(h, (key, value), context.attention_mask, bias, both, member)
         y = self.dropout(y, dropout)
         x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
         h = self.cross_attention_norm(x, member)
@@ -284,10 +300,10 @@ class DecoderLayer(nn.Module):
         assert mask is not None
         if cache is None:
             assert context.encoded is not None
-            dropout = context.cross_dropout
+            dropout = AttentionDropout(context.dropout, context.cross_dropout)
             return attention.cross_attend(y, context.encoded, mask, dropout, context.member)
         keys_values = cache.cross_key, cache.cross_value
-        return attention.attend(y, keys_values, mask, Bias(), None, context.member)
+        return attention.attend(y, keys_values, mask, Bias(), AttentionDropout(), context.member)
 
 
 class Stack(nn.Module):
