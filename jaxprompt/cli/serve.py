@@ -165,6 +165,7 @@ def _log_lines() -> None:
     access.setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("jaxprompt").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # of damaged forms of clients
 
 
 def _service(

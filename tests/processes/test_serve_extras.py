@@ -106,9 +106,11 @@ def replicas(tmp_path_factory):
         port = found.getsockname()[1]
     command = [sys.executable, str(SCRIPTS / "serve_ray.py"), "--replicas", "1",
                "--port", str(port), "--", "--library", str(folder / "library"), *SMALL]  # fmt: skip
-    log = (folder / "log").open("w")
     quiet = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    with subprocess.Popen(command, stdout=log, stderr=log, env=quiet) as process:
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=quiet) as process,
+    ):
         try:
             end = time.monotonic() + 240
             while ask(port, "/ready")[0] != 200:

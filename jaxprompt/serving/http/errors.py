@@ -84,11 +84,12 @@ def of_user_error(
     error: UserError, param: str | None = None, otherwise: tuple[int, str] = (400, "invalid_value")
 ) -> ApiError:
     """The error of a mistake that the client can mend."""
+    sentence = f"{str(error).rstrip('.')}."
     for kind, (status, code) in _USER_ERRORS.items():
         if isinstance(error, kind):
             headers = {"retry-after": "5"} if status == 503 else {}
-            return ApiError(status, code, str(error), param, headers)
-    return ApiError(*otherwise, str(error), param)
+            return ApiError(status, code, sentence, param, headers)
+    return ApiError(*otherwise, sentence, param)
 
 
 def of_outcome(outcome: Failed, param: str | None, request_id: str) -> ApiError:

@@ -13,8 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.config.values import Values
-from jaxprompt.serving.http.errors import ApiError, internal
+from jaxprompt.serving.http.errors import ApiError, internal, of_user_error
 from jaxprompt.serving.http.service import Service
 from jaxprompt.serving.http.waiting import ClientGone
 
@@ -52,6 +53,8 @@ class Edge:
             await self._app(scope, receive, call.send)
         except ApiError as error:
             await call.fail(error, receive)
+        except UserError as error:  # of a place that had no better name for it
+            await call.fail(of_user_error(error), receive)
         except (ClientGone, ClientDisconnect):
             call.status = _GONE
         except Exception:
@@ -113,7 +116,7 @@ class _Call:
         metrics.seconds.labels(route).observe(seconds)
         if "rows" in self.log:
             metrics.rows.labels(route).inc(self.log["rows"])
-        if route in _QUIET and self.status == 200:
+        if route in _QUIET and self.status in (200, 503):  # 503: not ready yet
             return
         method = self._scope["method"]
         line = {"id": self._id, "method": method, "route": route, "status": self.status or _GONE}

@@ -348,7 +348,10 @@ def read_source(folders: Sequence[str], source: str) -> Files:
     Raises:
         ApiError: the place is not allowed, or there is no prompt.
     """
-    path = Path(os.path.realpath(expanded(source)))
+    try:
+        path = Path(os.path.realpath(expanded(source)))
+    except UserError as error:
+        raise of_user_error(error, "source") from None
     if "://" in source or not any(path.is_relative_to(os.path.realpath(f)) for f in folders):
         raise ApiError(
             403,

@@ -110,6 +110,8 @@ WRONG = [
     (("DELETE", "/v1/prompts/nobody", {}), (404, "model_not_found")),
     (post("/detokenize", tokens=[99]), (400, "invalid_value")),
     (post("/v1/load_lora_adapter", lora_name="a", lora_path="/etc"), (403, "source_not_allowed")),
+    (post("/v1/load_lora_adapter", lora_name="a", lora_path="a\0"), (400, "invalid_value")),
+    (("PUT", "/v1/prompts/a", {"json": {"source": "a\0"}}), (400, "invalid_value")),
 ]
 
 
