@@ -41,7 +41,8 @@ class Pending:
         deadline: float,
         request_id: str = "",
     ):
-        self.queued = self.device = 0.0  # seconds: the longest wait, and the sum over batches
+        self.queued = 0.0  # seconds of the longest wait
+        self._device = [0.0] * len(works)  # seconds of each row's batches; rows share batches
         self.dropped = 0  # rows that were dropped in the queue
         self._batcher, self._deadline, self._request_id = batcher, deadline, request_id
         self._came: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -73,13 +74,18 @@ class Pending:
             if answer.number not in self._open:  # see ``cancel``
                 continue
             self.queued = max(self.queued, answer.queued)
-            self.device += answer.device
+            self._device[answer.number] += answer.device
             if isinstance(answer.outcome, Failed):
                 param = f"inputs.{answer.number}"
                 raise of_outcome(answer.outcome, param, self._request_id)
             if answer.last:
                 self._open.discard(answer.number)
             yield answer
+
+    @property
+    def device(self) -> float:
+        """Seconds in which the row that took longest was computed."""
+        return max(self._device, default=0.0)
 
     def client_gone(self) -> None:
         """Let whoever waits for answers hear that nobody wants them."""

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import time
 from typing import NamedTuple
 
 import pytest
@@ -53,6 +54,14 @@ def test_rows_are_answered_in_order_with_the_version_that_answered(running):
     assert [one["prediction"] for one in both] == ["no", "yes"]
     assert [one["prompt"] for one in both] == ["second", "first"]
     assert [len(one["scores"]) for one in both] == [1, 1]
+
+
+def test_rows_of_one_batch_are_not_counted_as_batches_one_after_another(running):
+    run = running.engine.run
+    running.engine.run = lambda batch: time.sleep(0.01) or run(batch)
+    one = ask(running, post("/v1/predict", prompt="first", inputs=["a"] * 64))[0]
+    timing = one.json()["timing"]
+    assert 10 <= timing["device_ms"] <= timing["total_ms"]
 
 
 def test_the_backbone_answers_a_task_alone_only_where_it_is_asked_to(running):
