@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from jaxprompt import __version__
-from jaxprompt.cli import artefacts, discover, library, serve, studies, train, use
+from jaxprompt.cli import artefacts, discover, library, serve, studies, train, use, user
 from jaxprompt.cli.errors import check_form, end_command, show_warning
 from jaxprompt.cli.options import with_groups
 from jaxprompt.runtime.compilation import keep_compiled
@@ -59,6 +59,7 @@ for name, command in {
     "merge": artefacts.merge,
     "push": artefacts.push,
     "library": library.library,
+    "user": user.user,
     "serve": serve.serve,
     "reproduce": studies.reproduce,
     "tasks": discover.tasks,

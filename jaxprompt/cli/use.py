@@ -104,6 +104,10 @@ def predict(
     output: RowsOutput,
     task: TaskOption = None,
     batch_size: BatchOption = 64,
+    user: Annotated[
+        str | None,
+        typer.Option(help="of a library of users' prompts: whose prompt; else the shared one"),
+    ] = None,
     loading: Loading = Loading(),
 ) -> None:
     """Answer every row of a file. The columns of the input are kept; none may have the name of an
@@ -111,8 +115,14 @@ def predict(
 
     \b
     jaxprompt predict runs/my/prompt --input rows.csv --output answers.csv
+    jaxprompt predict runs/my/users --user 4711 --input rows.csv --output answers.csv
     """
     from jaxprompt.runtime import devices
+
+    if user is not None:
+        from jaxprompt.methods.user_library import open_library
+
+        prompt = open_library(prompt).prompt_of(user)
 
     devices.start()
     from jaxprompt import api

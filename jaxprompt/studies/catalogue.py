@@ -7,7 +7,7 @@ figure shows a value, the direction alone is given.
 import itertools
 from functools import partial
 
-from jaxprompt.studies import continual, dept, method_tables, methods, summaries
+from jaxprompt.studies import continual, dept, method_tables, methods, summaries, users
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Run, Settings
 from jaxprompt.studies.study import (
@@ -441,6 +441,19 @@ STUDIES = {
         tables=continual.tables,
         notes=continual.notes,
         measure=continual.measure,
+        source="What is usually said",
+    ),
+    "users": Study(
+        "Users: a prompt for each",
+        "A prompt of his own serves a user better than one that all share, and better than anyone "
+        "else's; who has few rows gains less.",
+        users.variants,
+        users.HYPOTHESES,
+        axis="training rows of a user",
+        summary=users.summary,
+        tables=users.tables,
+        notes=users.notes,
+        measure=users.measure,
         source="What is usually said",
     ),
 }

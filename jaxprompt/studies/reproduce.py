@@ -8,7 +8,7 @@ from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.runtime.lock import LOCK
-from jaxprompt.studies import dept
+from jaxprompt.studies import dept, users
 from jaxprompt.studies.catalogue import STUDIES
 from jaxprompt.studies.methods import FEW_ROWS, check_methods
 from jaxprompt.studies.options import StudyOptions, check_recipe, read_task
@@ -67,6 +67,10 @@ def make_plan(study: str, options: StudyOptions) -> StudyPlan:
         methods=list(options.methods),
         rows=list(FEW_ROWS if options.rows is None else options.rows) if study == "methods" else [],
     )
+    if study == "users":
+        if options.tasks:
+            raise UserError("The study 'users' has rows of its own; leave out --task.")
+        plan.tasks = users.tasks()
     if study == "dept":
         plan.tasks = {name: dept.in_table(task) for name, task in plan.tasks.items()}
     _check_plan(plan)
