@@ -51,8 +51,10 @@ def add_user(
     examples = tokenize(
         task, rows, session.tokenizer, VirtualTokens(loaded.config.vocab_size, length), origin=data
     )
+    shards = parallel.num_batch_shards(mesh)
+    size = -(-users.rows // shards) * shards  # so that each device has a row
     settings = library.config.train.model_copy(
-        update={"steps": library.visits, "batch_size": users.rows, "micro_batch_size": None}
+        update={"steps": library.visits, "batch_size": size, "micro_batch_size": None}
     )
     optimizer = user_optimizer(settings, library.visits, frozen=True)
     state = state_of_users(settings, users, optimizer, vectors, np.array([len(rows)]))
@@ -60,7 +62,7 @@ def add_user(
     if basis is not None:
         state.trainables[BASIS] = jnp.asarray(basis)[None]
     tuned = Tuned(loaded.model, loaded.params, session.tokenizer, mesh, task, length)
-    steps = user_steps(tuned, settings, users, UserExamples([examples], 1, users.rows), optimizer)
+    steps = user_steps(tuned, settings, users, UserExamples([examples], 1, size), optimizer)
     for _ in range(library.visits):
         state, _, _ = steps.take(state)
     if not all_finite(state.trainables).all():

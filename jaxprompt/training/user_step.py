@@ -62,12 +62,10 @@ class UserOptimizer(NamedTuple):
 
     def init(self, leaves: Leaves, ridge: Float[Array, " K"]) -> UserMoments:
         """The state before step 0 of the leaves of K users, those in common without an axis K."""
-        trained = self.common is not None and BASIS in leaves
-        return UserMoments(
-            ridge=ridge,
-            own=jax.vmap(self.each.init)(_own(leaves)),
-            common=self.common.init(leaves[BASIS]) if trained else None,
-        )
+        common = None
+        if self.common is not None and BASIS in leaves:
+            common = self.common.init(leaves[BASIS])
+        return UserMoments(ridge, jax.vmap(self.each.init)(_own(leaves)), common)
 
     def update(
         self, gradient: Leaves, state: UserMoments, users: Leaves | None = None

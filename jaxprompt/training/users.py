@@ -426,7 +426,7 @@ class UserTuning:
             return 0
         shared = np.asarray(jax.device_get(state.trainables["shared"]))[0]
         library = new_library(
-            folder, self.config, self.visits, Prompt(shared, metadata),
+            folder, self.config, self.visits, Prompt(shared, cast(Metadata, metadata)),
             None if basis is None else np.asarray(basis)[0],
         )  # fmt: skip
         count, size = len(self.found.users), 0
@@ -434,7 +434,7 @@ class UserTuning:
             numbers = range(first, min(first + _CHUNK, count))
             bank = np.asarray(_prompts(state.trainables, np.array(numbers)))
             for number, vectors in zip(numbers, bank, strict=True):
-                own = {"metrics": measured["validation"].each[number]}
+                own: dict[str, object] = {"metrics": measured["validation"].each[number]}
                 own["rows"] = int((self.owners["validation"] == number).sum())
                 if "test" in measured:
                     own["test"] = measured["test"].each[number]
