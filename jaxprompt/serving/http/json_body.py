@@ -80,6 +80,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         param = ".".join(str(part) for part in first["loc"] if not _of_union(part)) or None
         where = f"{param}: " if param else ""
         problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+        problem = _PROBLEMS.get(first["type"], problem)
         if first["type"] == "extra_forbidden":
             problem = f"there is no such field; there are {', '.join(model.model_fields)}"
         raise BadBody(400, "invalid_value", f"{where}{problem}.", param) from None
@@ -90,4 +91,5 @@ def _of_union(part: str | int) -> bool:
     return isinstance(part, str) and any(c in part for c in "[](),") or part in _TYPES
 
 
+_PROBLEMS = {"missing": "it is missing", "too_short": "it is empty; give at least one"}
 _TYPES = ("str", "int", "float", "bool")
