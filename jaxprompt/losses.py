@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.data.batches import Batch
 from jaxprompt.models.label_scores import TokenScores
@@ -25,6 +25,9 @@ class Losses(NamedTuple):
 
     loss: Float[Array, " K"]  # negative log-likelihood of a target token, in nats
     accuracy: Float[Array, " K"]  # share of target tokens that are the argmax
+    # of ``LabelLoss``, without their factors; None where the objective has none
+    unlikelihood: Float[Array, " K"] | None = None
+    length_normalized: Float[Array, " K"] | None = None
 
 
 class LossSums(NamedTuple):
@@ -33,11 +36,16 @@ class LossSums(NamedTuple):
     loss: Float[Array, " K"]  # negative log-likelihood, in nats
     correct: Float[Array, " K"]  # of tokens that are the argmax
     num_tokens: Float[Array, " K"]  # the weights
+    # see ``Losses``; their weights make them means when they are divided by ``num_tokens``
+    unlikelihood: Float[Array, " K"] | None = None
+    length_normalized: Float[Array, " K"] | None = None
 
     def means(self) -> Losses:
         """What is reported; zeros for a member without a token."""
         num_tokens = jnp.maximum(self.num_tokens, 1.0)
-        return Losses(self.loss / num_tokens, self.correct / num_tokens)
+        mean = lambda part: None if part is None else part / num_tokens
+        parts = mean(self.unlikelihood), mean(self.length_normalized)
+        return Losses(self.loss / num_tokens, self.correct / num_tokens, *parts)
 
 
 @runtime_checkable
@@ -94,11 +102,24 @@ class LabelLoss(NamedTuple):
         objective = sums.loss + self.z_loss * total(jnp.square(of_right.log_z))
         if self.unlikelihood:
             each = unlikelihood(scores.log_p, wrong[..., None] & is_token)
-            objective += self.unlikelihood * total_of_rows(each * choices.token_weight)
+            part = total_of_rows(each * choices.token_weight)
+            objective += self.unlikelihood * part
+            sums = sums._replace(unlikelihood=part)
         if self.length_normalized:
             each = length_normalized(scores.log_p, is_token, right, wrong)
-            objective += self.length_normalized * total_of_rows(each * choices.example_weight)
+            part = total_of_rows(each * choices.example_weight)
+            objective += self.length_normalized * part
+            sums = sums._replace(length_normalized=part)
         return objective, sums
+
+
+def sums_of(loss: Loss | LabelLoss, each: PyTree) -> LossSums:
+    """Sums whose every part, of those that the loss has, is ``each``."""
+    sums = LossSums(each, each, each)
+    if isinstance(loss, LabelLoss):
+        names = ("unlikelihood", "length_normalized")
+        sums = sums._replace(**{name: each for name in names if getattr(loss, name)})
+    return sums
 
 
 def unlikelihood(log_p: Float[Array, "R C T"], wrong: Bool[Array, "R C T"]) -> Float[Array, " R"]:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprompt.config.values import Values
 from jaxprompt.data.batches import Batch
@@ -211,19 +211,31 @@ def log_step(log: StepLog, progress: Progress, losses: Losses) -> None:
     Raises:
         Diverged: no trial of a task has a finite loss.
     """
-    loss_of, accuracy_of = (np.asarray(x) for x in jax.device_get(losses))
+    fetched: Losses = jax.device_get(losses)
+    loss_of, accuracy_of = np.asarray(fetched.loss), np.asarray(fetched.accuracy)
     is_finite = np.isfinite(loss_of)
     check_members(progress.step, progress.active, loss_of, log.names)
     loss, accuracy = float(loss_of[is_finite].mean()), float(accuracy_of[is_finite].mean())
     rates = log.clock.rates()
     if progress.step % LOG_EVERY == 0:
         row: Row = {"step": progress.step, "loss": loss, "token_accuracy": accuracy}
+        row |= _parts(fetched, is_finite)
         if len(log.names) > 1:
             row |= _losses_by_trial(progress, loss_of, log.names)
         if progress.tokens is not None:
             row["tokens"] = progress.tokens
         log.metrics.write(row | rates)
     log.reporter.step(progress.step, {"loss": loss, **_best_metrics(progress, log.names), **rates})
+
+
+def _parts(losses: Losses, is_finite: Bool[np.ndarray, " K"]) -> Metrics:
+    """What an objective has beside cross-entropy, without its factors: means of trials."""
+    parts = {
+        "unlikelihood_loss": losses.unlikelihood,
+        "length_normalized_loss": losses.length_normalized,
+    }
+    of_trials = {name: np.asarray(part) for name, part in parts.items() if part is not None}
+    return {name: float(part[is_finite].mean()) for name, part in of_trials.items()}
 
 
 def _losses_by_trial(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.config.schema import PromptConfig
 from jaxprompt.data.batches import Batch
-from jaxprompt.losses import LabelLoss, Loss, Losses, LossSums, cross_entropy
+from jaxprompt.losses import LabelLoss, Loss, Losses, LossSums, cross_entropy, sums_of
 from jaxprompt.methods.base import (
     Method,
     Trainables,
@@ -219,7 +219,7 @@ class StepFunctions:
             self._shared_by,
             lambda trainables: self._specs(trainables).gradient,
             stacked=True,
-            results=_specs_of_sums,
+            results=self._specs_of_sums,
         )
         specs = parallel.stacked_specs(self._specs(trainables))
         place = parallel.named_shardings(self._shared_by, specs)
@@ -229,12 +229,12 @@ class StepFunctions:
         """The sums of no rows."""
         if self._shared_by is not None:
             each = jnp.zeros(num_members(trainables))
-            sums = StepSums(trainables, LossSums(each, each, each))
+            sums = StepSums(trainables, sums_of(self._loss, each))
             return parallel.stacked_zeros(sums, self._shared_by, self._specs(trainables))
         shards = parallel.num_batch_shards(self._mesh)
         gradient = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), x.dtype), trainables)
         each = jnp.zeros((shards, num_members(trainables)))
-        return StepSums(gradient, LossSums(each, each, each))
+        return StepSums(gradient, sums_of(self._loss, each))
 
     def zeros_sharding(self) -> NamedSharding | None:
         """Where ``zero_grads`` are, if they do not say so themselves."""
@@ -244,7 +244,11 @@ class StepFunctions:
         """How the sums are spread, where devices share what is trained; else None."""
         if self._shared_by is None:
             return None
-        return _specs_of_sums(_specs(trainables, self._model, self._shared_by))
+        return self._specs_of_sums(_specs(trainables, self._model, self._shared_by))
+
+    def _specs_of_sums(self, specs: PyTree) -> StepSums:
+        """The partition specs of ``StepSums``, by those of the gradient."""
+        return StepSums(specs, sums_of(self._loss, PartitionSpec()))
 
 
 def make_train_step(
@@ -273,12 +277,6 @@ def make_train_step(
     """
     loss = cross_entropy(z_loss) if loss is None else loss
     return TrainStep(StepFunctions(model, method, optimizer, loss, mesh))
-
-
-def _specs_of_sums(specs: PyTree) -> PyTree:
-    """The partition specs of ``StepSums``, by those of the gradient."""
-    everywhere: PyTree = PartitionSpec()
-    return StepSums(specs, LossSums(everywhere, everywhere, everywhere))
 
 
 def _specs(tree: PyTree, model: registry.Model, mesh: Mesh) -> PyTree:

@@ -126,12 +126,24 @@ def test_losses_and_gradients_are_those_of_a_row_for_each_label(request, family,
     loss = loss_of(sets, **FACTORS)
 
     def ours(bank):
-        return batch_losses(params, Injection(bank), model, batch, num_members=1, loss=loss)[0]
+        total, means = batch_losses(params, Injection(bank), model, batch, num_members=1, loss=loss)
+        return total, (means.unlikelihood[0], means.length_normalized[0])
 
-    plain = lambda bank: reference(tuned, bank, rows, 0, sets, FACTORS)
+    def plain(bank):
+        whole = lambda factors: reference(tuned, bank, rows, 0, sets, factors)
+        none = dict.fromkeys(FACTORS, 0.0)
+        parts = [
+            whole(none | {name: 1.0}) - whole(none)
+            for name in ("unlikelihood", "length_normalized")
+        ]
+        return whole(FACTORS), tuple(parts)
+
     bank = jnp.asarray(prompts(1))
-    (a, grad_a), (b, grad_b) = (jax.jit(jax.value_and_grad(f))(bank) for f in (ours, plain))
+    ((a, parts_a), grad_a), ((b, parts_b), grad_b) = (
+        jax.jit(jax.value_and_grad(f, has_aux=True))(bank) for f in (ours, plain)
+    )
     assert float(a) == pytest.approx(float(b), rel=1e-5)
+    np.testing.assert_allclose(parts_a, parts_b, rtol=1e-3)  # those of b are differences
     np.testing.assert_allclose(grad_a, grad_b, rtol=1e-4, atol=1e-6)
 
 

@@ -35,6 +35,10 @@ def test_a_run_goes_on_as_if_never_stopped_and_its_losses_matter(backbone, tmp_p
     assert metrics(folders[1])[-1] == metrics(folders[0])[-1]
     logged = [next(row["loss"] for row in metrics(f) if row["step"] == 10) for f in folders]
     assert logged[0] == logged[1] != logged[2]
+    names = ("unlikelihood_loss", "length_normalized_loss")  # of each step, besides cross-entropy
+    rows = [next(row for row in metrics(f) if row["step"] == 10) for f in folders]
+    assert all(rows[0][name] > 0 and rows[0][name] == rows[1][name] for name in names)
+    assert not {*names} & {*rows[2]}
 
 
 def test_prompts_of_tasks_with_other_labels_are_trained_in_one_step(backbone, tmp_path):
