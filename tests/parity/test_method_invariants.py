@@ -1,9 +1,11 @@
 """What holds of every method: one set of tests for all of them.
 
-The members are not neutral: random numbers are added to all that is trained.
+The members are not neutral: random numbers are added to all that is trained. Compiling takes the
+time, so most invariants are tested on a crowd: a member of each method, all in one program.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,11 @@ from jaxprompt.data.batches import make_batch
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.data.microbatches import packed_rows
 from jaxprompt.inference.rank import label_log_likelihoods
+from jaxprompt.methods.base import Method, grouped
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, without_dropout
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.merge import merge
 from jaxprompt.models.ops import quantization
@@ -40,11 +43,17 @@ CASES = {
     "prefix-tuning": {"prefix": PREFIX},
     "p-tuning-v2": {"prefix": {"length": 3}},
     "p-tuning": {"p_tuning": {"encoder": "lstm", "width": 4}},
+    "prompt-tuning": {},
+    "residual-prompt-tuning": {"prompt": {"length": P, "bottleneck": 4}},
+    "superposition-prompt-tuning": {"prompt": {"length": P, "basis": P + 2}},
     "multitask-prompt-tuning": {},
     "low-rank-prompt-tuning": {"prompt": {"length": P, "rank": 2}},
+    "adapter": {"adapter": {"width": 3, "activation": "silu"}},
     "houlsby": {"adapter": {"width": 3}},
+    "pfeiffer": {"adapter": {"width": 3}},
     "parallel": {"adapter": PARALLEL},
     "bitfit": {"bitfit": {"norms": True}},
+    "norm-tuning": {},
     "mam": {"prefix": PREFIX, "adapter": PARALLEL},
     "prompt+lora": {"lora": LORA},
     "prompt+prefix+lora+ia3+parallel+bitfit": {
@@ -53,6 +62,13 @@ CASES = {
 }  # fmt: skip
 # every part that a model computes, in one program
 ALL = "prompt+prefix+lora+ia3+parallel+bitfit"
+# a member of each; adapters of one batch are of one kind, so there are three crowds
+SEQUENTIAL = {"adapter": "houlsby", "houlsby": "houlsby", "pfeiffer": "pfeiffer"}
+CROWDS = {
+    "parallel": [name for name in CASES if name not in {*SEQUENTIAL, "dora"}] + ["dora"],
+    "houlsby": ["prompt-tuning", "adapter", "houlsby"],
+    "pfeiffer": ["prompt-tuning", "pfeiffer"],
+}
 EXACT_AT_START = ["lora", "dora", "ia3", "parallel", "bitfit"]
 MERGED = ["lora", "dora", "ia3"]
 METHOD_OF = {"dora": "lora"}  # of a case that is no name of a method
@@ -98,8 +114,8 @@ def has_prompt(name):
 @functools.cache
 def started(name, family):
     """Trainables of K members before step 0."""
-    start = np.random.default_rng(3).normal(size=(K, P, 16)).astype(np.float32)
-    start = start if has_prompt(name) else start[:, :0]
+    rows = method(name).num_start_vectors(config(name).prompt)
+    start = np.random.default_rng(3).normal(size=(K, rows, 16)).astype(np.float32)
     return method(name).init(weights(family), start, config(name).prompt, 0)
 
 
@@ -218,12 +234,64 @@ def test_members_together_equal_each_alone_and_no_nan_spreads(name, family):
         jax.tree.map(np.testing.assert_array_equal, alone(others, k), alone(together, k))
 
 
-@of(ALL, "prefix-tuning")
-@families
-def test_cached_decoding_equals_teacher_forcing(name, family):
+class Crowd(NamedTuple):
+    """A member of each of several methods, with two examples of each."""
+
+    names: list[str]
+    method: Method
+    trainables: tuple
+    rows: list
+
+
+@functools.cache
+def crowd(kind, family="t5", without=()):
+    names = [name for name in CROWDS[kind] if name not in without]
+    trainables = tuple(alone(trained(name, family), 0) for name in names)
+    each = [rows_of(name, 2, member=k) for k, name in enumerate(names)]
+    rows = [rows[i] for i in range(2) for rows in each]
+    return Crowd(names, grouped([method(name) for name in names]), trainables, rows)
+
+
+crowds = pytest.mark.parametrize("kind", CROWDS)
+
+
+@functools.cache
+def gradient_of(kind, model=T5):
+    """The gradient of a crowd, or of others with its methods, as a compiled function."""
+    of, count = crowd(kind).method, len(crowd(kind).names)
+
+    @jax.jit
+    def gradient(trainables, params, batch):
+        def loss(trainables):
+            injection = of.inject(trainables, params)
+            return batch_losses(params, injection, model, batch, num_members=count)[0]
+
+        return jax.grad(loss)(trainables)
+
+    return gradient
+
+
+@functools.cache
+def padded_gradient(kind):
+    them = crowd(kind)
+    return gradient_of(kind)(them.trainables, weights("t5"), batch_of(them.rows))
+
+
+def each_close(names, found, wanted, tolerance):
+    for name, x, y in zip(names, found, wanted, strict=True):
+        for leaf, right in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+            np.testing.assert_allclose(leaf, right, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "t5") for kind in CROWDS), ("parallel", "decoder")]
+)
+def test_cached_decoding_equals_teacher_forcing(kind, family):
     model, params = MODELS[family], weights(family)
-    injection = method(name).inject(trained(name, family), params)
-    batch = batch_of(mixed_rows(name))
+    # a decoder-only model has no encoder
+    them = crowd(kind, family, ("p-tuning-v2",) if family == "decoder" else ())
+    injection = without_dropout(them.method.inject(them.trainables, params))
+    batch = batch_of(them.rows)
     wanted = logits_of(family)(params, injection, batch)
 
     @jax.jit
@@ -244,47 +312,65 @@ def test_cached_decoding_equals_teacher_forcing(name, family):
     logits = decode(injection, batch).transpose(1, 0, 2)
     there = batch.target_segments > 0
     for beam in range(2):
-        np.testing.assert_allclose(logits[beam::2][there], wanted[there], rtol=3e-5, atol=3e-5)
+        for k, name in enumerate(them.names):
+            mine = there & (batch.member == k)[:, None]
+            np.testing.assert_allclose(
+                logits[beam::2][mine], wanted[mine], rtol=3e-5, atol=3e-5, err_msg=name
+            )
 
 
-@of(ALL, "lora", "prefix-tuning")
-def test_examples_that_share_rows_have_the_gradient_of_padded_ones(name):
-    params, trainables, rows = weights("t5"), trained(name, "t5"), mixed_rows(name)
+@crowds
+def test_examples_that_share_rows_have_the_gradient_of_padded_ones(kind):
+    them = crowd(kind)
     layout = BatchLayout(packed_widths=(8, 16), examples_per_row=2, one_member_per_row=True)
     shared = T5.with_runtime(per_example_attention=True).with_layout(**vars(layout))
-    [(packed, _)] = packed_rows(rows, parts=1, devices=K, layout=layout, target_length=4)
-
-    def gradient(model, batch):
-        def loss(trainables):
-            injection = method(name).inject(trainables, params)
-            return batch_losses(params, injection, model, batch, num_members=K)[0]
-
-        return jax.jit(jax.grad(loss))(trainables)
-
-    close(gradient(shared, packed), gradient(T5, batch_of(rows)), 2e-4)
+    [(packed, _)] = packed_rows(
+        them.rows, parts=1, devices=len(them.names), layout=layout, target_length=4
+    )
+    found = gradient_of(kind, shared)(them.trainables, weights("t5"), packed)
+    each_close(them.names, found, padded_gradient(kind), 2e-4)
 
 
-@of(ALL)
-def test_devices_together_equal_one(name):
+@crowds
+def test_no_member_that_is_nan_changes_another_method(kind):
+    them, batch = crowd(kind), batch_of(crowd(kind).rows)
+    for lost in range(len(them.names)):
+        trainables = list(them.trainables)
+        trainables[lost] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainables[lost])
+        found = gradient_of(kind)(tuple(trainables), weights("t5"), batch)
+        for k, name in enumerate(them.names):
+            if k != lost:
+                for x, y in zip(*map(jax.tree.leaves, (found[k], padded_gradient(kind)[k])),
+                                strict=True):  # fmt: skip
+                    np.testing.assert_array_equal(x, y, err_msg=f"{name} beside {them.names[lost]}")
+
+
+@crowds
+def test_devices_together_equal_one(kind):
+    """A step of SGD, which moves by the gradient times its rate; DoRA needs whole columns."""
     mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-    batch = batch_of(mixed_rows(name))
-    trainables = trained(name, "t5")
-    close(*(stepped(name, "t5", trainables, batch, m)[0] for m in (mesh, None)), 5e-5)
+    them = crowd(kind, without=("dora",))
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, them.trainables), ())
+    state = state._replace(optimizer=OPTIMIZER.init(state.trainables))
+    step = make_train_step(T5, them.method, OPTIMIZER, mesh=mesh)
+    [batch] = parallel.put_batch([batch_of(them.rows)], mesh)
+    state, losses = step(jax.device_put(state, parallel.replicated(mesh)), weights("t5"), [batch])
+    jax.block_until_ready(losses)
+    moved = jax.tree.map(lambda old, new: (old - new) / 0.1, them.trainables, state.trainables)
+    # DoRA comes last, so without it the others are as in the whole crowd
+    wanted = dict(zip(crowd(kind).names, padded_gradient(kind), strict=True))
+    each_close(them.names, moved, [wanted[name] for name in them.names], 2e-4)
 
 
-@of(ALL, "lora")
-def test_a_quantized_backbone_trains(name):
+@crowds
+def test_a_quantized_backbone_trains(kind):
     inside = lambda axes: axes[0] == "layers" and len(axes) > 2
     shrink = lambda x, axes: quantization.quantize(x, axes, "int8") if inside(axes) else x
     small = parallel.map_with_axes(shrink, weights("t5"), T5.logical_axes())
-    batch = batch_of(mixed_rows(name))
-
-    def loss(trainables, params):
-        injection = method(name).inject(trainables, params)
-        return batch_losses(params, injection, T5, batch, num_members=K)[0]
-
-    gradient = jax.jit(jax.grad(loss))(trained(name, "t5"), small)
-    assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
+    them = crowd(kind)
+    gradient = gradient_of(kind)(them.trainables, small, batch_of(them.rows))
+    for name, own in zip(them.names, gradient, strict=True):
+        assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(own)), name
 
 
 @of(*MERGED)
