@@ -26,13 +26,15 @@ def is_on(name: str) -> bool:
     return (FAULTS / name).exists()
 
 
-def failing_store(method: Callable) -> Callable:
-    def call(*arguments: Any, **settings: Any) -> Any:
+def failing_store(function: Callable, error: Exception) -> Callable:
+    """The function with the error that a disk, or a network file system, makes it meet."""
+
+    def call(*arguments: Any) -> Any:
         while is_on("slow-store"):
             time.sleep(0.05)
         if is_on("no-store"):
-            raise OSError(5, "Input/output error")
-        return method(*arguments, **settings)
+            raise error
+        return function(*arguments)
 
     return call
 
@@ -53,8 +55,9 @@ def jumping_clock(clock: Callable[[], float]) -> Callable[[], float]:
     return lambda: clock() + 86_400 * is_on("clock")
 
 
-store.DirectoryStore.list = failing_store(store.DirectoryStore.list)
-store.DirectoryStore.read = failing_store(store.DirectoryStore.read)
+unavailable = store.StoreUnavailable("The store cannot be listed: Input/output error.")
+store._folders = failing_store(store._folders, unavailable)
+store._read_all = failing_store(store._read_all, OSError(5, "Input/output error"))
 Compute.run = failing_device(Compute.run)
 time.time = jumping_clock(time.time)
 
