@@ -1,4 +1,4 @@
-"""Bottleneck adapters, written as AdapterHub (the library ``adapters``) loads them."""
+"""Bottlenecks, LoRA and IA3, written as AdapterHub (the library ``adapters``) loads them."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.values import Values
 from jaxprompt.methods.adapterhub import CONFIG, PARTS, TENSORS, adapter_path, module_with
-from jaxprompt.methods.contents import ADAPTERS, change_at, parts_in
+from jaxprompt.methods.adapterhub_lora import KEYS, Written, lora_or_ia3
+from jaxprompt.methods.contents import ADAPTERS, IA3, LORA, change_at, parts_in
+from jaxprompt.methods.layers import to_tensors
 from jaxprompt.methods.model_card import adapterhub_card
 from jaxprompt.methods.tuned import (
     Prompt,
@@ -21,8 +23,9 @@ from jaxprompt.methods.tuned import (
     read_object,
     record_of,
 )
+from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.torch_modules import sublayers
-from jaxprompt.models.injection import Adapter
+from jaxprompt.models.injection import Adapter, Layers
 from jaxprompt.runtime.files import replace_directory
 
 CARD = "README.md"
@@ -32,31 +35,44 @@ _ACTIVATIONS = {"relu": "relu", "gelu": "gelu_new", "gelu_exact": "gelu", "silu"
 
 
 def save_adapterhub(
-    path: str | Path, prompt: Prompt, *, name: str | None = None, base_model: str | None = None
+    path: str | Path,
+    prompt: Prompt,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    backbone: Backbone | None = None,
 ) -> None:
     """Write an adapter that ``model.load_adapter(path, use_safetensors=True)`` of AdapterHub loads.
 
     Args:
-        prompt: of bottleneck adapters: ``seq_bn``, ``double_seq_bn`` or ``par_bn`` there.
+        prompt: of bottleneck adapters (``seq_bn``, ``double_seq_bn`` or ``par_bn`` there), of LoRA
+            or of IA3.
         name: of the adapter in the model; by default the task's.
         base_model: where the backbone is; by default where it was in training.
+        backbone: that the prompt was tuned on; only IA3 of a T5 needs it.
 
     Raises:
         UserError: ``path`` holds anything but an adapter that was written here, the prompt has
-            more than bottlenecks, or AdapterHub has none of their kind.
+            several kinds of changes, or AdapterHub has none of its kind.
     """
     vectors, metadata, layers = fitted_prompt(prompt)
     kinds = [part.kind for part in parts_in(layers)]
-    if len(vectors) or kinds != [ADAPTERS] or layers is None:
+    if len(vectors) or kinds not in ([ADAPTERS], [LORA], [IA3]) or layers is None:
         every = ["virtual tokens"] * bool(len(vectors)) + kinds
         raise UserError(
-            f"The prompt has {listed(every)}, and only bottleneck adapters alone are written for "
-            "AdapterHub; use save_peft or save_prompt."
+            f"The prompt has {listed(every)}, and only bottleneck adapters, LoRA or IA3 alone are "
+            "written for AdapterHub; use save_peft or save_prompt."
         )
-    adapters = {path: change_at(layers, path) for path in parts_in(layers)[0].paths}
+    (part,), name = parts_in(layers), _name(metadata, name)
     source = base_model or record_of(metadata, "backbone").get("source")
-    config = _config(adapters, _name(metadata, name), source)
-    tensors = _tensors(adapters, config["name"])
+    if part.kind == ADAPTERS:
+        adapters = {path: change_at(layers, path) for path in part.paths}
+        written = Written(_settings(adapters), _tensors(adapters, name))
+    else:
+        written = lora_or_ia3(part, layers, name, metadata, backbone)
+    width = _model_width(layers, metadata)
+    config = _config(written.settings, name, source, "layers" in layers, width)
+    tensors = {key: np.ascontiguousarray(value) for key, value in written.tensors.items()}
     text = as_json(config)
     card = adapterhub_card(metadata, config).encode("utf-8", "backslashreplace")
 
@@ -74,7 +90,7 @@ def _is_ours(folder: Path) -> bool:
         config = read_object(folder / CONFIG)
     except UserError:
         return False
-    return set(config) == _KEYS and set(record_of(config, "config")) == _SETTINGS
+    return set(config) == _KEYS and set(record_of(config, "config")) in (_SETTINGS, KEYS)
 
 
 _KEYS = {"model_type", "hidden_size", "model_name", "name", "model_class", "config", "version"}
@@ -90,7 +106,29 @@ def _name(metadata: Mapping[str, object], name: str | None) -> str:
     return re.sub(r"[^\w-]+", "_", chosen)
 
 
-def _config(adapters: Mapping[tuple[str, ...], Adapter], name: str, source: object) -> Values:
+def _model_width(layers: Layers, metadata: Mapping[str, object]) -> object:
+    """d_model, as far as it is known."""
+    for name, tensor in to_tensors(layers)[0].items():
+        if name.endswith(("_adapter/down", "query/low_rank/a", "value/low_rank/a")):
+            return tensor.shape[1]
+    return record_of(metadata, "backbone").get("d_model")
+
+
+def _config(
+    settings: Values, name: str, source: object, decoder_only: bool, width: object
+) -> Values:
+    return {
+        "model_type": "llama" if decoder_only else "t5",
+        "hidden_size": width,
+        "model_name": source,
+        "name": name,
+        "model_class": "LlamaForCausalLM" if decoder_only else "T5ForConditionalGeneration",
+        "config": settings,
+        "version": VERSION,
+    }
+
+
+def _settings(adapters: Mapping[tuple[str, ...], Adapter]) -> Values:
     first = next(iter(adapters.values()))
     reads = {adapter.reads for adapter in adapters.values()}
     if reads == {"normed"}:
@@ -114,24 +152,16 @@ def _config(adapters: Mapping[tuple[str, ...], Adapter], name: str, source: obje
             "thing; keep them as an artefact of jaxprompt (save_prompt)."
         )
     return {
-        "model_type": "llama" if decoder_only else "t5",
-        "hidden_size": width,
-        "model_name": source,
-        "name": name,
-        "model_class": "LlamaForCausalLM" if decoder_only else "T5ForConditionalGeneration",
-        "config": {
-            "mh_adapter": "attention_adapter" in kinds,
-            "cross_adapter": "cross_attention_adapter" in kinds,
-            "output_adapter": "mlp_adapter" in kinds,
-            "reduction_factor": _reduction(width, _widest(adapters)),
-            "non_linearity": _ACTIVATIONS[first.activation],
-            "original_ln_before": reads == {"sum"},
-            "original_ln_after": True,
-            "is_parallel": reads == {"input"},
-            "scaling": float(first.scale),
-            "leave_out": [],
-        },
-        "version": VERSION,
+        "mh_adapter": "attention_adapter" in kinds,
+        "cross_adapter": "cross_attention_adapter" in kinds,
+        "output_adapter": "mlp_adapter" in kinds,
+        "reduction_factor": _reduction(width, _widest(adapters)),
+        "non_linearity": _ACTIVATIONS[first.activation],
+        "original_ln_before": reads == {"sum"},
+        "original_ln_after": True,
+        "is_parallel": reads == {"input"},
+        "scaling": float(first.scale),
+        "leave_out": [],
     }
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.paths import expanded
 from jaxprompt.data.batches import AnyArray
+from jaxprompt.methods.adapterhub_lora import divided
 from jaxprompt.methods.contents import (
     ADAPTERS,
     BIASES,
@@ -199,7 +200,7 @@ def _lora(paths: Iterable[TreePath], layers: Layers, metadata: Mapping[str, obje
             first = first.reshape(inputs, -1)[:, :rank]
             second = second.reshape(len(second), -1)[:rank]
             tensors[f"base_model.model.{module}.lora_A.weight"] = first.T
-            tensors[f"base_model.model.{module}.lora_B.weight"] = _divided(second, scale).T
+            tensors[f"base_model.model.{module}.lora_B.weight"] = divided(second, scale).T
     ranks = {len(a) for name, a in tensors.items() if name.endswith("lora_A.weight")}
     more: Settings = {
         "target_modules": _targets(paths), "bias": "none", "lora_dropout": _dropout(metadata),
@@ -277,16 +278,6 @@ def _fits(path: TreePath, pair: LowRank, settings: Mapping[str, object]) -> bool
         if rank > a.shape[-1] or np.any(a[..., rank:]) or np.any(b[rank:]):
             return False
     return True
-
-
-def _divided(b: Float[np.ndarray, "r out"], scale: float) -> Float[np.ndarray, "r out"]:
-    """The numbers whose products with the scale are ``b``, to the bit where there are such."""
-    factor = np.float32(scale)
-    numbers = b / factor
-    for nearby in (np.nextafter(numbers, np.float32(limit)) for limit in (-np.inf, np.inf)):
-        better = (factor * numbers != b) & (factor * nearby == b)
-        numbers = np.where(better, nearby, numbers)
-    return numbers
 
 
 def _ia3(paths: Iterable[TreePath], layers: Layers) -> _Adapter:

@@ -159,6 +159,9 @@ def test_what_is_read_and_written_and_read_is_the_same_to_the_bit(library, name,
     else:
         save_peft(tmp_path / "theirs", prompt, backbone=b)
     again = load_prompt(tmp_path / "theirs", b)
+    if library == "adapterhub" and prompt.metadata.get("method") in ("lora", "ia3"):
+        save_adapterhub(tmp_path / "hub", prompt, backbone=b)
+        assert same(load_prompt(tmp_path / "hub", b), prompt)
     if name == "seq_bn_few_t5":  # whose stacks have several widths, and now the widest
         assert same_but_for_zeros(again.layers, prompt.layers)
     else:
