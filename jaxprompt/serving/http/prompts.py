@@ -278,6 +278,11 @@ async def _put(
     except UserError as error:
         service.metrics.changes.labels("refused").inc()
         raise of_user_error(error, "name", (422, "prompt_rejected")) from None
+    except OSError as error:  # the disk is full, or the server may not write
+        sentence = f"The server cannot write the prompt ({error.strerror}); nothing is changed."
+        raise ApiError(
+            503, "store_unavailable", sentence, "name", headers={"retry-after": "5"}
+        ) from None
     service.metrics.changes.labels("put").inc()
     return version, new
 

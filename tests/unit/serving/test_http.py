@@ -244,6 +244,17 @@ def test_prompts_are_listed_in_pages_inspected_and_pinned(running):
     assert (unpinned.json()["state"], unpinned.json()["pinned"]) == ("host", False)
 
 
+def test_a_full_disk_is_told_and_is_no_fault_of_the_server(running, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(running.catalogue, "put", full)
+    folder = prompt_folder(tmp_path / "new", 1)
+    files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+    [put] = ask(running, ("PUT", "/v1/prompts/new", {"files": files}))
+    assert error_of(put) == (503, "store_unavailable") and "No space left" in put.text
+
+
 def test_a_pin_goes_along_with_its_name_however_that_changes(running, tmp_path):
     other = prompt_folder(tmp_path / "other", 1)
     files = [("files", (path.name, path.read_bytes())) for path in sorted(other.iterdir())]
