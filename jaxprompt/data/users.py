@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -86,7 +86,8 @@ def _in_time(rows: list[Row], column: str | None) -> list[Row]:
             f"users.time, {column!r}, is {shown(odd)} in some row; all rows of a user must have a "
             "number there, or all a text that sorts by time, such as 2026-11-30."
         )
-    return [rows[i] for i in sorted(range(len(rows)), key=times.__getitem__)]
+    order = sorted(range(len(rows)), key=cast(list[float], times).__getitem__)
+    return [rows[i] for i in order]
 
 
 class UserExamples(MixedExamples):

@@ -40,7 +40,7 @@ def prompts_of(users: Leaves) -> Float[Array, "M P D"]:
 
 
 def first_leaves(
-    settings: UsersConfig, shared: Float[np.ndarray, "P D"], count: int, seed: int
+    settings: UsersConfig, shared: Float[Array | np.ndarray, "P D"], count: int, seed: int
 ) -> dict[str, Array]:
     """What is trained before step 0: all of ``count`` users have the shared prompt.
 

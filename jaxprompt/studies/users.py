@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -163,7 +164,9 @@ def bench(run: Run, suite: Suite, backbone: Backbone) -> Bench:
             with_member(example, int(owner), vocabulary, length)
             for example, owner in zip(examples, owners, strict=True)
         ]
-        engine = make_engine(backbone.params, Injection(bank), backbone.model, backbone.mesh)
+        engine = make_engine(
+            backbone.params, Injection(jnp.asarray(bank)), backbone.model, backbone.mesh
+        )
         answers = predict(engine, task, placed, session.tokenizer, batch_size=64, pack=True)
         wanted = [row["label"] for row in test]
         return np.array(answers.predictions) == np.array(wanted)
@@ -357,6 +360,7 @@ def k_means(
         nearest = ((points[:, None] - centres) ** 2).sum(axis=-1).min(axis=1)
         chosen = rng.choice(len(points), p=nearest / nearest.sum())
         centres = np.concatenate([centres, points[chosen][None]])
+    labels = np.zeros(len(points), int)
     for _ in range(steps):
         distances = ((points[:, None] - centres) ** 2).sum(axis=-1)
         labels = distances.argmin(axis=1)

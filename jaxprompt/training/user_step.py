@@ -11,7 +11,7 @@ Its gradient is the mean over the members.
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class UserMoments(NamedTuple):
 
     ridge: the factor of the squared norm of a user's change, lambda / n_u.
     own: moments of what is a user's own.
-    common: moments of the vectors in common; None where there are none or they are frozen.
+    common: moments of the vectors in common; () where there are none or they are frozen.
     """
 
     ridge: Float[Array, " K"]
@@ -62,7 +62,7 @@ class UserOptimizer(NamedTuple):
 
     def init(self, leaves: Leaves, ridge: Float[Array, " K"]) -> UserMoments:
         """The state before step 0 of the leaves of K users, those in common without an axis K."""
-        common = None
+        common: optax.OptState = ()
         if self.common is not None and BASIS in leaves:
             common = self.common.init(leaves[BASIS])
         return UserMoments(ridge, jax.vmap(self.each.init)(_own(leaves)), common)
@@ -78,13 +78,14 @@ class UserOptimizer(NamedTuple):
         assert users is not None
         pull = jax.vmap(jax.grad(lambda user, ridge: ridge * jnp.sum(change_of(user) ** 2)))
         gradient = jax.tree.map(jnp.add, gradient, pull(users, state.ridge))
-        own, moments = jax.vmap(self.each.update)(_own(gradient), state.own, _own(users))
+        found = jax.vmap(self.each.update)(_own(gradient), state.own, _own(users))
+        own, moments = cast(tuple[Leaves, optax.OptState], found)
         updates = {name: own.get(name, jnp.zeros_like(leaf)) for name, leaf in users.items()}
         common = state.common
         if self.common is not None and BASIS in users:
             mean = jnp.mean(gradient[BASIS], axis=0)
             step, common = self.common.update(mean, common, users[BASIS][0])
-            updates[BASIS] = jnp.broadcast_to(step, users[BASIS].shape)
+            updates[BASIS] = jnp.broadcast_to(cast(Array, step), users[BASIS].shape)
         return updates, UserMoments(state.ridge, moments, common)
 
 
@@ -126,6 +127,11 @@ def first_user_state(
     return TrainState(jnp.int32(0), alone, moments)
 
 
+def moments_of(state: TrainState) -> UserMoments:
+    """What the optimizer knows of the users of a state."""
+    return cast(UserMoments, state.optimizer)
+
+
 def users_in(trainables: Leaves, users: Int[Array | np.ndarray, " M"]) -> dict[str, Array]:
     """The leaves of some users, each with a first axis M."""
     copies = lambda x: jnp.broadcast_to(x[0], (len(users), *x.shape[1:]))
@@ -135,7 +141,7 @@ def users_in(trainables: Leaves, users: Int[Array | np.ndarray, " M"]) -> dict[s
 @jax.jit
 def gather(state: TrainState, users: Int[Array | np.ndarray, " M"]) -> TrainState:
     """The state of these users alone."""
-    moments = state.optimizer
+    moments = moments_of(state)
     take = lambda tree: jax.tree.map(lambda x: x[users], tree)
     # a copy, since a step donates what it is given
     common = jax.tree.map(jnp.copy, moments.common)
@@ -147,14 +153,14 @@ def scatter(
     state: TrainState, some: TrainState, users: Int[Array | np.ndarray, " M"]
 ) -> TrainState:
     """``state`` with what a step has made of these users; it is donated."""
-    kept = _own(state.trainables), state.optimizer.own
-    own, moments = _put(kept, (_own(some.trainables), some.optimizer.own), users)
+    before, after = moments_of(state), moments_of(some)
+    kept = _own(state.trainables), before.own
+    own, moments = _put(kept, (_own(some.trainables), after.own), users)
     trainables = {
         name: own[name] if name in OWN else leaf if name == SHARED else some.trainables[name][:1]
         for name, leaf in state.trainables.items()
     }
-    ridge, common = state.optimizer.ridge, some.optimizer.common
-    return TrainState(some.step, trainables, UserMoments(ridge, moments, common))
+    return TrainState(some.step, trainables, UserMoments(before.ridge, moments, after.common))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -221,7 +227,9 @@ def user_steps(
     step = make_train_step(
         model,
         user_method(users),
-        optax.GradientTransformation(_no_init, optimizer.update),
+        optax.GradientTransformation(
+            cast(optax.TransformInitFn, _no_init), cast(optax.TransformUpdateFn, optimizer.update)
+        ),
         mesh=tuned.mesh,
         z_loss=settings.z_loss,
         loss=labels.loss if labels else None,
@@ -244,7 +252,7 @@ def state_of_users(
     settings: TrainConfig,
     users: UsersConfig,
     optimizer: UserOptimizer,
-    shared: Float[np.ndarray, "P D"],
+    shared: Float[Array | np.ndarray, "P D"],
     rows: Int[np.ndarray, " K"],
 ) -> TrainState:
     """The state before step 0 of K users with so many training rows, on the default device."""
