@@ -161,8 +161,7 @@ class MixedExamples(Sequence[Example]):
     ) -> Int[np.ndarray, " B"]:
         """As ``batch_indices``, which it equals for one task with one template.
 
-        Raises:
-            ValueError: a window of batches for several tasks.
+        Several tasks have no epoch in common, so every window has all of its batches.
         """
         if len(self._parts) == 1:
             rows = self._parts[0].rows
@@ -170,16 +169,27 @@ class MixedExamples(Sequence[Example]):
                 lengths[:rows], batch_size=batch_size, seed=seed, step=step, window=window,
                 order_of=order_of,
             )  # fmt: skip
-            tasks = np.zeros(batch_size, int)
-        elif window:
-            raise ValueError("Tasks of a mixture have no windows of batches in common.")
-        else:
-            places = step * batch_size + np.arange(batch_size)
-            tasks, numbers = self._rows_at(places, seed, order_of)
+            return self._with_templates(np.zeros(batch_size, int), numbers, seed, step)
+        first = step - step % window if window else step
+        batches = []
+        for each in range(first, first + max(window, 1)):
+            places = each * batch_size + np.arange(batch_size)
+            rows_of = self._rows_at(places, seed, order_of)
+            batches.append(self._with_templates(*rows_of, seed, each))
+        chunk = np.concatenate(batches)
+        if not window:
+            return chunk
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")].reshape(-1, batch_size)
+        return chunk[_rng(seed, first, stream=2**42).permutation(window)[step - first]]
+
+    def _with_templates(
+        self, tasks: Int[np.ndarray, " B"], numbers: Int[np.ndarray, " B"], seed: int, step: int
+    ) -> Int[np.ndarray, " B"]:
+        """The examples of rows of tasks, each with a template that is drawn for batch ``step``."""
         first, rows, templates = np.array(self._parts).T[:, tasks]
         chosen = 0
         if templates.max() > 1:
-            drawn = _rng(seed, step, stream=2**41).random(batch_size)
+            drawn = _rng(seed, step, stream=2**41).random(len(tasks))
             chosen = (drawn * templates).astype(int)
         return first + chosen * rows + numbers
 

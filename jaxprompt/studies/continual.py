@@ -218,7 +218,6 @@ def _one_model(run: Run, suite: Suite, backbone: Backbone, tasks: Sequence[TaskC
 def _joint(run: Run, suite: Suite, backbone: Backbone, tasks: Sequence[TaskConfig]) -> Record:
     """One prompt for all tasks at once, with as many steps as all tasks have together."""
     steps = {"train.steps": run.settings.get("train.steps", 30_000) * len(tasks)}
-    steps["train.length_bucketing_window"] = 0  # tasks of a mixture share no windows
     parts: Values = {
         task.name: {k: v for k, v in task.model_dump().items() if k != "name"} for task in tasks
     }

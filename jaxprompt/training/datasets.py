@@ -87,7 +87,6 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
     """What each member learns. Raises UserError where results of two could not be told apart."""
     tasks = [resolve_learnt(member.task) for member in members]
     for member, task in zip(members, tasks, strict=True):
-        _check_mixture(member, task)
         for part in parts_of(task):
             check_metrics(part)
             check_labels_to_compare(member.train, part)
@@ -107,14 +106,6 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
 def single_tasks(tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
     """The tasks whose rows are read, each once: mixtures are taken apart."""
     return list({part.name: part for task in tasks for part in parts_of(task)}.values())
-
-
-def _check_mixture(member: RunConfig, task: TaskConfig) -> None:
-    if isinstance(task, Mixture) and len(task.tasks) > 1 and member.train.length_bucketing_window:
-        raise UserError(
-            f"train.length_bucketing_window is {member.train.length_bucketing_window}, and tasks "
-            "of a mixture share no windows; set it to 0."
-        )
 
 
 def read_splits(task: TaskConfig, eval_rows: int | None, held: Rows | None = None) -> Rows:

@@ -144,12 +144,10 @@ def rows_of(count, mark):
     ]
 
 
-def drawn(pool, steps, batch_size=8, seed=3):
+def drawn(pool, steps, seed=3, window=0):
     lengths = np.array([len(e.inputs) for e in pool])
-    return [
-        [pool[i] for i in pool.indices(lengths, batch_size=batch_size, seed=seed, step=k, window=0)]
-        for k in steps
-    ]
+    of = lambda k: pool.indices(lengths, batch_size=8, seed=seed, step=k, window=window)
+    return [[pool[i] for i in of(k)] for k in steps]
 
 
 def test_shares_are_those_of_the_paper():
@@ -190,6 +188,21 @@ def test_a_batch_of_a_mixture_depends_on_the_seed_and_its_number_alone():
     streamed = training_batches([pool], Draw(8, [3]), start=13)
     inputs = next(streamed)[0].inputs[:, :3]
     assert inputs.tolist() == whole[13]
+
+
+def test_a_window_of_a_mixture_sorts_the_rows_of_its_batches_by_length():
+    longer = [e._replace(inputs=np.pad(e.inputs, (0, i % 7))) for i, e in enumerate(rows_of(30, 2))]
+    pool = MixedExamples([[rows_of(9, 0), rows_of(9, 1)], [longer]], [0.5, 0.5])
+    ids = lambda batches: sorted(e.inputs.tolist() for batch in batches for e in batch)
+    lengths = lambda batch: sorted(len(e.inputs) for e in batch)
+    plain, sorted_ones = drawn(pool, range(12)), drawn(pool, range(12), window=4)
+    for first in (0, 4, 8):
+        window = sorted_ones[first : first + 4]
+        assert ids(window) == ids(plain[first : first + 4])
+        ordered = sorted(map(lengths, window))
+        assert all(a[-1] <= b[0] for a, b in itertools.pairwise(ordered))
+    again = drawn(pool, range(6, 12), window=4)  # a resumed run
+    assert [ids([batch]) for batch in again] == [ids([batch]) for batch in sorted_ones[6:]]
 
 
 def test_a_template_is_drawn_for_each_example():
