@@ -21,12 +21,15 @@ from jaxprompt.data.microbatches import packed_rows
 from jaxprompt.inference.rank import label_log_likelihoods
 from jaxprompt.methods.base import Method, grouped
 from jaxprompt.methods.registry import method_of
+from jaxprompt.models import blocks
+from jaxprompt.models.decoder import decoder
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
 from jaxprompt.models.injection import Injection, without_dropout
 from jaxprompt.models.label_tree import label_trees
 from jaxprompt.models.merge import merge
-from jaxprompt.models.ops import quantization
+from jaxprompt.models.ops import changes, quantization
+from jaxprompt.models.t5 import t5
 from jaxprompt.models.t5.t5 import T5Config, T5Model
 from jaxprompt.runtime import parallel
 from jaxprompt.training.step import TrainState, batch_losses, make_train_step
@@ -211,6 +214,28 @@ def test_a_neutral_start_is_the_frozen_model_bit_for_bit(name, family):
     at_start = logits_of(family)(weights(family), injection, batch)
     frozen = logits_of(family)(weights(family), Injection(), batch)
     np.testing.assert_array_equal(at_start, frozen)
+
+
+@families
+def test_a_step_of_a_prompt_has_no_operation_of_another_part(family, monkeypatch):
+    """Every change of a layer is looked up for its rows. So its program is that without changes."""
+
+    def operations(name):
+        trainables = started(name, family)
+        step = make_train_step(MODELS[family], method(name), OPTIMIZER, z_loss=1e-4)
+        state = TrainState(jnp.int32(0), trainables, OPTIMIZER.init(trainables))
+        batch = batch_of(mixed_rows(name))
+        jax.eval_shape(lambda *a: step(*a, [batch]), state, weights(family))
+
+    def looked_up(*_):
+        raise LookupError
+
+    for module in (changes, blocks, t5, decoder):
+        monkeypatch.setattr(module, "of_rows", looked_up)
+    operations("prompt-tuning")
+    for name in ("lora", "ia3", "prefix-tuning", "adapter", "bitfit"):
+        with pytest.raises(LookupError):
+            operations(name)
 
 
 @pytest.mark.parametrize(
