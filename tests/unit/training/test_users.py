@@ -1,6 +1,7 @@
 """Users' prompts: rows cut by time, steps that touch the users of their batch alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -60,7 +61,7 @@ def test_a_sparse_step_is_the_dense_step_of_the_users_in_the_batch(tiny):
     start = np.repeat(prompts(1), COUNT, axis=0)
     dense = init_state(PROMPT_TUNING, optimizer, params, start)
     dense, expected = make_train_step(model, PROMPT_TUNING, optimizer)(
-        dense, params, [batch_of(CHOSEN)]
+        dense, params, [batch_of(CHOSEN.tolist())]
     )
     found = np.asarray(prompts_of(users_in(state.trainables, np.arange(COUNT))))
     wanted = np.asarray(dense.trainables["prompt"])
@@ -97,7 +98,7 @@ def test_a_ridge_pulls_a_user_to_the_shared_prompt_the_more_the_fewer_rows_he_ha
     np.testing.assert_allclose(state.optimizer.ridge, [2.0, 0.5])
     some = gather(state, np.array([1]))
     some.trainables["change"] = some.trainables["change"] + 3.0
-    nothing = jax.tree.map(np.zeros_like, some.trainables)
+    nothing = jax.tree.map(jnp.zeros_like, some.trainables)
     sgd = optimizer._replace(each=optax.sgd(1.0))
     updates, _ = sgd.update(nothing, some.optimizer._replace(own=jax.vmap(sgd.each.init)({
         "change": some.trainables["change"]})), some.trainables)  # fmt: skip
