@@ -38,7 +38,8 @@ from jaxprompt.training.loop import train
 
 USERS, FEWEST, MOST, CLUSTERS = 24, 8, 60, 4
 TASK = "stops"
-SHARED, RANDOM, CLUSTER, LOW, FULL = "shared", "random-id", "cluster", "low_rank", "full"
+SHARED, RANDOM, CLUSTER = "shared", "random-id", "cluster"
+LOW, FULL = "own-low_rank", "own-full"  # with the freedom that users have
 LABEL = {
     SHARED: "one shared prompt",
     RANDOM: "one prompt, a random id of the user in the text",
@@ -375,7 +376,10 @@ def _own(
     run: Run, suite: Suite, backbone: Backbone, made: Bench, shared: Right
 ) -> tuple[Record, Right]:
     """A prompt for each user."""
-    users = made.settings.model_dump() | {"freedom": run.method, "shared": str(made.shared)}
+    users = made.settings.model_dump() | {
+        "freedom": run.method.removeprefix("own-"),
+        "shared": str(made.shared),
+    }
     users.pop("shared_steps")
     settings: Settings = {f"users.{name}": value for name, value in users.items()}
     settings["train.learning_rate"] = RATE

@@ -63,7 +63,8 @@ def plan_of(study, recipe):
         options["backbones"] = {"t5-base": "google-t5/t5-base"}
     if study == "adaptation":
         options["adapted"] = {"a": 0, "b": 100}
-    tasks = ["mrpc", "qqp"] if study in ("transfer", "shift") else ["supersense", "spam"]
+    pairs = dict.fromkeys(("transfer", "shift"), ["mrpc", "qqp"]) | {"users": []}  # rows of its own
+    tasks = pairs.get(study, ["supersense", "spam"])
     return make_plan(study, StudyOptions(tasks=tasks, **options))
 
 
