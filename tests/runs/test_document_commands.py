@@ -20,6 +20,7 @@ PARSED_ONLY = (
     ("train spam ", "it makes what the server serves"),
     ("push ", "network"),
     ("user add ", "a library of users; test_users.py makes one"),
+    ("runs/my/users", "a library of users; test_users.py makes one"),
     ("train configs/paper/base.yaml", "network"),
     ("train.trackers=", "libraries that are not installed"),
     ("population={task: ", "minutes: two built-in data sets in full"),
