@@ -34,6 +34,8 @@ def user(
 
     if action not in ACTIONS:
         raise UserError(f"{action!r} is no action on a user; use add, remove or name.")
+    if not id:
+        raise UserError("--id is empty; give the user as the column of the data names him.")
     if (data is not None) != (action == "add"):
         raise UserError("--data has the rows of a user to add; give it for add alone.")
     opened = open_library(library)

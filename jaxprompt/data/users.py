@@ -1,6 +1,7 @@
 """Rows of users: cut by time inside each user, and drawn for steps that have a few users each."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -75,19 +76,35 @@ def histories(rows: Rows, settings: UsersConfig) -> Histories:
 
 
 def _in_time(rows: list[Row], column: str | None) -> list[Row]:
-    """Rows in the order of a column, those of one time in their order. Raises UserError."""
+    """Rows in the order of a column, those of one time in their order. Raises UserError.
+
+    Texts that are all numbers, as a CSV file has them, are ordered as numbers.
+    """
     if column is None:
         return rows
     times = [row.get(column) for row in rows]
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and x == x
-    if not all(map(number, times)) and not all(isinstance(x, str) and x for x in times):
-        odd = next((x for x in times if not number(x) and not (isinstance(x, str) and x)), times)
-        raise UserError(
-            f"users.time, {column!r}, is {shown(odd)} in some row; all rows of a user must have a "
-            "number there, or all a text that sorts by time, such as 2026-11-30."
-        )
-    order = sorted(range(len(rows)), key=cast(list[float], times).__getitem__)
+    if all(isinstance(time, str) and time for time in times):
+        texts = cast(list[str], times)
+        numbers = [_as_number(text) for text in texts]
+        keys = texts if None in numbers else numbers
+    else:
+        keys = times
+        for time in times:
+            if isinstance(time, bool) or not isinstance(time, int | float) or time != time:
+                raise UserError(
+                    f"A row has {shown(time)} in users.time, {column!r}; all rows of a user must "
+                    "have a number there, or all a text that sorts by time, such as 2026-11-30."
+                )
+    order = sorted(range(len(rows)), key=cast(list[float], keys).__getitem__)
     return [rows[i] for i in order]
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 class UserExamples(MixedExamples):

@@ -140,6 +140,14 @@ def test_users_come_equally_often_and_a_step_is_a_function_of_seed_and_number():
     assert [e.member for e in placed] == [0, 0, 1, 1]
 
 
+def test_times_of_a_csv_file_are_ordered_as_the_numbers_that_they_are():
+    rows = [row for k in (9, 100, 20, 3) for row in history(1, "a", when=str(k))]
+    found = histories(rows, UsersConfig(column="who", time="when", min_rows=3, test=0.2))
+    assert [found.splits[name][-1]["when"] for name in ("train", "validation", "test")] == [
+        "9", "20", "100",
+    ]  # fmt: skip
+
+
 def test_rows_are_cut_by_time_inside_each_user():
     rows = history(10, "a") + history(3, "b") + history(2, "c")
     for number, row in enumerate(rows):
@@ -159,7 +167,7 @@ def test_rows_are_cut_by_time_inside_each_user():
         (history(4, None), {}, "Row 1 has None in users.column, 'who'"),
         (history(4, "a"), {"column": "whom"}, "Row 1 has None in users.column, 'whom'"),
         (history(4, "a"), {}, "None of 1 users in 'who' has users.min_rows, 5, rows"),
-        (history(9, "a", when=[]), {"time": "when"}, "users.time, 'when', is"),
+        (history(9, "a", when=[]), {"time": "when"}, r"A row has \[\] in users.time, 'when'"),
     ],
 )
 def test_rows_that_cannot_be_cut_are_told_in_a_sentence(rows, changes, words):
