@@ -60,9 +60,11 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
         if config.users is None:
             run.finished(lambda: tune.inputs_of_files(config))
             job = tune.prepare(config, run, reporter, signals)
+            trained = sum(x.size for x in jax.tree.leaves(job.shapes))
         else:
             run.finished(lambda: users.known_inputs(config))
-            job = users.prepare(config, run, reporter, signals, tune=lambda *given: {}).base
+            of_users = users.prepare(config, run, reporter, signals, tune=lambda *given: {})
+            job, trained = of_users.base, of_users.num_trained
     return {
         "devices": describe(),
         "backbone": config.backbone,
@@ -71,7 +73,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
             for trials in by_task(job.trials).values()
             for part in trials[0].dataset.tasks()
         },
-        "trained_parameters": sum(x.size for x in jax.tree.leaves(job.shapes)),
+        "trained_parameters": trained,
         "memory_gib": _memory(config, job.trials),
         "steps": config.train.steps,
         "output": config.output,

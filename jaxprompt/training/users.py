@@ -33,7 +33,7 @@ from jaxprompt.inference.session import check_pair
 from jaxprompt.methods.artefact import load_prompt, save_prompt
 from jaxprompt.methods.tuned import Metadata, Prompt
 from jaxprompt.methods.user_library import new_library
-from jaxprompt.methods.users import BASIS, prompts_of
+from jaxprompt.methods.users import BASIS, SHARED, first_leaves, prompts_of
 from jaxprompt.models.injection import Injection
 from jaxprompt.runtime import parallel
 from jaxprompt.runtime.signals import Signals
@@ -207,6 +207,16 @@ class UserTuning:
         """The steps that each user has, at least one."""
         return max(self.settings.steps // self.examples.visits, 1)
 
+    @property
+    def num_trained(self) -> int:
+        """The numbers of all users, and of what they have in common."""
+        shared = jax.ShapeDtypeStruct(
+            (self._tuned().length, self.base.backbone.config.d_model), jnp.float32
+        )
+        count = len(self.found.users)
+        leaves = jax.eval_shape(lambda vectors: first_leaves(self.users, vectors, count, 0), shared)
+        return sum(leaf.size for name, leaf in leaves.items() if name != SHARED)
+
     # -- states
 
     def start(self) -> tuple[TrainState, Progress]:
@@ -313,7 +323,7 @@ class UserTuning:
             users = np.minimum(np.arange(first, first + chunk), count - 1)
             bank = _prompts(state.trainables, users)
             if shared:
-                bank = jnp.broadcast_to(state.trainables["shared"], bank.shape)
+                bank = jnp.broadcast_to(state.trainables[SHARED], bank.shape)
             engine = make_engine(
                 base.backbone.params, Injection(bank), base.backbone.model, base.mesh
             )
@@ -364,9 +374,7 @@ class UserTuning:
             "untuned": (progress.untuned or {})[task.name],
             "rows": len(trial.dataset.validation.examples),
             "best_step": progress.step,
-            "trainable_parameters": sum(
-                x.size for k, x in state.trainables.items() if k != "shared"
-            ),
+            "trainable_parameters": self.num_trained,
             "prompt": str(folder / "shared"),
             "model": None,
             "users": {
@@ -424,7 +432,7 @@ class UserTuning:
         }
         if jax.process_index() != 0:
             return 0
-        shared = np.asarray(jax.device_get(state.trainables["shared"]))[0]
+        shared = np.asarray(jax.device_get(state.trainables[SHARED]))[0]
         library = new_library(
             folder, self.config, self.visits, Prompt(shared, cast(Metadata, metadata)),
             None if basis is None else np.asarray(basis)[0],

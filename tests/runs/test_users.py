@@ -16,6 +16,7 @@ from jaxprompt.methods.user_library import open_library
 from jaxprompt.serving.store import DirectoryStore
 from jaxprompt.studies.users import k_means, swap_control
 from jaxprompt.training.add_user import add_user
+from jaxprompt.training.dry_run import dry_run
 from jaxprompt.training.loop import train
 from jaxprompt.training.metric_log import NullReporter
 
@@ -54,6 +55,16 @@ def made(tmp_path_factory):
 def vectors_of(library):
     found = {user: load_prompt(library.own_prompt(user)).vectors for user in USERS}
     return found | {"shared": load_prompt(library.shared_prompt).vectors}
+
+
+def test_a_dry_run_counts_what_users_train(made):
+    folder, backbone, run, result = made
+    facts = dry_run(run.model_copy(update={"output": str(folder / "dry")}), NullReporter())
+    basis = open_library(result["users"]["library"]).basis()
+    assert basis is not None and not (folder / "dry").exists()
+    # all four users have rows enough; the numbers of each, and the vectors in common
+    counted = len(USERS) * 2 + basis.size
+    assert facts["trained_parameters"] == result["trainable_parameters"] == counted
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(made):
