@@ -136,10 +136,10 @@ class MixedExamples(Sequence[Example]):
         shares: of each task, with the sum 1.
         """
         self.tasks, self.shares = tasks, tuple(shares)
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []  # of each task
         self._examples: list[Example] = []
         for number, templates in enumerate(tasks):
-            self._parts.append(Part(len(self._examples), len(templates[0]), len(templates)))
+            self.parts.append(Part(len(self._examples), len(templates[0]), len(templates)))
             self._examples += [e._replace(task=number) for each in templates for e in each]
         self._counts = _counts(self.shares)
 
@@ -163,8 +163,8 @@ class MixedExamples(Sequence[Example]):
 
         Several tasks have no epoch in common, so every window has all of its batches.
         """
-        if len(self._parts) == 1:
-            rows = self._parts[0].rows
+        if len(self.parts) == 1:
+            rows = self.parts[0].rows
             numbers = batch_indices(
                 lengths[:rows], batch_size=batch_size, seed=seed, step=step, window=window,
                 order_of=order_of,
@@ -186,7 +186,7 @@ class MixedExamples(Sequence[Example]):
         self, tasks: Int[np.ndarray, " B"], numbers: Int[np.ndarray, " B"], seed: int, step: int
     ) -> Int[np.ndarray, " B"]:
         """The examples of rows of tasks, each with a template that is drawn for batch ``step``."""
-        first, rows, templates = np.array(self._parts).T[:, tasks]
+        first, rows, templates = np.array(self.parts).T[:, tasks]
         chosen = 0
         if templates.max() > 1:
             drawn = _rng(seed, step, stream=2**41).random(len(tasks))
@@ -201,7 +201,7 @@ class MixedExamples(Sequence[Example]):
         for at, (cycle, place) in enumerate(zip(*divmod(places, _CYCLE), strict=True)):
             order, turns = _cycle(self._counts, seed, int(cycle))
             task = tasks[at] = order[place]
-            rows = self._parts[task].rows
+            rows = self.parts[task].rows
             epoch, turn = divmod(int(cycle) * self._counts[task] + int(turns[place]), rows)
             numbers[at] = order_of(rows, seed, epoch)[turn]
         return tasks, numbers

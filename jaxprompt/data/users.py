@@ -150,7 +150,7 @@ class UserExamples(MixedExamples):
         """The numbers of the examples in a step: the rows of its users, one user after another."""
         visit, numbers = step // self.visits, []
         for user in self.users(seed, step):
-            first, count, _ = self._parts[user]
+            first, count, _ = self.parts[user]
             own = batch_indices(
                 self._none[:1].repeat(count), batch_size=self.rows,
                 seed=seed + (int(user) + 1) * 2**32, step=visit, window=0, order_of=order_of,
