@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import stages
 from beside_peft import beside_peft
+from options import common_options, setup_of
 from report import write_report
 from servers import Cores, Server
 
@@ -49,31 +50,23 @@ ALONE = {"processes": (stages.processes, (4,)), "starts": (stages.starts, (2,))}
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common_options(__doc__, "runs/bench-serve")
     parser.add_argument("stages", nargs="+", choices=[*STAGES, *ALONE, "report"])
-    parser.add_argument("--artefact", type=Path, default=Path("runs/quickstart/prompt"))
-    parser.add_argument("--backbone", default="builtin")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-serve"))
     parser.add_argument("--prompts", type=int, nargs="+", help="how many; by default as the stage")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--server-cores", default="0", help="as `taskset -c`; empty: any")
     parser.add_argument("--generator-cores", default="1")
     parser.add_argument("--peft-python", help="a Python with torch and PEFT, for `peft`")
-    parser.add_argument("--server", default="", help="further options of `jaxprompt serve`")
     parser.add_argument("--again", action="store_true", help="measure also what is there already")
     return parser.parse_args()
 
 
 def main() -> None:
     given = options()
-    given.out.mkdir(parents=True, exist_ok=True)
-    setup = stages.Setup(
-        given.artefact, given.out, given.backbone, given.seconds, given.rounds,
-        tuple(given.server.split()), Cores(given.server_cores, given.generator_cores),
-        given.peft_python,
+    setup = setup_of(
+        given, seconds=given.seconds, rounds=given.rounds, peft_python=given.peft_python,
+        cores=Cores(given.server_cores, given.generator_cores),
     )  # fmt: skip
     results = Results(given.out / "results.json", given.again)
     wanted = [

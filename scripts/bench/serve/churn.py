@@ -7,7 +7,6 @@ in between. Each answer has to be of a version that its name means. Writes OUT/c
 sample of the server's memory every 10 seconds, and OUT/churn.png.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -20,8 +19,9 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from options import common_options, setup_of
 from prompts import make_prompts, name_of
-from servers import Cores, Server
+from servers import Server
 from stages import Figures, Setup
 
 import jaxprompt as jp
@@ -272,22 +272,12 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--artefact", type=Path, default=Path("runs/quickstart/prompt"))
-    parser.add_argument("--backbone", default="builtin")
-    parser.add_argument("--out", type=Path, default=Path("runs/churn"))
+    parser = common_options(__doc__, "runs/churn", "--slots 9")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=5.0, help="changes and requests a second")
     parser.add_argument("--warm-minutes", type=float, default=10.0, help="before the slope begins")
-    parser.add_argument("--server", default="--slots 9", help="options of `jaxprompt serve`")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    setup = Setup(
-        given.artefact, given.out, given.backbone, 0.0, 1, given.server.split(), Cores("", "")
-    )
-    found = churn(setup, given.minutes, given.rate, given.warm_minutes)
+    found = churn(setup_of(given), given.minutes, given.rate, given.warm_minutes)
     print(json.dumps({name: value for name, value in found.items() if name != "samples"}))
 
 

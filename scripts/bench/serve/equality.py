@@ -8,7 +8,6 @@ and with the same row asked of the server alone: these two have one number of ro
 Writes OUT/equality.json.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from options import common_options, setup_of
 from safetensors.numpy import load_file, save_file
-from servers import Cores, Server
+from servers import Server
 from stages import Figures, Setup
 
 import jaxprompt as jp
@@ -118,22 +118,12 @@ def compared(setup: Setup, count: int, rows: int, lengths: Sequence[int]) -> Fig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--artefact", type=Path, default=Path("runs/quickstart/prompt"))
-    parser.add_argument("--backbone", default="builtin")
-    parser.add_argument("--out", type=Path, default=Path("runs/equality"))
+    parser = common_options(__doc__, "runs/equality")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--server", default="", help="further options of `jaxprompt serve`")
     given = parser.parse_args()
-    setup = Setup(
-        given.artefact, given.out, given.backbone, 1.0, 1, tuple(given.server.split()),
-        Cores("", ""),
-    )  # fmt: skip
-    found = compared(setup, given.prompts, given.rows, given.lengths)
+    found = compared(setup_of(given), given.prompts, given.rows, given.lengths)
     (given.out / "equality.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
     worst = found["server_mixed_against_predict_alone"]

@@ -6,7 +6,6 @@ Puts each outcome into OUT/faults.json, with what is as it should be, and all of
 OUT/faults.md. What is there already is not tried again without --again.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -26,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 from load import request_of, summary
+from options import common_options, setup_of
 from prompts import name_of
 from safetensors.numpy import load_file, save_file
-from servers import Cores, Server
+from servers import Server
 from stages import Figures, Setup, capacity, names
 
 import jaxprompt as jp
@@ -141,15 +141,21 @@ def damaged(setup: Setup) -> dict[str, Path]:
 
 def disconnects(setup: Setup) -> Figures:
     """Clients that go away in the queue or amid a stream, and ones that never finish a request."""
-    row = setup.inputs(1)[0]
-    request = request_of("127.0.0.1", "/v1/predict", {"prompt": NAME, "inputs": [row]})
-    text = next(iter(row.values()))
+    rows = setup.inputs(4)
+    request = request_of("127.0.0.1", "/v1/predict", {"prompt": NAME, "inputs": rows})
+    text = next(iter(rows[0].values()))
     stream = request_of(
         "127.0.0.1", "/v1/completions",
         {"model": NAME, "prompt": text, "stream": True, "max_tokens": 32, "temperature": 1},
     )  # fmt: skip
-    with setup.served("--library", str(fresh_library(setup, "disconnects"))) as server:
+    with (
+        setup.served("--library", str(fresh_library(setup, "disconnects"))) as server,
+        ThreadPoolExecutor(1) as beside,
+    ):
         address = ("127.0.0.1", server.port)
+        # while the device is busy with these rows, those of the clients wait
+        busy = beside.submit(status_of, lambda: server.client.predict(NAME, setup.inputs(128)))
+        waited(lambda: server.metrics()["jaxprompt_queue_rows"] > 0, 5)
         for number in range(300):
             with socket.create_connection(address) as away:
                 away.sendall(request)
@@ -161,17 +167,17 @@ def disconnects(setup: Setup) -> Figures:
         slow = [socket.create_connection(address) for _ in range(100)]
         for each in slow:
             each.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
-        answers = server.load(names=[NAME], inputs=[row], phases=[(10, setup.seconds)])
+        answers = server.load(names=[NAME], inputs=rows[:1], phases=[(10, setup.seconds)])
         for each in slow:
             each.close()
         time.sleep(1)
-        figures, beside = server.metrics(), summary(answers, setup.seconds)
+        figures, others = server.metrics(), summary(answers, setup.seconds)
+        cancelled, left = figures["jaxprompt_cancelled_rows_total"], figures["jaxprompt_queue_rows"]
+        all_answered = busy.result() == 200 and others["answered"] == others["asked"]
         return {
-            "beside_them": beside,
-            "cancelled": figures.get("jaxprompt_cancelled_rows_total"),
-            "queue_rows_after": figures["jaxprompt_queue_rows"],
-            "ok": beside["answered"] == beside["asked"] and figures["jaxprompt_queue_rows"] == 0,
-        }
+            "beside_them": others, "busy_rows": busy.result(), "cancelled_rows": cancelled,
+            "queue_rows_after": left, "ok": all_answered and cancelled > 0 and left == 0,
+        }  # fmt: skip
 
 
 def delete_in_flight(setup: Setup) -> Figures:
@@ -387,24 +393,14 @@ FAULTS = {fault.__name__: fault for fault in (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common_options(__doc__, "runs/faults")
     parser.add_argument("faults", nargs="*", help=f"of {', '.join(FAULTS)}; all of them if none")
-    parser.add_argument("--artefact", type=Path, default=Path("runs/quickstart/prompt"))
-    parser.add_argument("--backbone", default="builtin")
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--server", default="", help="further options of `jaxprompt serve`")
     parser.add_argument("--again", action="store_true", help="try also what is there already")
     given = parser.parse_args()
     if unknown := set(given.faults) - set(FAULTS):
         parser.error(f"{sorted(unknown)[0]!r} is no fault; there are {', '.join(FAULTS)}.")
-    setup = Setup(
-        given.artefact, given.out, given.backbone, given.seconds, 1, tuple(given.server.split()),
-        Cores("", ""),
-    )  # fmt: skip
-    given.out.mkdir(parents=True, exist_ok=True)
+    setup = setup_of(given, seconds=given.seconds)
     path = given.out / "faults.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     for name in given.faults or FAULTS:

@@ -5,6 +5,7 @@ reads and listings wait), ``no-store`` (they fail), ``device`` (every batch rais
 ``device-once`` (one does) and ``clock`` (the wall clock is a day later).
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -26,14 +27,14 @@ def is_on(name: str) -> bool:
     return (FAULTS / name).exists()
 
 
-def failing_store(function: Callable, error: Exception) -> Callable:
+def failing_store(function: Callable) -> Callable:
     """The function with the error that a disk, or a network file system, makes it meet."""
 
     def call(*arguments: Any) -> Any:
         while is_on("slow-store"):
             time.sleep(0.05)
         if is_on("no-store"):
-            raise error
+            raise OSError(errno.EIO, "Input/output error")
         return function(*arguments)
 
     return call
@@ -55,9 +56,8 @@ def jumping_clock(clock: Callable[[], float]) -> Callable[[], float]:
     return lambda: clock() + 86_400 * is_on("clock")
 
 
-unavailable = store.StoreUnavailable("The store cannot be listed: Input/output error.")
-store._folders = failing_store(store._folders, unavailable)
-store._read_all = failing_store(store._read_all, OSError(5, "Input/output error"))
+store._folders = failing_store(store._folders)
+store._read_all = failing_store(store._read_all)
 Compute.run = failing_device(Compute.run)
 time.time = jumping_clock(time.time)
 

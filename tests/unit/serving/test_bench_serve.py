@@ -114,6 +114,14 @@ def test_synthetic_prompts_differ_a_little_and_the_first_is_the_real_one(script,
                - vectors[-1] / 2).max(), 0.0)  # fmt: skip
 
 
+def test_scripts_share_their_options(script, tmp_path):
+    options = script("options")
+    parser = options.common_options("What it does.", str(tmp_path / "out"), "--slots 9")
+    setup = options.setup_of(parser.parse_args(["--backbone", "tiny"]), seconds=3.0)
+    assert setup.out.is_dir() and setup.server_options == ("--slots", "9")
+    assert (setup.backbone, setup.seconds, setup.cores.server) == ("tiny", 3.0, "")
+
+
 def test_the_report_has_a_table_for_each_stage(script, tmp_path):
     level = {"share": 0.5, "offered": 10.0, "throughput": 9.9, "p50": 0.01, "p99": 0.05,
              "rejected": 0.0, "lost": 0}  # fmt: skip
