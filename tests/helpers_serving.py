@@ -106,6 +106,18 @@ class FakeEngine:
             raise self.error
 
 
+class FailingFiles:
+    """A file system of fsspec that raises an error from all that it is asked, once it has one."""
+
+    def __init__(self, files):
+        self.files, self.error = files, None
+
+    def __getattr__(self, name):
+        if self.error is not None:
+            raise self.error
+        return getattr(self.files, name)
+
+
 class FakeDevice:
     """A bank of slots that only remembers what is pinned."""
 
@@ -132,7 +144,7 @@ def prompt_folder(folder: Path, answer: int = 0, task: dict | None = TASK) -> Pa
 class Running:
     """A service with its batcher, and a client of its application."""
 
-    def __init__(self, folder: Path, *, one_sequence: bool = False, **more):
+    def __init__(self, folder: Path, *, one_sequence: bool = False, store=None, **more):
         library = folder / "library"
         for number, name in enumerate(("first", "second")):
             if not (library / name).exists():
@@ -141,7 +153,7 @@ class Running:
         make_tokenizer(folder / "tokenizer")
         words = Words(load_tokenizer(folder / "tokenizer", one_sequence=one_sequence), VOCAB)
         self.library, self.engine, self._words = library, FakeEngine(one_sequence), words
-        self.catalogue = Catalogue([DirectoryStore(library)], self._made)
+        self.catalogue = Catalogue([store or DirectoryStore(library)], self._made)
         self.catalogue.scan()
         kind = "decoder-only" if one_sequence else "encoder-decoder"
         self.service = Service(

@@ -198,7 +198,7 @@ def _service(
     service = Service(
         facts, Words(parts.tokenizer, backbone.config.vocab_size), parts.catalogue, parts.compute,
         slots, inspect, anyone, keys,
-        parts.router, limits, _LOOPBACK if local and keys is None else None, folders,
+        parts.router, parts.users, limits, _LOOPBACK if local and keys is None else None, folders,
     )  # fmt: skip
     service.metrics.watch(slots.facts, service.figures)
     return service

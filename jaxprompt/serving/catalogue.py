@@ -164,7 +164,7 @@ class Catalogue:
         self._stores, self._make = tuple(stores), make
         self._lock = threading.RLock()
         self._records: dict[str, _Record] = {}
-        self._numbers: dict[str, int] = {}  # the last number of each name, also of removed ones
+        self._last_gone = 0  # the largest number that a removed name had
         self._busy: set[str] = set()  # names that somebody changes here
         self._idle = threading.Condition(self._lock)
         self._scans = 0  # that go on, and the names that were changed here since they began
@@ -322,10 +322,11 @@ class Catalogue:
     def _fail(self, name: str, record: _Record, error: Exception) -> Exception:
         """Note that what the store has cannot be used; the old version stays. The lock is held.
 
-        A store that does not answer is asked again by the next scan.
+        A store that does not answer, or has the prompt no more, is asked again by the next scan.
         """
         self.load_failures += 1
-        refused = isinstance(error, UserError) and not isinstance(error, StoreUnavailable)
+        passing = isinstance(error, StoreUnavailable | UnknownPrompt)
+        refused = isinstance(error, UserError) and not passing
         reason = str(error) if isinstance(error, UserError) else repr(error)
         log.warning("The prompt %s cannot be loaded: %s", name, reason)
         self._records[name] = dataclasses.replace(
@@ -343,18 +344,14 @@ class Catalogue:
             known = self._cache.get(name, digest)
         return known or self._make(Candidate(name, _tenant_of(name), digest, files))
 
-    def _numbered(self, version: Version) -> Version:
-        """The version with the next number of its name."""
-        with self._lock:
-            number = self._numbers[version.name] = self._numbers.get(version.name, 0) + 1
-        return dataclasses.replace(version, number=number)
-
     def _install(self, name: str, record: _Record, version: Version) -> Version:
         """Let a name mean a version. The lock is held. Content that was current stays as it was."""
         history = record.history
         new = version.digest != record.digest
         if new:
-            version = self._numbered(version)
+            # no number of a name means two things: a new name goes on behind all that are gone
+            number = (record.number or self._last_gone) + 1
+            version = dataclasses.replace(version, number=number)
             history = (*history, (version.number, version.digest))
         elif version.number != record.number:  # it was read again
             version = dataclasses.replace(version, number=record.number)
@@ -412,8 +409,9 @@ class Catalogue:
             store = record.store if record else self._writable()
             stamp = store.write(full, files)
             with self._lock:
-                # whoever waits for an older content gets this one
-                history = record.history if record else ()
+                # whoever waits for an older content gets this one, which may have come meanwhile
+                now = self._records.get(full)
+                history = now.history if now else ()
                 return self._install(full, _Record(store, stamp, history), version)
 
     def remove(self, name: str, tenant: str | None = None, *, if_match: str | None = None) -> None:
@@ -470,7 +468,9 @@ class Catalogue:
         )
 
     def _forget(self, name: str) -> None:
-        for _, digest in self._records.pop(name).history:
+        record = self._records.pop(name)
+        self._last_gone = max(self._last_gone, record.number)
+        for _, digest in record.history:
             self._cache.drop(name, digest)
         self.listener(name, None)
 

@@ -93,7 +93,8 @@ class Client:
             prompt: its name, or ``name@version``, or one for each row. None: the server's router
                 chooses for each row.
             inputs: rows ``{column: value}``, or texts where the template has one column.
-            **settings: further fields of the request, such as ``top_k`` or ``timeout_ms``.
+            **settings: further fields of the request, such as ``top_k``, ``timeout_ms``, or
+                ``user`` instead of a prompt.
 
         Returns:
             For each row ``{"prediction", "scores": [{"label", "log_likelihood", "probability"}],

@@ -5,15 +5,10 @@ from pathlib import Path, PurePosixPath
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.serving.artefacts import CONFIGS, MAX_BYTES, NAMES, Files, digest_of
-from jaxprompt.serving.store import (
-    ReadOnlyStore,
-    StoreUnavailable,
-    UnknownPrompt,
-    check_name,
-)
+from jaxprompt.serving.store import ReadOnlyStore, Store, UnknownPrompt, check_name
 
 
-class HubStore:
+class HubStore(Store):
     """A repository that is one prompt, or has a folder for each.
 
     What a branch names may change at any time, and with it what the server answers. So the revision
@@ -28,6 +23,7 @@ class HubStore:
         from huggingface_hub import HfApi
 
         self.repository, _, revision = repository.partition("@")
+        self.place = f"The hub's {shown(self.repository)}"
         try:
             facts = HfApi().model_info(self.repository, revision=revision or None)
         except Exception as error:  # those of the package, and of its HTTP client
@@ -44,21 +40,17 @@ class HubStore:
         if not self._folders:
             raise UserError(f"The hub's {shown(repository)} holds no prompt.")
 
-    def list(self) -> Mapping[str, str]:
+    def _list(self) -> Mapping[str, str]:
         return dict.fromkeys(self._folders, self.commit)
 
-    def read(self, name: str, digest: str | None = None) -> Files:
+    def _read(self, name: str, digest: str | None) -> Files:
         from huggingface_hub import hf_hub_download
 
         if name not in self._folders:
             raise UnknownPrompt(f"There is no prompt {shown(name)}.")
         files: dict[str, bytes] = {}
         for path in self._folders[name]:
-            try:
-                place = Path(hf_hub_download(self.repository, path, revision=self.commit))
-            except Exception as error:
-                problem = " ".join(str(error).split())[:200]
-                raise StoreUnavailable(f"The hub does not give {path} ({problem}).") from None
+            place = Path(hf_hub_download(self.repository, path, revision=self.commit))
             if place.stat().st_size > MAX_BYTES:
                 raise UserError(f"{name}: {path} has more than {MAX_BYTES:,} bytes.")
             files[PurePosixPath(path).name] = place.read_bytes()
@@ -66,14 +58,14 @@ class HubStore:
             raise UnknownPrompt(f"The prompt {shown(name)} has no version sha256:{digest}.")
         return files
 
-    def write(self, name: str, files: Files) -> str:
+    def _write(self, name: str, files: Files) -> str:
         raise ReadOnlyStore(
             f"The prompt {shown(name)} is of the hub's {self.repository}, which is only read; push "
             "to it and start the server with the new commit."
         )
 
-    def delete(self, name: str) -> None:
-        self.write(name, {})
+    def _delete(self, name: str) -> None:
+        self._write(name, {})
 
 
 def _prompts_in(paths: list[str]) -> dict[str, list[str]]:

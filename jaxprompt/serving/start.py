@@ -8,6 +8,7 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.inference.session import attention_of
 from jaxprompt.methods.artefact import Prompt, fitted, load_prompt
+from jaxprompt.methods.user_library import USERS, UserLibrary, open_library
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.serving.admission import Admission, task_of
@@ -57,6 +58,7 @@ class Parts(NamedTuple):
     compute: Compute
     catalogue: Catalogue
     router: LibraryRouter | None
+    users: UserLibrary | None
 
 
 def make_parts(sources: Sources, sizes: Sizes = Sizes()) -> Parts:
@@ -85,7 +87,7 @@ def make_parts(sources: Sources, sizes: Sizes = Sizes()) -> Parts:
     catalogue = Catalogue(stores, admission)
     catalogue.scan()
     catalogue.warm(sources.prompts)
-    return Parts(backbone, words, compute, catalogue, router)
+    return Parts(backbone, words, compute, catalogue, router, _users(sources.library))
 
 
 def _backbone(sources: Sources, given: Sequence[Prompt], library: Store | None) -> Backbone:
@@ -144,6 +146,13 @@ def _router(library: str | None, backbone: Backbone) -> LibraryRouter | None:
     if library is None or "://" in library or not (Path(library) / TENSORS).is_file():
         return None
     return LibraryRouter(Path(library), backbone)
+
+
+def _users(library: str | None) -> UserLibrary | None:
+    """What tells names of users apart, where the library is one of users."""
+    if library is None or "://" in library or not (Path(library) / USERS).is_file():
+        return None
+    return open_library(library)
 
 
 def queue_limits(compute: Compute, queued_rows: int) -> Limits:

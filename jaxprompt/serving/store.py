@@ -5,7 +5,9 @@ damaged or does not fit is found in one place, the catalogue. Every store can be
 server's back, and tells by a stamp of each prompt whether that happened.
 """
 
+import abc
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded
@@ -56,32 +58,103 @@ def check_name(name: str) -> str:
     return name
 
 
-@runtime_checkable
-class Store(Protocol):
+@contextlib.contextmanager
+def store_errors(place: str, done: Literal["listed", "read", "written"]) -> Iterator[None]:
+    """What a disk, a network or a library raises inside, as an error of a store.
+
+    Every file system and every library has errors of its own, so each exception counts.
+
+    Args:
+        place: what the sentence calls the store.
+        done: what is done to it. A store that refuses to be written can only be read.
+
+    Raises:
+        ReadOnlyStore: the store may not be written.
+        StoreUnavailable: for any other exception. A UserError stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refused = isinstance(error, PermissionError) or _number(error) == errno.EROFS
+        kind = ReadOnlyStore if refused and done == "written" else StoreUnavailable
+        raise kind(f"{place} cannot be {done} ({_reason(error)}).") from error
+
+
+def _number(error: Exception) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    if isinstance(error, OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Store(abc.ABC):
     """Prompts by name. All methods may be called from several threads at once.
 
-    Each may raise StoreUnavailable. A stamp is any text that changes when the content may have
-    changed.
+    A kind of store says how it lists, reads, writes and deletes in the methods with an underscore,
+    and lets exceptions pass. What others call checks names, and turns exceptions into errors of a
+    store: so a server has a status and a sentence for each. A stamp is any text that changes when
+    the content may have changed.
     """
 
+    place: str  # what errors call it
     writable: bool
     interval: float  # seconds between two looks at what has changed
 
     def list(self) -> Mapping[str, str]:
-        """The stamp of each prompt, by name. Nothing is read but what tells of a change."""
-        ...
+        """The stamp of each prompt, by name. Nothing is read but what tells of a change.
+
+        Raises StoreUnavailable.
+        """
+        with store_errors(self.place, "listed"):
+            return self._list()
 
     def read(self, name: str, digest: str | None = None) -> Files:
-        """The files of a prompt; with ``digest``, of that content. Raises UnknownPrompt."""
-        ...
+        """The files of a prompt; with ``digest``, of that content.
+
+        Raises:
+            UnknownPrompt: there is no such prompt, or no such content of it.
+            StoreUnavailable: see there.
+            UserError: the content is damaged, or is more than a prompt may have.
+        """
+        check_name(name)
+        with store_errors(self.place, "read"):
+            return self._read(name, digest)
 
     def write(self, name: str, files: Files) -> str:
-        """Put or replace a prompt as a whole; its stamp. Raises ReadOnlyStore."""
-        ...
+        """Put or replace a prompt as a whole; its stamp. Raises ReadOnlyStore, StoreUnavailable."""
+        check_name(name)
+        with store_errors(self.place, "written"):
+            return self._write(name, files)
 
     def delete(self, name: str) -> None:
-        """Remove a prompt and all its content. Raises UnknownPrompt and ReadOnlyStore."""
-        ...
+        """Remove a prompt and all its content.
+
+        Raises UnknownPrompt, ReadOnlyStore and StoreUnavailable.
+        """
+        check_name(name)
+        with store_errors(self.place, "written"):
+            self._delete(name)
+
+    @abc.abstractmethod
+    def _list(self) -> Mapping[str, str]: ...
+
+    @abc.abstractmethod
+    def _read(self, name: str, digest: str | None) -> Files: ...
+
+    @abc.abstractmethod
+    def _write(self, name: str, files: Files) -> str: ...
+
+    @abc.abstractmethod
+    def _delete(self, name: str) -> None: ...
 
 
 class Changes(NamedTuple):
@@ -123,7 +196,7 @@ def _unknown(name: str, digest: str | None = None) -> UnknownPrompt:
 # ---- a directory
 
 
-class DirectoryStore:
+class DirectoryStore(Store):
     """Folders of a directory, or folders of its folders, which are tenants.
 
     ``cp -r`` adds a prompt and ``rm -r`` removes one. Symbolic links are not followed, so that no
@@ -133,87 +206,78 @@ class DirectoryStore:
     def __init__(self, root: Path, interval: float = 2.0) -> None:
         self.root = Path(os.path.realpath(root))
         self.interval = interval
-        if not self.root.is_dir():
+        self.place = f"The directory {shown(str(self.root))}"
+        with store_errors(self.place, "read"):
+            there = self.root.is_dir()
+        if not there:
             raise UserError(f"There is no directory {shown(str(root))}; make it, or name another.")
         self.writable = os.access(self.root, os.W_OK)
 
-    def list(self) -> Mapping[str, str]:
+    def _list(self) -> Mapping[str, str]:
         stamps: dict[str, str] = {}
         for entry in _folders(self.root):
             stamp = _stamp(entry.path)
             if stamp is not None:
                 stamps[entry.name] = stamp
                 continue
-            for inner in _folders(entry.path):
-                if (stamp := _stamp(inner.path)) is not None:
-                    stamps[f"{entry.name}/{inner.name}"] = stamp
+            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                for inner in _folders(entry.path):
+                    if (stamp := _stamp(inner.path)) is not None:
+                        stamps[f"{entry.name}/{inner.name}"] = stamp
         return stamps
 
-    def read(self, name: str, digest: str | None = None) -> Files:
-        check_name(name)
+    def _read(self, name: str, digest: str | None) -> Files:
         return _read_whole(lambda: self._opened(name), name, digest)
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
         """The folder's descriptor. It stays the same folder, whatever the name means later."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        opened = [os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)]
+        opened = [self._open_root()]
         try:
             for part in name.split("/"):
                 opened.append(os.open(part, flags, dir_fd=opened[-1]))
             yield opened[-1]
         except NotADirectoryError:  # a file, or a link
             raise _unknown(name) from None
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise StoreUnavailable(
-                f"The prompt {shown(name)} cannot be read: {error.strerror}."
-            ) from None
         finally:
             for descriptor in opened:
                 os.close(descriptor)
 
-    def write(self, name: str, files: Files) -> str:
+    def _open_root(self) -> int:
+        try:
+            return os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError as error:  # of a prompt it would mean that only that is gone
+            raise StoreUnavailable(f"{self.place} is not there any more.") from error
+
+    def _write(self, name: str, files: Files) -> str:
         folder = self._folder(name)
 
         def write(fresh: Path) -> None:
             for file, content in files.items():
                 (fresh / file).write_bytes(content)
 
-        try:
-            replace_directory(folder, write, lambda old: _stamp(old) is not None)
-        except PermissionError as error:
-            raise ReadOnlyStore(f"{shown(str(self.root))} cannot be written to: {error}.") from None
-        except OSError as error:
-            if isinstance(error, UserError):
-                raise
-            raise StoreUnavailable(
-                f"The prompt {shown(name)} cannot be written: {error.strerror}."
-            ) from None
+        replace_directory(folder, write, lambda old: _stamp(old) is not None)
         for stale in set(NAMES) - set(files):  # of an artefact of another kind
             (folder / stale).unlink(missing_ok=True)
         return _stamp(folder) or ""
 
-    def delete(self, name: str) -> None:
+    def _delete(self, name: str) -> None:
         folder = self._folder(name)
         if _stamp(folder) is None:
             raise _unknown(name)
-        try:
-            # first what makes it a prompt, so that a kill leaves no half of one
-            for file in NAMES:
-                (folder / file).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other files in it stay, and so does a tenant's
-                folder.rmdir()
-                if folder.parent != self.root:
-                    folder.parent.rmdir()
-        except OSError as error:
-            raise ReadOnlyStore(f"{shown(str(self.root))} cannot be written to: {error}.") from None
+        # first what makes it a prompt, so that a kill leaves no half of one
+        for file in NAMES:
+            (folder / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other files in it stay, and so does a tenant's
+            folder.rmdir()
+            if folder.parent != self.root:
+                folder.parent.rmdir()
 
     def _folder(self, name: str) -> Path:
         """Where a prompt is written. Raises UserError where a link stands in the way."""
         folder = self.root
-        for part in check_name(name).split("/"):
+        for part in name.split("/"):
             folder = folder / part
             if folder.is_symlink():
                 raise UserError(
@@ -254,13 +318,8 @@ def _read_whole(
 
 def _folders(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """The folders in a folder whose names may be a prompt's or a tenant's."""
-    try:
-        with os.scandir(folder) as entries:
-            found = list(entries)
-    except FileNotFoundError:  # it was removed meanwhile
-        return
-    except OSError as error:
-        raise StoreUnavailable(f"{shown(str(folder))} cannot be listed: {error}.") from None
+    with os.scandir(folder) as entries:
+        found = list(entries)
     for entry in found:
         if _PART.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             yield entry
@@ -274,7 +333,7 @@ def _stamp(folder: str | Path | int) -> str | None:
         try:
             place = name if at is not None else os.path.join(str(folder), name)
             status = os.stat(place, dir_fd=at, follow_symlinks=False)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         if stat.S_ISREG(status.st_mode):
             known.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
@@ -293,6 +352,9 @@ def _read_all(folder: int, name: str) -> dict[str, bytes]:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            # a link, or a socket
             raise UserError(
                 f"{name}: {file} cannot be read ({error.strerror}); it has to be a plain file."
             ) from None
@@ -311,12 +373,13 @@ def _room(left: int, size: int, name: str) -> int:
     return left - size
 
 
-class PathStore:
+class PathStore(Store):
     """Prompts that the command line names: a folder each, anywhere. They can only be read.
 
     A folder that is replaced, as a run does that is trained again, is noticed.
     """
 
+    place = "The folder that was named for the prompt"
     writable = False
     interval = 2.0
 
@@ -324,29 +387,37 @@ class PathStore:
         self._folders: dict[str, Path] = {}
         for name, folder in folders.items():
             path = Path(expanded(folder))
-            if _stamp(path) is None:
+            if not _is_prompt(path):
                 inner = path / "prompt"  # of a run
-                hint = f"; did you mean {str(inner)!r}?" if _stamp(inner) else "."
+                hint = f"; did you mean {str(inner)!r}?" if _is_prompt(inner) else "."
                 raise UserError(f"There is no prompt in the folder {shown(str(path))}{hint}")
             self._folders[check_name(name)] = Path(os.path.realpath(path))
 
-    def list(self) -> Mapping[str, str]:
+    def _list(self) -> Mapping[str, str]:
         stamps = {name: _stamp(folder) for name, folder in self._folders.items()}
         return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
-    def read(self, name: str, digest: str | None = None) -> Files:
+    def _read(self, name: str, digest: str | None) -> Files:
         if name not in self._folders:
             raise _unknown(name)
         return _read_whole(lambda: _opened_folder(self._folders[name]), name, digest)
 
-    def write(self, name: str, files: Files) -> str:
+    def _write(self, name: str, files: Files) -> str:
         raise ReadOnlyStore(
             f"The prompt {shown(name)} was named when the server was started, and cannot be "
             "written or removed; start it with --library DIR and use a name of your own."
         )
 
-    def delete(self, name: str) -> None:
-        self.write(name, {})
+    def _delete(self, name: str) -> None:
+        self._write(name, {})
+
+
+def _is_prompt(folder: Path) -> bool:
+    """Whether a folder is a prompt. A name that no folder can have is none."""
+    try:
+        return _stamp(folder) is not None
+    except OSError:
+        return False
 
 
 # ---- a bucket
@@ -354,7 +425,7 @@ class PathStore:
 _FORMAT = 1
 
 
-class ObjectStore:
+class ObjectStore(Store):
     """Any file system of fsspec. What a name means is one object, so that a reader never sees half.
 
     ``names/NAME.json`` says which content is current. The content is in
@@ -365,25 +436,27 @@ class ObjectStore:
     KEPT = 4
 
     def __init__(self, url: str, interval: float = 30.0) -> None:
-        self.url, self.interval, self.writable = url, interval, True
-        self._fs, root = _file_system(url)
-        self._root = PurePosixPath(root)
-        bucket = self._root.parts[0] if self._root.parts else ""
-        with _asking(url):  # a list of a bucket that is not there is empty, and a write makes it
+        self.interval, self.writable = interval, True
+        self.place = f"The store {_without_password(url)}"
+        with store_errors(self.place, "read"):
+            self._fs, root = _file_system(url)
+            self._root = PurePosixPath(root)
+            bucket = self._root.parts[0] if self._root.parts else ""
+            # a list of a bucket that is not there is empty, and a write makes it
             if bucket != "/" and not self._fs.exists(bucket):
                 raise UserError(
-                    f"There is no bucket {shown(bucket)} of {shown(url)}; make it, or name another."
+                    f"There is no bucket {shown(bucket)} of {shown(_without_password(url))}; make "
+                    "it, or name another."
                 )
 
     def _object(self, *parts: str) -> str:
         return str(self._root.joinpath(*parts))
 
-    def list(self) -> Mapping[str, str]:
-        with _asking(self.url):
-            self._fs.invalidate_cache()
-            found = cast(
-                "dict[str, dict[str, object]]", self._fs.find(self._object("names"), detail=True)
-            )
+    def _list(self) -> Mapping[str, str]:
+        self._fs.invalidate_cache()
+        found = cast(
+            "dict[str, dict[str, object]]", self._fs.find(self._object("names"), detail=True)
+        )
         stamps: dict[str, str] = {}
         for path, facts in found.items():
             text = str(path)
@@ -394,13 +467,15 @@ class ObjectStore:
         return stamps
 
     def _manifest(self, name: str) -> dict[str, dict[str, int]]:
-        """Names and sizes of the files of each digest, the current one first."""
-        path = self._object("names", f"{check_name(name)}.json")
-        with _asking(self.url):
-            try:
-                content = self._fs.cat_file(path)
-            except FileNotFoundError:
-                raise _unknown(name) from None
+        """Names and sizes of the files of each digest, the current one first.
+
+        Raises UnknownPrompt, and UserError where it is damaged.
+        """
+        path = self._object("names", f"{name}.json")
+        try:
+            content = self._fs.cat_file(path)
+        except FileNotFoundError:
+            raise _unknown(name) from None
         values = parse_json(content, path)
         contents = values.get("contents") if isinstance(values, dict) else None
         if not isinstance(contents, dict) or not contents or not all(map(_is_digest, contents)):
@@ -411,7 +486,7 @@ class ObjectStore:
                 raise UserError(f"{path} is damaged; write the prompt {shown(name)} again.")
         return contents
 
-    def read(self, name: str, digest: str | None = None) -> Files:
+    def _read(self, name: str, digest: str | None) -> Files:
         contents = self._manifest(name)
         wanted = next(iter(contents)) if digest is None else digest
         if wanted not in contents:
@@ -419,46 +494,57 @@ class ObjectStore:
         left, files = MAX_BYTES, {}
         for file, size in contents[wanted].items():
             left = _room(left, size, name)
-            with _asking(self.url):
+            path = self._object("data", name, wanted, file)
+            try:
                 # one byte more than promised tells that the object is another
-                path = self._object("data", name, wanted, file)
                 files[file] = self._fs.cat_file(path, start=0, end=size + 1)
+            except FileNotFoundError:
+                raise UserError(f"{name}: {file} is not in the store; write it again.") from None
         if digest_of(files) != wanted:
             raise UserError(f"{name}: the content is not what its digest says; write it again.")
         return files
 
-    def write(self, name: str, files: Files) -> str:
+    def _write(self, name: str, files: Files) -> str:
         digest = digest_of(files)
         try:
-            older = self._manifest(check_name(name))
-        except UnknownPrompt:
+            older = self._manifest(name)
+        except UserError:  # there is none, or it is damaged and replaced
             older = {}
         sizes = {file: len(content) for file, content in files.items()}
         contents = {digest: sizes} | {d: s for d, s in older.items() if d != digest}
         kept = dict(list(contents.items())[: self.KEPT + 1])
         manifest = json.dumps({"format": _FORMAT, "contents": kept}, indent=1).encode()
-        path = self._object("names", f"{name}.json")
-        with _asking(self.url):
-            for file, content in files.items():
-                self._put(self._object("data", name, digest, file), content)
-            self._put(path, manifest)
-            for old in set(contents) - set(kept):
+        for file, content in files.items():
+            self._put(self._object("data", name, digest, file), content)
+        self._put(self._object("names", f"{name}.json"), manifest)
+        for old in set(contents) - set(kept):
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(self._object("data", name, old), recursive=True)
-        return self.list().get(name, "")
+        return self._list().get(name, "")
 
     def _put(self, path: str, content: bytes) -> None:
         self._fs.makedirs(self._fs._parent(path), exist_ok=True)  # of a real file system
         self._fs.pipe_file(path, content)
 
-    def delete(self, name: str) -> None:
-        path = self._object("names", f"{check_name(name)}.json")
-        with _asking(self.url):
-            self._fs.invalidate_cache()
-            if not self._fs.exists(path):
-                raise _unknown(name)
-            self._fs.rm_file(path)
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(self._object("data", name), recursive=True)
+    def _delete(self, name: str) -> None:
+        path = self._object("names", f"{name}.json")
+        self._fs.invalidate_cache()
+        if not self._fs.exists(path):
+            raise _unknown(name)
+        self._fs.rm_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._object("data", name), recursive=True)
+
+
+def _without_password(url: str) -> str:
+    """A URL as errors may show it.
+
+    >>> _without_password("sftp://me:secret@host/prompts"), _without_password("s3://bucket")
+    ('sftp://host/prompts', 's3://bucket')
+    """
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _is_name(name: str) -> bool:
@@ -489,20 +575,3 @@ def _file_system(url: str) -> "tuple[AbstractFileSystem, str]":
         ) from None
     except ValueError as error:
         raise UserError(f"{shown(url)} cannot be a store: {error}.") from None
-
-
-@contextlib.contextmanager
-def _asking(url: str) -> Iterator[None]:
-    """What a file system of fsspec raises, as StoreUnavailable: each has errors of its own."""
-    try:
-        yield
-    except (UserError, FileNotFoundError):
-        raise
-    except PermissionError as error:
-        raise StoreUnavailable(f"The store {url} refuses access ({_short(error)}).") from None
-    except Exception as error:
-        raise StoreUnavailable(f"The store {url} does not answer ({_short(error)}).") from None
-
-
-def _short(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")

@@ -84,7 +84,7 @@ class Version:
     name: str
     tenant: str | None  # None: it is public
     digest: str  # SHA-256 of what the artefact holds, in hexadecimal
-    number: int  # 1, 2, ... of this name
+    number: int  # grows with each version of the name; none is given twice
     prompt: Prompt  # vectors and layers are NumPy's, in the memory of the host
     task: TaskConfig | None = None  # that it answers; None: its artefact names none
     attention: str = "causal"  # that it was tuned with: causal, prompt or prefix

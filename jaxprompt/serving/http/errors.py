@@ -111,7 +111,12 @@ def too_late() -> ApiError:
     )
 
 
-def internal(request_id: str) -> ApiError:
-    """The error of a fault of ours."""
+def of_fault(error: Exception, request_id: str) -> ApiError:
+    """The error of a fault of the machine or of ours."""
+    if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, and the like
+        sentence = (
+            f"The server's machine cannot do that now ({error.strerror}); nothing is changed."
+        )
+        return ApiError(503, "store_unavailable", sentence, headers={"retry-after": "5"})
     sentence = f"A fault of the server; its log has the details under request {request_id}."
     return ApiError(500, "internal_error", sentence)

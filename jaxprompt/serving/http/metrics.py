@@ -59,7 +59,9 @@ class Metrics:
         self.padded = Counter("batch_tokens_padded", "Tokens of batches, with all padding.", **own)
         self.rows = Counter("rows", "Rows that were answered.", ["route"], **own)
         self.rejected = Counter("rejected", "Requests that were not admitted.", ["reason"], **own)
-        self.cancelled = Counter("cancelled_rows", "Rows whose client had gone.", **own)
+        self.cancelled = Counter("cancelled_rows",
+                                 "Rows that left the queue because their client had gone.",
+                                 **own)  # fmt: skip
         self.routed = Counter("router_decisions", "Inputs without a prompt.", ["abstained"], **own)
         self.changes = Counter("prompt_changes", "Prompts put, removed and refused.",
                                ["what"], **own)  # fmt: skip

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.values import Values
-from jaxprompt.serving.http.errors import ApiError, internal, of_user_error
+from jaxprompt.serving.http.errors import ApiError, of_fault, of_user_error
 from jaxprompt.serving.http.service import Service
 from jaxprompt.serving.http.waiting import ClientGone
 
@@ -57,9 +57,9 @@ class Edge:
             await call.fail(of_user_error(error), receive)
         except (ClientGone, ClientDisconnect):
             call.status = _GONE
-        except Exception:
+        except Exception as error:
             _fault.exception("request %s", id)
-            await call.fail(internal(id), receive)
+            await call.fail(of_fault(error, id), receive)
         finally:
             call.end()
 

@@ -61,6 +61,7 @@ async def version(request: Request) -> Response:
         "slots": facts.get("slots"),
         "max_prompt_length": facts.get("max_prompt_length"),
         "router": service.router is not None,
+        "users": service.users is not None,
         "keys": service.keys is not None,
         "state": service.batcher.state,
         "limits": service.limits._asdict(),

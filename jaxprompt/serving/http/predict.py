@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.values import Values
+from jaxprompt.methods.user_library import SHARED_PROMPT
 from jaxprompt.serving import prepare
 from jaxprompt.serving.http.errors import ApiError, of_user_error
 from jaxprompt.serving.http.json_body import JsonResponse
@@ -59,7 +60,9 @@ async def predict(request: Request) -> Response:
     check_rows(service, len(body.inputs))
     deadline = opened.deadline(body.timeout_ms)
     rankings: Sequence[Choice | None] = [None] * len(body.inputs)
-    if body.prompt is None:
+    if body.user is not None:
+        names = _of_users(opened, body, body.user)
+    elif body.prompt is None:
         rankings = await _route(opened, request, body, deadline)
         names = [ranking.prompt or "" for ranking in rankings if ranking is not None]
     else:
@@ -110,19 +113,41 @@ def _size(given: Given) -> int:
     return sum(len(value) for value in given.values() if isinstance(value, str))
 
 
-def _one_each(prompt: str | list[str], rows: int) -> list[str]:
-    """The prompt of each row."""
-    if isinstance(prompt, str):
-        return [prompt] * rows
-    if len(prompt) != rows:
+def _one_each(given: str | list[str], rows: int, what: str = "prompt") -> list[str]:
+    """The prompt, or the user, of each row."""
+    if isinstance(given, str):
+        return [given] * rows
+    if len(given) != rows:
         raise ApiError(
             400,
             "invalid_value",
-            f"There are {len(prompt)} prompts for {rows} inputs; name one prompt, or one for each "
+            f"There are {len(given)} {what}s for {rows} inputs; name one {what}, or one for each "
             "input.",
-            "prompt",
+            what,
         )
-    return prompt
+    return given
+
+
+def _of_users(opened: Opened, body: PredictRequest, user: str | list[str]) -> list[str]:
+    """The prompt of the user of each row, or the shared one. Raises ApiError."""
+    service = opened.service
+    if service.users is None:
+        raise ApiError(
+            400,
+            "no_users",
+            "This server has no library of users; start it with --library RUN/users.",
+            "user",
+        )
+    if body.prompt is not None or body.candidates is not None:
+        raise ApiError(
+            400,
+            "invalid_value",
+            "A user decides which prompt answers; leave prompt and candidates out.",
+            "user",
+        )
+    own = map(service.users.name_of, _one_each(user, len(body.inputs), "user"))
+    sees = lambda name: service.catalogue.sees(name, opened.caller.tenant)
+    return [name if sees(name) else SHARED_PROMPT for name in own]
 
 
 async def _resolved(opened: Opened, names: Sequence[str], deadline: float) -> list[Version | None]:

@@ -3,9 +3,9 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -37,6 +37,7 @@ from jaxprompt.serving.similarity import similarity_map
 from jaxprompt.serving.store import PathStore, UnknownPrompt
 from jaxprompt.serving.version import Version
 
+R = TypeVar("R")
 _MOST_LISTED = 1000
 _MOST_COMPARED = 12  # prompts that an inspection puts beside one another
 
@@ -278,11 +279,6 @@ async def _put(
     except UserError as error:
         service.metrics.changes.labels("refused").inc()
         raise of_user_error(error, "name", (422, "prompt_rejected")) from None
-    except OSError as error:  # the disk is full, or the server may not write
-        sentence = f"The server cannot write the prompt ({error.strerror}); nothing is changed."
-        raise ApiError(
-            503, "store_unavailable", sentence, "name", headers={"retry-after": "5"}
-        ) from None
     service.metrics.changes.labels("put").inc()
     return version, new
 
@@ -342,7 +338,7 @@ def _check_json(request: Request) -> None:
         )
 
 
-async def _apart(function):  # noqa: ANN001, ANN202
+async def _apart(function: Callable[[], R]) -> R:
     """What a function that may wait for a disk or a network returns."""
     return await asyncio.to_thread(function)
 

@@ -24,7 +24,14 @@ class PredictRequest(_Request):
         default=None,
         description=(
             "A prompt, or one for each input: NAME, NAME@NUMBER, or the backbone's id. Left out: "
-            "the router chooses."
+            "the router chooses, or the user decides."
+        ),
+    )
+    user: Name | list[Name] | None = Field(
+        default=None,
+        description=(
+            "Id of a user, or one for each input: the prompt of the user answers, or the shared "
+            "one where they have none."
         ),
     )
     inputs: list[StrictStr | dict[str, Column]] = Field(

@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.values import Values
+from jaxprompt.methods.user_library import UserLibrary
 from jaxprompt.serving.batcher import Batcher
 from jaxprompt.serving.catalogue import Catalogue
 from jaxprompt.serving.http.errors import ApiError, of_user_error, too_late
@@ -142,6 +143,7 @@ class Service:
     anyone: Caller | None  # who comes without a key; None: nobody may
     keys: Keys | None = None
     router: Router | None = None
+    users: UserLibrary | None = None  # whose prompts the catalogue has
     limits: HttpLimits = HttpLimits()
     hosts: Sequence[str] | None = None  # that a Host header may name; None: any
     sources: Sequence[str] = ()  # folders that a client may name as a prompt's source
@@ -238,7 +240,7 @@ class Opened(NamedTuple):
                 )
         return Pending(
             service.batcher, works, key=caller.id, key_rows=caller.limits.queued_rows,
-            deadline=deadline, request_id=self.id,
+            deadline=deadline, request_id=self.id, note_dropped=service.metrics.cancelled.inc,
         )  # fmt: skip
 
     def note(self, pending: Pending, versions: Sequence[Version | None], tokens: int) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.types import Receive
 
@@ -26,6 +26,7 @@ class Pending:
         key, key_rows: whose they are, and how many rows of this key may wait.
         deadline: by ``time.monotonic``.
         request_id: for errors.
+        note_dropped: hears how many rows were dropped in the queue because their client had gone.
 
     Raises:
         ApiError: the rows were not admitted.
@@ -40,11 +41,12 @@ class Pending:
         key_rows: int | None = None,
         deadline: float,
         request_id: str = "",
+        note_dropped: Callable[[int], None] = lambda rows: None,
     ):
         self.queued = 0.0  # seconds of the longest wait
         self._device = [0.0] * len(works)  # seconds of each row's batches; rows share batches
-        self.dropped = 0  # rows that were dropped in the queue
         self._batcher, self._deadline, self._request_id = batcher, deadline, request_id
+        self._note_dropped, self._gone = note_dropped, False
         self._came: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._open = set(range(len(works)))
         for work in works:
@@ -89,6 +91,7 @@ class Pending:
 
     def client_gone(self) -> None:
         """Let whoever waits for answers hear that nobody wants them."""
+        self._gone = True
         self._came.put_nowait(None)
 
     def cancel(self, number: int) -> None:
@@ -99,7 +102,9 @@ class Pending:
     def close(self) -> None:
         """Drop the rows that have no answer yet."""
         if self._open:
-            self.dropped += self._batcher.cancel(self._ticket)
+            dropped = self._batcher.cancel(self._ticket)
+            if self._gone:
+                self._note_dropped(dropped)
 
 
 @contextlib.asynccontextmanager

@@ -195,6 +195,26 @@ def test_requests_keep_the_version_that_they_were_admitted_with(catalogue):
     assert catalogue.in_memory[0] == 1
 
 
+def test_nothing_is_kept_of_names_that_are_gone_and_no_number_comes_back(catalogue):
+    numbers = []
+    for turn in range(6):
+        name = f"p{turn % 3}"
+        numbers += [(name, catalogue.put(name, files).number) for files in CONTENTS[:2]]
+        catalogue.remove(name)
+    assert len(set(numbers)) == len(numbers)
+    held = [value for value in vars(catalogue).values() if hasattr(value, "__len__")]
+    assert not any(map(len, held[1:])), held  # the first are the stores
+
+
+def test_a_put_that_a_load_overtakes_has_a_number_of_its_own(catalogue, store, monkeypatch):
+    store.write("spam", CONTENTS[1])
+    catalogue.scan()
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda *given: now(catalogue, "spam") and write(*given))
+    assert catalogue.put("spam", CONTENTS[2]).number == 2
+    assert [value_of(now(catalogue, f"spam@{number}")) for number in (1, 2)] == [1, 2]
+
+
 def test_content_that_does_not_fit_changes_nothing(catalogue, store):
     catalogue.put("spam", CONTENTS[1])
     for files, message in ((DAMAGED, "header"), (files_for(1.0, 9), "--prompt-length")):

@@ -8,12 +8,24 @@ import time
 from typing import NamedTuple
 
 import pytest
-from helpers_serving import TASK, Running, error_of, events_of, prompt_folder
+import uvicorn
+from helpers_serving import (
+    TASK,
+    FailingFiles,
+    Running,
+    error_of,
+    events_of,
+    prompt_folder,
+)
 
+from jaxprompt.config.schema import RunConfig
+from jaxprompt.methods.user_library import UserLibrary
 from jaxprompt.serving.fair_queue import Limits
 from jaxprompt.serving.http.keys import PUBLIC, Keys
 from jaxprompt.serving.http.openapi import openapi
+from jaxprompt.serving.http.server import bind
 from jaxprompt.serving.http.service import HttpLimits
+from jaxprompt.serving.store import open_store
 
 
 @pytest.fixture
@@ -101,6 +113,7 @@ WRONG = [
     ),
     (post("/v1/predict", prompt=["first"], inputs=["a", "b"]), (400, "invalid_value")),
     (post("/v1/predict", inputs=["a"]), (400, "no_prompt")),
+    (post("/v1/predict", user="a", inputs=["a"]), (400, "no_users")),
     (post("/v1/predict", prompt="../first", inputs=["a"]), (404, "model_not_found")),
     (post("/v1/predict", prompt="first@7", inputs=["a"]), (404, "model_not_found")),
     (post("/v1/predict", prompt="first", inputs=["a"] * 300), (413, "too_large")),
@@ -187,8 +200,7 @@ def test_an_echo_has_one_likelihood_a_token_and_one_token_more(tmp_path):
 def test_prompts_are_put_described_replaced_and_removed(running, tmp_path):
     folder = prompt_folder(tmp_path / "new", 1)
     files = [("files", (p.name, p.read_bytes())) for p in sorted(folder.iterdir())]
-    other = prompt_folder(tmp_path / "other", 0)
-    others = [("files", (p.name, p.read_bytes())) for p in sorted(other.iterdir())]
+    others = uploaded(prompt_folder(tmp_path / "other", 0))
     bad = [("files", ("prompt.safetensors", b"x")), ("files", ("prompt.json", b"{}"))]
     path, row = "/v1/prompts/new", post("/v1/predict", prompt="new", inputs=["a"])
     put, got, again, taken, stale, row1, replaced, row2, old, broken, gone, row3 = ask(
@@ -249,15 +261,56 @@ def test_a_full_disk_is_told_and_is_no_fault_of_the_server(running, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(running.catalogue, "put", full)
-    folder = prompt_folder(tmp_path / "new", 1)
-    files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+    files = uploaded(prompt_folder(tmp_path / "new", 1))
     [put] = ask(running, ("PUT", "/v1/prompts/new", {"files": files}))
     assert error_of(put) == (503, "store_unavailable") and "No space left" in put.text
 
 
+def uploaded(folder):
+    """The files of a prompt, as a form has them."""
+    return [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+
+
+def test_whatever_a_store_raises_is_a_sentence_with_a_status(tmp_path):
+    store = open_store(f"memory://{tmp_path.name}/prompts")
+    folder = prompt_folder(tmp_path / "made")
+    for name in ("first", "cold"):
+        store.write(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    running = Running(tmp_path, store=store)
+    failing = store._fs = FailingFiles(store._fs)
+    reads = [post("/v1/predict", prompt="cold", inputs=["a"]), ("GET", "/v1/prompts/cold", {})]
+    writes = [("PUT", "/v1/prompts/new", {"files": uploaded(folder)}),
+              ("DELETE", "/v1/prompts/cold", {})]  # fmt: skip
+    errors = [
+        ConnectionError("no route to host"), TimeoutError(), OSError(28, "No space left"),
+        RuntimeError("of a library"), KeyError("Bucket"), PermissionError(13, "denied"),
+    ]  # fmt: skip
+
+    async def story():
+        found = {}
+        async with running.client() as client:
+            warm = lambda: client.post("/v1/predict", json={"prompt": "first", "inputs": ["a"]})
+            assert (await warm()).status_code == 200
+            for error in errors:
+                failing.error = error
+                running.catalogue.scan()
+                answers = [await client.request(m, p, **more) for m, p, more in reads + writes]
+                found[type(error)] = answers
+                assert (await warm()).status_code == 200
+            failing.error = None
+            method, path, more = reads[0]
+            assert (await client.request(method, path, **more)).status_code == 200
+        return found
+
+    for kind, answers in asyncio.run(story()).items():
+        unavailable, refused = (503, "store_unavailable"), (409, "read_only")
+        of_writes = refused if kind is PermissionError else unavailable
+        assert [error_of(each) for each in answers] == [unavailable] * 2 + [of_writes] * 2
+        assert all("The store memory:" in each.json()["error"]["message"] for each in answers)
+
+
 def test_a_pin_goes_along_with_its_name_however_that_changes(running, tmp_path):
-    other = prompt_folder(tmp_path / "other", 1)
-    files = [("files", (path.name, path.read_bytes())) for path in sorted(other.iterdir())]
+    files = uploaded(prompt_folder(tmp_path / "other", 1))
     pinned, service = running.service.device.pinned, running.service
 
     async def change():
@@ -435,6 +488,28 @@ def test_the_router_chooses_or_abstains(running):
     assert error_of(abstained) == (422, "no_prompt_fits")
 
 
+def test_a_user_is_answered_by_a_prompt_of_their_own_or_by_the_shared_one(running):
+    config = RunConfig.model_construct()
+    users = running.service.users = UserLibrary(running.library, "ab" * 32, config, 1)
+    prompt_folder(users.shared_prompt, 0)
+    prompt_folder(users.own_prompt("../4711"), 1)
+    running.catalogue.scan()
+    one, several, both, few = ask(
+        running,
+        post("/v1/predict", user="../4711", inputs=["a", "b"]),
+        post("/v1/predict", user=["../4711", "nobody"], inputs=["a", "b"]),
+        post("/v1/predict", user="../4711", prompt="first", inputs=["a"]),
+        post("/v1/predict", user=["../4711"], inputs=["a", "b"]),
+    )
+    assert [each["prediction"] for each in one.json()["predictions"]] == ["no", "no"]
+    assert [each["prompt"] for each in several.json()["predictions"]] == [
+        users.name_of("../4711"), "shared"
+    ]  # fmt: skip
+    for wrong in (both, few):
+        assert error_of(wrong) == (400, "invalid_value")
+    assert "4711" not in json.dumps(several.json())
+
+
 def test_the_tokenizer_is_told_as_harnesses_ask(running):
     info, ids, text = ask(
         running,
@@ -483,6 +558,54 @@ def test_a_client_that_goes_away_takes_its_rows_along(running):
             return (await held).status_code
 
     assert asyncio.run(story()) == 200
+    assert sum(map(len, running.engine.batches)) == 1
+
+
+def test_rows_of_a_connection_that_closes_leave_the_queue_and_are_counted(running):
+    """Over sockets, of a whole and of a streamed request."""
+    rows = {"prompt": "first", "inputs": ["a"] * 3}
+    stream = {"model": "first", "prompt": ["a", "b"], "stream": True}
+
+    async def connected(port, path, body):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: me\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        return reader, writer
+
+    async def until(condition):
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def story():
+        async with running.client(Limits(batch_rows=1, row_sizes=(1,))) as client:
+            bound, batcher = bind("127.0.0.1", 0), running.service.batcher
+            config = uvicorn.Config(client._transport.app, log_config=None, lifespan="off")
+            server = uvicorn.Server(config)
+            serving = asyncio.create_task(server.serve([bound]))
+            await until(lambda: server.started)
+            port = bound.getsockname()[1]
+            running.engine.gate.clear()
+            reader, held = await connected(port, "/v1/predict", rows | {"inputs": ["held"]})
+            await asyncio.to_thread(running.engine.entered.wait, 20)
+            away = [(await connected(port, "/v1/predict", rows))[1],
+                    (await connected(port, "/v1/completions", stream))[1]]  # fmt: skip
+            await until(lambda: batcher.waiting == 5)
+            for writer in away:
+                writer.close()
+            await until(lambda: batcher.waiting == 0)
+            running.engine.gate.set()
+            status = await reader.readline()
+            held.close()
+            figures = await client.get("/metrics")
+            server.should_exit = True
+            await serving
+            return status, figures.text
+
+    status, figures = asyncio.run(story())
+    assert status.startswith(b"HTTP/1.1 200")
+    assert "jaxprompt_cancelled_rows_total 5.0" in figures
     assert sum(map(len, running.engine.batches)) == 1
 
 

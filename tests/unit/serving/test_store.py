@@ -1,5 +1,6 @@
 """Stores of prompts: directories, buckets, repositories of the hub."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.methods.artefact import save_prompt
 from jaxprompt.methods.tuned import Prompt
 from jaxprompt.serving import artefacts
+from jaxprompt.serving import store as store_module
 from jaxprompt.serving.artefacts import digest_of, files_of, read_artefact
 from jaxprompt.serving.hub_store import HubStore
 from jaxprompt.serving.store import (
@@ -170,6 +172,37 @@ def test_paths_of_the_command_line_are_read_only_and_followed(tmp_path, contents
         store.delete("spam")
 
 
+def test_a_disk_that_fails_is_told_apart_from_prompts_that_are_not_there(
+    tmp_path, contents, monkeypatch
+):
+    (tmp_path / "library").mkdir()
+    store = DirectoryStore(tmp_path / "library")
+    store.write("spam", contents[0])
+    acts = {"listed": store.list, "read": lambda: store.read("spam"),
+            "written": lambda: store.write("spam", contents[1])}  # fmt: skip
+    deleted = lambda: store.delete("spam")
+    for number, of_writes in ((errno.EIO, StoreUnavailable), (errno.EROFS, ReadOnlyStore)):
+
+        def broken(*given, number=number):
+            raise OSError(number, "the disk fails")
+
+        with monkeypatch.context() as patch:
+            for name in ("_folders", "_read_all", "replace_directory"):
+                patch.setattr(store_module, name, broken)
+            for done, act in acts.items():
+                kind = of_writes if done == "written" else StoreUnavailable
+                with pytest.raises(kind, match=f"library.* cannot be {done} .the disk fails"):
+                    act()
+            patch.setattr(store_module, "_stamp", broken)
+            with pytest.raises(of_writes, match="the disk fails"):
+                deleted()
+    assert store.read("spam") == contents[0]
+    shutil.rmtree(tmp_path / "library")
+    for act in (store.list, acts["read"]):  # not that all prompts are gone
+        with pytest.raises(StoreUnavailable, match="No such file|not there any more"):
+            act()
+
+
 # ---- a bucket
 
 
@@ -195,6 +228,10 @@ def test_content_of_a_bucket_is_checked_against_its_digest(tmp_path, contents):
         store.read("spam")
     store._fs.pipe_file(store._object("names", "spam.json"), b'{"contents": {"../x": {}}}')
     with pytest.raises(UserError, match="is damaged"):
+        store.read("spam")
+    store.write("spam", contents[0])  # as the sentence says
+    store._fs.rm_file(path)
+    with pytest.raises(UserError, match="not in the store; write it again"):
         store.read("spam")
 
 
