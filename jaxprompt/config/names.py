@@ -66,7 +66,6 @@ ALIASES = {
     "max_seq_length": "task.max_input_length",
     "max_length": "task.max_input_length",
     "num_beams": "task.beams",
-    "verbalizer": "task.labels",
 }
 
 V = TypeVar("V")

@@ -51,6 +51,7 @@ def json_schema(schema: type[BaseModel] = RunConfig) -> JsonSchema:
         mixture = MixtureConfig.model_json_schema()["properties"]
         mixture["mixture"] |= {"default": None}
         whole["properties"] |= {k: x for k, x in mixture.items() if k != "name"}
+        values["$defs"] |= whole.pop("$defs", {})
         values["$defs"]["TaskConfig"] = whole
         task["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/TaskConfig"}]
     return values

@@ -36,6 +36,24 @@ from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Value, Values
 
 
+class JinjaConfig(Schema):
+    """A Jinja template that makes the input and the target of a row, as PromptSource's do."""
+
+    text: str = Field(
+        description=(
+            "Jinja that makes the columns `rendered_input` and `rendered_target`, with ||| between "
+            "them. A row for which it makes no ||| is left out."
+        )
+    )
+    answer_choices: str | None = Field(
+        default=None,
+        description=(
+            "Jinja of the answers, with ||| between them, which `text` has as a list "
+            "`answer_choices`. If all rows have the same, they are the default of `task.labels`."
+        ),
+    )
+
+
 class TaskConfig(Schema):
     """What a task is: where rows come from, how a row becomes text, how answers are judged."""
 
@@ -63,8 +81,17 @@ class TaskConfig(Schema):
     template: str = Field(
         description=(
             'Input text with columns in braces, such as "question: {text}". [prompt] or [prompt:n] '
-            "places virtual tokens; without it they stand in front."
+            "places virtual tokens; without it they stand in front. [soft:It was] places as many "
+            "as the words have tokens, which start from these. Or a template of others: "
+            "promptsource:PATH#super_glue/rte/GPT-3 style, or openprompt:FILE#0."
         )
+    )
+    jinja: JinjaConfig | None = Field(
+        default=None,
+        description=(
+            "Jinja that makes the columns `rendered_input` and `rendered_target` of each row, "
+            "which are the defaults of `template` and `target`; or promptsource:PATH#DATASET/NAME."
+        ),
     )
     templates: list[str] = Field(
         default=[],
@@ -79,6 +106,41 @@ class TaskConfig(Schema):
         description=(
             "Allowed targets; the answer is the most likely of them. null: the answer is "
             "generated freely."
+        ),
+    )
+    verbalizer: dict[str, list[str]] | None = Field(
+        default=None,
+        description=(
+            "Words that stand for each label, such as {positive: [good, great], negative: [bad]}; "
+            "training writes the first one. Labels without any are words themselves. Or "
+            "openprompt:FILE#0."
+        ),
+    )
+    pooling: Literal["sum", "mean", "max"] = Field(
+        default="sum",
+        description=(
+            "Score of a label of several words: the log of the sum of their likelihoods, of their "
+            "mean, or of the highest."
+        ),
+    )
+    calibration: Literal["content_free", "batch"] | None = Field(
+        default=None,
+        description=(
+            "Divides a label's probability by its mean probability. content_free: over rows that "
+            "say nothing (Zhao et al. 2021). batch: over the rows that are asked together, 8 or "
+            "more (arXiv 2309.17249). null: not calibrated."
+        ),
+    )
+    content_free: list[str] = Field(
+        default=["N/A", "[MASK]", ""],
+        min_length=1,
+        description="Texts that stand in all columns of the rows of `calibration: content_free`.",
+    )
+    label_prior: dict[str, Weight] | None = Field(
+        default=None,
+        description=(
+            "The mean probability of each label that its probability is divided by, such as "
+            "{yes: 0.7, no: 0.3}. null: as `calibration` finds it."
         ),
     )
     label_map: dict[str, str] | None = Field(
@@ -160,6 +222,7 @@ class TaskConfig(Schema):
             raise ValueError(
                 f"labels are {shown(labels)}, and one of them is blank; give it a word"
             )
+        _check_verbalizer(self)
         words = self.class_labels
         if words is not None and (not words or not all(word.strip() for word in words)):
             raise ValueError(
@@ -172,6 +235,38 @@ class TaskConfig(Schema):
                     "'question: {text}'"
                 )
         return self
+
+
+def _check_verbalizer(task: TaskConfig) -> None:
+    """Raise ValueError unless words and priors are those of the labels."""
+    labels = task.labels or []
+    given = task.verbalizer or {}
+    words = [word for words in given.values() for word in words]
+    for key, value in {"verbalizer": task.verbalizer, "label_prior": task.label_prior}.items():
+        unknown = [label for label in value or () if label not in labels]
+        if unknown:
+            raise ValueError(
+                f"{key} has the label {shown(unknown[0])}, and labels are "
+                f"{listed(map(repr, labels)) or 'not given'}; name these"
+            )
+    lone = [label for label, own in given.items() if not own or not all(map(str.strip, own))]
+    if lone:
+        raise ValueError(
+            f"verbalizer has {shown(given[lone[0]])} for {shown(lone[0])}; give one word or more, "
+            "none of them blank"
+        )
+    every = words + [label for label in labels if label not in given]
+    twice = next((word for word in every if every.count(word) > 1), None)
+    if twice is not None:
+        raise ValueError(f"verbalizer has the word {shown(twice)} twice; leave one of them out")
+    if task.label_prior is not None and len(task.label_prior) < len(labels):
+        lacking = next(label for label in labels if label not in task.label_prior)
+        raise ValueError(f"label_prior lacks {shown(lacking)}; give a number for each label")
+    if task.calibration is not None and (not labels or task.decoding != "rank"):
+        raise ValueError(
+            f"calibration is {task.calibration}, and it is for labels that are ranked; give "
+            "labels, and leave decoding out"
+        )
 
 
 class ModelConfig(Schema):

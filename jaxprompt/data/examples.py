@@ -8,12 +8,14 @@ import numpy as np
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
+from jaxprompt.data.jinja_templates import rendered_again
 from jaxprompt.data.references import target_texts
 from jaxprompt.data.rows import Rows, row_name
-from jaxprompt.data.templates import Piece, fill, place_prompt
+from jaxprompt.data.templates import Piece, fill, first_word, place_prompt, with_counts
 from jaxprompt.data.token_cache import Ragged, tokenized
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, fit
+from jaxprompt.data.verbalizers import label_words
 from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
 from jaxprompt.runtime.cache import cache_folder
 
@@ -47,7 +49,7 @@ def tokenize(
         UserError: A row lacks a column, a label or target does not fit the tokenizer or the limits.
     """
     check_labels(task, tokenizer)
-    pieces = place_prompt(task.template, prompt.length)
+    pieces = place_prompt(with_counts(task.template, tokenizer.encode), prompt.length)
     encoder = _Encoder(task, tokenizer, prompt.vocab_rows, origin)
     encoded, count = encoder.encode(rows, pieces), sum(bool(piece.text) for piece in pieces)
     start, end = tokenizer.start_ids, tokenizer.input_end(task.separator)
@@ -93,8 +95,8 @@ class _Encoder(NamedTuple):
         return ids
 
     def encode_rows(self, rows: Rows, pieces: Sequence[Piece]) -> list[list[np.ndarray]]:
-        """For each row the ids of each of its texts."""
-        ids = self.encode(rows, pieces)
+        """For each row the ids of each of its texts, after its columns have been shortened."""
+        ids = self.encode(rendered_again(self.task, rows), pieces)
         count = len(ids) // max(len(rows), 1)
         return [[ids.at(row * count + i) for i in range(count)] for row in range(len(rows))]
 
@@ -103,7 +105,7 @@ def _target_ids(
     task: TaskConfig, rows: Rows, tokenizer: Tokenizer, vocab_rows: int, origin: str | None
 ) -> list[list[int]]:
     """The ids of each row's target. Raises UserError where one is too long."""
-    texts = target_texts(task, rows, origin)
+    texts = [first_word(task, text) for text in target_texts(task, rows, origin)]
     targets = tokenizer.encode_targets(texts, task.separator)
     for number, ids in enumerate(targets):
         tokenizer.check(ids, vocab_rows, texts[number])
@@ -142,7 +144,7 @@ def filled(
 def check_labels(task: TaskConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError for a label without tokens of its own, and for two with the same tokens."""
     label_of_ids: dict[tuple[int, ...], str] = {}
-    labels = task.labels or ()
+    labels = label_words(task).texts
     for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):
         if not set(ids) - set(tokenizer.special_ids):
             raise UserError(f"Label {label!r} has no token of this backbone; use another word.")

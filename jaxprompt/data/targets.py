@@ -14,6 +14,7 @@ from jaxprompt.data.batches import Example
 from jaxprompt.data.references import Reference, references
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import label_words
 
 
 class EvalReferences(NamedTuple):
@@ -104,7 +105,7 @@ def _cut(task: TaskConfig, cut: Sequence[Reference], count: int, what: str) -> l
 
 def label_warnings(task: TaskConfig, tokenizer: Tokenizer) -> list[str]:
     """A sentence on label words with unknown characters, and one on blanks that end a label."""
-    labels = task.labels or ()
+    labels = label_words(task).texts
     ids = tokenizer.encode_targets(labels, task.separator)
     unknown = [label for label, row in zip(labels, ids, strict=True) if tokenizer.unk_id in row]
     blank = [label for label in labels if label != label.rstrip()]
@@ -127,23 +128,25 @@ def _words(labels: Sequence[str]) -> str:
 
 
 def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The label of each decoded text.
+    """The label of each decoded text; a word of a verbalizer is its label.
 
     Raises:
         UserError: two labels have the same decoded text, or a label is longer than an answer.
     """
     label_of_text: dict[str, str] = {}
-    labels = task.labels or ()
-    for label, ids in zip(labels, tokenizer.encode_targets(labels, task.separator), strict=True):
+    words, labels = label_words(task), task.labels or ()
+    encoded = tokenizer.encode_targets(words.texts, task.separator)
+    for number, word, ids in zip(words.labels, words.texts, encoded, strict=True):
+        label = labels[number]
         if len(ids) - 1 > task.max_target_length:
             raise UserError(
-                f"Label {label!r} has {len(ids) - 1} tokens, and task.max_target_length, at which "
+                f"Label {word!r} has {len(ids) - 1} tokens, and task.max_target_length, at which "
                 f"answers end, is {task.max_target_length}; raise it."
             )
         other = label_of_text.setdefault(tokenizer.decode(ids), label)
         if other != label:
             raise UserError(
-                f"Labels {other!r} and {label!r} are the same text to this backbone; use other "
+                f"Labels {other!r} and {word!r} are the same text to this backbone; use other "
                 "words, with task.label_map to reach them from the data."
             )
     return label_of_text

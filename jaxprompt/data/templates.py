@@ -2,7 +2,9 @@
 
 ``"question: {text}"`` puts the whole prompt in front. ``[prompt]`` and ``[prompt:n]`` place virtual
 tokens anywhere (p-tuning, Liu et al. 2021, and hybrids of soft and hard prompts):
-``"[prompt:10] {text} It was [prompt:2]"``. Braces that are text are doubled: ``{{`` and ``}}``.
+``"[prompt:10] {text} It was [prompt:2]"``. ``[soft:It was]`` stands for as many virtual tokens as
+the words have tokens, and these start from the words' own embeddings; ``[prompt:5=It was]`` stands
+for five, of which the first start from them. Braces that are text are doubled: ``{{`` and ``}}``.
 """
 
 import datetime
@@ -17,19 +19,26 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.jinja_templates import INPUT, TARGET, columns_of_jinja
 from jaxprompt.data.rows import Row, separator_hint
 
-_MARKER = re.compile(r"\[prompt(?::([0-9]{1,6}))?\]")
-_NEARLY = re.compile(r"\[prompt\b[^\[\]]*\]")
+_WORDS = r"([^\[\]{}]*[^\[\]{}\s][^\[\]{}]*)"
+_MARKER = re.compile(rf"\[prompt(?::([0-9]{{1,6}})(?:={_WORDS})?)?\]|\[soft:{_WORDS}\]")
+_SOFT = re.compile(rf"\[soft:{_WORDS}\]")
+_NEARLY = re.compile(r"\[(?:prompt\b|soft:)[^\[\]]*\]")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _BREAK = "\ufdd0"  # a noncharacter: nothing that means more than text begins or goes on here
 
 
 class Piece(NamedTuple):
-    """A part of a template: text with fields, or ``virtual`` tokens (-1: all other ones)."""
+    """A part of a template: text with fields, or ``virtual`` tokens.
+
+    -1: all other ones. -2: as many as ``start`` has tokens (``with_counts``).
+    """
 
     text: str
     virtual: int
+    start: str = ""  # the words whose embeddings the virtual tokens start from
 
 
 @functools.lru_cache(maxsize=64)
@@ -39,12 +48,14 @@ def split_template(template: str) -> tuple[Piece, ...]:
     for nearly in _NEARLY.findall(template):
         if not _MARKER.fullmatch(nearly):
             raise UserError(
-                f"Template {shown(template)} has {shown(nearly)}; write [prompt] or [prompt:10]."
+                f"Template {shown(template)} has {shown(nearly)}; write [prompt] or [prompt:10], "
+                "or with words to start from [soft:It was] or [prompt:10=It was]."
             )
     pieces, end = [], 0
     for marker in _MARKER.finditer(template):
         pieces.append(Piece(template[end : marker.start()], 0))
-        pieces.append(Piece("", int(marker[1]) if marker[1] else -1))
+        count = int(marker[1]) if marker[1] else -2 if marker[3] else -1
+        pieces.append(Piece("", count, marker[2] or marker[3] or ""))
         end = marker.end()
     pieces.append(Piece(template[end:], 0))
     if end == 0:
@@ -62,6 +73,11 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
     pieces = split_template(template)
     if length == 0:  # the bare backbone: the text alone
         return tuple(piece for piece in pieces if piece.text)
+    if any(piece.virtual == -2 for piece in pieces):
+        raise UserError(
+            f"Template {shown(template)} has [soft:...], whose tokens are not counted here; write "
+            "[prompt:n=...] with their number n."
+        )
     fixed = sum(max(piece.virtual, 0) for piece in pieces)
     bare = any(piece.virtual == -1 for piece in pieces)
     if fixed > length or (fixed != length and not bare):
@@ -73,6 +89,42 @@ def place_prompt(template: str, length: int) -> tuple[Piece, ...]:
     return tuple(p for p in settled if p.text or p.virtual)
 
 
+def with_counts(template: str, encode: Callable[[str], Sequence[int]]) -> str:
+    """The template with ``[prompt:2=It was]`` where it has ``[soft:It was]``.
+
+    Args:
+        encode: the ids of a text, without what begins and ends it.
+    """
+
+    def counted(marker: re.Match) -> str:
+        count = len(encode(marker[1]))
+        if not count:
+            raise UserError(
+                f"Template {shown(template)} has {shown(marker[0])}, which has no token of this "
+                "backbone; use other words."
+            )
+        return f"[prompt:{count}={marker[1]}]"
+
+    return _SOFT.sub(counted, template)
+
+
+def start_words(template: str, length: int) -> list[tuple[int, int, str]]:
+    """The virtual tokens that start from words: first, number of them, and the words.
+
+    Args:
+        template: of ``with_counts``.
+
+    >>> start_words("[prompt] {a} [prompt:2=It was]", 5)
+    [(3, 2, 'It was')]
+    """
+    found, used = [], 0
+    for piece in place_prompt(template, length):
+        if piece.start:
+            found.append((used, piece.virtual, piece.start))
+        used += piece.virtual
+    return found
+
+
 def columns_of(template: str) -> list[str]:
     """The columns that a template names, in order and without repetition.
 
@@ -80,6 +132,20 @@ def columns_of(template: str) -> list[str]:
     ['a', 'the b']
     """
     return list(dict.fromkeys(match[1] for match in _FIELD.finditer(template) if match[1]))
+
+
+def input_columns(task: TaskConfig, *, all_of_jinja: bool = False) -> list[str]:
+    """The columns that a row needs for its input, before ``task.jinja`` adds some.
+
+    Args:
+        all_of_jinja: with the columns that a Jinja template names in its target alone.
+    """
+    columns = columns_of(task.template)
+    if task.jinja is None:
+        return columns
+    own = columns_of_jinja(task.jinja, all_of_them=all_of_jinja)
+    each = (own if name == INPUT else [name] for name in columns)
+    return list(dict.fromkeys(name for names in each for name in names))
 
 
 def places_of(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
@@ -147,7 +213,13 @@ def answered(task: TaskConfig, row: Row, where: str = "the row") -> tuple[str, s
 
     pieces = place_prompt(task.template, 0)
     filled = "".join(_FIELD.sub(value, piece.text) for piece in pieces)
-    return filled, literal(to_target(task, row, where))
+    return filled, literal(first_word(task, to_target(task, row, where)))
+
+
+def first_word(task: TaskConfig, target: str) -> str:
+    """The text that training writes for a target: the first word of a label in the verbalizer."""
+    words = (task.verbalizer or {}).get(target) if task.labels is not None else None
+    return words[0] if words else target
 
 
 def as_text(value: object, column: str, where: str = "the row") -> str:
@@ -210,6 +282,11 @@ _NUMBER = re.compile(r"[-+]?[0-9]{1,9}(\.[0-9]{1,9})?")
 
 def to_target(task: TaskConfig, row: Row, where: str = "the row") -> str:
     """Target text of a row, mapped to label words and checked against the labels."""
+    if task.jinja is not None and row.get(TARGET, "") is None and TARGET in columns_of(task.target):
+        raise UserError(
+            f"Task {shown(task.name)}: the Jinja template makes no target of {where}, as of a row "
+            "whose label is unknown; such rows can be answered (predict), not trained on or judged."
+        )
     target = fill(task.target, row, where)
     if task.label_map is not None:
         target = task.label_map.get(target, target)

@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.jinja_templates import cut_columns
 from jaxprompt.data.rows import Row, Rows
-from jaxprompt.data.templates import Piece, as_text, columns_of, places_of
+from jaxprompt.data.templates import Piece, as_text, input_columns, places_of
 
 Parts = list[np.ndarray]  # ids of each text between a row's virtual tokens
 Encode = Callable[[Rows, Sequence[Piece]], list[Parts]]
@@ -53,8 +54,8 @@ def of_task(truncation: Truncation, task: TaskConfig, rows: str = "rows") -> str
 
 def columns_to_cut(task: TaskConfig) -> list[str]:
     """The columns of ``task.truncate``, in order; UserError if the template lacks one of them."""
-    named = [task.truncate] if isinstance(task.truncate, str) else list(task.truncate or ())
-    columns = columns_of(task.template)
+    named = cut_columns(task)
+    columns = input_columns(task, all_of_jinja=True)
     for name in named:
         if name not in columns:
             raise UserError(

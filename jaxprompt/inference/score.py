@@ -13,7 +13,7 @@ from jaxprompt.config.errors import shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.data.rows import Rows
-from jaxprompt.data.templates import place_prompt
+from jaxprompt.data.templates import place_prompt, with_counts
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation
 from jaxprompt.data.virtual_tokens import virtual_ids
@@ -112,7 +112,8 @@ class PairTokenizer(NamedTuple):
 
     def _template_warnings(self, task: TaskConfig) -> list[str]:
         """A sentence for each thing in the task's template that has no place in a pair's text."""
-        pieces = place_prompt(task.template, self.prompt_length)
+        counted = with_counts(task.template, self.tokenizer.encode)
+        pieces = place_prompt(counted, self.prompt_length)
         inside = any(piece.virtual for piece in pieces[1:])
         [named] = self.tokenizer.encode_all([self.tokenizer.marked(task.template)], trusted=True)
         special = named != self.tokenizer.encode(task.template)

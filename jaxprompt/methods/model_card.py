@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxprompt.config.schema import JinjaConfig
+from jaxprompt.data.jinja_templates import INPUT, columns_of_jinja
 from jaxprompt.methods.tuned import decoder_only, record_of
 from jaxprompt.models.checkpoints.hub import only_here
 from jaxprompt.runtime.markdown import plain
@@ -28,7 +30,7 @@ def model_card(metadata: Mapping[str, object]) -> str:
 {_code(source)} (fingerprint {_code(backbone.get("fingerprint", "unknown"))}).
 It works with that backbone only.
 {_changes(metadata)}
-- Input: {_code(task.get("template", "unknown"))}
+- Input: {_input(task)}
 - Output: {labels}
 - {_steps(metadata)}; see `prompt.json` for the whole configuration.
 
@@ -174,9 +176,19 @@ def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
+def _input(task: Mapping[str, object]) -> str:
+    jinja = record_of(task, "jinja").get("text")
+    template = _code(task.get("template", "unknown"))
+    return template if jinja is None else f"{template}, which the Jinja {_code(jinja)} makes"
+
+
 def _columns(task: Mapping[str, object]) -> list[str]:
-    """The columns that a task's template names."""
+    """The columns that a task's template names, or its Jinja template for its input."""
     names = re.findall(r"\{\{|\}\}|\{([^{}]*)\}", str(task.get("template", "")))
+    jinja = record_of(task, "jinja")
+    if isinstance(jinja.get("text"), str):
+        own = columns_of_jinja(JinjaConfig.model_validate(jinja))
+        names = [name for each in names for name in (own if each == INPUT else [each])]
     return list(dict.fromkeys(filter(None, names))) or ["input"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxprompt.config.errors import UserError, listed
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.tasks.splits import load_rows
-from jaxprompt.data.templates import columns_of
+from jaxprompt.data.templates import input_columns
 from jaxprompt.inference.session import Session, check_pair, open_session, prompt_task
 from jaxprompt.methods.tuned import Prompt
 from jaxprompt.models.checkpoints.load import Backbone
@@ -148,7 +148,7 @@ def task_statistics(session: Session, task: TaskConfig, rows: int, held_out: int
     Raises:
         UserError: the rows cannot be read, or are too few.
     """
-    columns = columns_of(task.template)
+    columns = input_columns(task)
     if task.validation is not None:
         training = load_rows(task, "train", rows)
         others = load_rows(task, "validation", held_out)

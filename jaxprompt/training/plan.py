@@ -19,7 +19,7 @@ from jaxprompt.config.schema import RunConfig, TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.tasks.registry import resolve_learnt
-from jaxprompt.data.templates import place_prompt
+from jaxprompt.data.templates import place_prompt, split_template
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
 from jaxprompt.models.cost import A_PROMPT
@@ -274,6 +274,9 @@ def _shared_prefix(config: RunConfig, shape: registry.Config, tasks: Sequence[Ta
         return 0
     length = lengths.pop()
     parts = [part for task in tasks for part in parts_of(task)]
+    # vectors that start from words stand within the text, and only a tokenizer counts them
+    if any(piece.virtual == -2 for part in parts for piece in split_template(part.template)):
+        return 0
     first = {place_prompt(part.template, length)[0].virtual for part in parts}
     return length if first == {length} else 0
 

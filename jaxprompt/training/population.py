@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import PrefixConfig
@@ -20,10 +20,11 @@ from jaxprompt.config.schema import PromptConfig, RunConfig, TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.batches import AnyArray, Example
 from jaxprompt.data.tasks.registry import class_words
+from jaxprompt.data.templates import start_words, with_counts
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
-from jaxprompt.methods.init import Vocabulary, initial_prompt
+from jaxprompt.methods.init import Vocabulary, initial_prompt, lookup
 from jaxprompt.methods.library import Similar, similar_prompts
 from jaxprompt.methods.prefix import from_words
 from jaxprompt.methods.registry import method_of
@@ -68,6 +69,7 @@ def init_trainables(
             seed=member.train.seed,
             from_file=lambda path: load_prompt(path).vectors,
         )
+        start = _with_words_of_template(start, member, task, table, tokenizer)
     trainables = method.init(backbone.params, start[None], member.prompt, member.train.seed)
     if "prefix" not in member.parts or member.prefix.init != "text":
         return trainables
@@ -75,6 +77,28 @@ def init_trainables(
     if len(member.parts) == 1:
         return from_words(trainables, words)
     return {**trainables, "prefix": from_words(trainables["prefix"], words)}
+
+
+def _with_words_of_template(
+    start: Float[np.ndarray, "P D"],
+    member: RunConfig,
+    task: TaskConfig,
+    table: AnyArray,
+    tokenizer: Tokenizer,
+) -> Float[np.ndarray, "P D"]:
+    """The start with the embeddings of the words that the task's template has for some vectors."""
+    counted = with_counts(task.template, tokenizer.encode)
+    slots = start_words(counted, member.prompt.length)
+    if slots and len(start) != member.prompt.length:
+        raise UserError(
+            f"The template of task {task.name!r} has words that vectors start from, and with "
+            f"method={member.method} vectors are made of others; use prompt-tuning, or "
+            "[prompt:n] without words."
+        )
+    for first, count, words in slots:
+        ids = tokenizer.encode(words)[:count]
+        start[first : first + len(ids)] = lookup(table, ids)
+    return start
 
 
 def _words_of_prefix(config: PrefixConfig, backbone: Backbone, tokenizer: Tokenizer) -> Layers:

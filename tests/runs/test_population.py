@@ -275,6 +275,11 @@ def test_class_labels_of_a_task_without_labels_start_its_prompt(backbone, tmp_pa
     strange = task.model_copy(update={"class_labels": ["good", "zebra"]})
     with pytest.raises(UserError, match="class label 'zebra' of task 'mine' has no token"):
         init_trainables(run, strange, loaded, tokenizer)
+    # words in the template start the vectors that stand in their place
+    mixed = task.model_copy(update={"template": "[prompt] {text} [soft:it was]"})
+    found = np.asarray(init_trainables(run, mixed, loaded, tokenizer)["prompt"])[0]
+    np.testing.assert_allclose(found[:1], wanted[:1], rtol=1e-6)
+    np.testing.assert_allclose(found[1:], table[tokenizer.encode("it was")], rtol=1e-6)
 
 
 def test_a_prompt_that_is_most_of_what_a_row_holds_is_warned_of():

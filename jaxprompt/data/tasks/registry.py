@@ -16,7 +16,9 @@ from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
 from jaxprompt.data.tasks import builtin, generation, glue, qa, superglue
 from jaxprompt.data.tasks.entry import THREE_SPLITS, Entry
+from jaxprompt.data.tasks.others import with_files_of_others
 from jaxprompt.data.truncation import columns_to_cut
+from jaxprompt.data.verbalizers import first_words
 
 TASKS: dict[str, Entry] = builtin.TASKS | superglue.TASKS | glue.TASKS | qa.TASKS | generation.TASKS
 
@@ -46,6 +48,7 @@ def resolve_task(task: str | Values) -> TaskConfig:
             f"task.prefix is {shown(prefix)}; it is true or false, and true only for the tasks "
             "that T5 was trained on; write other prefixes into task.template."
         )
+    values = with_files_of_others(TASKS.get(name or "", {}), values)
     if name in TASKS:
         values = _changed_entry(TASKS[name], values)
         if prefix and isinstance(values["template"], str):  # else it is refused below
@@ -110,4 +113,4 @@ def _changed_entry(entry: Entry, values: Values) -> Values:
 
 def class_words(task: TaskConfig) -> list[str]:
     """The words that ``prompt.init=class_labels`` starts from, in order; there may be none."""
-    return list(task.class_labels or task.labels or ())
+    return list(task.class_labels or first_words(task))

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.values import Values
-from jaxprompt.data.templates import columns_of
+from jaxprompt.data.templates import input_columns
 from jaxprompt.serving.artefacts import Files
 from jaxprompt.serving.catalogue import Conflict, Facts
 from jaxprompt.serving.http.errors import ApiError, of_user_error
@@ -147,7 +147,7 @@ def _content(version: Version | None) -> Values:
     return {
         "task": None if task is None else task.name,
         "labels": None if task is None else task.labels,
-        "columns": None if task is None else columns_of(task.template),
+        "columns": None if task is None else input_columns(task),
         "template": None if task is None else task.template,
         "decoding": None if task is None else task.decoding,
         "length": version.length,

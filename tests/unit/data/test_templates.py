@@ -8,7 +8,15 @@ import pytest
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
-from jaxprompt.data.templates import Piece, fill, place_prompt, split_template, to_text
+from jaxprompt.data.templates import (
+    Piece,
+    fill,
+    place_prompt,
+    split_template,
+    start_words,
+    to_text,
+    with_counts,
+)
 
 
 def task(**changes):
@@ -183,3 +191,25 @@ def test_markers_with_endless_digits_and_templates_without_end():
     assert len(str(caught.value)) < 1000
     with pytest.raises(UserError, match=r"'c0', .*\(100000 in all\)"):
         fill("{text}", {f"c{i}": 1 for i in range(100_000)})
+
+
+def test_vectors_that_start_from_words_are_counted_and_placed():
+    counted = with_counts("{x} [soft:It was] [prompt:3=so to say] [prompt:1]", str.split)
+    assert counted == "{x} [prompt:2=It was] [prompt:3=so to say] [prompt:1]"
+    assert start_words(counted, 6) == [(0, 2, "It was"), (2, 3, "so to say")]
+    assert to_text(task(template=counted), {"x": "a", "label": "b"}) == ("a   ", "b")
+    assert to_text(task(template="{x}[soft: It was]"), {"x": "a", "label": "b"}) == ("a", "b")
+    with pytest.raises(UserError, match="places 6 virtual tokens and the prompt has 100"):
+        place_prompt(counted, 100)
+    with pytest.raises(UserError, match=r"write \[prompt:n=...\] with their number n"):
+        place_prompt("{x} [soft:It was]", 2)
+    with pytest.raises(UserError, match="which has no token of this backbone"):
+        with_counts("{x} [soft:It was]", lambda text: [])
+
+
+@pytest.mark.parametrize(
+    "marker", ["[soft:]", "[soft: ]", "[soft:{x}]", "[prompt:=a]", "[prompt:2=]"]
+)
+def test_words_to_start_from_are_words(marker):
+    with pytest.raises(UserError, match=r"or with words to start from \[soft:It was\]"):
+        place_prompt(f"{{x}} {marker}", 2)
