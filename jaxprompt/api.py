@@ -34,7 +34,7 @@ from jaxprompt.data.references import Reference, references
 from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.targets import as_written, label_warnings
 from jaxprompt.data.tasks.registry import resolve_task
-from jaxprompt.data.tasks.rules import apply_rule
+from jaxprompt.data.tasks.rules import apply_rule, makes_rows
 from jaxprompt.data.tasks.splits import read_split
 from jaxprompt.data.templates import columns_of, to_text
 from jaxprompt.data.truncation import Truncation, of_task
@@ -163,8 +163,8 @@ def _with_rows(config: RunConfig, data: Data) -> tuple[RunConfig, Mapping[str, R
 
 
 def _columns_used(task: TaskConfig) -> list[str] | None:
-    """The columns that a task reads; None: its rule may read any."""
-    if task.rule is not None:
+    """The columns that a task reads; None: its rule or its Jinja template may read any."""
+    if makes_rows(task):
         return None
     texts = (task.template, *task.templates, task.target)
     columns = [*(column for text in texts for column in columns_of(text)), task.answers, task.group]
@@ -174,7 +174,7 @@ def _columns_used(task: TaskConfig) -> list[str] | None:
 def _cut(task: TaskConfig, rows: Rows) -> dict[str, list[Row]]:
     """The rows of each split, of which no two share a group or, where there is none, a text."""
     advice = "give {'train': rows, 'validation': rows}."
-    if task.rule is not None:
+    if makes_rows(task):
         raise UserError(f"Rows of task {task.name!r} are not cut into splits; {advice}")
     if len(rows) < FEWEST_ROWS:
         raise UserError(
@@ -359,8 +359,12 @@ def evaluate(
         given.batch_size, pack=True, progress=given.progress, origin=questions.origin,
         warn=given.warn,
     )  # fmt: skip
-    predictions = _predict(session, task, questions.rows, asked).predictions
+    answers = _predict(session, task, questions.rows, asked)
+    predictions = answers.predictions
     result = questions.facts | {"metrics": measure(task, predictions, questions.references)}
+    if answers.log_prior is not None:
+        shares = map(float, np.exp(answers.log_prior))
+        result["label_prior"] = dict(zip(task.labels or (), shares, strict=True))
     if task.labels:
         confusion = confusion_of(predictions, questions.references, task.labels)
         result |= diagnose(predictions, task.labels) | {"report": class_report(confusion)}

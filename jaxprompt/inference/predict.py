@@ -14,8 +14,16 @@ from jaxtyping import Float
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example, with_member
+from jaxprompt.data.examples import tokenize
 from jaxprompt.data.targets import label_of
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import (
+    content_free_rows,
+    label_words,
+    prior_of,
+    wants_content_free,
+)
+from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.inference.engine import Engine, Progress, ignore_progress
 from jaxprompt.inference.generate import generation_program
 from jaxprompt.inference.rank import rank_program
@@ -24,9 +32,10 @@ _NO_TARGET = np.zeros(0, np.int32)
 
 
 class Predictions(NamedTuple):
-    """One prediction a row and, for rank classification, the log-likelihoods of all labels.
+    """One prediction a row and, for rank classification, the scores of all labels.
 
-    Where the task is ``length_normalized``, they are means over a label's tokens instead of sums.
+    They are log-likelihoods. Where the task is ``length_normalized``, they are means over a label's
+    tokens instead of sums. Where it is calibrated, the log prior of each label is subtracted.
 
     non_finite_rows: numbers of the rows for which the model's logits were not finite. Their
     predictions mean nothing, see ``check_finite_scores``.
@@ -35,6 +44,7 @@ class Predictions(NamedTuple):
     predictions: list[str]
     scores: Float[np.ndarray, "n C"] | None
     non_finite_rows: Sequence[int] = ()
+    log_prior: Float[np.ndarray, " C"] | None = None  # that the scores are calibrated by
 
 
 def check_finite_scores(non_finite_rows: Sequence[int], count: int, source: str) -> None:
@@ -79,13 +89,59 @@ def predict(
     examples = [example._replace(targets=_NO_TARGET) for example in examples]
     if labels is None:
         return _generate(engine, task, examples, tokenizer, batch_size, progress)
-    program = rank_program(labels, tokenizer, task.separator)
+    scores = _label_scores(engine, task, examples, tokenizer, batch_size, pack, progress)
+    free = _content_free(engine, task, tokenizer)
+    return _ranked(task, scores, _scores_of_free(engine, task, free, tokenizer, batch_size))
+
+
+def _label_scores(
+    engine: Engine,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    pack: bool = False,
+    progress: Progress = ignore_progress,
+) -> Float[np.ndarray, "n C"]:
+    """The score of each label for each example, not calibrated."""
+    words = label_words(task)
+    program = rank_program(words.texts, tokenizer, task.separator)
     scores = engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
     if task.length_normalized:
-        encoded = tokenizer.encode_targets(labels, task.separator)
+        encoded = tokenizer.encode_targets(words.texts, task.separator)
         scores = scores / np.array([len(ids) for ids in encoded], np.float32)
+    return words.pooled(scores)
+
+
+def _content_free(engine: Engine, task: TaskConfig, tokenizer: Tokenizer) -> list[Example]:
+    """Examples that say nothing, where the task is calibrated by them."""
+    if not wants_content_free(task):
+        return []
+    virtual = VirtualTokens(engine.model.config.vocab_size, engine.prompt_length)
+    return tokenize(task, content_free_rows(task), tokenizer, virtual, need_targets=False)
+
+
+def _scores_of_free(
+    engine: Engine,
+    task: TaskConfig,
+    free: Sequence[Example],
+    tokenizer: Tokenizer,
+    batch_size: int,
+) -> Float[np.ndarray, "m C"]:
+    if not free:
+        return np.empty((0, len(task.labels or ())), np.float32)
+    return _label_scores(engine, task, free, tokenizer, batch_size)
+
+
+def _ranked(
+    task: TaskConfig, scores: Float[np.ndarray, "n C"], free: Float[np.ndarray, "m C"]
+) -> Predictions:
+    """The likeliest labels, by scores that are calibrated where the task says so."""
+    labels, prior = task.labels or [], prior_of(task, scores, free)
+    scores = scores if prior is None else scores - prior
     non_finite_rows = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-    return Predictions([labels[i] for i in scores.argmax(axis=1)], scores, non_finite_rows.tolist())
+    best = [labels[i] for i in scores.argmax(axis=1)]
+    return Predictions(best, scores, non_finite_rows.tolist(), prior)
 
 
 def _generate(
@@ -121,17 +177,28 @@ def predict_per_member(
 
     All members share the same batches: an example is there once for each.
     """
+    bare = [example._replace(targets=_NO_TARGET) for example in examples]
+    repeated, count, members = _for_each_member(engine, bare), len(examples), engine.num_members
+    if task.labels is None or task.decoding != "rank" or not examples:
+        together = predict(
+            engine, task, repeated, tokenizer, batch_size=batch_size, pack=True, progress=progress
+        )
+        return [_part(together, k * count, (k + 1) * count) for k in range(members)]
+    scores = _label_scores(engine, task, repeated, tokenizer, batch_size, True, progress)
+    asked = _for_each_member(engine, _content_free(engine, task, tokenizer))
+    free = _scores_of_free(engine, task, asked, tokenizer, batch_size)
+    parts = zip(np.split(scores, members), np.split(free, members), strict=True)
+    return [_ranked(task, *each) for each in parts]
+
+
+def _for_each_member(engine: Engine, examples: Sequence[Example]) -> list[Example]:
+    """The examples once for each member, those of a member together."""
     vocabulary, length = engine.model.config.vocab_size, engine.prompt_length
-    repeated = [
+    return [
         with_member(example, k, vocabulary, length)
         for k in range(engine.num_members)
         for example in examples
     ]
-    together = predict(
-        engine, task, repeated, tokenizer, batch_size=batch_size, pack=True, progress=progress
-    )
-    count = len(examples)
-    return [_part(together, k * count, (k + 1) * count) for k in range(engine.num_members)]
 
 
 def _part(together: Predictions, start: int, stop: int) -> Predictions:

@@ -12,9 +12,10 @@ from jaxprompt.data.examples import tokenize
 from jaxprompt.data.rows import Row
 from jaxprompt.data.targets import label_of
 from jaxprompt.data.tasks.rules import apply_rule
-from jaxprompt.data.templates import columns_of
+from jaxprompt.data.templates import input_columns
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.truncation import Truncation, of_task
+from jaxprompt.data.verbalizers import content_free_rows, wants_content_free
 from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
 from jaxprompt.inference.score import PairTokenizer
 from jaxprompt.serving.features import feature_ids, text_of
@@ -107,10 +108,22 @@ def prediction_works(
     )
 
 
+def content_free_works(words: Words, version: Version, bare: bool = False) -> list[Work]:
+    """Work that says what a version answers to nothing, where its task is calibrated by that."""
+    task = answering(version)
+    if version.labels is None or not wants_content_free(task):
+        return []
+    virtual = VirtualTokens(words.vocab_rows, 0 if bare else version.length)
+    rows = content_free_rows(task)
+    examples = tokenize(task, rows, words.tokenizer, virtual, need_targets=False)
+    used = None if bare else version
+    return [Work("rank", used, example, None, version.labels) for example in examples]
+
+
 def _as_row(task: TaskConfig, number: int, given: str | Mapping[str, object]) -> Row:
     if not isinstance(given, str):
         return dict(given)
-    columns = columns_of(task.template)
+    columns = input_columns(task)
     if len(columns) != 1:
         raise BadInput(
             number,

@@ -13,24 +13,26 @@ from jaxtyping import Float, Int
 
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import LabelWords, label_words
 from jaxprompt.methods.tuned import Prompt
 from jaxprompt.models.label_tree import Tree, label_tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelPlan:
-    """The C labels of a task as one tree, and the edges of the tree that each label is made of.
+    """The words of C labels as one tree, and the edges of the tree that each word is made of.
 
     An edge is a token after a node. A tree of n nodes has less than 2 n edges, because each node
-    but the first is the end of one, and each label ends with EOS.
+    but the first is the end of one, and each word ends with EOS.
     """
 
     labels: tuple[str, ...]
     tree: Tree  # ids [n], depths [n], visible [n, n]; without padding
     parents: Int[np.ndarray, " e"]  # the node that each edge starts from
     tokens: Int[np.ndarray, " e"]  # the token of each edge
-    edges: Int[np.ndarray, "C T"]  # the edges of each label in order; -1 after its end
-    length_normalized: bool = False  # scores are means over a label's tokens instead of sums
+    edges: Int[np.ndarray, "W T"]  # the edges of each word in order; -1 after its end
+    length_normalized: bool = False  # scores are means over a word's tokens instead of sums
+    words: LabelWords | None = None  # None: each label is its own word
 
     @property
     def nodes(self) -> int:
@@ -40,19 +42,24 @@ class LabelPlan:
     def scores(self, log_p: Float[np.ndarray, " _"]) -> Float[np.ndarray, " C"]:
         """The score of each label in nats, from log p of each edge; what is after them is ignored.
 
-        The sum over the label's tokens with EOS, or their mean where the task says so.
+        The sum over a word's tokens with EOS, or their mean where the task says so, and of these
+        what its verbalizer makes of a label's words. They are not calibrated.
         """
         there = self.edges >= 0
         total = np.where(there, log_p[self.edges], 0.0).sum(axis=1, dtype=np.float32)
-        return total / there.sum(axis=1, dtype=np.float32) if self.length_normalized else total
+        if self.length_normalized:
+            total = total / there.sum(axis=1, dtype=np.float32)
+        return total if self.words is None else self.words.pooled(total)
 
 
 def label_plan(task: TaskConfig, tokenizer: Tokenizer) -> LabelPlan | None:
     """The plan of a task's labels; None for a task that is answered by generation."""
     if task.labels is None or task.decoding != "rank":
         return None
-    ids = tokenizer.encode_targets(task.labels, task.separator)
-    return plan_of_ids(task.labels, ids, length_normalized=task.length_normalized)
+    words = label_words(task)
+    ids = tokenizer.encode_targets(words.texts, task.separator)
+    plan = plan_of_ids(task.labels, ids, length_normalized=task.length_normalized)
+    return dataclasses.replace(plan, words=words)
 
 
 def plan_of_ids(

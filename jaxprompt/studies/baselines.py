@@ -8,18 +8,18 @@ import itertools
 import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jaxprompt.api import Session, predict_rows
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
-from jaxprompt.data.references import references, target_texts
+from jaxprompt.data.references import target_texts
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.targets import eval_references
-from jaxprompt.data.templates import answered, columns_of, to_text
+from jaxprompt.data.templates import answered, to_text
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import label_words
 from jaxprompt.evaluation.metrics import measure
 from jaxprompt.studies.tasks import CLOZE, with_sentinel
 
@@ -51,8 +51,6 @@ CONTINUED = {
     "sentiment": "Review: {text} || \nSentiment: | {text} || \nThe review is"
     " | {text} || \nAll in all the reviewer was",
 }
-# Inputs without content (Zhao et al. 2021, section 4)
-CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
 def with_template(task: TaskConfig, template: str) -> TaskConfig:
@@ -73,20 +71,10 @@ def quality(session: Session, task: TaskConfig, rows: Rows) -> float:
 
 
 def calibrated_quality(session: Session, task: TaskConfig, rows: Rows) -> float | None:
-    """The same after contextual calibration (Zhao et al. 2021, section 5); None without labels.
-
-    A label's probability is divided by its mean probability for inputs without content.
-    """
+    """The same after contextual calibration (Zhao et al. 2021, section 5); None without labels."""
     if task.labels is None or task.decoding != "rank":
         return None
-    empty = [dict.fromkeys(columns_of(task.template), text) for text in CONTENT_FREE]
-    free, scores = (predict_rows(session, task, some).scores for some in (empty, rows))
-    assert free is not None and scores is not None  # the task has labels
-    # the logarithm of the mean, without a probability that could be too small for a number
-    shares = jax.nn.log_softmax(np.asarray(free), axis=-1)
-    prior = np.asarray(jax.nn.logsumexp(shares, axis=0)) - np.log(len(shares))
-    predictions = [task.labels[i] for i in (scores - prior).argmax(axis=1)]
-    return measure(task, predictions, references(task, rows))[task.metrics[0]]
+    return quality(session, task.model_copy(update={"calibration": "content_free"}), rows)
 
 
 def hard_prompt(
@@ -165,8 +153,9 @@ def free_generation(session: Session, task: TaskConfig, rows: Rows) -> Record:
 
     Sentinels count: "<extra_id_0> food" is not "food".
     """
-    words, labels = session.tokenizer, task.labels or []
-    encoded = words.encode_targets(labels, task.separator)
+    words, each = session.tokenizer, label_words(task)
+    encoded = words.encode_targets(each.texts, task.separator)
+    labels = [(task.labels or [])[number] for number in each.labels]
     legal = {words.decode(ids): label for ids, label in zip(encoded, labels, strict=True)}
     # a few tokens more than the longest label settle whether an output is one
     free = {"labels": None, "max_target_length": max(map(len, encoded)) + 3}

@@ -49,6 +49,8 @@ def parts_of(task: TaskConfig, folder: Path) -> list[TaskConfig]:
         values: Values = task.model_dump() | {"name": name, "source": None, "labels": chosen}
         values["label_map"] = {k: v for k, v in mapped.items() if v in chosen} or None
         values["class_labels"] = None
+        for key in ("verbalizer", "label_prior"):
+            values[key] = {k: v for k, v in (values[key] or {}).items() if k in chosen} or None
         for split, every in rows.items():
             file = folder / name / f"{split}.jsonl"
             values[split] = str(file.absolute())

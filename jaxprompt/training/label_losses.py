@@ -11,6 +11,7 @@ from jaxprompt.config.schema import TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.data.label_sets import label_sets, with_choices
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import first_words
 from jaxprompt.losses import LabelLoss
 from jaxprompt.models.label_tree import label_trees
 
@@ -54,7 +55,7 @@ def label_choices(
     if not compares_labels(settings):
         return None
     encoded = [
-        tokenizer.encode_targets(part.labels or (), part.separator)
+        tokenizer.encode_targets(first_words(part), part.separator)
         for task in tasks
         for part in parts_of(task)
     ]

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,48 +233,19 @@ def test_a_mixture_has_all_rows_with_the_names_of_their_tasks(tmp_path):
     assert mixed.max_input_length == 512 and mixed.labels is None
 
 
-def test_calibration_divides_by_the_probability_without_content(monkeypatch):
-    """Zhao et al. 2021: q = p / p_cf, p_cf the mean over inputs without content."""
-    logs = np.log(np.array([[0.2, 0.8], [0.3, 0.7], [0.1, 0.9]], np.float32))
-
-    def answers(session, task, rows):
-        empty = [row["text"] in baselines.CONTENT_FREE for row in rows]
-        assert all(empty) or not any(empty)
-        scores = logs if empty[0] else np.log(np.array([[0.15, 0.85], [0.25, 0.75]], np.float32))
-        return Predictions(["yes"] * len(rows), scores - 3.0)  # whatever both labels share
-
-    monkeypatch.setattr(baselines, "predict_rows", answers)
-    rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
-    # p_cf is (0.2, 0.8): 0.15/0.2 < 0.85/0.8, and 0.25/0.2 > 0.75/0.8
-    assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
-    assert calibrated_quality(None, TASK.model_copy(update={"labels": None}), rows) is None  # type: ignore[arg-type]
-
-
-def test_calibration_of_labels_that_no_content_makes_all_but_impossible(monkeypatch):
-    """A label of many tokens is hundreds of nats below the others: e^-200 is no float32."""
-    empty = np.array([[0.0, -200.0], [0.0, -202.0], [0.0, -201.0]], np.float32)
-    # p / p_cf of "yes": e^-210 / e^-200.69 for the first row, e^-190 / e^-200.69 for the second
-    scores = np.array([[0.0, -210.0], [0.0, -190.0]], np.float32)
-
-    def answers(session, task, rows):
-        return Predictions([""] * len(rows), empty if len(rows) == 3 else scores)
-
-    monkeypatch.setattr(baselines, "predict_rows", answers)
-    rows = [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}]
-    assert calibrated_quality(None, TASK, rows) == 1.0  # type: ignore[arg-type]
-
-
-def test_inputs_without_content_have_every_column_of_the_template(monkeypatch):
+def test_a_calibrated_figure_is_that_of_the_task_with_calibration(monkeypatch):
     asked = []
 
     def answers(session, task, rows):
-        asked.extend(rows)
-        return Predictions([""] * len(rows), np.zeros((len(rows), 2)))
+        asked.append(task.calibration)
+        return Predictions(["yes"] * len(rows), None)
 
     monkeypatch.setattr(baselines, "predict_rows", answers)
-    spaced = TASK.model_copy(update={"template": "{{x}} [prompt] {the text} {a} {a}"})
-    calibrated_quality(None, spaced, [{"the text": "x", "a": "y", "label": "no"}])  # type: ignore[arg-type]
-    assert asked[:3] == [{"the text": text, "a": text} for text in baselines.CONTENT_FREE]
+    session = SimpleNamespace(tokenizer=None)
+    rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
+    assert calibrated_quality(session, TASK, rows) == 0.5  # type: ignore[arg-type]
+    assert calibrated_quality(None, TASK.model_copy(update={"labels": None}), rows) is None  # type: ignore[arg-type]
+    assert asked == ["content_free"]
 
 
 # ---- what is concluded

@@ -9,7 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxprompt.config.errors import UserError
+from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
+from jaxprompt.data.tasks.rules import makes_rows
+from jaxprompt.data.verbalizers import check_batch, prior_of, wants_content_free
 from jaxprompt.methods.user_library import SHARED_PROMPT
 from jaxprompt.serving import prepare
 from jaxprompt.serving.http.errors import ApiError, of_user_error
@@ -45,6 +48,7 @@ class _Row:
     routed: Choice | None = None
     outcome: Outcome | None = None
     ids: list[int] = field(default_factory=list)  # that were generated
+    content_free: bool = False  # it is asked to calibrate the others, and not answered
 
 
 class _Prepared(NamedTuple):
@@ -80,10 +84,42 @@ async def predict(request: Request) -> Response:
     asked = [version for version in versions if version is not None]
     prepared = await service.apart(size, lambda: _predictions(service, body, asked, rankings))
     pending = await _answered(opened, request, prepared.rows, deadline)
+    priors = _priors(service, prepared.rows, body.bare)
     return _answer(
         opened, prepared, pending, "predictions",
-        [_prediction(service, row, body.top_k) for row in prepared.rows],
+        [
+            _prediction(service, row, body.top_k, priors.get(row.asked))
+            for row in prepared.rows
+            if not row.content_free
+        ],
     )  # fmt: skip
+
+
+def _priors(service: Service, rows: Sequence[_Row], bare: bool) -> dict[Version | None, np.ndarray]:
+    """The log prior of the labels of each version whose task is calibrated."""
+    found: dict[Version | None, np.ndarray] = {}
+    for version in dict.fromkeys(row.asked for row in rows):
+        if version is None or version.task is None or version.labels is None:
+            continue
+        prior = service.priors.get(version, {}).get(bare)
+        if prior is None:
+            prior = _prior(version.task, version, rows)
+        if prior is None:
+            continue
+        found[version] = prior
+        if wants_content_free(version.task):
+            service.priors.setdefault(version, {})[bare] = prior
+    return found
+
+
+def _prior(task: TaskConfig, version: Version, rows: Sequence[_Row]) -> np.ndarray | None:
+    scores: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for row in rows:
+        if row.asked is version and isinstance(row.outcome, Ranked):
+            scores[row.content_free].append(row.outcome.scores)
+    none = np.empty((0, len(task.labels or ())), np.float32)
+    asked, free = (np.stack(each) if each else none for each in scores)
+    return prior_of(task, asked, free)
 
 
 async def score(request: Request) -> Response:
@@ -176,9 +212,10 @@ def _predictions(
     """The rows of a request in the order of its inputs. Raises ApiError."""
     made: list[list[_Row]] = [[] for _ in body.inputs]
     warnings: list[str] = []
+    free: list[_Row] = []
     for version, places in _groups(versions).items():
         assert version is not None
-        ruled = version.task is not None and version.task.rule is not None
+        ruled = version.task is not None and makes_rows(version.task)
         for some in [[place] for place in places] if ruled else [places]:  # a rule makes many rows
             asked = _asked(service, version, some, body)
             warnings += asked.warnings
@@ -186,7 +223,25 @@ def _predictions(
             for turn, work in enumerate(asked.works):
                 place = some[0] if ruled else some[turn]
                 made[place].append(_Row(used, work, version, rankings[place]))
-    return _Prepared([row for rows in made for row in rows], warnings)
+        free += _calibrating(service, version, sum(len(made[place]) for place in places), body.bare)
+    return _Prepared([*(row for rows in made for row in rows), *free], warnings)
+
+
+def _calibrating(service: Service, version: Version, count: int, bare: bool) -> list[_Row]:
+    """Rows that say nothing, where a version's task is calibrated by them for the first time.
+
+    Raises ApiError where ``count`` rows are too few for calibration by batch.
+    """
+    if bare in service.priors.get(version, {}):
+        return []
+    try:
+        if version.task is not None:
+            check_batch(version.task, count)
+        works = prepare.content_free_works(service.words, version, bare)
+    except UserError as error:
+        raise of_user_error(error, "inputs") from None
+    used = None if bare else version
+    return [_Row(used, work, version, content_free=True) for work in works]
 
 
 def _asked(
@@ -233,14 +288,16 @@ async def _answered(
     return pending
 
 
-def _prediction(service: Service, row: _Row, top: int | None) -> Values:
+def _prediction(
+    service: Service, row: _Row, top: int | None, prior: np.ndarray | None = None
+) -> Values:
     assert row.asked is not None and row.asked.task is not None
     facts = named(service, row.version) | {"routed": _routed(row.routed)}
     plan = row.work.labels
     if plan is None or not isinstance(row.outcome, Ranked):
         text = prepare.generated_answer(service.words, row.asked.task, row.ids)
         return {"prediction": text, "label_index": None, "scores": None} | facts
-    scores = row.outcome.scores
+    scores = row.outcome.scores if prior is None else row.outcome.scores - prior
     each = prepare.probabilities(scores)
     best = int(scores.argmax())
     told = [

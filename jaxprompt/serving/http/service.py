@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
@@ -153,6 +154,10 @@ class Service:
     draining: bool = False
     used: dict[str, Used] = field(default_factory=dict)
     pinned: dict[str, Version] = field(default_factory=dict)
+    # of versions that are calibrated by rows that say nothing: with the prompt, and (True) without
+    priors: MutableMapping[Version, dict[bool, np.ndarray]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )

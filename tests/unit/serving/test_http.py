@@ -68,6 +68,29 @@ def test_rows_are_answered_in_order_with_the_version_that_answered(running):
     assert [len(one["scores"]) for one in both] == [1, 1]
 
 
+def test_labels_are_calibrated_by_rows_that_say_nothing_or_by_the_rows_of_a_request(tmp_path):
+    for name in ("content_free", "batch"):
+        prompt_folder(tmp_path / "library" / name, 0, TASK | {"calibration": name})
+    running = Running(tmp_path)
+    free, again, few, many = ask(
+        running,
+        post("/v1/predict", prompt=["content_free", "first"], inputs=["a", "b"]),
+        post("/v1/predict", prompt="content_free", inputs=["a"]),
+        post("/v1/predict", prompt="batch", inputs=["a"] * 7),
+        post("/v1/predict", prompt="batch", inputs=["a"] * 8),
+    )
+    # the engine answers to nothing what it answers to all rows
+    calibrated, plain = free.json()["predictions"]
+    assert [score["probability"] for score in calibrated["scores"]] == pytest.approx([0.5, 0.5])
+    assert plain["scores"][0]["log_likelihood"] == -1.0
+    assert sum(map(len, running.engine.batches)) == (2 + 3) + 1 + 8
+    assert again.json()["predictions"][0]["scores"] == calibrated["scores"]
+    assert error_of(few) == (400, "invalid_value")
+    assert "7 are fewer than 8; ask more together" in few.json()["error"]["message"]
+    scores = many.json()["predictions"][7]["scores"]
+    assert [score["probability"] for score in scores] == pytest.approx([0.5, 0.5])
+
+
 def test_rows_of_one_batch_are_not_counted_as_batches_one_after_another(running):
     run = running.engine.run
     running.engine.run = lambda batch: time.sleep(0.01) or run(batch)
