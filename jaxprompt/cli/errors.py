@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def check_form(arguments: list[str]) -> None:
     """Refuse settings that are typed as options, with the form that they have."""
     command = next(iter(arguments), None)
-    if command not in ("train", "pretrain", "plan", "reproduce"):
+    if command not in ("train", "pretrain", "plan", "reproduce", "compare"):
         return
     from jaxprompt.config.schema import RunConfig
 
-    own = () if command == "reproduce" else RunConfig.model_fields
+    own = () if command in ("reproduce", "compare") else RunConfig.model_fields
     for argument in arguments[1:]:
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and (re.fullmatch(r"\w+(\.\w+)+", key) or key in own):

@@ -318,7 +318,9 @@ class ModelConfig(Schema):
 
 
 # keys of a population that are not of a method's own section
-POPULATION_KEYS = ("seed", "learning_rate", "length", "rank", "task", "init", "text", "file")
+POPULATION_KEYS = (
+    "seed", "learning_rate", "length", "rank", "task", "template", "init", "text", "file",
+)  # fmt: skip
 
 
 PromptStart = Literal["class_labels", "sampled_vocabulary", "uniform", "text", "file", "nearest"]
@@ -378,9 +380,9 @@ class PromptConfig(Schema):
         default={},
         description=(
             "Lists of values; a member for each combination is trained in one step, each as if it "
-            "were alone. Keys: seed, learning_rate, length, rank, task, init, text, file, or a "
-            "setting of the method, such as lora.rank. Example: {seed: [0, 1], learning_rate: "
-            "[0.1, 0.3]}."
+            "were alone. Keys: seed, learning_rate, length, rank, task, template, init, text, "
+            "file, or a setting of the method, such as lora.rank. Example: {seed: [0, 1], "
+            "learning_rate: [0.1, 0.3]}."
         ),
     )
     bottleneck: Size = Field(
@@ -515,6 +517,14 @@ class TrainConfig(Optimization):
         description=(
             "The worse half of a population (of each task) stops after so many steps, and again "
             "after as many; a multiple of `train.evaluate_every`. null: all go on."
+        ),
+    )
+    successive_halving_of: Literal["prompts", "tasks"] = Field(
+        default="prompts",
+        description=(
+            "prompts: of each task the worse half stops. tasks: the worse half of the tasks stops, "
+            "by the mean metric of its prompts, until two are left; for tasks that are forms of "
+            "one, as in `compare` and `population.template`."
         ),
     )
     on_divergence: Literal["stop", "go_back"] = Field(
@@ -737,6 +747,10 @@ class RunConfig(Schema):
                 "prompt.population varies learning_rate, and every part of the method has its own; "
                 f"vary {SECTIONS_OF[self.parts[0]]}.learning_rate"
             )
+        if "template" in grid and isinstance(self.task, dict) and "mixture" in self.task:
+            raise ValueError(
+                "prompt.population varies template, and task.mixture names several tasks; name one"
+            )
         if "task" in grid and isinstance(self.task, dict):
             raise ValueError(
                 f"task has keys of its own ({listed(self.task)}), and prompt.population.task "
@@ -768,13 +782,17 @@ class RunConfig(Schema):
             section, _, name = key.rpartition(".")
             if not section:
                 section = "train" if key in ("seed", "learning_rate") else "prompt"
-            if key != "task":
+            if key not in ("task", "template"):
                 changes.setdefault(section, {})[name] = value
         sections = {
             section: getattr(self, section).model_copy(update=values)
             for section, values in changes.items()
         }
-        return self.model_copy(update={"task": choice.get("task", self.task), **sections})
+        task = choice.get("task", self.task)
+        if "template" in choice:
+            named = {"name": task} if isinstance(task, str) else task
+            task = {**named, "template": choice["template"]}
+        return self.model_copy(update={"task": task, **sections})
 
 
 def _check_grid(grid: Mapping[str, Sequence[object]]) -> None:

@@ -95,9 +95,12 @@ def findings(study: Study, groups: dict[str, list[Variant]], records: Records) -
     return sentences
 
 
-def to_markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
+TITLE = "The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced"
+
+
+def to_markdown(sections: Sequence[Section], missing: Sequence[str], title: str = TITLE) -> str:
     """The report as Markdown; figures are beside it."""
-    parts = ["# The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced\n"]
+    parts = [f"# {title}\n"]
     for part in sections:
         parts.append(f"## {plain(part.title)}\n")
         parts += [f"{plain(text)}\n" for text in part.paragraphs]
@@ -132,12 +135,12 @@ border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text
 caption{text-align:left;font-weight:600}img{max-width:100%}"""
 
 
-def to_html(sections: Sequence[Section], missing: Sequence[str]) -> str:
+def to_html(sections: Sequence[Section], missing: Sequence[str], title: str = TITLE) -> str:
     """The report as one page that holds its figures."""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Prompt tuning, reproduced</title>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
         f"<style>{STYLE}</style>",
-        "<h1>The Power of Scale for Parameter-Efficient Prompt Tuning, reproduced</h1>",
+        f"<h1>{html.escape(title)}</h1>",
     ]
     for part in sections:
         parts.append(f"<h2>{html.escape(part.title)}</h2>")

@@ -174,9 +174,9 @@ def _run_suite(runs: Sequence[Run], suite: Suite) -> int:
             failed += 1
             suite.say(f"    FAILED: {type(error).__name__}: {str(error)[:500]}")
             note = {"run": run._asdict(), "error": str(error), "trace": traceback.format_exc()}
-            _append(suite.out / "errors.jsonl", note)
+            append_line(suite.out / "errors.jsonl", note)
             continue
-        _append(suite.out / "cells.jsonl", record)
+        append_line(suite.out / "cells.jsonl", record)
         records[run.key] = record
         shown = {key: record.get(key) for key in ("validation", "test", "illegal", "wall_seconds")}
         suite.say("    " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
@@ -400,8 +400,8 @@ class _Backbones:
         return self._backbone
 
 
-def _append(path: Path, record: Record) -> None:
-    """Add a line. If a crash cut the last line short, end that line first."""
+def append_line(path: Path, record: Record) -> None:
+    """Add a line of JSON to a file. If a crash cut the last line short, end that line first."""
     cut = path.is_file() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
         file.write("\n" * cut + json.dumps(record) + "\n")

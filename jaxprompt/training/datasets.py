@@ -85,7 +85,7 @@ class TaskDataset(NamedTuple):
 
 def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
     """What each member learns. Raises UserError where results of two could not be told apart."""
-    tasks = [resolve_learnt(member.task) for member in members]
+    tasks = _numbered([resolve_learnt(member.task) for member in members])
     for member, task in zip(members, tasks, strict=True):
         for part in parts_of(task):
             check_metrics(part)
@@ -101,6 +101,20 @@ def tasks_of(members: Sequence[RunConfig]) -> list[TaskConfig]:
         if several:
             as_folder(task.name, "task")
     return tasks
+
+
+def _numbered(tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+    """The tasks; those of one name that differ in nothing but the template get numbers."""
+    forms: dict[str, list[str]] = {}
+    for task in tasks:
+        known = forms.setdefault(task.model_dump_json(exclude={"template"}), [])
+        known += [task.template] * (task.template not in known)
+    found = []
+    for task in tasks:
+        known = forms[task.model_dump_json(exclude={"template"})]
+        name = f"{task.name}-{known.index(task.template)}"
+        found.append(task.model_copy(update={"name": name}) if len(known) > 1 else task)
+    return found
 
 
 def single_tasks(tasks: Sequence[TaskConfig]) -> list[TaskConfig]:

@@ -7,7 +7,8 @@ batches of its own seed, the gradient of its own mean and an optimizer that sees
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -215,10 +216,28 @@ def better_half(trials: Sequence[Trial], progress: Progress) -> list[Trial]:
     return [trial for trial in trials if trial.number in kept]
 
 
-def survivors(trials: Sequence[Trial], progress: Progress) -> tuple[int, ...]:
-    """The numbers of the trials that go on when each task loses its worse half, by slot."""
-    active = [trials[number] for number in progress.active]
-    halves = (better_half(members, progress) for members in by_task(active).values())
+def better_tasks(tasks: Mapping[str, Sequence[Trial]], progress: Progress) -> list[Sequence[Trial]]:
+    """The trials of the better half of the tasks, rounded up, and of two at least.
+
+    By the mean of the best metrics of a task's trials. In a tie the earlier ones go on.
+    """
+    means = [statistics.fmean(progress.best[t.number] for t in each) for each in tasks.values()]
+    ranked = sorted(range(len(means)), key=lambda number: (-means[number], number))
+    kept = {*ranked[: max(2, math.ceil(len(means) / 2))]}
+    return [trials for number, trials in enumerate(tasks.values()) if number in kept]
+
+
+def survivors(trials: Sequence[Trial], progress: Progress, of: str = "prompts") -> tuple[int, ...]:
+    """The numbers of the trials that go on, by slot.
+
+    Args:
+        of: what is halved, see ``TrainConfig.successive_halving_of``.
+    """
+    tasks = by_task(trials[number] for number in progress.active)
+    if of == "tasks":
+        halves = better_tasks(tasks, progress)
+    else:
+        halves = [better_half(members, progress) for members in tasks.values()]
     return tuple(trial.number for trial in slot_order(itertools.chain(*halves)))
 
 

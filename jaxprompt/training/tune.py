@@ -582,7 +582,7 @@ class Tuning:
         """At the last step too: the run may get more of them."""
         if not progress.halving_due(Rules.of(self.config.train)):
             return state, progress
-        kept = survivors(self.trials, progress)
+        kept = survivors(self.trials, progress, self.config.train.successive_halving_of)
         if len(kept) == len(progress.active):
             return state, progress
         state = keep_members(state, [progress.active.index(number) for number in kept])

@@ -25,6 +25,7 @@ PARSED_ONLY = (
     ("train.trackers=", "libraries that are not installed"),
     ("population={task: ", "minutes: two built-in data sets in full"),
     ("reproduce ", "minutes to hours; test_studies.py runs the studies"),
+    ("compare formulations.yaml", "minutes; test_compare.py runs one"),
     ("pretrain configs/pretrain/adapt.yaml", "a corpus; test_pretrain.py adapts a backbone"),
 )
 # what the forms in capital letters stand for

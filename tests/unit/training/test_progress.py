@@ -206,6 +206,16 @@ def test_the_worse_half_of_each_task_stops():
     assert survivors(run, fewer) == (2,)
 
 
+def test_the_worse_half_of_the_tasks_stops_with_all_its_trials_until_two_are_left():
+    names = ("a", "a", "b", "b", "c", "c", "d", "d")
+    run = trials(*map(dataset, names))
+    best = (0.1, 0.9, 0.6, 0.6, 0.2, 0.1, 0.7, 0.2)
+    progress = dataclasses.replace(Progress.of_trials(range(8)), best=best)
+    assert survivors(run, progress, "tasks") == (0, 1, 2, 3)
+    fewer = dataclasses.replace(progress, active=(0, 1, 2, 3))
+    assert survivors(run, fewer, "tasks") == (0, 1, 2, 3)
+
+
 def test_halving_is_due_every_so_many_steps():
     rules = RULES._replace(halve_every=4)
     assert [step for step in range(1, 13) if at(step).halving_due(rules)] == [4, 8, 12]
