@@ -83,6 +83,8 @@ def compare_prompts(
     """Compare prompts, by their names, on the same rows."""
     asked = [ask(name, session, questions, how.warn) for name, session in sessions.items()]
     check_pairing(asked, questions)
+    if rules.sequential:
+        _check_rows_are_alone(asked)
     first = asked[0]
     metric = row_metric(first.task, how.warn)
     arms, order = answer_all(asked, metric, rules, how)
@@ -192,7 +194,8 @@ def _check_rows(first: Asked, other: Asked, questions: Questions) -> None:
     if len(first.rows) != len(other.rows):
         raise UserError(
             f"{first.origin} is {len(first.rows)} rows to {first.name!r} and {len(other.rows)} to "
-            f"{other.name!r}, whose tasks have different rules; compare prompts of one rule."
+            f"{other.name!r}: their tasks leave out other rows (task.rule, task.jinja), so they "
+            "cannot be compared row by row."
         )
 
 
@@ -211,6 +214,16 @@ def _check_questions(first: Asked, other: Asked) -> None:
                 f"{first.name!r} and {other.name!r} do not answer the same question: the right "
                 f"answer of row {number} is {shown(ours)} to one and {shown(theirs)} to the other, "
                 "which does not fit the rows before; compare prompts for one task."
+            )
+
+
+def _check_rows_are_alone(asked: Sequence[Asked]) -> None:
+    """Refuse answers that other rows of a block would change."""
+    for one in asked:
+        if one.task.calibration == "batch" and one.task.label_prior is None:
+            raise UserError(
+                f"{one.name!r} is calibrated by all rows together (task.calibration is batch), and "
+                "--sequential answers a few at a time; leave it out, or set task.label_prior."
             )
 
 

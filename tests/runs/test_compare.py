@@ -21,14 +21,16 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(backbone, tmp_path_factory):
-    """Three artefacts: one, one of other words and another length, and one for other questions."""
+    """Artefacts: one, one of other words and length, one for other questions, one calibrated."""
     folder = tmp_path_factory.mktemp("prompts")
     task = run_values(backbone, folder)["task"]
     known = {"source": str(backbone), "fingerprint": load_backbone(str(backbone)).fingerprint}
     words = {"template": "{text} ?", "labels": ["good", "bad"],
              "label_map": {"yes": "good", "no": "bad"}}  # fmt: skip
-    other = {"name": "other", "target": "{other}"}
-    for name, length, changes in (("one", 3, {}), ("two", 2, words), ("other", 3, other)):
+    other, batch = {"name": "other", "target": "{other}"}, {"calibration": "batch"}
+    for name, length, changes in (
+        ("one", 3, {}), ("two", 2, words), ("other", 3, other), ("batch", 3, batch),
+    ):  # fmt: skip
         vectors = np.random.default_rng(length).normal(size=(length, CONFIG.d_model))
         facts = {"backbone": known, "task": task | changes}
         save_prompt(folder / name, Prompt(vectors.astype(np.float32), facts))
@@ -87,6 +89,7 @@ def test_what_cannot_be_paired_is_refused(call, prompts, tmp_path):
         ([one, "--data", file], "compared with nothing"),
         ([one, one], "Two prompts are named"),
         ([one, other, "--data", file], "do not answer the same question: the right answer of row"),
+        ([one, prompts / "batch", "--data", file, "--sequential"], "--sequential answers a few"),
         ([one, two, "--split", "dev"], "--split is 'dev'"),
         ([one, two, "--data", write_rows(tmp_path / "x.jsonl", [{"label": "yes"}])], "'text'"),
         ([one, two, "--data", file, "--output", file], "is a file"),
