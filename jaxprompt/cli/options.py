@@ -53,7 +53,13 @@ BackboneOption = Annotated[
         help="hub id, directory, T5X or GGUF file, builtin, smollm2; default: the prompt's"
     ),
 ]
-TaskOption = Annotated[str | None, typer.Option(help="a built-in task; default: the prompt's own")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        help="a built-in task, or keys to change in the prompt's own: '{calibration: batch}'; "
+        "default: the prompt's own"
+    ),
+]
 BatchOption = Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="rows in a batch")]
 RowsOutput = Annotated[
     Path,

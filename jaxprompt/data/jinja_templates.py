@@ -16,7 +16,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jinja2
 from jinja2 import meta, nodes, sandbox
@@ -182,12 +182,12 @@ def _failed(error: Exception) -> UserError:
 
 
 @jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Sequence[object]) -> object:
-    return context[_DRAWS].choice(items)
+def _choice(context: jinja2.runtime.Context, items: object) -> object:
+    return context[_DRAWS].choice(cast(Sequence[object], items))
 
 
-def _most_frequent(items: Sequence[object]) -> list[object] | None:
-    counts = collections.Counter(items)
+def _most_frequent(items: object) -> list[object] | None:
+    counts = collections.Counter(cast(Iterable[object], items))
     most = max(counts.values(), default=0)
     return [item for item, count in counts.items() if count == most] or None
 

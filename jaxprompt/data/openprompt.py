@@ -170,7 +170,9 @@ def _named(reference: str, what: str) -> tuple[Path, int, dict[str, str]]:
     """The file, the number and the columns that a reference names."""
     place, _, rest = reference.removeprefix(PREFIX).partition("#")
     number, _, pairs = rest.partition("?")
-    columns = dict(pair.partition("=")[::2] for pair in pairs.split("&") if pair)
+    columns: dict[str, str] = {}
+    for pair in filter(None, pairs.split("&")):
+        name, _, columns[name] = pair.partition("=")
     if not place or not is_count(number or "0") or not all(columns.values()):
         raise UserError(
             f"The {what} is {shown(reference)}; write {PREFIX}FILE#0, or "

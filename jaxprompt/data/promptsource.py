@@ -42,7 +42,7 @@ class _Loader(_SafeLoader):  # pyright: ignore[reportGeneralTypeIssues, reportUn
     """YAML 1.1, which the files are written in, with PromptSource's two tags."""
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> object:
+def _mapping(loader: yaml.constructor.SafeConstructor, node: yaml.Node) -> object:
     if not isinstance(node, yaml.MappingNode):
         raise yaml.constructor.ConstructorError(None, None, "no mapping", node.start_mark)
     return loader.construct_mapping(node, deep=True)

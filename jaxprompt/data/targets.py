@@ -134,7 +134,7 @@ def label_of(task: TaskConfig, tokenizer: Tokenizer) -> dict[str, str]:
         UserError: two labels have the same decoded text, or a label is longer than an answer.
     """
     label_of_text: dict[str, str] = {}
-    words, labels = label_words(task), task.labels or ()
+    words, labels = label_words(task), list(task.labels or ())
     encoded = tokenizer.encode_targets(words.texts, task.separator)
     for number, word, ids in zip(words.labels, words.texts, encoded, strict=True):
         label = labels[number]

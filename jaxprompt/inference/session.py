@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprompt.config.errors import UserError, listed, shown
+from jaxprompt.config.overrides import override_value
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
+from jaxprompt.config.values import Values
+from jaxprompt.data.tasks.others import with_files_of_others
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.inference.engine import Engine, make_engine
@@ -149,9 +152,17 @@ def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
     """The task that is named, else the one that the prompt was tuned on.
 
     Of a prompt that learnt several tasks, a name means the task as it was learnt.
+
+    Args:
+        prompt: None for the bare backbone.
+        task: a mapping without a name changes the task that the prompt was tuned on; it may be
+            written as in YAML, "{calibration: batch}".
     """
     if isinstance(task, TaskConfig):
         return task
+    if isinstance(task, str) and task.lstrip().startswith("{"):
+        written = override_value(task, "task")
+        task = written if isinstance(written, dict) else task
     learnt = None if prompt is None else prompt.metadata.get("mixture")
     by_name = {each["name"]: each for each in learnt or ()}
     if isinstance(task, str) and task in by_name:
@@ -160,9 +171,12 @@ def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
         raise UserError(
             f"The prompt was tuned on several tasks ({listed(by_name)}); name one with --task."
         )
+    recorded = None if prompt is None else prompt.metadata.get("task")
+    if isinstance(task, dict) and "name" not in task and recorded is not None and not by_name:
+        own: Values = {**recorded}
+        return parse(TaskConfig, own | with_files_of_others(own, task), "task.")
     if task is not None:
         return resolve_task(task)
-    recorded = None if prompt is None else prompt.metadata.get("task")
     if recorded is None:
         raise UserError("The prompt does not say which task it is for; name one with --task.")
     return parse(TaskConfig, recorded, "task.")

@@ -84,7 +84,7 @@ def _with_words_of_template(
     start: Float[np.ndarray, "P D"],
     member: RunConfig,
     task: TaskConfig,
-    table: AnyArray,
+    table: jax.Array,
     tokenizer: Tokenizer,
 ) -> Float[np.ndarray, "P D"]:
     """The start with the embeddings of the words that the task's template has for some vectors."""
