@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 GOLDENS = ROOT / "tests" / "parity" / "goldens"
 GOLDENS_CAUSAL = ROOT / "tests" / "parity" / "goldens_causal"
+GOLDENS_MASKED = ROOT / "tests" / "parity" / "goldens_masked"
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, num_heads=2, head_dim=4, d_ff=24,

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", *_SENTENCEPIECE)
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *_SENTENCEPIECE,
+)
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
           "chat_template.jinja", *_VOCABULARIES)  # fmt: skip
 _CONFIGS = ("config.json", "tokenizer_config.json")
 _PUT = "put tokenizer.json or spiece.model beside the weights"
 _BLANK = "\u2581"  # how SentencePiece writes a blank
+MASK = "[mask]"  # how a template writes the mask
 
 
 class Tokenizer:
@@ -37,27 +41,36 @@ class Tokenizer:
 
     For a model with an encoder, input and target each end with EOS, and each begins with the tokens
     that the tokenizer puts in front of a text. In ``one_sequence`` only the input begins so, only
-    the target ends with EOS, and the task's separator stands between them.
+    the target ends with EOS, and the task's separator stands between them. If ``masked``, an input
+    has a mask and ends with SEP, and a target is what stands in place of the mask, a word after a
+    blank.
     """
 
     rows: int | None = None  # of the embedding table; text with ids that it lacks is refused
 
-    def __init__(self, inner: "PreTrainedTokenizerBase", one_sequence: bool = False):
+    def __init__(
+        self, inner: "PreTrainedTokenizerBase", one_sequence: bool = False, masked: bool = False
+    ):
         self._inner = inner
-        self.one_sequence = one_sequence
+        self.one_sequence, self.masked = one_sequence, masked
         self.size: int = len(inner)
-        named = inner.eos_token_id, inner.pad_token_id, inner.unk_token_id
-        eos, pad, unk = (id if isinstance(id, int) else None for id in named)
+        eos_name, mask_name = ("sep_token_id", "mask_token_id") if masked else ("eos_token_id", "")
+        named = (eos_name, "pad_token_id", "unk_token_id", mask_name)
+        found = (getattr(inner, name) if name else None for name in named)
+        eos, pad, unk, mask = (id if isinstance(id, int) else None for id in found)
         self.eos_id: int = 1 if eos is None else eos
         self.pad_id: int = 0 if pad is None else pad
         self.unk_id: int | None = unk
+        self.mask_id: int | None = mask
         self.sentinel_ids: list[int] = _sentinels(inner)  # <extra_id_0>, <extra_id_1>, ...
         # pad, eos, unk, the marks of a chat's turns and the like. Of a model with an encoder,
         # sentinels belong to the vocabulary, as in the original.
         special = {id for id, token in inner.added_tokens_decoder.items() if token.special}
         if not one_sequence:
             special -= set(self.sentinel_ids)
-        special |= {id for id in (self.pad_id, self.eos_id, self.unk_id) if id is not None}
+        special |= {
+            id for id in (self.pad_id, self.eos_id, self.unk_id, self.mask_id) if id is not None
+        }
         self.special_ids: list[int] = sorted(special)
         self._make_encoder()
         self.start_ids: list[int] = self._in_front()
@@ -143,7 +156,12 @@ class Tokenizer:
         return self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
     def marked(self, text: str) -> str:
-        """The text as trusted text, with a mark for each special token that it names."""
+        """The text as trusted text, with a mark for each special token that it names.
+
+        [mask] is the mask, whatever the vocabulary calls it, if it has one.
+        """
+        if self.mask_id is not None:
+            text = text.replace(MASK, self.piece(self.mask_id))
         return self._marks.put(self._marks.remove(text))
 
     def continued(self, text: str) -> str:
@@ -221,14 +239,30 @@ class Tokenizer:
         """Ids of targets with EOS last.
 
         In one sequence a target continues the input. A space stands between them, unless there is
-        white space already.
+        white space already. In place of a mask it has no EOS, and is a word after a blank.
         """
+        if self.masked:
+            return self.encode_all([t if t[:1].isspace() else f" {t}" for t in texts])
         if not self.one_sequence:
             return [[*self.start_ids, *ids, self.eos_id] for ids in self.encode_all(texts)]
         space = "" if separator[-1:].isspace() else " "
         begun = [text if text[:1].isspace() else space + text for text in texts]
         going_on = [self.continued(self.plain(text)) for text in begun]
         return [[*ids, self.eos_id] for ids in self.encode_all(going_on, trusted=True)]
+
+    def encode_words(self, texts: Sequence[str], separator: str = "") -> list[list[int]]:
+        """Ids of targets without what begins and ends each."""
+        encoded = self.encode_targets(texts, separator)
+        if self.masked:
+            return encoded
+        front = 0 if self.one_sequence else len(self.start_ids)
+        return [ids[front:-1] for ids in encoded]
+
+    def num_masks(self, template: str) -> int:
+        """How many masks a template names."""
+        if self.mask_id is None:
+            return 0
+        return self.marked(template).count(self._marks.of[self.piece(self.mask_id)])
 
     def input_end(self, separator: str) -> list[int]:
         """The ids that end every input; the separator may name special tokens."""
@@ -315,7 +349,9 @@ def _sentinels(inner: "PreTrainedTokenizerBase") -> list[int]:
     return ids
 
 
-def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, one_sequence: bool = False, masked: bool = False
+) -> Tokenizer:
     """The tokenizer in a directory, in a GGUF file or of a hub id."""
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
@@ -341,7 +377,7 @@ def load_tokenizer(path: str | Path, *, one_sequence: bool = False) -> Tokenizer
         nameless = Path(path).is_dir() and not any((Path(path) / n).is_file() for n in _CONFIGS)
         kind = "put the model's config.json or tokenizer_config.json beside its vocabulary"
         raise _unreadable(path, kind if nameless else _PUT, problem) from None
-    return Tokenizer(inner, one_sequence)
+    return Tokenizer(inner, one_sequence, masked)
 
 
 def _unreadable(path: str | Path, fix: str, problem: str = "") -> UserError:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
 from jaxprompt.models.injection import Injection, Layers, Params
-from jaxprompt.models.label_tree import Tree
+from jaxprompt.models.label_tree import AnyTree
 from jaxprompt.runtime.parallel import SINGLE, Place
 
 Prefill = PyTree  # what ``Model.prefill`` returns: each family has its own type
@@ -190,7 +190,7 @@ class Model:
         params: Params,
         injection: Injection,
         prefill: Prefill,
-        tree: Tree,
+        tree: AnyTree,
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R n V"]:
         """Float32 logits after each of the n beginnings of an answer in ``tree``.

@@ -170,6 +170,12 @@ def _is_projection(node: PyTree) -> bool:
     return isinstance(node, Projection)
 
 
+def prefix_length(injection: Injection) -> int:
+    """Keys and values of the longest prefix; 0 without any."""
+    nodes = jax.tree.leaves(injection.layers, is_leaf=lambda node: isinstance(node, Prefix))
+    return max((node.key.shape[-3] for node in nodes if isinstance(node, Prefix)), default=0)
+
+
 def leaf_at(tree: Params | Layers | None, path: tuple[str, ...]) -> PyTree | None:
     """What is at a path of modules and a name; None where nothing is."""
     for name in path:

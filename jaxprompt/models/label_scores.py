@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
-from jaxprompt.models.label_tree import LabelTrees, Tree
+from jaxprompt.models.label_tree import AnyTree, LabelTrees
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ class TokenScores(NamedTuple):
     is_argmax: Bool[Array, "R C T"]
 
 
-def split_labels(labels: LabelTrees) -> tuple[Tree, Int[Array, "G c T"], Int[Array, "G c T"]]:
+def split_labels(labels: LabelTrees) -> tuple[AnyTree, Int[Array, "G c T"], Int[Array, "G c T"]]:
     """The trees, and nodes and tokens of their labels; the last tree is filled with empty ones."""
     (count, _), groups = labels.tokens.shape, len(labels.trees.ids)
     size = -(-count // groups)

@@ -29,11 +29,35 @@ class Tree(NamedTuple):
     depths: Int[np.ndarray, "*G n"]  # the number of its tokens
     visible: Bool[np.ndarray, "*G n n"]  # which nodes each attends to
 
+    @property
+    def num_nodes(self) -> int:
+        """n."""
+        return self.ids.shape[-1]
+
+
+class Holes(NamedTuple):
+    """Answers that lack one token, for models that read an answer in both directions.
+
+    Each is a node. Labels of one token share the node that has no other token.
+    """
+
+    ids: Int[np.ndarray, "*G n T"]  # of the answer; what stands in the hole means nothing
+    lengths: Int[np.ndarray, "*G n"]  # of the answer
+    holes: Int[np.ndarray, "*G n"]  # the number of the token that it lacks
+
+    @property
+    def num_nodes(self) -> int:
+        """n."""
+        return self.ids.shape[-2]
+
+
+AnyTree = Tree | Holes
+
 
 class LabelTrees(NamedTuple):
     """C labels as G trees, each of the same number of labels; the last may have fewer."""
 
-    trees: Tree
+    trees: AnyTree
     nodes: Int[np.ndarray, "C T"]  # at which each token of a label is predicted
     tokens: Int[np.ndarray, "C T"]  # -1 after a label's end
 
@@ -51,6 +75,40 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     nodes = np.concatenate([nodes for _, nodes in pairs])
     trees = [_padded(beginnings, max_nodes) for beginnings, _ in pairs]
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)
+
+
+def label_holes(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
+    """The same labels for models that read an answer in both directions.
+
+    Labels [5 -1] and [5 7] have the nodes (_), (_ 7) and (5 _), where _ is the hole.
+    """
+    lengths = (labels >= 0).sum(axis=1)
+    count = 1 if lengths.max() == 1 else -(-len(labels) // _LABELS_AT_ONCE)
+    size = -(-len(labels) // count)
+    groups = [labels[i : i + size] for i in range(0, len(labels), size)]
+    found = [_holes(group) for group in groups]
+    most = max(len(numbers) for numbers, _ in found)
+    shape = len(groups), most
+    answers = np.zeros((*shape, labels.shape[1]), np.int32)
+    sizes, holes = np.ones(shape, np.int32), np.zeros(shape, np.int32)
+    for group, (numbers, _) in enumerate(found):
+        for (answer, hole), node in numbers.items():
+            answers[group, node, : len(answer)] = answer
+            sizes[group, node], holes[group, node] = len(answer), hole
+    nodes = np.concatenate([nodes for _, nodes in found])
+    return LabelTrees(Holes(answers, sizes, holes), nodes, labels)
+
+
+def _holes(labels):
+    """Answers with a hole, and for each token of a label the number of the one that lacks it."""
+    numbers: dict[tuple[tuple[int, ...], int], int] = {}
+    nodes = np.zeros_like(labels)
+    for row, label in enumerate(labels.tolist()):
+        tokens = tuple(token for token in label if token >= 0)
+        for at in range(len(tokens)):
+            answer = (*tokens[:at], 0, *tokens[at + 1 :])
+            nodes[row, at] = numbers.setdefault((answer, at), len(numbers))
+    return numbers, nodes
 
 
 def label_tree(labels: Int[np.ndarray, "C T"]) -> tuple[Tree, Int[np.ndarray, "C T"]]:

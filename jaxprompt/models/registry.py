@@ -1,13 +1,16 @@
 """The families of backbones: from a configuration to its model, and the layout of its batches."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import micro_rows
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.models.base import Cache as Cache
 from jaxprompt.models.base import Model as Model
 from jaxprompt.models.base import ModelConfig as ModelConfig
@@ -17,14 +20,17 @@ from jaxprompt.models.cost import FamilyCost
 from jaxprompt.models.decoder import cost as decoder_cost
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.decoder import DecoderModel
+from jaxprompt.models.encoder import cost as encoder_cost
+from jaxprompt.models.encoder.config import EncoderConfig
+from jaxprompt.models.encoder.encoder import EncoderModel
 from jaxprompt.models.ops.attention import per_example
 from jaxprompt.models.t5 import cost as t5_cost
 from jaxprompt.models.t5.config import T5Config
 from jaxprompt.models.t5.t5 import T5Model
 from jaxprompt.runtime import parallel
 
-Config = T5Config | DecoderConfig
-FamilyModel = T5Model | DecoderModel
+Config = T5Config | DecoderConfig | EncoderConfig
+FamilyModel = T5Model | DecoderModel | EncoderModel
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
@@ -32,18 +38,64 @@ def model_for(config: Config, runtime: Runtime = Runtime()) -> FamilyModel:
     """The model of a configuration, each example of its batches in a row of its own."""
     if isinstance(config, T5Config):
         return T5Model(config, runtime)
+    if isinstance(config, EncoderConfig):
+        return EncoderModel(config, runtime)
     return DecoderModel(config, runtime)
 
 
 def cost(config: Config) -> FamilyCost:
     """What a step on this family costs."""
     # each takes models of its own family alone
+    if isinstance(config, EncoderConfig):
+        return cast(FamilyCost, encoder_cost)
     return cast(FamilyCost, t5_cost if isinstance(config, T5Config) else decoder_cost)
 
 
 def one_sequence(config: ModelConfig) -> bool:
     """Whether input and target are one sequence, without an EOS between them."""
     return isinstance(config, DecoderConfig)
+
+
+def masked(config: ModelConfig) -> bool:
+    """Whether an answer takes the place of a mask in the input."""
+    return isinstance(config, EncoderConfig)
+
+
+def tokenizer_for(config: ModelConfig, source: str | Path) -> Tokenizer:
+    """The tokenizer in a directory, in a GGUF file or of a hub id, for a backbone.
+
+    Raises:
+        UserError: there is none, or it does not belong to the backbone.
+    """
+    if not isinstance(config, EncoderConfig):
+        words = load_tokenizer(source, one_sequence=one_sequence(config))
+        return words.for_table(config.vocab_size)
+    words = load_tokenizer(source, masked=True).for_table(config.vocab_size)
+    if words.mask_id != config.mask_id:
+        raise UserError(
+            f"The mask is token {words.mask_id} of the tokenizer at {str(source)!r} and token "
+            f"{config.mask_id} of the backbone; use the tokenizer that belongs to it."
+        )
+    return words
+
+
+def check_positions(config: ModelConfig, longest: int, answer: int, prefix: int) -> None:
+    """Raise UserError if a row needs more positions than an encoder with a mask has.
+
+    Args:
+        longest: tokens of the longest input, with the prompt.
+        answer: tokens of the longest answer, which takes the place of one.
+        prefix: keys and values of a method's prefix, which takes positions too.
+    """
+    if not isinstance(config, EncoderConfig):
+        return
+    needed = longest + answer - 1 + prefix
+    if needed > config.longest:
+        parts = f" with a prefix of {prefix}" if prefix else ""
+        raise UserError(
+            f"A row has {needed} tokens with its prompt and answer{parts}, and the backbone has "
+            f"{config.longest} positions; lower task.max_input_length or the length of the prompt."
+        )
 
 
 def with_attention(model: AnyModel, attention: str) -> AnyModel:

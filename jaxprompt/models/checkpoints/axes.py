@@ -3,6 +3,7 @@
 from jaxtyping import PyTree
 
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.encoder.config import EncoderConfig
 from jaxprompt.models.registry import Config, Params
 
 
@@ -17,6 +18,18 @@ def axis_sizes(config: Config) -> dict[str, int]:
             "H": config.head_dim,
             "F": config.d_ff,
             "layers": config.num_layers,
+        }
+    if isinstance(config, EncoderConfig):
+        return {
+            "V": config.vocab_size,
+            "D": config.d_model,
+            "O": config.d_model,
+            "N": config.num_heads,
+            "H": config.head_dim,
+            "F": config.d_ff,
+            "M": config.max_positions,
+            "U": config.num_types,
+            "encoder": config.num_layers,
         }
     return {
         "V": config.vocab_size,

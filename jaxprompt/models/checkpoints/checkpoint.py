@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.models.checkpoints import hf_decoder, hf_t5, t5x
+from jaxprompt.models.checkpoints import hf_decoder, hf_encoder, hf_t5, t5x
 from jaxprompt.models.checkpoints.axes import axis_sizes
 from jaxprompt.models.checkpoints.gguf import read_gguf
 from jaxprompt.models.checkpoints.hf_files import open_weights
@@ -71,7 +71,18 @@ def _open_hf(directory: Path, config_path: Path | None) -> Checkpoint:
     if not config_path.is_file():
         raise UserError(f"{config_path} is missing; a backbone needs its config.json")
     raw, flax = open_weights(directory)
-    if read_json(config_path).get("model_type") in hf_decoder.MODEL_TYPES:
+    kind = read_json(config_path).get("model_type")
+    if isinstance(kind, str) and kind in hf_encoder.MODEL_TYPES:
+        if flax:
+            raise UserError(
+                f"{directory} has flax_model.msgpack alone, and encoders with a mask are read from "
+                "model.safetensors or pytorch_model.bin; download one of them"
+            )
+        tensors = hf_encoder.tidy(raw, kind, directory)
+        config = hf_encoder.config_from_json(config_path, hf_encoder.read_mask_id(directory))
+        check_depth(config_path, config.num_layers, tensors)
+        return Checkpoint(config, tensors, hf_encoder.leaves(config))
+    if kind in hf_decoder.MODEL_TYPES:
         tensors, tied = hf_decoder.tidy(raw)
         config = hf_decoder.config_from_json(config_path, tied=tied)
         check_depth(config_path, config.num_layers, tensors)

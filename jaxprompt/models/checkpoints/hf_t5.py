@@ -46,7 +46,7 @@ def config_from_json(path: Path, *, tied: bool) -> T5Config:
         raise UserError(
             f"{path}: model_type {shown(family)} is not supported, only "
             f"{', '.join(_DEFAULT_PROJECTION)} (T5 1.0, 1.1, LM-adapted, Flan and ByT5 are t5), "
-            "llama (SmolLM2 is one), mistral and qwen2"
+            "llama (SmolLM2 is one), mistral, qwen2, bert, roberta and distilbert"
         )
     gated, activation = _projection(
         path, raw.get("feed_forward_proj") or _DEFAULT_PROJECTION[family]

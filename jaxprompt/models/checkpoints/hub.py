@@ -18,7 +18,7 @@ BUILTIN = {
 _SMALL = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.model"),
-    *("tokenizer.model", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
 )
 # In order of preference; only the first form that a repository has is downloaded.
 _WEIGHTS = (

@@ -29,6 +29,7 @@ from jaxprompt.models.checkpoints.fingerprint import Sample, fingerprints, sampl
 from jaxprompt.models.checkpoints.leaf import DTYPES, Index, Leaf, Tensor, fill, layer_sizes
 from jaxprompt.models.checkpoints.metadata import damage_as_user_error
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.encoder.config import EncoderConfig
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.ops.quantization import BITS, MATMUL_WEIGHTS, check_installed, quantize
 from jaxprompt.models.t5.config import released
@@ -200,6 +201,9 @@ def _runtime(
                 "none, set it to 0"
             )
         return replace(runtime, attention=compute.attention)
+    if isinstance(config, EncoderConfig):
+        _check_encoder(compute, name)
+        return runtime
     kernel = flash_attention.kernel(compute.flash, runtime.dtype, mesh)
     if compute.attention != "causal":
         raise UserError(
@@ -210,6 +214,20 @@ def _runtime(
     return replace(
         runtime, per_example_attention=per_example, flash=kernel, dropout=compute.dropout
     )
+
+
+def _check_encoder(compute: _Compute, name: str) -> None:
+    """Raise UserError for what an encoder with a mask does not have."""
+    for key, value, allowed in (
+        ("flash", compute.flash, False),
+        ("dropout", compute.dropout, 0.0),
+        ("attention", compute.attention, "causal"),
+    ):
+        if value != allowed:
+            raise UserError(
+                f"model.{key} is {value!r}, and {name} is an encoder with a mask, which has no "
+                "such choice here; leave the key out"
+            )
 
 
 def _check_quantization(kind: str, trainable: bool) -> None:

@@ -9,13 +9,14 @@ from jaxtyping import Float
 
 from jaxprompt.config.paths import expanded
 from jaxprompt.data.batches import AnyArray
-from jaxprompt.models.checkpoints import hf_decoder, hf_t5
+from jaxprompt.models.checkpoints import hf_decoder, hf_encoder, hf_t5
 from jaxprompt.models.checkpoints.axes import axis_sizes, leaf_at
 from jaxprompt.models.checkpoints.int8 import quantised
 from jaxprompt.models.checkpoints.leaf import Leaf, file_shape, layer_sizes
 from jaxprompt.models.checkpoints.safetensors import Output, write_sharded
 from jaxprompt.models.checkpoints.torch_modules import leaves
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.encoder.config import EncoderConfig
 from jaxprompt.models.registry import Config, Params
 
 
@@ -44,6 +45,8 @@ def save_hf(
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(config, DecoderConfig):
         describe = partial(hf_decoder.config_to_json, config)
+    elif isinstance(config, EncoderConfig):
+        describe = partial(hf_encoder.config_to_json, config)
     else:
         describe = partial(hf_t5.config_to_json, config, dropout=dropout)
     outputs = [out for leaf in leaves(config) for out in _outputs(leaf, config, params)]

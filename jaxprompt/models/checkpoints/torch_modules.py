@@ -6,11 +6,12 @@ It is the table that checkpoints are read with. Adapters of other libraries name
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxprompt.models.checkpoints import hf_decoder, hf_t5
+from jaxprompt.models.checkpoints import hf_decoder, hf_encoder, hf_t5
 from jaxprompt.models.checkpoints.axes import axis_sizes
 from jaxprompt.models.checkpoints.leaf import Leaf, layer_sizes
 from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.encoder.config import EncoderConfig
 from jaxprompt.models.registry import Config
 
 Path = tuple[str, ...]  # of modules and a name, as in the parameter tree
@@ -38,6 +39,8 @@ def leaves(config: Config) -> list[Leaf]:
     """Every leaf of the parameter tree with the torch names that fill it."""
     if isinstance(config, DecoderConfig):
         return hf_decoder.leaves(config)
+    if isinstance(config, EncoderConfig):
+        return hf_encoder.leaves(config)
     return hf_t5.leaves(config)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxprompt.models.label_tree import label_trees, node_bucket
+from jaxprompt.models.label_tree import label_holes, label_trees, node_bucket
 
 
 def test_a_tree_is_this():
@@ -56,3 +56,16 @@ def test_trees_of_other_labels_of_the_same_sizes_have_the_same_shapes():
     six = [[2, 1, -1], [3, 1, -1], [4, 1, -1], [5, 6, 1]]
     shapes = [[x.shape for x in label_trees(np.array(labels)).trees] for labels in (five, six)]
     assert shapes[0] == shapes[1] == [(1, 6), (1, 6), (1, 6, 6)]
+
+
+def test_labels_that_are_read_in_both_directions_have_a_node_for_each_hole():
+    (ids, lengths, holes), nodes, tokens = label_holes(np.array([[5, -1], [5, 7], [8, -1], [6, 7]]))
+    found = [tuple(x[:n]) for x, n in zip(ids[0].tolist(), lengths[0], strict=True)]
+    # of (_), (_ 7) and (5 _), (6 _): labels that lack different words share what is left
+    assert found == [(0,), (0, 7), (5, 0), (6, 0)] and holes[0].tolist() == [0, 0, 1, 1]
+    assert nodes[tokens >= 0].tolist() == [0, 1, 2, 0, 1, 3]
+
+
+def test_any_number_of_labels_of_one_token_is_one_node():
+    (ids, _, _), nodes, _ = label_holes(np.arange(20)[:, None])
+    assert ids.shape == (1, 1, 1) and not nodes.any()
