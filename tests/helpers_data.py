@@ -25,6 +25,22 @@ def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
     return folder
 
 
+def make_masked_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
+    """Save a WordPiece tokenizer as of an uncased BERT: [PAD] 0 to [MASK] 4, words, ##s."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *(word.lower() for word in words), ".", "##s"]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name.lower().strip('[]')}_token": name for name in special}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
 def random_examples(count: int, seed: int = 0) -> list[Example]:
     """Examples with inputs of 2 to 40 ids and targets of 2 to 6, EOS last, all inputs distinct."""
     rng = np.random.default_rng(seed)

@@ -118,7 +118,7 @@ def backbones() -> None:
         for size in ("small", "base", "large", "xl", "xxl")
     ]
     rows += [
-        ("ORG/NAME", "a T5 or a decoder-only model of Llama's form", "from the hub"),
+        ("ORG/NAME", "a T5, a decoder-only model of Llama's form, a BERT", "from the hub"),
         ("PATH", "a directory of Hugging Face files, a T5X checkpoint, a .gguf file", "local"),
     ]
     _print_table(rows)

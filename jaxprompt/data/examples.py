@@ -5,15 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprompt.config.errors import UserError
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.data.jinja_templates import rendered_again
 from jaxprompt.data.references import target_texts
 from jaxprompt.data.rows import Rows, row_name
-from jaxprompt.data.templates import Piece, fill, first_word, place_prompt, with_counts
+from jaxprompt.data.templates import (
+    Piece,
+    columns_of,
+    fill,
+    first_word,
+    place_prompt,
+    with_counts,
+)
 from jaxprompt.data.token_cache import Ragged, tokenized
-from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.tokenizer import MASK, Tokenizer
 from jaxprompt.data.truncation import Truncation, fit
 from jaxprompt.data.verbalizers import label_words
 from jaxprompt.data.virtual_tokens import VirtualTokens, virtual_ids
@@ -48,6 +55,8 @@ def tokenize(
     Raises:
         UserError: A row lacks a column, a label or target does not fit the tokenizer or the limits.
     """
+    if tokenizer.masked:
+        task = _with_mask(task, tokenizer)
     check_labels(task, tokenizer)
     pieces = place_prompt(with_counts(task.template, tokenizer.encode), prompt.length)
     encoder = _Encoder(task, tokenizer, prompt.vocab_rows, origin)
@@ -67,13 +76,49 @@ def tokenize(
         _target_ids(task, rows, tokenizer, prompt.vocab_rows, origin) if need_targets else None
     )
     virtual = virtual_ids(*prompt)
-    return [
+    examples = [
         Example(
             _join(pieces, iter(shortened.get(number) or whole(number)), virtual, room, start, end),
             np.array([] if targets is None else targets[number], np.int32),
         )
         for number in range(len(rows))
     ]
+    if tokenizer.masked:
+        _check_masks(task, examples, tokenizer)
+    return examples
+
+
+def _with_mask(task: TaskConfig, tokenizer: Tokenizer) -> TaskConfig:
+    """The task as an encoder with a mask reads it: long columns are cut, and never the mask.
+
+    Raises:
+        UserError: the task wants text, or its template has no mask or several.
+    """
+    if task.labels is None or task.decoding != "rank":
+        raise UserError(
+            f"Task {shown(task.name)} has its answers generated, and this backbone, an encoder "
+            "with a mask, only chooses from labels; set task.labels with decoding: rank, or use a "
+            "T5 or a decoder-only model."
+        )
+    if tokenizer.num_masks(task.template) != 1:
+        raise UserError(
+            f"Template {shown(task.template)} has {tokenizer.num_masks(task.template) or 'no'} "
+            f"{MASK}, and an encoder with a mask answers at one; write it once in task.template, "
+            f"as in '{{text}} It was {MASK}.'."
+        )
+    columns = task.truncate or columns_of(task.template)
+    return task.model_copy(update={"truncate": columns})
+
+
+def _check_masks(task: TaskConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+    """Raise UserError where a row has lost its mask."""
+    for number, example in enumerate(examples):
+        if np.count_nonzero(example.inputs == tokenizer.mask_id) != 1:
+            raise UserError(
+                f"The {MASK} of {row_name(task, number)} is beyond task.max_input_length, "
+                f"{task.max_input_length} tokens; raise it, or name all long columns in "
+                "task.truncate."
+            )
 
 
 class _Encoder(NamedTuple):

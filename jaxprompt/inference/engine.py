@@ -19,7 +19,7 @@ from jaxprompt.data.layout import round_input_length, round_target_length
 from jaxprompt.data.microbatches import packed_rows
 from jaxprompt.inference.buckets import BatchLimits, inference_batches
 from jaxprompt.models import registry
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import Injection, prefix_length
 from jaxprompt.models.ops import quantization
 from jaxprompt.runtime import parallel, processes
 
@@ -46,6 +46,7 @@ class Program(NamedTuple):
     settings: tuple[tuple[str, Hashable], ...] = ()  # static
     teacher_forced: bool = False
     logits: int = 1  # positions per row whose logits are held at once
+    answer: int = 1  # tokens of the longest answer that may take the place of a mask
 
 
 class Engine(NamedTuple):
@@ -97,6 +98,9 @@ class Engine(NamedTuple):
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"The batch size is {batch_size!r}; give a whole number from 1 on.")
+        longest = max(len(example.inputs) for example in examples)
+        prefix = prefix_length(self.injection)
+        registry.check_positions(self.model.config, longest, program.answer, prefix)
         results: list[np.ndarray] = [np.empty(0)] * len(examples)
 
         def collect(numbers, output):

@@ -13,14 +13,22 @@ from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_scores import map_trees
-from jaxprompt.models.label_tree import LabelTrees, label_trees
+from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees
 
 
 def rank_program(labels: Sequence[str], tokenizer: Tokenizer, separator: str = "") -> Program:
-    """The log-likelihoods of C labels, EOS included, for each row: [C]."""
-    trees = label_trees(label_ids(labels, tokenizer, separator))
-    nodes = trees.trees.ids.shape[-1]
-    return Program(label_log_likelihoods, operands=(trees,), logits=nodes)
+    """The log-likelihoods of C labels, EOS included, for each row: [C].
+
+    Where labels stand in place of a mask, they are pseudo-log-likelihoods (``encoder.py``).
+    """
+    ids = label_ids(labels, tokenizer, separator)
+    trees = label_holes(ids) if tokenizer.masked else label_trees(ids)
+    return Program(
+        label_log_likelihoods,
+        operands=(trees,),
+        logits=trees.trees.num_nodes,
+        answer=ids.shape[1],
+    )
 
 
 def label_ids(

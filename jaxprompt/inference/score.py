@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxprompt.config.errors import shown
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.batches import Example
 from jaxprompt.data.rows import Rows
@@ -81,6 +81,11 @@ class PairTokenizer(NamedTuple):
 
     def encode(self, pairs: Rows) -> tuple[list[Example], list[str]]:
         """Examples of rows ``{"input": text, "target": text}``, and sentences of warning."""
+        if self.tokenizer.masked:
+            raise UserError(
+                "The backbone is an encoder with a mask, which has no likelihood of a text after "
+                "another; use eval or predict with labels."
+            )
         warnings = [] if self.task is None or self.raw else self._template_warnings(self.task)
         end = self.tokenizer.input_end(self.separator)
         room = max(self.longest - len(self.tokenizer.start_ids) - len(end), 0)

@@ -10,7 +10,7 @@ from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
 from jaxprompt.data.tasks.others import with_files_of_others
 from jaxprompt.data.tasks.registry import resolve_task
-from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.inference.engine import Engine, make_engine
 from jaxprompt.methods.artefact import Prompt, checked_prompt, fitted, load_prompt
 from jaxprompt.methods.layers import check_fit
@@ -77,8 +77,7 @@ def open_session(
         check_pair(prompt, loaded, any_backbone)
         injection = prompt.injection
     source = tokenizer or recorded.get("tokenizer") or loaded.path
-    words = load_tokenizer(source, one_sequence=registry.one_sequence(loaded.config))
-    words = words.for_table(loaded.config.vocab_size)
+    words = registry.tokenizer_for(loaded.config, source)
     engine = make_engine(loaded.params, injection, loaded.model, loaded.mesh)
     return Session(loaded, words, prompt, engine)
 
@@ -133,6 +132,8 @@ def check_pair(prompt: Prompt, backbone: Backbone, any_backbone: bool = False) -
         check_fit(prompt.layers, backbone.params, backbone.source)
     kind = prompt.metadata.get("peft", {}).get("task_type")
     fitting = "CAUSAL_LM" if registry.one_sequence(backbone.config) else "SEQ_2_SEQ_LM"
+    if registry.masked(backbone.config):
+        fitting = "masked words"
     if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and kind != fitting:
         raise UserError(
             f"The adapter is for {kind} and {backbone.source} is a model for {fitting}; use the "

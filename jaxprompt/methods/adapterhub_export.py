@@ -22,6 +22,7 @@ from jaxprompt.methods.tuned import (
     fitted_prompt,
     read_object,
     record_of,
+    refuse_encoder,
 )
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.torch_modules import sublayers
@@ -56,6 +57,7 @@ def save_adapterhub(
             several kinds of changes, or AdapterHub has none of its kind.
     """
     vectors, metadata, layers = fitted_prompt(prompt)
+    refuse_encoder(metadata, "AdapterHub")
     kinds = [part.kind for part in parts_in(layers)]
     if len(vectors) or kinds not in ([ADAPTERS], [LORA], [IA3]) or layers is None:
         every = ["virtual tokens"] * bool(len(vectors)) + kinds

@@ -32,6 +32,7 @@ from jaxprompt.methods.tuned import (
     read_tensors,
 )
 from jaxprompt.models.checkpoints.load import Backbone
+from jaxprompt.models.registry import masked
 from jaxprompt.runtime.files import replace_directory
 
 __all__ = ["Prompt", "fitted", "load_prompt", "save_adapterhub", "save_peft", "save_prompt"]
@@ -106,6 +107,11 @@ def fitted(prompt: Prompt, backbone: Backbone) -> Prompt:
     file = prompt.adapter_file
     if file is None:
         return prompt
+    if masked(backbone.config):
+        raise UserError(
+            f"The adapter of {file.library} changes layers, and such adapters are not read for "
+            "encoders with a mask; use an artefact."
+        )
     read = peft_layers if file.library == "PEFT" else adapterhub_layers
     layers = jax.tree.map(np.asarray, read(file, backbone))
     nothing = np.zeros((0, backbone.config.d_model), np.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxprompt.config.schema import JinjaConfig
 from jaxprompt.data.jinja_templates import INPUT, columns_of_jinja
-from jaxprompt.methods.tuned import decoder_only, record_of
+from jaxprompt.methods.tuned import decoder_only, of_encoder, record_of
 from jaxprompt.models.checkpoints.hub import only_here
 from jaxprompt.runtime.markdown import plain
 
@@ -203,6 +203,7 @@ def _steps(metadata: Mapping[str, object]) -> str:
 def _front_matter(metadata: Mapping[str, object], source: str) -> str:
     """What the Hugging Face hub reads: names in JSON, which is YAML."""
     kind = "causal-lm" if decoder_only(metadata) else "t5"
+    kind = "masked-lm" if of_encoder(metadata) else kind
     values: dict[str, object] = {"library_name": "jaxprompt"}
     if _is_hub_id(source):
         values["base_model"] = source

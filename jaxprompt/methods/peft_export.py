@@ -35,6 +35,7 @@ from jaxprompt.methods.tuned import (
     fitted_prompt,
     read_object,
     record_of,
+    refuse_encoder,
 )
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.torch_modules import Path as TreePath
@@ -97,6 +98,7 @@ def save_peft(
             finite, or PEFT has no form for what was tuned.
     """
     vectors, metadata, layers = fitted_prompt(prompt)
+    refuse_encoder(metadata, "PEFT")
     is_decoder = decoder_only(metadata) or "layers" in (layers or {})
     if layers is None:
         adapter = _virtual_tokens(vectors, metadata)

@@ -75,9 +75,11 @@ def _chosen_keys(params: Params, config: PrefixConfig) -> list[Kernel]:
     lacking = [place for place in config.places if not list(kernels(params, [place]))]
     # all places, which is the default, are all that there are
     if lacking and {*config.places} != {*STACKS}:
+        kind = "encoder" if list(kernels(params, ["encoder"])) else "decoder"
+        only = "has an encoder alone" if kind == "encoder" else "is decoder-only"
         raise UserError(
-            f"prefix.places names {lacking[0]!r}, and this backbone is decoder-only; set "
-            "prefix.places to [decoder], or leave the key out."
+            f"prefix.places names {lacking[0]!r}, and this backbone {only}; set prefix.places to "
+            f"[{kind}], or leave the key out."
         )
     if not config.places:
         raise UserError("prefix.places is empty; name at least one of encoder, decoder and cross.")

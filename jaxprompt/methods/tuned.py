@@ -28,7 +28,7 @@ class BackboneRecord(TypedDict, total=False):
     fingerprint: str
     fingerprint_float16: str  # of a copy of the model in float16
     tokenizer: str
-    family: str  # "decoder-only", or absent
+    family: str  # "decoder-only", "encoder" or "encoder-decoder"; the last may be absent
     d_model: int
     vocab_size: int
     num_layers: int
@@ -185,6 +185,20 @@ def decoder_only(metadata: Mapping[str, object]) -> bool:
     recorded = record_of(metadata, "backbone").get("family")
     kind = record_of(metadata, "peft").get("task_type")
     return recorded == "decoder-only" or kind == "CAUSAL_LM"
+
+
+def of_encoder(metadata: Mapping[str, object]) -> bool:
+    """Whether the prompt was tuned on an encoder with a mask, as far as is known."""
+    return record_of(metadata, "backbone").get("family") == "encoder"
+
+
+def refuse_encoder(metadata: Mapping[str, object], library: str) -> None:
+    """Raise UserError for what was tuned on an encoder with a mask, which is not exported."""
+    if of_encoder(metadata):
+        raise UserError(
+            f"The prompt was tuned on an encoder with a mask, for which nothing is written for "
+            f"{library}; use save_prompt."
+        )
 
 
 def _kinds(record: type, prefix: str = "") -> dict[str, type]:

@@ -71,6 +71,11 @@ def make_parts(sources: Sources, sizes: Sizes = Sizes()) -> Parts:
     library = None if sources.library is None else open_store(sources.library)
     given = [load_prompt(path) for path in sources.prompts.values()]
     backbone = _backbone(sources, given, library)
+    if registry.masked(backbone.config):
+        raise UserError(
+            f"{backbone.source} is an encoder with a mask, which is not served; use predict or "
+            "eval."
+        )
     one_sequence = registry.one_sequence(backbone.config)
     recorded = given[0].metadata.get("backbone", {}).get("tokenizer") if given else None
     words = load_tokenizer(

@@ -20,7 +20,7 @@ from jaxprompt.data.layout import round_target_length
 from jaxprompt.data.microbatches import micro_batches
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.tasks.splits import load_rows
-from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.inference.engine import Engine, make_engine
 from jaxprompt.inference.predict import predict
@@ -132,10 +132,9 @@ def measure_costs(run: Run, suite: Suite, backbone: Backbone) -> Record:
     mesh = parallel.make_mesh()
     whole = load_backbone(suite.backbones[run.backbone], mesh=mesh, **run.numerics)
     task = suite.tasks[run.task]
-    words = load_tokenizer(whole.path, one_sequence=registry.one_sequence(whole.config))
     place = Workplace(
         whole,
-        words.for_table(whole.config.vocab_size),
+        registry.tokenizer_for(whole.config, whole.path),
         task,
         load_rows(task, "train", settings["batch_size"]),
         load_rows(task, "validation", settings["members"]),

@@ -13,7 +13,7 @@ from jaxprompt.data.label_sets import label_sets, with_choices
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.verbalizers import first_words
 from jaxprompt.losses import LabelLoss
-from jaxprompt.models.label_tree import label_trees
+from jaxprompt.models.label_tree import label_holes, label_trees
 
 
 class LabelChoices(NamedTuple):
@@ -25,7 +25,7 @@ class LabelChoices(NamedTuple):
     @property
     def nodes(self) -> int:
         """Logits over the vocabulary that each example needs at once."""
-        return self.loss.labels.trees.ids.shape[-1]
+        return self.loss.labels.trees.num_nodes
 
 
 def compares_labels(settings: TrainConfig) -> bool:
@@ -62,7 +62,7 @@ def label_choices(
     first = [0, *itertools.accumulate(len(parts_of(task)) for task in tasks)]
     labels = label_sets(encoded)
     loss = LabelLoss(
-        label_trees(labels.tokens),
+        label_holes(labels.tokens) if tokenizer.masked else label_trees(labels.tokens),
         settings.unlikelihood_loss,
         settings.length_normalized_loss,
         settings.z_loss,

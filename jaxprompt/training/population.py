@@ -47,8 +47,7 @@ def init_trainables(
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
         words = class_words(task)
-        front = 0 if tokenizer.one_sequence else len(tokenizer.start_ids)
-        labels = [ids[front:-1] for ids in tokenizer.encode_targets(words, task.separator)]
+        labels = tokenizer.encode_words(words, task.separator)
         for word, ids in zip(words, labels, strict=True):
             if not set(ids) - set(tokenizer.special_ids):
                 raise UserError(

@@ -21,7 +21,7 @@ from jaxprompt.data.batches import Example, with_member
 from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import Cut
 from jaxprompt.data.sampling import Draw, training_batches
-from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import (
@@ -136,6 +136,7 @@ def prepare(
     for task in tasks:
         reads |= inputs.of_rows(task, rows[task.name])
     trials = make_trials(config, datasets)
+    _check_positions(backbone.config, trials)
     for warning in _warnings(config, trials, tokenizer, mesh):
         reporter.say(f"warning: {warning}")
     for note in nearest_notes([trial.config for trial in trials]):
@@ -192,10 +193,8 @@ def _load(config: RunConfig, mesh: Mesh, reporter: Reporter) -> tuple[Backbone, 
         trainable=not method_of(config).frozen,
         flash=model.flash,
     )
-    tokenizer = load_tokenizer(
-        config.tokenizer or backbone.path, one_sequence=registry.one_sequence(backbone.config)
-    )
-    return backbone, tokenizer.for_table(backbone.config.vocab_size)
+    source = config.tokenizer or backbone.path
+    return backbone, registry.tokenizer_for(backbone.config, source)
 
 
 def _build_datasets(
@@ -214,6 +213,18 @@ def _build_datasets(
         for name, length in dict.fromkeys(keys)
     }
     return [built[key] for key in keys]
+
+
+def _check_positions(shape: registry.Config, trials: Sequence[Trial]) -> None:
+    """Raise UserError for rows that are longer than the backbone can read."""
+    for trial in trials if registry.masked(shape) else ():
+        examples = [example for split in trial.dataset.splits() for example in split.examples]
+        longest, answer = (
+            max(len(getattr(example, name)) for example in examples)
+            for name in ("inputs", "targets")
+        )
+        prefix = trial.config.prefix.length if "prefix" in trial.config.parts else 0
+        registry.check_positions(shape, longest, answer, prefix)
 
 
 def _describe_rows(rows: Mapping[str, Rows], reporter: Reporter) -> None:
