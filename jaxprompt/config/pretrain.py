@@ -55,23 +55,36 @@ class PairSource(Schema):
 
 
 class ShapeConfig(Schema):
-    """Size of a new T5 1.1."""
+    """Size of a new T5 1.1, or of a new BERT where the objective is `masked_lm`."""
 
     d_model: Size = Field(default=512, description="Width of the residual stream.")
     num_heads: Size = Field(default=6, description="Attention heads.")
-    head_dim: Size = Field(default=64, description="Width of a head.")
+    head_dim: Size = Field(
+        default=64, description="Width of a head. A BERT's is d_model / num_heads."
+    )
     d_ff: Size = Field(default=1024, description="Width of the MLP.")
     num_encoder_layers: Size = Field(default=8, description="Layers of the encoder.")
-    num_decoder_layers: Size = Field(default=8, description="Layers of the decoder.")
+    num_decoder_layers: Size = Field(
+        default=8, description="Layers of the decoder, which a BERT has not."
+    )
+    max_positions: Size = Field(
+        default=512,
+        description="Positions of a BERT; it learns those that `text_length` reaches.",
+    )
 
 
 class TokenizerConfig(Schema):
-    """A unigram tokenizer to be trained on the run's own text, laid out as T5's."""
+    """A tokenizer to be trained on the run's own text.
+
+    It is a unigram one laid out as T5's, or for `masked_lm` WordPiece as of an uncased BERT.
+    """
 
     vocabulary: Size = Field(
         default=32_000, description="Size of the vocabulary, with pad, EOS, unk and the sentinels."
     )
-    sentinels: Size = Field(default=100, description="Sentinels for span corruption.")
+    sentinels: Size = Field(
+        default=100, description="Sentinels for span corruption; a BERT has none."
+    )
     characters: Positive = Field(
         default=50_000_000,
         description="Characters of text to learn from, in equal shares of the sources.",
@@ -123,7 +136,10 @@ class PretrainConfig(Schema):
     start: PathText | None = Field(
         default=None, description="A backbone to go on from. null: random weights of `shape`."
     )
-    shape: ShapeConfig = Field(default=ShapeConfig(), description="Size of a new T5 1.1.")
+    shape: ShapeConfig = Field(
+        default=ShapeConfig(),
+        description="Size of a new T5 1.1, or of a new BERT where the objective is masked_lm.",
+    )
     tokenizer: PathText | TokenizerConfig | None = Field(
         default=None,
         description=(
@@ -133,16 +149,18 @@ class PretrainConfig(Schema):
     )
     text: list[TextSource] = Field(default=[], description="Sources of running text.")
     pairs: list[PairSource] = Field(default=[], description="Sources of supervised text.")
-    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs"], Weight] = Field(
+    objectives: dict[Literal["span_corruption", "prefix_lm", "pairs", "masked_lm"], Weight] = Field(
         default={"span_corruption": 1.0},
         min_length=1,
         description=(
             "Share of the examples of each objective. Spans are those of Raffel et al. (2020), "
-            "section 3.1.4, the prefix LM that of Lester et al. (2021), section 3.1."
+            "section 3.1.4, the prefix LM that of Lester et al. (2021), section 3.1. masked_lm, "
+            "which is alone, trains an encoder with a mask (Devlin et al. 2019, section 3.1)."
         ),
     )
     noise_density: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.15, description="Span corruption: share of the tokens that is replaced."
+        default=0.15,
+        description="Span corruption and masked LM: share of the tokens that is replaced.",
     )
     mean_span: Annotated[float, Field(ge=1)] = Field(
         default=3.0, description="Span corruption: mean length of a span in tokens."
@@ -193,6 +211,44 @@ class PretrainConfig(Schema):
             raise ValueError(
                 f"model.quantization is {self.model.quantization!r}, and pre-training trains the "
                 "weights; leave it out"
+            )
+        return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether an encoder with a mask is trained, and not a T5."""
+        return "masked_lm" in self.objectives
+
+    @model_validator(mode="after")
+    def _encoder_can_be(self) -> "PretrainConfig":
+        if not self.masked:
+            return self
+        if len(self.objectives) > 1 or self.virtual is not None:
+            raise ValueError(
+                "objective 'masked_lm' trains an encoder, and the others and virtual tokens are "
+                "a T5's; leave them out"
+            )
+        if self.model.dropout or self.model.flash:
+            raise ValueError(
+                "objective 'masked_lm' trains an encoder, which has neither model.dropout nor "
+                "model.flash here; leave them out"
+            )
+        if self.target_length > self.input_length:
+            raise ValueError(
+                f"target_length is {self.target_length}, and a row of input_length, "
+                f"{self.input_length}, has no more masks; lower it"
+            )
+        if self.start is not None:
+            return self
+        if self.shape.d_model % self.shape.num_heads:
+            raise ValueError(
+                f"shape.num_heads is {self.shape.num_heads}, which does not divide d_model, "
+                f"{self.shape.d_model}; use a divisor"
+            )
+        if self.input_length > self.shape.max_positions:
+            raise ValueError(
+                f"input_length is {self.input_length}, and shape.max_positions "
+                f"{self.shape.max_positions}; raise it"
             )
         return self
 

@@ -71,6 +71,31 @@ def prefix_lm(ids: Ids, rng: np.random.Generator, *, eos: int, longest_target: i
     )
 
 
+def masked_lm(
+    ids: Ids, rng: np.random.Generator, *, mask: int, around: tuple[Ids, Ids], noise_density: float
+) -> Example:
+    """The masked language model of BERT (Devlin et al. 2019, arXiv 1810.04805, section 3.1).
+
+    Every chosen id becomes the mask; the target has what stood there, in order. BERT leaves a tenth
+    of them and replaces another tenth by random words, which is no better (Wettig et al. 2023,
+    arXiv 2202.08005, section 6). With mask 99, "a b c d" may become inputs [CLS a 99 c d SEP] and
+    targets [b].
+
+    Args:
+        around: ids in front of the text, such as CLS, and behind it, such as SEP.
+        noise_density: share of the ids that are chosen.
+    """
+    chosen = np.sort(rng.choice(len(ids), masks(len(ids), noise_density), replace=False))
+    hidden = ids.copy()
+    hidden[chosen] = mask
+    return Example(np.concatenate([around[0], hidden, around[1]]), ids[chosen])
+
+
+def masks(size: int, noise_density: float) -> int:
+    """How many of ``size`` ids are masked."""
+    return max(round(size * noise_density), 1)
+
+
 def _composition(total: int, parts: int, rng: np.random.Generator) -> Ids:
     """Random positive numbers, ``parts`` of them, that sum to ``total``; all are equally likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1

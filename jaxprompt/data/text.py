@@ -4,6 +4,7 @@ Batch k is a pure function of the seed and k. Examples are drawn with replacemen
 position to store, and a resumed run has the same batches.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded, is_count
 from jaxprompt.config.pretrain import PairSource, PretrainConfig, TextSource
 from jaxprompt.data.batches import Batch, Example, pack_batch
-from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
+from jaxprompt.data.objectives import masked_lm, masks, prefix_lm, span_corruption, span_lengths
 from jaxprompt.data.rows import Row, Rows
 from jaxprompt.data.sampling import dropout_seeds, random_stream
 from jaxprompt.data.sources import check_file, read_rows
@@ -111,7 +112,7 @@ def open_streams(
         parts = _split(texts, config.validation, source.name)
         streams.texts[source.name] = parts[1]
         streams.tokens[source.name] = len(parts[0].ids)
-        for objective in ("span_corruption", "prefix_lm"):
+        for objective in ("span_corruption", "prefix_lm", "masked_lm"):
             if objective in config.objectives:
                 for target, part in zip(streams[:2], parts, strict=True):
                     draw = _draw_text(part, objective, config, tokenizer)
@@ -222,6 +223,9 @@ def _draw_text(
         fits = lambda n: all(
             a <= b for a, b in zip(span_lengths(n, **noise), (room, target_length), strict=True)
         )
+    elif objective == "masked_lm":
+        ends = len(tokenizer.start_ids) + 1
+        fits = lambda n: n + ends <= room and masks(n, config.noise_density) <= target_length
     else:
         fits = lambda n: n <= room - 1 and target_length >= 2
     largest = max((n for n in range(2, room + target_length) if fits(n)), default=0)
@@ -236,16 +240,28 @@ def _draw_text(
     if objective == "span_corruption" and not len(sentinels):
         raise UserError("Span corruption needs sentinels (<extra_id_0>, ...) in the tokenizer.")
 
+    apply: dict[str, Callable[[np.ndarray, np.random.Generator], Example]] = {
+        "span_corruption": functools.partial(
+            span_corruption, sentinels=sentinels, eos=tokenizer.eos_id, **noise
+        ),
+        "prefix_lm": functools.partial(
+            prefix_lm, eos=tokenizer.eos_id, longest_target=target_length
+        ),
+        "masked_lm": functools.partial(
+            masked_lm,
+            mask=tokenizer.mask_id or 0,
+            around=(np.array(tokenizer.start_ids, np.int32), np.array([tokenizer.eos_id])),
+            noise_density=config.noise_density,
+        ),
+    }
+
     def draw(rng: np.random.Generator) -> Example:
         size = min(int(rng.integers(low, high + 1)), len(texts.ids))
         anywhere = int(rng.integers(len(texts.ids)))
         if rng.random() < 0.5:
             anywhere = int(texts.starts[np.searchsorted(texts.starts, anywhere, "right") - 1])
         start = min(anywhere, len(texts.ids) - size)
-        ids = texts.ids[start : start + size]
-        if objective == "span_corruption":
-            return span_corruption(ids, rng, sentinels=sentinels, eos=tokenizer.eos_id, **noise)
-        return prefix_lm(ids, rng, eos=tokenizer.eos_id, longest_target=target_length)
+        return apply[objective](texts.ids[start : start + size], rng)
 
     return draw
 

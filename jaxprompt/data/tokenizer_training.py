@@ -1,4 +1,4 @@
-"""Training of a unigram tokenizer with the layout of T5's."""
+"""Training of tokenizers: unigram with the layout of T5's, WordPiece with that of BERT's."""
 
 import json
 from collections.abc import Iterable
@@ -53,6 +53,61 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
     )
     tokenizer.save(str(out / "tokenizer.json"))
     _write_configuration(out, sentinels)
+
+
+WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def train_wordpiece(texts: Iterable[str], config: TokenizerConfig, out: Path) -> None:
+    """Write ``tokenizer.json`` and its configuration into ``out``.
+
+    Ids are in the order of ``WORDPIECE_SPECIAL``, then pieces. Text is lower-cased and loses its
+    accents, as in an uncased BERT. The post-processor puts CLS in front and SEP behind.
+
+    Args:
+        out: a directory that exists.
+
+    Raises:
+        UserError: there is too little text for so many pieces, or it is not Unicode.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+
+    if config.vocabulary < FEWEST:
+        raise UserError(
+            f"tokenizer.vocabulary is {config.vocabulary}; ask for at least {FEWEST} pieces."
+        )
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
+    tokenizer.decoder = decoders.WordPiece()  # pyright: ignore
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=list(WORDPIECE_SPECIAL),
+        initial_alphabet=[chr(c) for c in range(33, 127) if not chr(c).isupper()],
+        show_progress=False,
+    )
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        bad = error.object[max(error.start - 30, 0) : error.start + 30]
+        raise UserError(f"The text {bad!r} is not Unicode; mend that character.") from None
+    count = tokenizer.get_vocab_size()
+    if count != config.vocabulary:
+        raise UserError(
+            f"The text yields {count} pieces, and tokenizer.vocabulary asks for "
+            f"{config.vocabulary}; set it to {count} or give more text."
+        )
+    ends = [(name, WORDPIECE_SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )  # pyright: ignore
+    tokenizer.save(str(out / "tokenizer.json"))
+    words = ("pad", "unk", "cls", "sep", "mask")
+    names = {f"{w}_token": n for w, n in zip(words, WORDPIECE_SPECIAL, strict=True)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "special_tokens_map.json").write_text(json.dumps(names, indent=1) + "\n")
 
 
 def _train_unigram(texts: Iterable[str], pieces: int, vocabulary: int) -> "tokenizers.Tokenizer":

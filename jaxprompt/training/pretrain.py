@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import PretrainConfig
@@ -30,17 +30,19 @@ from jaxprompt.data.text import (
     read_documents,
 )
 from jaxprompt.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
-from jaxprompt.data.tokenizer_training import train_tokenizer
+from jaxprompt.data.tokenizer_training import train_tokenizer, train_wordpiece
 from jaxprompt.evaluation.plots import draw_losses
 from jaxprompt.inference import generate
 from jaxprompt.methods.base import Trainables, without_member_axis
 from jaxprompt.methods.full import PRETRAINING
-from jaxprompt.models import precision
+from jaxprompt.models import precision, registry
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints import hub
 from jaxprompt.models.checkpoints.fingerprint import fingerprint
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.models.checkpoints.save import save_hf
+from jaxprompt.models.encoder.config import EncoderConfig
+from jaxprompt.models.encoder.encoder import EncoderModel
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops.attention import flash_attention
 from jaxprompt.models.t5 import t5
@@ -67,7 +69,9 @@ from jaxprompt.training.steps import Steps
 SAMPLES = 3  # fill-in-the-blank samples of each held-out source
 HELD_OUT_SEED = 20_201  # the held-out batches are the same for every run
 
-_init = jax.jit(t5.init_params, static_argnums=0)
+_init = jax.jit(lambda model, key: model.init_params(key), static_argnums=0)
+Params = t5.Params
+Trained = t5.T5Model | EncoderModel
 
 
 def pretrain(
@@ -98,10 +102,10 @@ def prepare(
     parallel.check_batch_size(settings.batch_size, mesh, "train.batch_size")
     model, params, loaded = _start(config, mesh, reporter)
     tokenizer_path = _tokenizer_place(config, run.path, run.open, reporter)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, masked=config.masked)
     processes.assert_equal_across_processes("tokenizer", tokenizer.identity())
     if model is None:
-        model = _model(config, tokenizer.ids, mesh)
+        model = _model(config, tokenizer, mesh)
     shape = model.config
     tokenizer = tokenizer.for_table(shape.vocab_size)
     run.open()  # tokens are written there
@@ -148,8 +152,8 @@ class Pretraining:
     reporter: Reporter
     signals: Signals
     mesh: Mesh
-    model: t5.T5Model
-    params: t5.Params | None
+    model: Trained
+    params: Params | None
     tokenizer: Tokenizer
     tokenizer_path: str
     streams: Streams
@@ -182,7 +186,7 @@ class Pretraining:
     def _first_trainables(self) -> Trainables:
         seed, params = self.config.train.seed, self.params
         self.params = None  # the trainables are a copy, and need the memory
-        params = params or _new(self.model.config, seed, self.mesh)
+        params = params or _new(self.model, seed, self.mesh)
         bank = _virtual(self.config, params, self.tokenizer, self.model.config.d_model)
         return PRETRAINING.init(params, bank, PromptConfig(), seed)
 
@@ -196,7 +200,7 @@ class Pretraining:
     def abstract_state(self, progress: Progress) -> TrainState:
         """Shapes, dtypes and shardings of a state, of which nothing is allocated."""
         self.params = None  # what is restored needs their memory
-        like = _state_shapes(self.config, self.model.config, self.optimizer)
+        like = _state_shapes(self.config, self.model, self.optimizer)
         return parallel.with_sharding(like, shardings(like, PRETRAINING, self.model, self.mesh))
 
     # -- steps
@@ -307,7 +311,7 @@ def _mean_loss(scores: dict[str, Metrics]) -> float:
 
 def _start(
     config: PretrainConfig, mesh: Mesh, reporter: Reporter
-) -> tuple[t5.T5Model | None, t5.Params | None, str | None]:
+) -> tuple[Trained | None, Params | None, str | None]:
     """The backbone that a run starts from, if it starts from one: model, weights, fingerprint."""
     if config.start is None:
         return None, None, None
@@ -320,33 +324,71 @@ def _start(
         unroll=settings.unroll,
         remat=settings.remat,
     )
-    if not isinstance(backbone.model, t5.T5Model):
+    model = backbone.model
+    if config.masked:
+        if not isinstance(model, EncoderModel):
+            raise UserError(
+                f"start {config.start!r} is no encoder with a mask, and objective 'masked_lm' "
+                "trains one; start from a BERT, or choose other objectives."
+            )
+        model = dataclasses.replace(model, mask_each_target=True)
+        model = model.with_runtime(dtype=config.model.dtype)
+        registry.check_positions(model.config, config.input_length, 1, 0)
+        return model, backbone.params, backbone.fingerprint
+    if not isinstance(model, t5.T5Model):
         raise UserError(
-            f"start {config.start!r} is decoder-only, and the objectives here are T5's; start from "
-            "a T5, or tune that model with method: model-tuning."
+            f"start {config.start!r} is no T5, and the objectives here are T5's; start from a T5, "
+            "or tune that model with method: model-tuning."
         )
-    model = backbone.model.with_runtime(dtype=config.model.dtype, flash=_flash(config, mesh))
+    model = model.with_runtime(dtype=config.model.dtype, flash=_flash(config, mesh))
     return model.with_layout(packed_widths=_widths(config)), backbone.params, backbone.fingerprint
 
 
-def _model(config: PretrainConfig, pieces: int, mesh: Mesh) -> t5.T5Model:
-    """A T5 1.1 for a vocabulary of ``pieces``, rounded up to a multiple of 128."""
-    model = config.model
-    shape = t5.T5Config(
-        vocab_size=-(-pieces // 128) * 128,
-        **config.shape.model_dump(),
-    )
-    check = lambda x, of: parallel.check_divides(mesh, of, x.shape, "the new backbone")
-    parallel.map_with_axes(check, t5.abstract_params(shape), t5.logical_axes(shape))
+def _model(config: PretrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Trained:
+    """A T5 1.1 or a BERT for a vocabulary, rounded up to a multiple of 128."""
+    model, shape = config.model, config.shape.model_dump(exclude={"max_positions"})
+    shape["vocab_size"] = -(-tokenizer.ids // 128) * 128
     runtime = Runtime(
-        dtype=str(model.dtype),
-        dropout=model.dropout,
-        unroll=bool(model.unroll),
-        remat=model.remat,
-        per_example_attention=parallel.supports_per_example_attention(mesh),
-        flash=_flash(config, mesh),
+        dtype=str(model.dtype), dropout=model.dropout, unroll=bool(model.unroll), remat=model.remat
     )
-    return t5.T5Model(shape, runtime, BatchLayout(packed_widths=_widths(config)))
+    if config.masked:
+        new = _encoder(config, tokenizer, shape["vocab_size"], runtime)
+    else:
+        runtime = dataclasses.replace(
+            runtime,
+            per_example_attention=parallel.supports_per_example_attention(mesh),
+            flash=_flash(config, mesh),
+        )
+        layout = BatchLayout(packed_widths=_widths(config))
+        new = t5.T5Model(t5.T5Config(**shape), runtime, layout)
+    check = lambda x, of: parallel.check_divides(mesh, of, x.shape, "the new backbone")
+    parallel.map_with_axes(check, new.abstract_params(), new.logical_axes())
+    return new
+
+
+def _encoder(
+    config: PretrainConfig, tokenizer: Tokenizer, rows: int, runtime: Runtime
+) -> EncoderModel:
+    """A new BERT."""
+    if tokenizer.mask_id is None:
+        raise UserError(
+            f"The tokenizer {config.tokenizer!r} has no mask, which masked_lm needs; name that of "
+            "a BERT, or give tokenizer.vocabulary to train one."
+        )
+    shape = config.shape
+    made = EncoderConfig(
+        vocab_size=rows,
+        d_model=shape.d_model,
+        num_heads=shape.num_heads,
+        head_dim=shape.d_model // shape.num_heads,
+        d_ff=shape.d_ff,
+        num_layers=shape.num_encoder_layers,
+        mask_id=tokenizer.mask_id,
+        max_positions=shape.max_positions,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+    )
+    return EncoderModel(made, runtime, mask_each_target=True)
 
 
 def _flash(config: PretrainConfig, mesh: Mesh) -> str:
@@ -382,7 +424,7 @@ def _tokenizer_place(
         )
 
         def write(path: Path) -> None:
-            train_tokenizer(texts, settings, path)
+            (train_wordpiece if config.masked else train_tokenizer)(texts, settings, path)
             (path / note.name).write_text(made_of)
 
         replace_directory(place, write, lambda old: (old / note.name).is_file())
@@ -401,23 +443,23 @@ def _sample_texts(texts: list[str], characters: int) -> list[str]:
     return texts[::step]
 
 
-def _new(shape: t5.T5Config, seed: int, mesh: Mesh) -> t5.Params:
+def _new(model: Trained, seed: int, mesh: Mesh) -> Params:
     """Random weights, each part of them made where it belongs."""
     key = jax.random.key(seed)
     if mesh.size == 1:
-        return _init(shape, key)
-    specs = parallel.specs_of(mesh, t5.abstract_params(shape), t5.logical_axes(shape))
+        return _init(model, key)
+    specs = parallel.specs_of(mesh, model.abstract_params(), model.logical_axes())
     place = parallel.named_shardings(mesh, specs)
-    return jax.jit(t5.init_params, static_argnums=0, out_shardings=place)(shape, key)
+    return jax.jit(model.init_params, out_shardings=place)(key)
 
 
 def _state_shapes(
-    config: PretrainConfig, shape: t5.T5Config, optimizer: optax.GradientTransformation
+    config: PretrainConfig, model: Trained, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes and dtypes of a state, of which nothing is allocated."""
-    bank = np.zeros((1, _virtual_count(config), shape.d_model), np.float32)
+    bank = np.zeros((1, _virtual_count(config), model.config.d_model), np.float32)
     begin = functools.partial(init_state, PRETRAINING, optimizer)
-    return jax.eval_shape(lambda params: begin(params, bank), t5.abstract_params(shape))
+    return jax.eval_shape(lambda params: begin(params, bank), model.abstract_params())
 
 
 def _virtual_count(config: PretrainConfig) -> int:
@@ -425,7 +467,7 @@ def _virtual_count(config: PretrainConfig) -> int:
 
 
 def _virtual(
-    config: PretrainConfig, params: t5.Params, tokenizer: Tokenizer, d_model: int
+    config: PretrainConfig, params: Params, tokenizer: Tokenizer, d_model: int
 ) -> Float[np.ndarray, "1 n D"]:
     """Vectors of all virtual tokens as one long prompt, each a random word's to begin with."""
     if config.virtual is None:
@@ -450,10 +492,10 @@ def held_out_batches(config: PretrainConfig, streams: Streams) -> dict[str, list
 
 
 def held_out_scores(
-    params: t5.Params,
+    params: Params,
     bank: Float[Array, "1 P D"] | None,
     checks: dict[str, list[Batch]],
-    model: t5.T5Model,
+    model: Trained,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, float]]:
     """Loss in nats a target token, perplexity, share of right tokens and their number by set."""
@@ -472,7 +514,7 @@ def held_out_scores(
 
 
 @functools.lru_cache(maxsize=8)
-def _sums(model: t5.T5Model, mesh: Mesh | None) -> Callable[..., Float[Array, " 3"]]:
+def _sums(model: Trained, mesh: Mesh | None) -> Callable[..., Float[Array, " 3"]]:
     """Sums over target tokens of negative log-likelihood, of correct ones, and of ones."""
     placed = model.on(parallel.place_in(mesh))
 
@@ -487,7 +529,7 @@ def _sums(model: t5.T5Model, mesh: Mesh | None) -> Callable[..., Float[Array, " 
     return jax.jit(lambda *args: parallel.psum_over_batch(everywhere(*args), mesh))
 
 
-def save_model(folder: Path, model: t5.T5Model, state: TrainState, tokenizer: str) -> None:
+def save_model(folder: Path, model: Trained, state: TrainState, tokenizer: str) -> None:
     """Write the backbone as a Hugging Face directory with its tokenizer, complete or not at all.
 
     All processes call it, and the first one writes.
@@ -509,8 +551,8 @@ def save_model(folder: Path, model: t5.T5Model, state: TrainState, tokenizer: st
 
 def fill_in(
     config: PretrainConfig,
-    model: t5.T5Model,
-    params: t5.Params,
+    model: Trained,
+    params: Params,
     streams: Streams,
     tokenizer: Tokenizer,
     mesh: Mesh,
@@ -526,12 +568,18 @@ def fill_in(
             rows += [(stream, stream.draw(rng)) for _ in range(SAMPLES)]
     if not rows:
         return []
-    batch = make_batch([e for _, e in rows], input_length=config.input_length)
-    inputs, segments = (
+    length = config.target_length if config.masked else None  # else the longest target
+    batch = make_batch([e for _, e in rows], input_length=config.input_length, target_length=length)
+    inputs, segments, targets, target_segments = (
         parallel.device_put_global(np.asarray(x), parallel.replicated(mesh))
-        for x in (batch.inputs, batch.segments)
+        for x in (batch.inputs, batch.segments, batch.targets, batch.target_segments)
     )
-    written = generate.greedy(params, Injection(), model, inputs, segments, config.target_length)
+    if isinstance(model, EncoderModel):
+        written = _fill_masks(params, model, inputs, segments, targets, target_segments)
+    else:
+        written = generate.greedy(
+            params, Injection(), model, inputs, segments, config.target_length
+        )
     return [
         {
             "held_out": stream.name,
@@ -544,3 +592,17 @@ def fill_in(
             rows, np.maximum(processes.fetch(written), 0), strict=True
         )
     ]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fill_masks(
+    params: Params,
+    model: EncoderModel,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    targets: Int[Array, "B T"],
+    target_segments: Int[Array, "B T"],
+) -> Int[Array, "B T"]:
+    """The likeliest word at each mask of the inputs, padding after the last."""
+    logits = model.logits(params, Injection(), inputs, segments, targets, target_segments)
+    return jnp.where(target_segments > 0, jnp.argmax(logits, axis=-1), model.config.pad_id)

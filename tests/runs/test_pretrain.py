@@ -169,10 +169,9 @@ def test_the_model_is_a_backbone_with_its_tokenizer(uninterrupted, values):
 
 def test_every_parameter_and_virtual_token_is_trained(uninterrupted, values):
     trained = weights(uninterrupted[0])
-    start = module._init(
-        module._model(config(values, uninterrupted[0]), 153, MAKE_MESH()).config,
-        jax.random.key(0),
-    )
+    words = load_tokenizer(values["tokenizer"])
+    new = module._model(config(values, uninterrupted[0]), words, MAKE_MESH())
+    start = module._init(new, jax.random.key(0))
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, start)
     assert jax.tree.all(moved)
 

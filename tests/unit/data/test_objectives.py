@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxprompt.data.objectives import prefix_lm, span_corruption, span_lengths
+from jaxprompt.data.objectives import masked_lm, masks, prefix_lm, span_corruption, span_lengths
 
 EOS = 1
 SENTINELS = np.arange(1999, 1899, -1)  # T5's order: the first has the highest id
@@ -152,3 +152,15 @@ def test_prefix_and_rest_are_the_text(size, longest):
     largest = min(size - 1, longest - 1)
     assert set(rests) == set(range(1, largest + 1))
     assert max(rests.values()) < 2 * 2000 / largest
+
+
+@pytest.mark.parametrize(("size", "density"), [(1, 0.15), (40, 0.15), (40, 0.4)])
+def test_masks_of_a_masked_lm_hide_what_its_target_has(size, density):
+    rng, around = np.random.default_rng(0), (np.array([2]), np.array([3]))
+    example = masked_lm(text(size), rng, mask=4, around=around, noise_density=density)
+    inner = example.inputs[1:-1]
+    assert example.inputs[[0, -1]].tolist() == [2, 3]
+    assert len(example.targets) == masks(size, density) == (inner == 4).sum()
+    inner = np.where(inner == 4, 0, inner)
+    inner[inner == 0] = example.targets
+    assert np.array_equal(inner, text(size))

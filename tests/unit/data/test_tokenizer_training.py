@@ -8,7 +8,8 @@ import pytest
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.pretrain import TokenizerConfig
 from jaxprompt.data.tokenizer import copy_tokenizer, load_tokenizer
-from jaxprompt.data.tokenizer_training import train_tokenizer
+from jaxprompt.data.tokenizer_training import train_tokenizer, train_wordpiece
+from jaxprompt.models.checkpoints.hf_encoder import read_mask_id
 
 SETTINGS = TokenizerConfig(vocabulary=300, sentinels=12)
 
@@ -110,3 +111,16 @@ def test_the_readers_own_mistakes_pass_through(tmp_path):
 
     with pytest.raises(UserError, match="^There is no such file.$"):
         train_tokenizer(texts(), SETTINGS, tmp_path)
+
+
+def test_a_wordpiece_tokenizer_is_an_uncased_berts(tmp_path):
+    train_wordpiece(iter(sentences()), SETTINGS, tmp_path)
+    words = load_tokenizer(tmp_path, masked=True)
+    assert words.size == 300
+    assert [words.piece(id) for id in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (words.pad_id, words.eos_id, words.mask_id, words.start_ids) == (0, 3, 4, [2])
+    text = sentences()[0]
+    assert words.decode(words.encode(text)).replace(" ", "") == text.lower().replace(" ", "")
+    assert read_mask_id(tmp_path) == 4
+    with pytest.raises(UserError, match=r"The text yields \d+ pieces, .* asks for 30000"):
+        train_wordpiece(iter(sentences()), TokenizerConfig(vocabulary=30000), tmp_path)
