@@ -26,7 +26,6 @@ from jaxprompt.models.cost import A_PROMPT
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
-from jaxprompt.models.t5.config import T5Config
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
 from jaxprompt.training.label_losses import compares_labels
@@ -254,7 +253,8 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
     targets = round_target_length(longest_target)
     cost, rows = registry.cost(shape), config.train.batch_size * len(members)
     dtype = precision.resolve_dtype(config.model.dtype, machine.cpu)
-    if not isinstance(shape, T5Config) and config.model.flash:
+    other = registry.one_sequence(shape) or registry.masked(shape)
+    if other and config.model.flash:
         raise UserError(
             f"model.flash is on, and {config.backbone} is no T5; flash kernels are there for the "
             "encoder of a T5, leave the key out."

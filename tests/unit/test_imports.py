@@ -14,7 +14,12 @@ ORDER = ["moved", "config", "runtime", "data", "models", "losses", "methods", "i
          "evaluation", "training", "api", "serving", "studies", "cli", "__main__"]  # fmt: skip
 HEAVY_ALLOWED = {
     "orbax": {"training/checkpoint.py"},
-    "linen": {"models/blocks.py", "models/t5/t5.py", "models/decoder/decoder.py"},
+    "linen": {
+        "models/blocks.py",
+        "models/t5/t5.py",
+        "models/encoder/encoder.py",
+        "models/decoder/decoder.py",
+    },
     "gguf": {"data/gguf_tokenizer.py", "models/checkpoints/gguf.py"},
 }
 
@@ -57,7 +62,7 @@ def test_one_file_spells_scan_and_remat():
 def test_the_family_of_a_backbone_is_known_in_one_folder():
     """Outside ``models`` nobody names a family's module; what is asked goes through registry.py."""
     allowed = {"training/pretrain.py"}  # whose objectives are T5's
-    families = ("jaxprompt.models.t5", "jaxprompt.models.decoder")
+    families = tuple(f"jaxprompt.models.{name}" for name in ("t5", "decoder", "encoder"))
     for path in MODULES:
         where = str(path.relative_to(PACKAGE))
         if layer(path) == "models" or where in allowed:
