@@ -186,10 +186,47 @@ class BitfitConfig(Schema):
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
 
 
+class SearchConfig(Schema):
+    """The search for a prompt of words, which replaces descent on vectors."""
+
+    section = "search"
+
+    allowed: Literal["words", "all"] = Field(
+        default="words",
+        description=(
+            "Pieces of the vocabulary that a prompt may have. words: whole words of letters, but "
+            "not those of the task's labels. all: any piece that begins a word."
+        ),
+    )
+    candidates: Size = Field(
+        default=256,
+        description="gcg: at each place, the words that the gradient promises most of.",
+    )
+    swaps: Size = Field(
+        default=64,
+        description="gcg: changes of one word that a step tries on its rows; it keeps the best.",
+    )
+    fluency: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description=(
+            "gcg, on a decoder-only model: so many times the mean negative log-likelihood of the "
+            "prompt's own words is added to the loss."
+        ),
+    )
+
+
 SECTIONS: Mapping[str, type[Schema]] = {
     kind.section: kind
-    for kind in (PTuningConfig, PrefixConfig, LoraConfig, IA3Config, AdapterConfig, BitfitConfig)
-}
+    for kind in (
+        PTuningConfig, PrefixConfig, LoraConfig, IA3Config, AdapterConfig, BitfitConfig,
+        SearchConfig,
+    )
+}  # fmt: skip
+
+# methods that look for words
+SEARCHES = ("gcg", "pez")
+# parts that no other goes with
+_ALONE = frozenset({"model", *SEARCHES})
 
 # methods with virtual tokens, of which one can be a part
 PROMPTS = (
@@ -199,6 +236,7 @@ PROMPTS = (
     "multitask-prompt",
     "low-rank-prompt",
     "p-tuning",
+    *SEARCHES,
 )
 # the section that has the learning rate of each part
 SECTIONS_OF: Mapping[str, str] = {
@@ -212,7 +250,9 @@ SECTIONS_OF: Mapping[str, str] = {
     "model": "train",
 }
 # the section that has the other settings of each part
-SETTINGS_OF: Mapping[str, str] = {**SECTIONS_OF, "p-tuning": "p_tuning"}
+SETTINGS_OF: Mapping[str, str] = {
+    **SECTIONS_OF, "p-tuning": "p_tuning", **dict.fromkeys(SEARCHES, "search"),
+}  # fmt: skip
 # what `method` may be, beside parts joined by +
 METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt-tuning": ("prompt",),
@@ -232,6 +272,8 @@ METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
     "bitfit": ("bitfit",),
     "norm-tuning": ("norm",),
     "mam": ("prefix", "adapter"),
+    "gcg": ("gcg",),
+    "pez": ("pez",),
     "model-tuning": ("model",),
 }
 
@@ -252,10 +294,10 @@ def parts_of(method: str) -> tuple[str, ...]:
             f"method is {shown(method)} and {shown(unknown[0])} is no method; use one of "
             f"{listed(METHOD_NAMES)}, or join parts by +, as in prompt+lora"
         )
-    if len({*flat}) < len(flat) or len({*flat} & {*PROMPTS}) > 1 or "model" in flat:
+    if len({*flat}) < len(flat) or len({*flat} & {*PROMPTS}) > 1 or {*flat} & _ALONE:
         raise UserError(
             f"method is {shown(method)}: a part is there twice, or two parts have virtual tokens, "
-            "or one is the whole model; join others"
+            "or one is the whole model or a search for words; join others"
         )
     return flat
 
@@ -272,7 +314,26 @@ _PARALLEL: Values = {
     "init": "zeros",
 }
 _ADAPTERS: Values = {**_ADAMW, "learning_rate": 3e-4}
+_WORDS: Values = {"length": 10, "init": "sampled_vocabulary"}
 RECIPES: Mapping[str, Values] = {
+    # arXiv 2307.15043: 500 steps; the losses that it compares need no optimizer
+    "gcg": {
+        "prompt": _WORDS,
+        "train": {"steps": 300, "evaluate_every": 25, "checkpoint_every": 25},
+    },
+    # arXiv 2302.03668: AdamW, weight decay 0.1, 1,000 steps
+    "pez": {
+        "prompt": _WORDS,
+        "train": {
+            "optimizer": "adamw",
+            "learning_rate": 0.3,
+            "schedule": "constant",
+            "weight_decay": 0.1,
+            "steps": 1000,
+            "evaluate_every": 50,
+            "checkpoint_every": 50,
+        },
+    },
     # PEFT's guide: AdamW 1e-3 with matrices that are stored divided by the root of their fan-in,
     # 768 or so, which is a rate of 0.03 for those that are not
     "p-tuning": {"train": {**_ADAMW, "learning_rate": 0.03}},

@@ -18,6 +18,7 @@ from jaxprompt.config.limits import MOST_PROMPTS
 from jaxprompt.config.methods import (
     OWN_RATE,
     PROMPTS,
+    SEARCHES,
     SECTIONS,
     SECTIONS_OF,
     SETTINGS_OF,
@@ -27,6 +28,7 @@ from jaxprompt.config.methods import (
     LoraConfig,
     PrefixConfig,
     PTuningConfig,
+    SearchConfig,
     parts_of,
     with_recipe,
 )
@@ -601,8 +603,9 @@ class RunConfig(Schema):
             "What is trained: prompt-tuning, residual-prompt-tuning, superposition-prompt-tuning, "
             "multitask-prompt-tuning, low-rank-prompt-tuning, p-tuning, prefix-tuning, "
             "p-tuning-v2, lora, ia3, adapter, houlsby, pfeiffer, parallel, bitfit, norm-tuning, "
-            "mam, parts joined by +, as in prompt+lora, or model-tuning (all weights, the paper's "
-            "baseline). It also chooses the defaults of `train` that are usual for it."
+            "mam, parts joined by +, as in prompt+lora, gcg or pez (which look for a prompt of "
+            "words), or model-tuning (all weights, the paper's baseline). It also chooses the "
+            "defaults of `train` that are usual for it."
         ),
     )
     model: ModelConfig = Field(default=ModelConfig(), description="Numerics of the backbone.")
@@ -617,6 +620,9 @@ class RunConfig(Schema):
     ia3: IA3Config = Field(default=IA3Config(), description="Scales of activations.")
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="Bottleneck adapters.")
     bitfit: BitfitConfig = Field(default=BitfitConfig(), description="Biases.")
+    search: SearchConfig = Field(
+        default=SearchConfig(), description="Words that gcg and pez may find, and how gcg looks."
+    )
     train: TrainConfig = Field(
         default=TrainConfig(), description="Optimizer, evaluations, checkpoints."
     )
@@ -654,6 +660,11 @@ class RunConfig(Schema):
     def changes_layers(self) -> bool:
         """Whether a part acts within the layers, and not by virtual tokens alone."""
         return bool({*self.parts} - {*PROMPTS, "model"})
+
+    @property
+    def searches(self) -> bool:
+        """Whether the run looks for a prompt of words."""
+        return self.parts[0] in SEARCHES
 
     @property
     def drops_inputs(self) -> bool:
@@ -755,6 +766,12 @@ class RunConfig(Schema):
             raise ValueError(
                 f"task has keys of its own ({listed(self.task)}), and prompt.population.task "
                 "says what is learnt; move them there, into a mapping with the task's name"
+            )
+        shared = [key for key in grid if key == "length" or key.startswith("search.")]
+        if self.searches and shared:
+            raise ValueError(
+                f"prompt.population varies {shared[0]}, and with method={self.method} all members "
+                "have the same; leave it out"
             )
         _check_grid(grid)
         for member in self.members():

@@ -5,6 +5,7 @@ from jaxprompt.methods.adapter import adapter
 from jaxprompt.methods.base import Method, composed
 from jaxprompt.methods.bitfit import bitfit
 from jaxprompt.methods.full import MODEL_TUNING
+from jaxprompt.methods.hard_prompt import GCG, PEZ
 from jaxprompt.methods.ia3 import ia3
 from jaxprompt.methods.lora import lora
 from jaxprompt.methods.low_rank import LOW_RANK_PROMPT_TUNING
@@ -49,4 +50,8 @@ def _part(name: str, config: RunConfig) -> Method:
             return bitfit(config.bitfit)
         case "norm":
             return norm_tuning()
+        case "gcg":
+            return GCG
+        case "pez":
+            return PEZ
     return METHODS[f"{name}-tuning"]

@@ -69,6 +69,7 @@ class Metadata(TypedDict, total=False):
     baselines: dict[str, float]  # "majority" and "untuned", of the first metric
     config: Values  # the run's settings
     versions: dict[str, str]
+    words: Values  # of a search: text, ids, and whether the text survives reading
 
 
 class Prompt(NamedTuple):

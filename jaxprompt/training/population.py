@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import PrefixConfig
@@ -25,6 +25,7 @@ from jaxprompt.data.templates import start_words, with_counts
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
+from jaxprompt.methods.hard_prompt import allowed_words, nearest
 from jaxprompt.methods.init import Vocabulary, initial_prompt, lookup
 from jaxprompt.methods.library import Similar, similar_prompts
 from jaxprompt.methods.prefix import from_words
@@ -70,6 +71,8 @@ def init_trainables(
             from_file=lambda path: load_prompt(path).vectors,
         )
         start = _with_words_of_template(start, member, task, table, tokenizer)
+        if member.searches:
+            start = _on_words(start, member, task, table, tokenizer)
     trainables = method.init(backbone.params, start[None], member.prompt, member.train.seed)
     if "prefix" not in member.parts or member.prefix.init != "text":
         return trainables
@@ -83,7 +86,7 @@ def _with_words_of_template(
     start: Float[np.ndarray, "P D"],
     member: RunConfig,
     task: TaskConfig,
-    table: jax.Array,
+    table: Float[Array, "V D"],
     tokenizer: Tokenizer,
 ) -> Float[np.ndarray, "P D"]:
     """The start with the embeddings of the words that the task's template has for some vectors."""
@@ -99,6 +102,18 @@ def _with_words_of_template(
         ids = tokenizer.encode(words)[:count]
         start[first : first + len(ids)] = lookup(table, ids)
     return start
+
+
+def _on_words(
+    start: Float[np.ndarray, "P D"],
+    member: RunConfig,
+    task: TaskConfig,
+    table: Float[Array, "V D"],
+    tokenizer: Tokenizer,
+) -> Float[np.ndarray, "P D"]:
+    """The start with each vector at the nearest word that a search may use."""
+    allowed = allowed_words(tokenizer, len(table), member.search.allowed, tuple(class_words(task)))
+    return lookup(table, np.asarray(nearest(jnp.asarray(start), table, allowed)))
 
 
 def _words_of_prefix(config: PrefixConfig, backbone: Backbone, tokenizer: Tokenizer) -> Layers:

@@ -72,11 +72,11 @@ def batch_losses(
     There is dropout if the batch has dropout seeds. ``loss``: see ``make_train_step``.
     """
     loss = cross_entropy(z_loss) if loss is None else loss
-    objective, sums = _summed_losses(params, injection, model, batch, num_members, loss)
+    objective, sums = summed_losses(params, injection, model, batch, num_members, loss)
     return jnp.sum(objective / jnp.maximum(sums.num_tokens, 1.0)), sums.means()
 
 
-def _summed_losses(
+def summed_losses(
     params: registry.Params, injection: Injection, model: registry.Model, batch: Batch,
     num_members: int, loss: Loss | LabelLoss,
 ) -> tuple[Float[Array, " K"], LossSums]:  # fmt: skip
@@ -198,7 +198,7 @@ class StepFunctions:
             if self._shared_by is not None:
                 whole = parallel.gather_params(injection.params, self._axes, self._place)
                 injection = injection._replace(params=whole)
-            each, sums = _summed_losses(
+            each, sums = summed_losses(
                 params, injection, self._placed, batch, num_members(trainables), self._loss
             )
             return jnp.sum(each), sums

@@ -21,6 +21,7 @@ from jaxprompt.models.cost import operations_of_network
 from jaxprompt.models.injection import Injection, without_dropout
 from jaxprompt.runtime import parallel
 from jaxprompt.training.optimizer import per_member
+from jaxprompt.training.search import of_vectors
 from jaxprompt.training.step import TrainState
 from jaxprompt.training.trial import structure_of
 
@@ -135,7 +136,9 @@ def optimizer_of(members: Sequence[RunConfig]) -> optax.GradientTransformation:
     """The optimizer of members of one method, each with the learning rates of its parts."""
     rates = [member.learning_rates() for member in members]
     lone = len(members[0].parts) == 1
-    return per_member(members[0].train, [next(iter(r.values())) for r in rates] if lone else rates)
+    peaks = [next(iter(each.values())) for each in rates] if lone else rates
+    optimizer = per_member(members[0].train, peaks)
+    return of_vectors(optimizer) if members[0].searches else optimizer
 
 
 def _state(

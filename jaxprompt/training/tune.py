@@ -15,14 +15,16 @@ from jax.sharding import Mesh
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.methods import rate_warnings
-from jaxprompt.config.mixture import parts_of
+from jaxprompt.config.mixture import Mixture, parts_of
 from jaxprompt.config.schema import RunConfig, TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example, with_member
 from jaxprompt.data.layout import BatchBudget
 from jaxprompt.data.microbatches import Cut
 from jaxprompt.data.sampling import Draw, training_batches
+from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.plots import draw_curves
+from jaxprompt.losses import LabelLoss, Loss, cross_entropy
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import (
     Method,
@@ -30,6 +32,13 @@ from jaxprompt.methods.base import (
     grouped,
     member_groups,
     without_member_axis,
+)
+from jaxprompt.methods.hard_prompt import (
+    Words,
+    allowed_words,
+    as_template,
+    table_of,
+    words_of,
 )
 from jaxprompt.methods.layers import joined
 from jaxprompt.methods.registry import method_of
@@ -86,7 +95,15 @@ from jaxprompt.training.results import (
     tidy_best,
 )
 from jaxprompt.training.run_dir import Result, RunDir
-from jaxprompt.training.step import TrainState, all_finite, first_state, make_train_step, shardings
+from jaxprompt.training.search import Search, of_vectors, search_step
+from jaxprompt.training.step import (
+    Step,
+    TrainState,
+    all_finite,
+    first_state,
+    make_train_step,
+    shardings,
+)
 from jaxprompt.training.steps import Steps
 from jaxprompt.training.trial import Trial, by_task, make_trials, slot_order
 
@@ -321,7 +338,15 @@ class TestResult(TypedDict, total=False):
     test_error: str  # why there are no metrics
 
 
-class TaskResult(TestResult):
+class TemplateResult(TypedDict, total=False):
+    """What ``result.json`` says of the words that a search has found."""
+
+    words: str
+    template: str  # of the task with these words, and without virtual tokens
+    template_value: float  # the metric of the bare backbone with it, on validation rows
+
+
+class TaskResult(TestResult, TemplateResult):
     """What ``result.json`` says of a task."""
 
     task: str
@@ -480,9 +505,10 @@ class Tuning:
             for trial in self._active(progress)
         ]
         lone = len(self.config.parts) == 1
-        return per_member(
+        optimizer = per_member(
             self.config.train, [next(iter(each.values())) for each in rates] if lone else rates
         )
+        return of_vectors(optimizer) if self.config.searches else optimizer
 
     # -- steps
 
@@ -508,15 +534,7 @@ class Tuning:
                 drops=any(trial.config.drops_inputs for trial in active),
             ),
         )
-        optimizer = self._optimizer(progress)
-        step = make_train_step(
-            model,
-            grouped(self._methods(progress)),
-            optimizer,
-            mesh=self.mesh,
-            z_loss=settings.z_loss,
-            loss=labels.loss if labels else None,
-        )
+        loss = labels.loss if labels else cross_entropy(settings.z_loss)
         batches = training_batches(
             examples,
             Draw(
@@ -529,7 +547,27 @@ class Tuning:
             relabel=partial(with_member, vocabulary=self.backbone.config.vocab_size, length=length),
             complete=labels.complete if labels else list,
         )
+        step = self._step(model, loss, progress)
         return Steps(step, self.backbone.params, batches, self.mesh)
+
+    def _step(self, model: registry.Model, loss: Loss | LabelLoss, progress: Progress) -> Step:
+        optimizer, active = self._optimizer(progress), self._active(progress)
+        if not self.config.searches:
+            method = grouped(self._methods(progress))
+            return make_train_step(model, method, optimizer, mesh=self.mesh, loss=loss)
+        words = dict.fromkeys(word for trial in active for word in class_words(trial.task))
+        rows, kind = self.backbone.config.vocab_size, self.config.search.allowed
+        search = Search(
+            model=model,
+            plain=self.backbone.model,
+            loss=loss,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+            allowed=allowed_words(self.tokenizer, rows, kind, tuple(words)),
+            settings=self.config.search,
+            seeds=[trial.config.train.seed for trial in active],
+        )
+        return search_step(self.config.method, search, optimizer)
 
     # -- evaluation
 
@@ -577,6 +615,9 @@ class Tuning:
         for number in judgement.improved:
             trial, slot = self.trials[number], before.active.index(number)
             metadata = metadata_for(trial, self.backbone, scores[number], judgement.progress)
+            part = tuned[slot]
+            if self.config.searches and isinstance(part, Injection):
+                metadata["words"] = self._words(part)._asdict()
             folders = [trial.own_dir]
             if number in judgement.task_best:
                 folders.append(trial.task_dir)
@@ -587,7 +628,12 @@ class Tuning:
                 if saved is None or known > saved:  # no checkpoint names it
                     known = -1
                 self.run.remove_result()
-                save_tuned(folder, tuned[slot], self.backbone, metadata, known)
+                save_tuned(folder, part, self.backbone, metadata, known)
+
+    def _words(self, injection: Injection) -> Words:
+        """What a search has found, of an injection of one member."""
+        bank = np.asarray(processes.fetch(injection.embeddings))
+        return words_of(bank[0], table_of(self.backbone.params), self.tokenizer)
 
     def _halve(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """At the last step too: the run may get more of them."""
@@ -670,6 +716,7 @@ class Tuning:
             "prompt": str(folder / "prompt") if frozen else None,
             "model": None if frozen else str(folder / "model"),
             **self._test(best),
+            **self._template(best),
         }
         if jax.process_index() == 0:
             rows = self.run.metrics.rows_of(best.prefix)
@@ -693,6 +740,23 @@ class Tuning:
         if self.method.frozen:
             note_test(Path(source), metrics)
         return {"test_rows": len(test.examples), "test": metrics}
+
+    def _template(self, best: Trial) -> TemplateResult:
+        """The words that a search has found, and what they give without a soft prompt."""
+        if not self.config.searches:
+            return {}
+        params, injection, source = self._load_best(best)
+        words, task, vocabulary = self._words(injection), best.task, self.backbone.config.vocab_size
+        result: TemplateResult = {"words": words.text}
+        if not isinstance(task, Mixture):
+            template = as_template(task.template, words.ids, self.tokenizer)
+            task = task.model_copy(update={"template": template})
+            rows = self.rows[task.name]
+            plain = build_split(task, "validation", rows, self.tokenizer, 0, vocabulary)
+            score = self.evaluator.measure_one(params, Injection(), task, plain, source)
+            result |= {"template": template, "template_value": score[best.metric]}
+        self.reporter.say(f"the words are: {words.text}")
+        return result
 
     def _load_best(self, best: Trial) -> tuple[registry.Params, Injection, str]:
         """Parameters, injection and directory of what was saved as the best of a task."""

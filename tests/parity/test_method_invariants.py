@@ -35,6 +35,7 @@ from jaxprompt.models.ops import changes, quantization
 from jaxprompt.models.t5 import t5
 from jaxprompt.models.t5.t5 import T5Config, T5Model
 from jaxprompt.runtime import parallel
+from jaxprompt.training.checkpoint import Checkpoints
 from jaxprompt.training.step import TrainState, batch_losses, make_train_step
 
 P, K = 4, 3
@@ -75,7 +76,7 @@ CROWDS = {
     "houlsby": ["prompt-tuning", "adapter", "houlsby"],
     "pfeiffer": ["prompt-tuning", "pfeiffer"],
 }
-EXACT_AT_START = ["lora", "dora", "ia3", "parallel", "bitfit"]
+EXACT_AT_START = ["lora", "dora", "ia3", "parallel", "bitfit", "norm-tuning"]
 MERGED = ["lora", "dora", "ia3"]
 METHOD_OF = {"dora": "lora"}  # of a case that is no name of a method
 
@@ -285,6 +286,7 @@ class Crowd(NamedTuple):
 
 @functools.cache
 def crowd(kind, family="t5", without=()):
+    without = {*without, *(["p-tuning-v2"] if family == "decoder" else [])}  # it has no encoder
     names = [name for name in CROWDS[kind] if name not in without]
     trainables = tuple(alone(trained(name, family), 0) for name in names)
     each = [rows_of(name, 2, member=k) for k, name in enumerate(names)]
@@ -293,12 +295,18 @@ def crowd(kind, family="t5", without=()):
 
 
 crowds = pytest.mark.parametrize("kind", CROWDS)
+crowds_of_families = pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "t5") for kind in CROWDS), ("parallel", "decoder")]
+)
 
 
 @functools.cache
-def gradient_of(kind, model=T5):
+def gradient_of(kind, family="t5", **layout):
     """The gradient of a crowd, or of others with its methods, as a compiled function."""
-    of, count = crowd(kind).method, len(crowd(kind).names)
+    of, count = crowd(kind, family).method, len(crowd(kind, family).names)
+    model = MODELS[family]
+    if layout:
+        model = model.with_runtime(per_example_attention=True).with_layout(**layout)
 
     @jax.jit
     def gradient(trainables, params, batch):
@@ -312,9 +320,9 @@ def gradient_of(kind, model=T5):
 
 
 @functools.cache
-def padded_gradient(kind):
-    them = crowd(kind)
-    return gradient_of(kind)(them.trainables, weights("t5"), batch_of(them.rows))
+def padded_gradient(kind, family="t5"):
+    them = crowd(kind, family)
+    return gradient_of(kind, family)(them.trainables, weights(family), batch_of(them.rows))
 
 
 def each_close(names, found, wanted, tolerance):
@@ -323,13 +331,10 @@ def each_close(names, found, wanted, tolerance):
             np.testing.assert_allclose(leaf, right, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"), [*((kind, "t5") for kind in CROWDS), ("parallel", "decoder")]
-)
+@crowds_of_families
 def test_cached_decoding_equals_teacher_forcing(kind, family):
     model, params = MODELS[family], weights(family)
-    # a decoder-only model has no encoder
-    them = crowd(kind, family, ("p-tuning-v2",) if family == "decoder" else ())
+    them = crowd(kind, family)
     injection = without_dropout(them.method.inject(them.trainables, params))
     batch = batch_of(them.rows)
     wanted = logits_of(family)(params, injection, batch)
@@ -363,26 +368,45 @@ def test_cached_decoding_equals_teacher_forcing(kind, family):
 def test_examples_that_share_rows_have_the_gradient_of_padded_ones(kind):
     them = crowd(kind)
     layout = BatchLayout(packed_widths=(8, 16), examples_per_row=2, one_member_per_row=True)
-    shared = T5.with_runtime(per_example_attention=True).with_layout(**vars(layout))
     [(packed, _)] = packed_rows(
         them.rows, parts=1, devices=len(them.names), layout=layout, target_length=4
     )
-    found = gradient_of(kind, shared)(them.trainables, weights("t5"), packed)
+    gradient = gradient_of(kind, **vars(layout))
+    found = gradient(them.trainables, weights("t5"), packed)
     each_close(them.names, found, padded_gradient(kind), 2e-4)
 
 
-@crowds
-def test_no_member_that_is_nan_changes_another_method(kind):
-    them, batch = crowd(kind), batch_of(crowd(kind).rows)
+@crowds_of_families
+def test_no_member_that_is_nan_changes_another_method(kind, family):
+    them = crowd(kind, family)
+    batch, right = batch_of(them.rows), padded_gradient(kind, family)
     for lost in range(len(them.names)):
         trainables = list(them.trainables)
         trainables[lost] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainables[lost])
-        found = gradient_of(kind)(tuple(trainables), weights("t5"), batch)
+        found = gradient_of(kind, family)(tuple(trainables), weights(family), batch)
         for k, name in enumerate(them.names):
             if k != lost:
-                for x, y in zip(*map(jax.tree.leaves, (found[k], padded_gradient(kind)[k])),
-                                strict=True):  # fmt: skip
-                    np.testing.assert_array_equal(x, y, err_msg=f"{name} beside {them.names[lost]}")
+                message = f"{name} beside {them.names[lost]}"
+                for x, y in zip(*map(jax.tree.leaves, (found[k], right[k])), strict=True):
+                    np.testing.assert_array_equal(x, y, err_msg=message)
+
+
+@crowds_of_families
+def test_a_checkpoint_of_any_method_goes_on_bit_for_bit(kind, family, tmp_path):
+    """Also what a method trains in place of its result, and both moments of Adam."""
+    them, adam = crowd(kind, family), optax.adam(0.01)
+    batch = batch_of(them.rows)
+
+    def moved(state):
+        gradient = gradient_of(kind, family)(state.trainables, weights(family), batch)
+        updates, optimizer = jax.jit(adam.update)(gradient, state.optimizer)
+        return TrainState(state.step + 1, optax.apply_updates(state.trainables, updates), optimizer)
+
+    start = TrainState(jnp.int32(0), them.trainables, adam.init(them.trainables))
+    first = moved(start)
+    Checkpoints(tmp_path, keep=1).save(1, first, {})
+    restored = Checkpoints(tmp_path, keep=1).restore(start)
+    jax.tree.map(np.testing.assert_array_equal, moved(restored), moved(first))
 
 
 @crowds

@@ -170,3 +170,27 @@ def test_a_superposition_of_a_stored_prompt_is_refused():
     }  # fmt: skip
     with pytest.raises(UserError, match="starts from words"):
         parse(RunConfig, values)
+
+
+@pytest.mark.parametrize("name", ["gcg", "pez"])
+def test_a_search_leaves_words_that_a_template_can_say_and_resumes_exactly(tmp_path, name):
+    backbone = make_backbone(tmp_path / "tiny")
+    values = run_values(backbone, tmp_path) | {"method": name, "search": {"swaps": 4}}
+
+    def result(folder, steps):
+        values["train"] |= {"steps": steps, "schedule": "constant"}
+        return train(parse(RunConfig, values | {"output": str(tmp_path / folder)}))
+
+    whole = result("whole", 4)
+    prompt = load_prompt(whole["prompt"])
+    words = whole["words"]
+    assert len(words.split()) == P and words == prompt.metadata["words"]["text"]
+    assert whole["template"] == f"{words} question : {{text}}"
+    # the words say what the vectors say
+    assert prompt.metadata["words"]["survives"]
+    assert whole["template_value"] == whole["value"]
+    result("parts", 2)
+    assert result("parts", 4)["words"] == words
+    np.testing.assert_array_equal(
+        load_prompt(tmp_path / "parts" / "prompt").vectors, prompt.vectors
+    )
