@@ -92,47 +92,48 @@ class Spread(NamedTuple):
     """How much the mean of differences would vary with other rows and other seeds.
 
     rows, seeds: variances of the mean. A single seed says nothing of others: then ``seeds`` is 0.
+    rest: what is neither of a row nor of a seed; ``rows`` and ``seeds`` both hold it.
     num_seeds: S.
     """
 
     rows: float
-    seeds: float
-    num_seeds: int
+    seeds: float = 0.0
+    rest: float = 0.0
+    num_seeds: int = 1
 
     @property
-    def error(self) -> float:
-        """The standard error of the mean."""
-        return math.sqrt(self.rows + self.seeds)
+    def of_rows_alone(self) -> float:
+        """The variance of the mean that rows have without the rest."""
+        return max(self.rows - self.rest, 0.0)
 
-    @property
-    def freedom(self) -> float:
-        """Degrees of freedom of the error (Satterthwaite 1946); rows are many."""
-        if not self.seeds:
-            return math.inf
-        return (self.num_seeds - 1) * ((self.rows + self.seeds) / self.seeds) ** 2
+    def errors(self) -> list[tuple[float, float]]:
+        """Standard errors of the mean, each with its degrees of freedom (Satterthwaite 1946).
+
+        That of rows; and of rows and seeds, where there are several. Neither may be left out: seeds
+        that happen to agree make the second one too small.
+        """
+        found = [(math.sqrt(self.rows), math.inf)]
+        if self.seeds:
+            both = self.of_rows_alone + self.seeds
+            found.append((math.sqrt(both), (self.num_seeds - 1) * (both / self.seeds) ** 2))
+        return found
 
 
 def spread_of(differences: Differences) -> Spread:
-    """The two variances. All seeds have answered the same rows, so the design is crossed.
+    """The variances. All seeds have answered the same rows, so the design is crossed.
 
-    What is neither of a row nor of a seed is in the means of both. It is left with the seeds, of
-    which little is known, and taken off the rows (the moments of two crossed random factors:
-    Searle, Casella and McCulloch 1992).
+    These are the moments of two crossed random factors (Searle, Casella and McCulloch 1992).
     """
     seeds, count = differences.shape
-    rows = _of_rows(differences)
-    if seeds == 1 or count == 1:
-        return Spread(rows, 0.0, seeds)
+    if count == 1:
+        return Spread(0.0)
     by_row, by_seed = differences.mean(axis=0), differences.mean(axis=1)
-    rest = differences - by_row - by_seed[:, None] + differences.mean()
-    of_rest = float((rest**2).sum()) / ((seeds - 1) * (count - 1)) / (seeds * count)
-    return Spread(max(rows - of_rest, 0.0), float(by_seed.var(ddof=1)) / seeds, seeds)
-
-
-def _of_rows(differences: Differences) -> float:
-    """The variance of the mean as the means of rows have it."""
-    count = differences.shape[1]
-    return float(differences.mean(axis=0).var(ddof=1)) / count if count > 1 else 0.0
+    rows = float(by_row.var(ddof=1)) / count
+    if seeds == 1:
+        return Spread(rows)
+    left = differences - by_row - by_seed[:, None] + differences.mean()
+    rest = float((left**2).sum()) / ((seeds - 1) * (count - 1)) / (seeds * count)
+    return Spread(rows, float(by_seed.var(ddof=1)) / seeds, rest, seeds)
 
 
 def bootstrap(differences: Differences, draws: int = DRAWS, seed: int = 0) -> Draws:
@@ -141,7 +142,10 @@ def bootstrap(differences: Differences, draws: int = DRAWS, seed: int = 0) -> Dr
     Rows are drawn with replacement, all seeds of a row together (Efron and Tibshirani 1993; paired:
     Koehn 2004). Three or five seeds are too few to be drawn from: the smallest and the largest
     would bound what is drawn. So the mean over seeds varies around what was seen as Student's t
-    does. The variances of both are those of ``spread_of``. With one seed, rows alone are drawn.
+    does, with the variances of ``spread_of``. With one seed, rows alone are drawn.
+
+    Seeds may agree by chance, and then say that nothing varies. So the result is never narrower
+    than that of rows alone.
     """
     generator = np.random.default_rng(seed)
     values, counts = np.unique(differences.mean(axis=0), return_counts=True)
@@ -150,13 +154,14 @@ def bootstrap(differences: Differences, draws: int = DRAWS, seed: int = 0) -> Dr
         generator.multinomial(total, counts / total, part) @ values / total
         for part in _parts(draws, len(values))
     ])  # fmt: skip
-    spread, of_rows = spread_of(differences), _of_rows(differences)
+    spread, mean = spread_of(differences), float(differences.mean())
     if not spread.seeds:
         return means
-    mean = float(differences.mean())
-    shrunk = math.sqrt(spread.rows / of_rows) if of_rows else 0.0
-    more = math.sqrt(spread.seeds) * generator.standard_t(spread.num_seeds - 1, draws)
-    return mean + shrunk * (means - mean) + more
+    rows = means - mean
+    shrunk = math.sqrt(spread.of_rows_alone / spread.rows) if spread.rows else 0.0
+    of_seeds = math.sqrt(spread.seeds) * generator.standard_t(spread.num_seeds - 1, draws)
+    rows, both = np.sort(rows), np.sort(shrunk * rows + of_seeds)
+    return mean + np.where(abs(rows) > abs(both), rows, both)  # at each quantile the wider one
 
 
 def interval_of(means: Draws, level: float = LEVEL) -> Interval:
@@ -191,11 +196,14 @@ def detectable_difference(
         spread: of the differences that were seen.
         count: rows.
     """
-    alpha, freedom = 1 - level, spread.freedom
-    quantile = ndtri if math.isinf(freedom) else lambda share: stdtrit(freedom, share)
-    found = float(quantile(1 - alpha / 2) + quantile(power)) * spread.error
+    alpha = 1 - level
+
+    def found(error: float, freedom: float) -> float:
+        quantile = ndtri if math.isinf(freedom) else lambda share: stdtrit(freedom, share)
+        return float(quantile(1 - alpha / 2) + quantile(power)) * error
+
     fewest = math.ceil(1 - math.log2(alpha))  # 2 * 0.5**fewest <= alpha
-    return min(1.0, max(found, fewest / count))
+    return min(1.0, max(fewest / count, *(found(*each) for each in spread.errors())))
 
 
 def _parts(draws: int, width: int) -> list[int]:

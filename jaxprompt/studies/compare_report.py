@@ -182,10 +182,11 @@ def _draw_front(axis: "Axes", compared: Compared) -> None:
             color=f"C{number % 10}", label=_label(arm.name, 40),
         )  # fmt: skip
     front = frontier(compared.arms)
-    axis.plot(
-        [arm.tokens for arm in front], [arm.score for arm in front], ":", color="gray", zorder=0,
-        label="none is better with as few tokens",
-    )  # fmt: skip
+    if len(front) > 1:
+        axis.plot(
+            [arm.tokens for arm in front], [arm.score for arm in front], ":", color="gray",
+            zorder=0, label="none is better with as few tokens",
+        )  # fmt: skip
     axis.set(
         xlabel="tokens of an input, with virtual tokens (mean)", ylabel=compared.facts["metric"]
     )
