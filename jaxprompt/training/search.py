@@ -219,7 +219,8 @@ def candidate_losses(search: Search) -> Scores:
             # the last part begins earlier, so that all have one shape
             first = min(start, count - size)
             part = candidates[:, first : first + size]
-            sums = [of_part(part, params, batch) for batch in batches]
+            # one after another: passes of several CPU devices that run at once wait for each other
+            sums = [jax.block_until_ready(of_part(part, params, batch)) for batch in batches]
             total, tokens = (sum(each) for each in zip(*sums, strict=True))
             mean = total / jnp.maximum(tokens, 1.0)
             if fluency:
