@@ -99,6 +99,7 @@ def test_what_is_generated_from_logits_that_are_no_numbers_is_told(tiny, beams):
 
 
 WORDS: Any = SimpleNamespace(
+    masked=False,
     encode_targets=lambda labels, separator: [[7, 1], [9, 11, 1]], eos_id=1, size=61,
     one_sequence=False, decode=lambda ids: " ".join(map(str, ids)),
 )  # fmt: skip
@@ -237,7 +238,7 @@ def test_answers_are_the_same_where_examples_share_rows(tiny, devices, monkeypat
     task = TaskConfig(
         name="q", train="-", validation="-", template="{text}", labels=["a", "b", "c"]
     )
-    tokenizer = SimpleNamespace(encode_targets=lambda labels, separator: words)
+    tokenizer = SimpleNamespace(masked=False, encode_targets=lambda labels, separator: words)
     shapes = []
 
     def answers(model, **settings):

@@ -27,6 +27,7 @@ PARSED_ONLY = (
     ("reproduce ", "minutes to hours; test_studies.py runs the studies"),
     ("compare formulations.yaml", "minutes; test_compare.py runs one"),
     ("pretrain configs/pretrain/adapt.yaml", "a corpus; test_pretrain.py adapts a backbone"),
+    ("pretrain configs/pretrain/masked.yaml", "a corpus; test_masked.py trains such a backbone"),
 )
 # what the forms in capital letters stand for
 FORMS = {

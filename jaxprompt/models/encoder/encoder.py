@@ -44,7 +44,7 @@ from jaxprompt.models.ops.norm import layer_norm
 from jaxprompt.models.ops.segments import positions_in_segments, segment_mask
 from jaxprompt.runtime.parallel import shard_activation
 
-_SMALL = 0.02  # the deviation of random tables, as in BERT
+_SMALL = 0.02  # the deviation of random tables and matrices, as in BERT
 _PREFIX = "encoder", "layers", "attention", "prefix"
 
 
@@ -91,7 +91,7 @@ class Attention(_Projecting):
     def setup(self):
         c = self.model.config
         width = c.d_model // self.model.runtime.place.fsdp
-        zeros, normal = nn.initializers.zeros, nn.initializers.normal(c.d_model**-0.5)
+        normal, zeros = nn.initializers.normal(_SMALL), nn.initializers.zeros
         into, heads = (width, c.num_heads, c.head_dim), (c.num_heads, c.head_dim)
         self.query = self.param("query", normal, into)
         self.key = self.param("key", normal, into)
@@ -122,9 +122,9 @@ class Mlp(_Projecting):
     def setup(self):
         c = self.model.config
         width = c.d_model // self.model.runtime.place.fsdp
-        zeros, normal = nn.initializers.zeros, nn.initializers.normal
-        self.wi = self.param("wi", normal(c.d_model**-0.5), (width, c.d_ff))
-        self.wo = self.param("wo", normal(c.d_ff**-0.5), (c.d_ff, width))
+        normal, zeros = nn.initializers.normal(_SMALL), nn.initializers.zeros
+        self.wi = self.param("wi", normal, (width, c.d_ff))
+        self.wo = self.param("wo", normal, (c.d_ff, width))
         self.wi_bias = self.param("wi_bias", zeros, (c.d_ff,))
         self.wo_bias = self.param("wo_bias", zeros, (c.d_model,))
 
@@ -184,9 +184,7 @@ class Encoder(nn.Module):
             self.type_embedding = self.param("type_embedding", normal, (c.num_types, c.d_model))
         self.embedding_norm, self.head_norm = LayerNorm(c.norm_eps), LayerNorm(c.norm_eps)
         self.encoder = Stack(model)
-        self.transform = self.param(
-            "transform", nn.initializers.normal(c.d_model**-0.5), (c.d_model, c.d_model)
-        )
+        self.transform = self.param("transform", normal, (c.d_model, c.d_model))
         self.transform_bias = self.param("transform_bias", zeros, (c.d_model,))
         self.head_bias = self.param("head_bias", zeros, (c.vocab_size,))
 
@@ -425,11 +423,7 @@ def _prefix_length(injection: Injection, rows: int) -> Int[Array, "R 1"] | int:
 
 
 def init_params(config: EncoderConfig, key: jax.Array) -> Params:
-    """Random float32 parameters: tables of deviation 0.02, matrices by fan-in, biases of 0.
-
-    BERT has 0.02 everywhere, which suits its width of 768. In a narrow model it would all but
-    silence attention.
-    """
+    """Random float32 parameters, of deviation 0.02 as in BERT; biases of 0."""
     ids, module = jnp.ones((1, 1), jnp.int32), Encoder(EncoderModel(config))
     context = LayerContext(jnp.ones((1, 1, 1), bool))
     variables: PyTree = module.init(

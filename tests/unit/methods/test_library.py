@@ -131,7 +131,7 @@ def test_a_run_starts_from_the_most_similar_prompt(library, tmp_path):
     )
     tokenizer = SimpleNamespace(
         one_sequence=True, start_ids=[], size=9, special_ids=[], encode=lambda text: [3],
-        encode_targets=lambda words, separator: [[3, 1] for _ in words],
+        encode_words=lambda words, separator: [[3] for _ in words],
     )  # fmt: skip
     task = TaskConfig(name="mine", template="{x}", labels=["a", "b"])
     trainables = init_trainables(run, task, backbone, tokenizer)
