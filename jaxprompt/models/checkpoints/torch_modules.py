@@ -6,6 +6,7 @@ It is the table that checkpoints are read with. Adapters of other libraries name
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jaxprompt.config.errors import UserError
 from jaxprompt.models.checkpoints import hf_decoder, hf_encoder, hf_t5
 from jaxprompt.models.checkpoints.axes import axis_sizes
 from jaxprompt.models.checkpoints.leaf import Leaf, layer_sizes
@@ -13,6 +14,7 @@ from jaxprompt.models.checkpoints.t5_tree import SUBLAYERS, depths
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.encoder.config import EncoderConfig
 from jaxprompt.models.registry import Config
+from jaxprompt.models.t5.config import T5Config
 
 Path = tuple[str, ...]  # of modules and a name, as in the parameter tree
 
@@ -88,7 +90,17 @@ def depths_of(config: Config) -> dict[str, int]:
     """The layers of each stack, or those of "layers" of a decoder-only model."""
     if isinstance(config, DecoderConfig):
         return {"layers": config.num_layers}
-    return depths(config)
+    return depths(_with_decoder(config))
+
+
+def _with_decoder(config: T5Config | EncoderConfig) -> T5Config:
+    """The config of a T5; adapters of other libraries are not read for encoders with a mask."""
+    if isinstance(config, EncoderConfig):
+        raise UserError(
+            "The backbone is an encoder with a mask, for which no adapters of other libraries are "
+            "read or written; use a T5 or a decoder-only model."
+        )
+    return config
 
 
 def sublayers(depths: dict[str, int]) -> Iterator[Sublayer]:
@@ -111,4 +123,5 @@ def decoder_attention(config: Config) -> tuple[int, int, Path]:
     """Layers, heads of keys, and path of the attention in which a decoder reads its own text."""
     if isinstance(config, DecoderConfig):
         return config.num_layers, config.num_kv_heads, ("layers", "attention")
-    return config.num_decoder_layers, config.num_heads, ("decoder", "layers", "self_attention")
+    layers, heads = _with_decoder(config).num_decoder_layers, config.num_heads
+    return layers, heads, ("decoder", "layers", "self_attention")

@@ -47,7 +47,7 @@ from jaxprompt.models.injection import (
     has_dropout,
     leaf_at,
 )
-from jaxprompt.models.label_tree import Tree
+from jaxprompt.models.label_tree import AnyTree, Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
 from jaxprompt.models.ops.changes import adapted, changed, of_rows, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows
@@ -490,9 +490,10 @@ class DecoderModel(Model):
         params: Params,
         injection: Injection,
         prefill: Prefill,
-        tree: Tree,
+        tree: AnyTree,
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "B n V"]:
+        assert isinstance(tree, Tree)
         text, shape = prefill.text, (len(prefill.text.ids), tree.ids.shape[-1])
         segments = jnp.ones(shape, jnp.int32)
         first, start = _last_input_token(text, segments)

@@ -26,7 +26,7 @@ from jaxprompt.models.blocks import (
     tuned,
 )
 from jaxprompt.models.injection import Injection, KeyValues, Layers, Prefix, leaf_at
-from jaxprompt.models.label_tree import Tree
+from jaxprompt.models.label_tree import AnyTree, Tree
 from jaxprompt.models.ops.attention.dense import dense_mask
 from jaxprompt.models.ops.attention.mask import (
     AttentionMask,
@@ -542,9 +542,10 @@ class T5Model(Model):
         params: Params,
         injection: Injection,
         prefill: Encoded,
-        tree: Tree,
+        tree: AnyTree,
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R n V"]:
+        assert isinstance(tree, Tree)
         rows = len(prefill.segments) * self.layout.examples_per_row
         ids = jnp.where(tree.ids < 0, self.config.decoder_start_id, tree.ids)
         ids = jnp.broadcast_to(ids, (rows, ids.shape[-1]))
