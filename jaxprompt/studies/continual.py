@@ -281,8 +281,21 @@ def notes(plan: StudyPlan) -> list[str]:
 
 
 HYPOTHESES = (
-    Hypothesis(KNOWN, ">", LABELS[PROMPT], "a prompt for each task is better than one prompt"),
-    Hypothesis(KNOWN, ">", LABELS[MODEL], "a prompt for each task is better than one model"),
-    Hypothesis(ROUTED, "~", KNOWN, "the router chooses as well as if the task were known"),
-    Hypothesis(ROUTED, ">", RANDOM, "the router is better than chance"),
+    Hypothesis(
+        KNOWN, ">", LABELS[PROMPT], "a prompt for each task is better than one prompt", ACCURACY
+    ),
+    Hypothesis(
+        KNOWN, ">", LABELS[MODEL], "a prompt for each task is better than one model", ACCURACY
+    ),
+    Hypothesis(
+        ROUTED, "~", KNOWN, "the router chooses as well as if the task were known", ACCURACY
+    ),
+    Hypothesis(ROUTED, ">", RANDOM, "the router is better than chance", ACCURACY),
+    Hypothesis(
+        KNOWN, "<", LABELS[PROMPT], "a prompt for each task forgets less than one prompt", FORGOTTEN
+    ),
+    Hypothesis(
+        KNOWN, "<", LABELS[MODEL], "a prompt for each task forgets less than one model", FORGOTTEN
+    ),
+    Hypothesis(ROUTED, "<", LABELS[PROMPT], "routed prompts forget less than one", FORGOTTEN),
 )

@@ -89,7 +89,7 @@ def findings(study: Study, groups: dict[str, list[Variant]], records: Records) -
     for group, variants in groups.items():
         values = {variant.label: variant.values(records) for variant in variants if variant.judged}
         for hypothesis in study.hypotheses:
-            if hypothesis.left in values and hypothesis.right in values:
+            if hypothesis.is_of(group, values):
                 verdict = hypothesis.verdict(values[hypothesis.left], values[hypothesis.right])
                 sentences.append(f"{group}: {hypothesis.finding}: {verdict}.")
     return sentences

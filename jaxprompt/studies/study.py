@@ -5,7 +5,7 @@ results. So the report knows which runs were asked for and are missing.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from pydantic import BaseModel
@@ -113,12 +113,20 @@ class Hypothesis(NamedTuple):
     """A finding of the paper: ``left`` is above (>), below (<) or about as good as (~) ``right``.
 
     Both are labels of variants in the same group.
+
+    group: the one that it is said of; None: each that has both. A group whose smaller values are
+    the better ones, such as forgetting, needs hypotheses of its own.
     """
 
     left: str
     sign: str
     right: str
     finding: str
+    group: str | None = None
+
+    def is_of(self, group: str, labels: Collection[str]) -> bool:
+        """Whether it is said of a group with these labels."""
+        return self.group in (None, group) and {self.left, self.right} <= {*labels}
 
     def verdict(self, left: Sequence[float], right: Sequence[float]) -> str:
         """Whether the finding holds in our runs.

@@ -266,6 +266,14 @@ def test_a_difference_counts_above_twice_its_standard_error(left, right, sign, v
     assert Hypothesis("a", sign, "b", "").verdict(left, right).startswith(verdict)
 
 
+def test_a_finding_about_one_group_is_not_said_of_others():
+    """Less forgetting is better, and less accuracy is not."""
+    anywhere, here = Hypothesis("a", ">", "b", ""), Hypothesis("a", "<", "b", "", "forgetting")
+    assert anywhere.is_of("accuracy", ("a", "b")) and anywhere.is_of("forgetting", ("a", "b"))
+    assert here.is_of("forgetting", ("a", "b", "c")) and not here.is_of("accuracy", ("a", "b"))
+    assert not here.is_of("forgetting", ("a", "c"))
+
+
 # ---- runs
 
 
