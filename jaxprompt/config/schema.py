@@ -684,6 +684,15 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _search_can_be(self) -> "RunConfig":
+        if self.method == "pez" and self.search.fluency:
+            raise ValueError(
+                f"search.fluency is {self.search.fluency:g}, and method=pez compares no texts; set "
+                "it to 0, or use method=gcg"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rank_fits(self) -> "RunConfig":
         rank, length = self.prompt.rank, self.prompt.length
         varied = {*self.prompt.population} & {"rank", "length"}  # then each member is checked

@@ -22,7 +22,7 @@ from jaxprompt.data.tasks.registry import resolve_learnt
 from jaxprompt.data.templates import place_prompt, split_template
 from jaxprompt.models import precision, registry
 from jaxprompt.models.checkpoints.load import open_config, rounded_at_load
-from jaxprompt.models.cost import A_PROMPT
+from jaxprompt.models.cost import A_PROMPT, NOTHING
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.ops import quantization
 from jaxprompt.models.ops.attention import flash_attention
@@ -265,6 +265,10 @@ def _workload(config: RunConfig, machine: Machine, inputs: int | None) -> Worklo
     flops = cost.flops(shape, rows, inputs, targets, trained.injection, prefix)
     recomputed = cost.recomputed(shape, rows, inputs, targets, trained.injection, prefix)
     flops["making what is injected"] = trained.network_flops
+    if config.method == "gcg":
+        # forward alone; a prompt that a decoder-only model computes once is counted in each row
+        tried = rows * (config.search.swaps + 1)
+        flops["candidates"] = sum(cost.flops(shape, tried, inputs, targets, NOTHING).values())
     return Workload(shape, dtype, inputs, targets, prefix, flash, flops, recomputed, trained)
 
 

@@ -61,6 +61,15 @@ class Search(NamedTuple):
     seeds: Sequence[int]
 
 
+def check_search(settings: SearchConfig, backbone: registry.ModelConfig) -> None:
+    """Raise UserError where a search asks for what this backbone cannot compute."""
+    if settings.fluency and not registry.one_sequence(backbone):
+        raise UserError(
+            f"search.fluency is {settings.fluency:g}, which needs a decoder-only backbone; set it "
+            "to 0."
+        )
+
+
 def of_vectors(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer of the vectors of a search; words have none."""
 
@@ -72,11 +81,6 @@ def of_vectors(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 def search_step(method: str, search: Search, optimizer: optax.GradientTransformation) -> Step:
     """The step of ``gcg`` or ``pez``; its losses are those of the words before it."""
-    if search.settings.fluency and not registry.one_sequence(search.model.config):
-        raise UserError(
-            f"search.fluency is {search.settings.fluency:g}, which needs a decoder-only backbone; "
-            "set it to 0."
-        )
     descent = make_train_step(
         search.model, PROMPT_TUNING, _GRADIENT_AS_STATE, mesh=search.mesh, loss=search.loss
     )

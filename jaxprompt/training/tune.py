@@ -95,7 +95,7 @@ from jaxprompt.training.results import (
     tidy_best,
 )
 from jaxprompt.training.run_dir import Result, RunDir
-from jaxprompt.training.search import Search, of_vectors, search_step
+from jaxprompt.training.search import Search, check_search, of_vectors, search_step
 from jaxprompt.training.step import (
     Step,
     TrainState,
@@ -137,6 +137,8 @@ def prepare(
     tasks = single_tasks(member_tasks)
     rows = {task.name: read_splits(task, limit, held) for task in tasks}
     backbone, tokenizer = _load(config, mesh, reporter)
+    if config.searches:
+        check_search(config.search, backbone.config)
     datasets = _build_datasets(config, member_tasks, rows, tokenizer, backbone.config.vocab_size)
     digests = [
         split.digest()

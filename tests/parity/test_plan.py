@@ -25,7 +25,9 @@ from jaxprompt.methods.registry import METHODS
 from jaxprompt.models import registry
 from jaxprompt.models.base import Runtime
 from jaxprompt.models.checkpoints.load import rounded_at_load
+from jaxprompt.models.cost import NOTHING
 from jaxprompt.models.decoder.config import DecoderConfig
+from jaxprompt.models.injection import Injection
 from jaxprompt.models.t5 import cost, t5
 from jaxprompt.models.work import Work
 from jaxprompt.runtime import parallel
@@ -304,6 +306,23 @@ def test_a_report_says_what_is_trained_and_stored():
     assert report["stored_bytes"] == 4 * report["trained_parameters"]
     assert [member["lora.rank"] for member in report["members"]] == [4, 8]
     assert report["members"][1]["trained_parameters"] == 76_800 + 884_736
+
+
+def test_a_search_counts_a_forward_pass_for_each_candidate():
+    model, rows, wide, deep = registry.model_for(T5_TINY), 6, 100, 5
+    array = lambda width: jax.ShapeDtypeStruct((rows, width), np.int32)
+    bank = jax.ShapeDtypeStruct((1, 20, T5_TINY.d_model), np.float32)
+    forward = lambda params, bank, *batch: model.logits(params, Injection(bank), *batch)
+    batch = map(array, (wide, wide, deep, deep))
+    program = jax.make_jaxpr(forward)(model.abstract_params(), bank, *batch)
+    counted = registry.cost(T5_TINY).flops(T5_TINY, rows, wide, deep, NOTHING)
+    assert sum(counted.values()) == products(program.jaxpr)
+    plans = [
+        plan_of(config(method="gcg", search={"swaps": swaps}), inputs=110)["flops"]
+        for swaps in (3, 7)
+    ]
+    assert plans[1]["candidates"] == 2 * plans[0]["candidates"] > 0
+    assert "candidates" not in plan_of(config(method="pez"), inputs=110)["flops"]
 
 
 def test_a_whole_model_is_planned_over_fsdp():

@@ -99,6 +99,7 @@ def test_the_recipe_of_a_search_is_short():
         ({"prompt": {"population": {"search.swaps": [3, 5]}}}, "varies search.swaps"),
         ({"search": {"allowed": "letters"}}, "search.allowed"),
         ({"search": {"swaps": 0}}, "search.swaps"),
+        ({"method": "pez", "search": {"fluency": 0.1}}, "search.fluency is 0.1, and method=pez"),
     ],
 )
 def test_what_a_search_cannot_do_is_refused(values, message):
