@@ -516,8 +516,7 @@ class Tuning:
 
     def steps(self, progress: Progress) -> Steps:
         """The compiled step of the active trials and their batches from this step on."""
-        settings = self.config.train
-        active = [self.trials[number] for number in progress.active]
+        settings, active = self.config.train, self._active(progress)
         length = max(trial.length for trial in active)
         examples = [trial.dataset.training.examples for trial in active]
         labels = label_choices(settings, [trial.task for trial in active], self.tokenizer)
