@@ -387,6 +387,13 @@ class PromptConfig(Schema):
             "learning_rate: [0.1, 0.3]}."
         ),
     )
+    population_members: list[int] | None = Field(
+        default=None,
+        description=(
+            "Trains these combinations of the population alone, by number from 0; the values of "
+            "the last key change first. null: all."
+        ),
+    )
     bottleneck: Size = Field(
         default=128, description="Width of the network of residual-prompt-tuning."
     )
@@ -748,7 +755,9 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _population_can_be(self) -> "RunConfig":
-        grid = self.prompt.population
+        grid, chosen = self.prompt.population, self.prompt.population_members
+        if not grid and chosen is not None:
+            raise ValueError("prompt.population_members is for prompt.population; give that too")
         if not grid:
             return self
         if self.method == "model-tuning":
@@ -783,6 +792,7 @@ class RunConfig(Schema):
                 "have the same; leave it out"
             )
         _check_grid(grid)
+        _check_chosen(chosen, math.prod(map(len, grid.values())))
         for member in self.members():
             try:
                 parse(type(self), member.model_dump(warnings=False))
@@ -793,7 +803,9 @@ class RunConfig(Schema):
     def choices(self) -> list[Values]:
         """What tells the prompts of a population apart; of a lone prompt nothing does."""
         grid = self.prompt.population
-        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        every = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        chosen = self.prompt.population_members
+        return every if chosen is None else [every[number] for number in chosen]
 
     def members(self) -> list["RunConfig"]:
         """The run of each prompt of a population, as if it were alone; of a lone prompt this."""
@@ -801,7 +813,7 @@ class RunConfig(Schema):
 
     def _member(self, choice: Mapping[str, Value]) -> "RunConfig":
         changes: dict[str, Values] = {
-            "prompt": {"population": {}},
+            "prompt": {"population": {}, "population_members": None},
             "train": {"successive_halving_every": None},
         }
         for key, value in choice.items():
@@ -819,6 +831,17 @@ class RunConfig(Schema):
             named = {"name": task} if isinstance(task, str) else task
             task = {**named, "template": choice["template"]}
         return self.model_copy(update={"task": task, **sections})
+
+
+def _check_chosen(chosen: Sequence[int] | None, count: int) -> None:
+    """Refuse numbers of combinations that there are not, that repeat, or none."""
+    if chosen is None:
+        return
+    if not chosen or len({*chosen}) < len(chosen) or not all(0 <= n < count for n in chosen):
+        raise ValueError(
+            f"prompt.population_members is {shown(chosen)}; give one or more different numbers "
+            f"from 0 to {count - 1}"
+        )
 
 
 def _check_grid(grid: Mapping[str, Sequence[object]]) -> None:

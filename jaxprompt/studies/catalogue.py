@@ -7,7 +7,15 @@ figure shows a value, the direction alone is given.
 import itertools
 from functools import partial
 
-from jaxprompt.studies import continual, dept, method_tables, methods, summaries, users
+from jaxprompt.studies import (
+    continual,
+    dept,
+    method_tables,
+    methods,
+    sensitivity,
+    summaries,
+    users,
+)
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Run, Settings
 from jaxprompt.studies.study import (
@@ -441,6 +449,18 @@ STUDIES = {
         tables=continual.tables,
         notes=continual.notes,
         measure=continual.measure,
+        source="What is usually said",
+    ),
+    "sensitivity": Study(
+        "Sensitivity: which choice moves the score how much",
+        "Prompts are said to depend on their words, on their start and on luck.",
+        sensitivity.variants,
+        summary=sensitivity.summary,
+        tables=sensitivity.tables,
+        notes=sensitivity.notes,
+        draw=sensitivity.draw,
+        check=sensitivity.check,
+        measure=sensitivity.measure,
         source="What is usually said",
     ),
     "users": Study(

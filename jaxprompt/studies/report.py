@@ -66,7 +66,9 @@ def section(plan: StudyPlan, records: Records, figures: Path) -> Section:
         tables = study.tables(plan, records)
     if any(RECOVERY in lines[0] for _, lines in tables):
         paragraphs.append(RECOVERY_MEANS)
-    figure = draw(study, groups, records, figures / f"{plan.study}.png")
+    path = figures / f"{plan.study}.png"
+    own = study.draw
+    figure = own(plan, records, path) if own else draw(study, groups, records, path)
     results = findings(study, groups, records) + study.summary(plan, records)
     return Section(study.title, paragraphs, tables, results, figure)
 

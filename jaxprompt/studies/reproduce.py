@@ -24,6 +24,7 @@ TASKS = {
     "transfer": ("qqp", "mrpc"),
     "methods": ("supersense", "spam"),
     "continual": ("supersense", "spam"),
+    "sensitivity": ("boolq", "rte"),
     "dept": tuple(dept.TASKS),
     "shift": ("squad", *(f"mrqa_{name}" for name in (
         "textbook_qa", "bio_asq", "race", "relation_extraction", "duo_rc", "drop"))),
@@ -103,6 +104,7 @@ def _check_plan(plan: StudyPlan) -> None:
             f"The study {plan.study!r} compares no methods of choice; leave out --method."
         )
     check_methods(plan.methods)
+    STUDIES[plan.study].check(plan)
     few = [rows for rows in plan.rows if rows < 1]
     if few:
         raise UserError(f"--rows is {few[0]}; give a number of training rows, 1 or more.")

@@ -6,6 +6,7 @@ results. So the report knows which runs were asked for and are missing.
 
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from pydantic import BaseModel
@@ -157,6 +158,10 @@ class Study(NamedTuple):
     # of studies whose tables are not those of their groups
     tables: Callable[[StudyPlan, Records], list[tuple[str, Table]]] | None = None
     notes: Callable[[StudyPlan], list[str]] = lambda plan: []
+    # of studies whose figure is not one of their groups: draws into a path
+    draw: Callable[[StudyPlan, Records, Path], Path | None] | None = None
+    # raises a UserError for a plan that the study cannot run
+    check: Callable[[StudyPlan], None] = lambda plan: None
     # how its runs are measured, see ``Suite``
     measure: Measure | None = None
     source: str = "Paper"  # what ``paper`` is the record of
