@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 from jaxprompt import __version__
-from jaxprompt.cli import artefacts, compare, discover, library, serve, studies, train, use, user
+from jaxprompt.cli import (
+    artefacts,
+    compare,
+    discover,
+    library,
+    play,
+    serve,
+    studies,
+    train,
+    use,
+    user,
+)
 from jaxprompt.cli.errors import check_form, end_command, show_warning
 from jaxprompt.cli.options import with_groups
 from jaxprompt.runtime.compilation import keep_compiled
@@ -53,6 +64,7 @@ for name, command in {
     "eval": use.evaluate,
     "compare": compare.compare,
     "predict": use.predict,
+    "play": play.play,
     "score": use.score,
     "inspect": use.inspect,
     "similar": use.similar,

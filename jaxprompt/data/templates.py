@@ -108,6 +108,16 @@ def with_counts(template: str, encode: Callable[[str], Sequence[int]]) -> str:
     return _SOFT.sub(counted, template)
 
 
+def unnamed_counts(template: str, encode: Callable[[str], Sequence[int]]) -> str:
+    """The template with ``[prompt:2]`` where it has ``[soft:It was]``: it names no words.
+
+    >>> unnamed_counts("[prompt] {a} [prompt:2=It was]", list)
+    '[prompt] {a} [prompt:2]'
+    """
+    named = lambda marker: f"[prompt:{marker[1]}]" if marker[2] else marker[0]
+    return _MARKER.sub(named, with_counts(template, encode))
+
+
 def start_words(template: str, length: int) -> list[tuple[int, int, str]]:
     """The virtual tokens that start from words: first, number of them, and the words.
 

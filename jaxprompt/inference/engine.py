@@ -59,6 +59,7 @@ class Engine(NamedTuple):
     injection: Injection
     model: registry.Model
     mesh: Mesh | None = None  # rows go over its data axes; None: to the default device
+    label_room: int = 1  # labels of up to so many beginnings share a program, see ``rank_program``
 
     @property
     def prompt_length(self) -> int:

@@ -105,8 +105,9 @@ def _label_scores(
 ) -> Float[np.ndarray, "n C"]:
     """The score of each label for each example, not calibrated."""
     words = label_words(task)
-    program = rank_program(words.texts, tokenizer, task.separator)
+    program = rank_program(words.texts, tokenizer, task.separator, engine.label_room)
     scores = engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
+    scores = scores[:, : len(words.texts)]
     if task.length_normalized:
         encoded = tokenizer.encode_targets(words.texts, task.separator)
         scores = scores / np.array([len(ids) for ids in encoded], np.float32)

@@ -13,22 +13,34 @@ from jaxprompt.inference.engine import Program
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection
 from jaxprompt.models.label_scores import map_trees
-from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees
+from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees, node_bucket
 
 
-def rank_program(labels: Sequence[str], tokenizer: Tokenizer, separator: str = "") -> Program:
-    """The log-likelihoods of C labels, EOS included, for each row: [C].
+def rank_program(
+    labels: Sequence[str], tokenizer: Tokenizer, separator: str = "", room: int = 1
+) -> Program:
+    """The log-likelihoods of C labels, EOS included, for each row: [C or more].
 
-    Where labels stand in place of a mask, they are pseudo-log-likelihoods (``encoder.py``).
+    What is behind the first C means nothing: other labels of nearly as many tokens share a program.
+    Labels with up to ``room`` beginnings share one (in place of a mask, they have shapes of their
+    own). Where labels stand in place of a mask, they are pseudo-log-likelihoods (``encoder.py``).
     """
     ids = label_ids(labels, tokenizer, separator)
-    trees = label_holes(ids) if tokenizer.masked else label_trees(ids)
+    trees = label_holes(ids) if tokenizer.masked else label_trees(_in_bucket(ids, room), room)
     return Program(
         label_log_likelihoods,
         operands=(trees,),
         logits=trees.trees.num_nodes,
         answer=ids.shape[1],
     )
+
+
+def _in_bucket(ids: Int[np.ndarray, "C T"], room: int) -> Int[np.ndarray, "c t"]:
+    """Labels among empty ones, so that there are few shapes."""
+    (labels, tokens), least = ids.shape, (room // 2, room // 4)
+    shape = [node_bucket(max(pair)) for pair in zip((labels, tokens), least, strict=True)]
+    more = [(0, wide - size) for wide, size in zip(shape, ids.shape, strict=True)]
+    return np.pad(ids, more, constant_values=-1)
 
 
 def label_ids(

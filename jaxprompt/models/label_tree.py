@@ -62,8 +62,8 @@ class LabelTrees(NamedTuple):
     tokens: Int[np.ndarray, "C T"]  # -1 after a label's end
 
 
-def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
-    """The trees of labels, which are padded with -1.
+def label_trees(labels: Int[np.ndarray, "C T"], room: int = 1) -> LabelTrees:
+    """The trees of labels, which are padded with -1. Trees have ``room`` nodes or more.
 
     Labels [5 1] and [5 7 1] have the nodes (), (5) and (5 7): ids [-1 5 7], depths [0 1 2].
     """
@@ -71,7 +71,7 @@ def label_trees(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     size = -(-len(labels) // count)
     groups = [labels[i : i + size] for i in range(0, len(labels), size)]
     pairs = [_tree(group) for group in groups]
-    max_nodes = node_bucket(max(len(beginnings) for beginnings, _ in pairs))
+    max_nodes = node_bucket(max(room, *(len(beginnings) for beginnings, _ in pairs)))
     nodes = np.concatenate([nodes for _, nodes in pairs])
     trees = [_padded(beginnings, max_nodes) for beginnings, _ in pairs]
     return LabelTrees(Tree(*map(np.stack, zip(*trees, strict=True))), nodes, labels)

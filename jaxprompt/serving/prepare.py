@@ -209,12 +209,6 @@ def feature_work(words: Words, given: str | Mapping[str, object]) -> Work:
     return Work("features", None, Example(feature_ids(words.tokenizer, text), NO_IDS))
 
 
-def probabilities(scores: np.ndarray) -> np.ndarray:
-    """The probability of each label among all labels, from scores in nats."""
-    powers = np.exp(scores.astype(np.float64) - scores.max())
-    return powers / powers.sum()
-
-
 def generated_answer(words: Words, task: TaskConfig, ids: Sequence[int]) -> str:
     """The text that was generated; one that spells a label is that label."""
     text = words.tokenizer.decode(np.array(ids, np.int32))

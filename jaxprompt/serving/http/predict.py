@@ -13,6 +13,7 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.tasks.rules import makes_rows
 from jaxprompt.data.verbalizers import check_batch, prior_of, wants_content_free
+from jaxprompt.inference.wording import probabilities
 from jaxprompt.methods.user_library import SHARED_PROMPT
 from jaxprompt.serving import prepare
 from jaxprompt.serving.http.errors import ApiError, of_user_error
@@ -298,7 +299,7 @@ def _prediction(
         text = prepare.generated_answer(service.words, row.asked.task, row.ids)
         return {"prediction": text, "label_index": None, "scores": None} | facts
     scores = row.outcome.scores if prior is None else row.outcome.scores - prior
-    each = prepare.probabilities(scores)
+    each = probabilities(scores)
     best = int(scores.argmax())
     told = [
         {
