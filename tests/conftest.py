@@ -93,10 +93,11 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def memory_maps():
+def memory():
     """Programs compiled by earlier tests are dropped before Linux's limit of maps is reached.
 
     Each program takes dozens, a process may have 65,530, and beyond them LLVM's loader crashes.
+    What is kept is not searched for garbage again: that took longer with each test.
     """
     yield
     if next(ENDED_TESTS) % 8:  # the list is long to read, and no test adds thousands
@@ -106,4 +107,7 @@ def memory_maps():
         import jax
 
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
+    gc.collect(1)
+    gc.freeze()

@@ -51,6 +51,8 @@ class Scale(NullReporter):
     """Weighs what is alive on the devices whenever it hears of something."""
 
     def __init__(self):
+        gc.collect()
+        gc.freeze()  # each weighing searches what is made from here on, and not all that there is
         self.before = self.alive()
         self.most = 0
 
