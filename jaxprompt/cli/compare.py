@@ -162,10 +162,20 @@ def _finish(compared: "Compared", output: Path | None) -> None:
 
 
 def named_paths(texts: list[str]) -> dict[str, Path]:
+    """``named_prompts`` of two texts or more. Raises UserError where there are fewer."""
+    named = named_prompts(texts)
+    if len(named) < 2:
+        raise UserError(
+            f"{shown(texts[0])} alone is compared with nothing; name two prompts or more."
+        )
+    return named
+
+
+def named_prompts(texts: list[str]) -> dict[str, Path]:
     """Prompts by name, from texts [NAME=]PROMPT; without a name a prompt is called by its path.
 
     Raises:
-        UserError: there are fewer than two, or two have one name.
+        UserError: two have one name.
     """
     named: dict[str, Path] = {}
     for text in texts:
@@ -175,8 +185,4 @@ def named_paths(texts: list[str]) -> dict[str, Path]:
         if name in named:
             raise UserError(f"Two prompts are named {shown(name)}; give one a name: NAME={place}.")
         named[name] = Path(expanded(place))
-    if len(named) < 2:
-        raise UserError(
-            f"{shown(texts[0])} alone is compared with nothing; name two prompts or more."
-        )
     return named

@@ -60,7 +60,7 @@ def evaluate(
         raise UserError(
             "--report and --figure are of one prompt; name one, or leave these options out."
         )
-    _check_figure(figure, prompts or [])
+    check_figure(figure, prompts or [])
     from jaxprompt.runtime import devices
 
     devices.start()
@@ -85,7 +85,7 @@ def evaluate(
     on_process_zero(lambda: print(json.dumps(result)))
 
 
-def _check_figure(figure: Path | None, prompts: list[Path]) -> None:
+def check_figure(figure: Path | None, prompts: list[Path]) -> None:
     """Refuse a figure that cannot be written, before any work is done."""
     if figure is None:
         return
@@ -200,26 +200,6 @@ def score(
             warn=bar.warn,
         )
     on_process_zero(lambda: write_rows(output, rows, held))
-
-
-def inspect(
-    prompt: PromptArgument,
-    nearest: Annotated[int, typer.Option(min=1, help="words for each vector")] = 5,
-    figure: Annotated[
-        Path | None, typer.Option(callback=at_home, help="also draw a .png, .svg or .pdf")
-    ] = None,
-    loading: Loading = Loading(),
-) -> None:
-    """Nearest words, norms and similarities of a prompt's vectors, as one JSON object.
-
-    \b
-    jaxprompt inspect runs/my/prompt --figure prompt.png
-    """
-    from jaxprompt import api
-
-    _check_figure(figure, [prompt])
-    session = api.open_session(prompt, **loading._asdict())
-    print_json(api.inspect(session, nearest=nearest, figure=figure))
 
 
 def similar(

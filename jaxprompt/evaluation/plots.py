@@ -36,19 +36,21 @@ def figure_format(path: Path) -> str:
     return asked
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure in the format that its name asks for."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format=figure_format(path))
     write_output(path, lambda file: file.write(drawn.getvalue()))
 
 
-def _new(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text as it is: a dollar sign would begin a formula."""
     return text.replace("$", r"\$")
 
@@ -56,15 +58,15 @@ def _plain(text: str) -> str:
 def draw_prompt(report: PromptReport, vectors: Float[np.ndarray, "P D"], path: Path) -> None:
     """A figure of a prompt: each vector's norm and nearest words, and all similarities."""
     vertical = max(4.0, 1.2 + 0.2 * min(len(vectors), _MOST_VECTORS))
-    figure = _new(13, vertical)
+    figure = new_figure(13, vertical)
     left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_norms(left, report)
     image = right.imshow(similarities(vectors), vmin=-1, vmax=1, cmap="RdBu_r")
     right.set(xlabel="position in the prompt", ylabel="position in the prompt")
     right.set_title("Cosine similarity of the vectors")
-    _whole_numbers(left.yaxis, right.xaxis, right.yaxis)
+    whole_numbers(left.yaxis, right.xaxis, right.yaxis)
     figure.colorbar(image, ax=right, shrink=min(1.0, 4 / vertical))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_norms(axis: "Axes", report: PromptReport) -> None:
@@ -77,7 +79,7 @@ def _draw_norms(axis: "Axes", report: PromptReport) -> None:
     if len(norms) <= _MOST_VECTORS:
         for position, vector in enumerate(report["vectors"]):
             words = "  ".join(near["word"] for near in vector["nearest"][:4])
-            axis.text(longest * 1.03, position, _plain(words), va="center", fontsize="small")
+            axis.text(longest * 1.03, position, plain_text(words), va="center", fontsize="small")
         axis.set_xlim(0, longest * 1.8)  # room for the words
     axis.set(xlabel="Euclidean norm", ylabel="position in the prompt")
     axis.set_ylim(len(norms) - 0.5, -0.5)  # the first vector on top
@@ -94,7 +96,7 @@ def draw_curves(rows: Sequence[Row], metric: str, majority: float, path: Path) -
         majority: what the most frequent answer scores.
         path: of the figure.
     """
-    figure = _new(11, 4.5)
+    figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2, sharex=True)
     losses = _points(rows, "loss")
     if losses:
@@ -112,7 +114,7 @@ def draw_curves(rows: Sequence[Row], metric: str, majority: float, path: Path) -
     lowest = min([0.0, *(value for _, value in [*scores, *untuned])])
     right.set(xlabel="step", ylabel=metric, ylim=(lowest, 1.02), title=f"Validation {metric}")
     right.legend(loc="best")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
@@ -121,7 +123,7 @@ def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
     """A figure of a pre-training run: losses on training and held-out text against tokens read."""
-    figure = _new(11, 5.5)
+    figure = new_figure(11, 5.5)
     axis = figure.subplots()
     losses = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
     if losses:
@@ -139,7 +141,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     axis.set_title("Loss on training batches and on held-out text by source")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(confusion: Confusion, path: Path) -> None:
@@ -153,7 +155,7 @@ def draw_confusion(confusion: Confusion, path: Path) -> None:
         counts, columns = counts[:, :-1], columns[:-1]
     size = len(confusion.labels)
     edge = 3.0 + 0.4 * min(size, 40)
-    figure = _new(edge + 1.5, edge)
+    figure = new_figure(edge + 1.5, edge)
     axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
@@ -161,15 +163,16 @@ def draw_confusion(confusion: Confusion, path: Path) -> None:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, str(count), ha="center", va="center", color=colour)
-    names = [_plain(name[:30]) for name in columns]
+    names = [plain_text(name[:30]) for name in columns]
     axis.set_xticks(range(len(columns)), names, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(size), names[:size])
     axis.set(xlabel="predicted", ylabel="reference", title=f"{int(counts.sum())} rows")
     figure.colorbar(image, ax=axis, label="share of the reference's rows", shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _whole_numbers(*axes) -> None:
+def whole_numbers(*axes) -> None:
+    """Let axes have ticks at whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
     for axis in axes:

@@ -7,7 +7,7 @@ by itself whether an encoder reads the inputs, or they are the beginning of one 
 """
 
 import dataclasses
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 from jaxtyping import Array, Float, Int, PyTree
@@ -70,6 +70,16 @@ class Runtime:
     def activations(self) -> str:
         """The dtype of the arrays between the products."""
         return "float32" if self.mixed else self.dtype
+
+
+class LayerStates(NamedTuple):
+    """What the layers make of each row: those that read the text, and those that answer.
+
+    In models of one stack they are the same layers.
+    """
+
+    text: Float[Array, "B L S D"]
+    answer: Float[Array, "B M D"]  # where the first token of the answer is predicted
 
 
 M = TypeVar("M", bound="Model")
@@ -142,6 +152,29 @@ class Model:
         An encoder's output; in a decoder-only model the residual stream behind the layer in the
         middle, which is divided by its root mean square at each token. (At the first token of a
         sequence it is a thousand times longer than at others: Sun et al. 2024, arXiv 2402.17762.)
+        """
+        raise NotImplementedError
+
+    def states(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+    ) -> LayerStates:
+        """The residual stream behind each layer, of the inputs and where the answer begins.
+
+        The layout has neither shared rows nor a shared prefix.
+        """
+        raise NotImplementedError
+
+    def read_out(
+        self, params: Params, injection: Injection, states: Float[Array, "B n D"]
+    ) -> Float[Array, "B n V"]:
+        """Float32 logits of states through the final norm and the output matrix.
+
+        Those of the last of ``LayerStates.answer`` are the logits of an answer's first token; those
+        of earlier ones are the logit lens (nostalgebraist 2020).
         """
         raise NotImplementedError
 

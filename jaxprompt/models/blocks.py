@@ -59,6 +59,20 @@ def dropped(
     return jnp.where(keep, x / (1.0 - rates).astype(x.dtype), 0.0)
 
 
+def keep_residual(module: nn.Module, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The residual stream behind a layer, which is recorded for those that ask for it."""
+    module.sow("residual", "stream", x)
+    return x
+
+
+def recorded_residual(recorded: PyTree, path: tuple[str, ...]) -> Float[Array, "B L T D"]:
+    """The residual stream behind each of the layers at a path, rows first."""
+    for name in ("residual", *path):
+        recorded = recorded[name]
+    [stream] = recorded["stream"]
+    return stream.swapaxes(0, 1)
+
+
 class Norm(nn.Module):
     eps: float
 
@@ -186,7 +200,7 @@ def stacked(
     layer = nn.remat(layer, prevent_cse=runtime.unroll) if runtime.remat else layer
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "tuned": 1, "keys_values": 0},
+        variable_axes={"params": 0, "tuned": 1, "keys_values": 0, "residual": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,

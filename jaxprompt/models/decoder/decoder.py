@@ -25,14 +25,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.data.layout import BatchLayout
-from jaxprompt.models.base import Model, Params
+from jaxprompt.models.base import LayerStates, Model, Params
 from jaxprompt.models.blocks import (
     Mlp,
     Norm,
     TokenEmbedder,
     abstract,
     dropped,
+    keep_residual,
     named_axes,
+    recorded_residual,
     stacked,
     tuned,
 )
@@ -49,7 +51,7 @@ from jaxprompt.models.injection import (
 )
 from jaxprompt.models.label_tree import AnyTree, Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import adapted, changed, of_rows, project
+from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.norm import rms_norm
@@ -163,7 +165,7 @@ class Layer(nn.Module):
         x = adapted(x, h, y, tuned(self, "attention_adapter"), member)
         h = self.mlp_norm(x, member)
         y = self.mlp(h, context.dropout, member)
-        x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
+        x = keep_residual(self, adapted(x, h, y, tuned(self, "mlp_adapter"), member))
         return shard_activation(x, self.model.runtime.place), key_values
 
 
@@ -191,10 +193,13 @@ class Decoder(nn.Module):
         x, key_values = self.layers(self.token_embedder(ids, bank), past, context)
         if scored == 0:
             return None, key_values
-        y = self.final_norm(x[:, x.shape[1] - scored :], context.member)
+        return self.read_out(x[:, x.shape[1] - scored :], context.member), key_values
+
+    def read_out(self, x: Float[Array, "B n D"], member: Member) -> Float[Array, "B n V"]:
+        """Logits of states of the residual stream."""
         tied = self.model.config.tied
         table = self.token_embedder.embedding if tied else self.head
-        return head(y, table, self.model.runtime.mixed, tied), key_values
+        return head(self.final_norm(x, member), table, self.model.runtime.mixed, tied)
 
     def residual(self, ids: Int[Array, "B T"], context: LayerContext) -> Float[Array, "B T D"]:
         """The residual stream behind the last layer."""
@@ -464,6 +469,35 @@ class DecoderModel(Model):
         past = PastKeyValues(injection.shared_prefix)
         _, key_values = self._apply(params, injection, text.ids, past, context, 0)
         return Prefill(text, key_values)
+
+    def states(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+    ) -> LayerStates:
+        """An answer begins with the last token of its input."""
+        text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
+        context = LayerContext(
+            _angles(self.config, text.positions),
+            _self_mask(self, text.ids, text.segments, text.positions, is_input=True),
+            prefix_mask=_prefix_mask(self.config, injection, text.positions),
+            member=injection.member,
+        )
+        _, recorded = Decoder(self).apply(
+            variables_of(params, injection), text.ids, injection.embeddings, PastKeyValues(),
+            context, 0, mutable=["residual"],
+        )  # fmt: skip
+        states = recorded_residual(recorded, ("layers",))
+        last = last_of_segment(text.segments)[:, None, :, None]
+        return LayerStates(states, jnp.sum(jnp.where(last, states, 0), axis=2))
+
+    def read_out(
+        self, params: Params, injection: Injection, states: Float[Array, "B n D"]
+    ) -> Float[Array, "B n V"]:
+        variables = variables_of(params, injection)
+        return Decoder(self).apply(variables, states, injection.member, method="read_out")
 
     def hidden(
         self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.models import blocks
-from jaxprompt.models.base import Model, Params
+from jaxprompt.models.base import LayerStates, Model, Params
 from jaxprompt.models.blocks import TokenEmbedder, abstract, dropped, named_axes, stacked, tuned
 from jaxprompt.models.encoder.config import AXES, EncoderConfig
 from jaxprompt.models.injection import (
@@ -155,7 +155,7 @@ class Layer(nn.Module):
         x = self.attention_norm(x, member)
         y = self.mlp(x, context)
         x = adapted(x, x, y, tuned(self, "mlp_adapter"), member)
-        x = self.mlp_norm(x, member)
+        x = blocks.keep_residual(self, self.mlp_norm(x, member))
         return shard_activation(x, self.model.runtime.place), None
 
 
@@ -214,11 +214,14 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B t V"]:
         """The logits at some places of each row."""
         x = self.encode(ids, bank, positions, context)
-        x = jnp.take_along_axis(x, places[..., None], axis=1)
+        return self.read_out(jnp.take_along_axis(x, places[..., None], axis=1), context.member)
+
+    def read_out(self, x: Float[Array, "B n D"], member: Member) -> Float[Array, "B n V"]:
+        """Logits of outputs of the last layer."""
         mixed = self.model.runtime.mixed
         y = matmul("btd,df->btf", x, self.transform, mixed)
         y = ACTIVATIONS[self.model.config.head_activation](y + self.transform_bias.astype(y.dtype))
-        y = self.head_norm(y, context.member)
+        y = self.head_norm(y, member)
         return head(y, self.token_embedder.embedding, mixed, tied=True) + self.head_bias
 
 
@@ -390,6 +393,32 @@ class EncoderModel(Model):
     ) -> Float[Array, "B S D"]:
         rows = Prefill(jnp.asarray(inputs), jnp.asarray(segments))
         return self._apply(params, Injection(), rows, None)
+
+    def states(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+    ) -> LayerStates:
+        """The answer is one token, in place of the mask."""
+        ids, segments = jnp.asarray(inputs), jnp.asarray(segments)
+        positions = self.config.first_position + positions_in_segments(segments)
+        positions += _prefix_length(injection, len(ids))
+        context = LayerContext(segment_mask(segments, segments)[:, 0], injection.member)
+        _, recorded = Encoder(self).apply(
+            blocks.variables(params, injection), ids, injection.embeddings, positions, context,
+            method="encode", mutable=["residual"],
+        )  # fmt: skip
+        states = blocks.recorded_residual(recorded, ("encoder", "layers"))
+        at = jnp.argmax(ids == self.config.mask_id, axis=1)[:, None, None, None]
+        return LayerStates(states, jnp.take_along_axis(states, at, axis=2)[:, :, 0])
+
+    def read_out(
+        self, params: Params, injection: Injection, states: Float[Array, "B n D"]
+    ) -> Float[Array, "B n V"]:
+        variables = blocks.variables(params, injection)
+        return Encoder(self).apply(variables, states, injection.member, method="read_out")
 
     def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
         rows = jnp.asarray(ids)[None]

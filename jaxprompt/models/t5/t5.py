@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.models import blocks
-from jaxprompt.models.base import Model, Params
+from jaxprompt.models.base import LayerStates, Model, Params
 from jaxprompt.models.blocks import (
     Mlp,
     Norm,
@@ -256,6 +256,7 @@ class EncoderLayer(nn.Module):
         h = self.mlp_norm(x, member)
         y = self.dropout(self.mlp(h, dropout, member), dropout)
         x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
+        x = blocks.keep_residual(self, x)
         return shard_activation(x, self.model.runtime.place), None
 
 
@@ -291,7 +292,7 @@ class DecoderLayer(nn.Module):
         x = adapted(x, h, y, tuned(self, "cross_attention_adapter"), member)
         h = self.mlp_norm(x, member)
         y = self.dropout(self.mlp(h, dropout, member), dropout)
-        x = adapted(x, h, y, tuned(self, "mlp_adapter"), member)
+        x = blocks.keep_residual(self, adapted(x, h, y, tuned(self, "mlp_adapter"), member))
         filled = None if cache is None else (key, value)
         return shard_activation(x, self.model.runtime.place), filled
 
@@ -423,6 +424,10 @@ class T5(nn.Module):
         table = self.token_embedder.embedding if c.tied else self.head
         return head(y, table, self.model.runtime.mixed, c.tied)
 
+    def read_out(self, x: Float[Array, "B n D"], member: Member) -> Float[Array, "B n V"]:
+        """Logits of states of the decoder's residual stream."""
+        return self.logits(self.decoder.final_norm(x, member))
+
     def __call__(self, inputs, segments, targets):
         encoded = Encoded(self.encode(Injection(), inputs, segments), segments)
         return self.decode(Injection(), encoded, targets, jnp.ones_like(targets), None, None)
@@ -503,6 +508,40 @@ class T5Model(Model):
         self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]
     ) -> Float[Array, "B S D"]:
         return self.encode(params, Injection(), inputs, segments)
+
+    def states(
+        self,
+        params: Params,
+        injection: Injection,
+        inputs: Int[AnyArray, "B S"],
+        segments: Int[AnyArray, "B S"],
+    ) -> LayerStates:
+        """The decoder answers from its start id alone."""
+        args = injection, jnp.asarray(inputs), jnp.asarray(segments)
+        hidden, of_text = self._record(params, "encode", *args, None)
+        ids = jnp.full((len(hidden), 1), self.config.decoder_start_id, jnp.int32)
+        encoded, one = Encoded(hidden, args[2]), jnp.ones_like(ids)
+        args = injection, encoded, ids, one, None, None
+        _, of_answer = self._record(params, "decode", *args)
+        text, answer = (
+            blocks.recorded_residual(found, (part, "layers"))
+            for found, part in ((of_text, "encoder"), (of_answer, "decoder"))
+        )
+        return LayerStates(text, answer[:, :, 0])
+
+    def _record(
+        self, params: Params, method: str, injection: Injection, *args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """The result of a method, and the residual stream behind each layer."""
+        variables = blocks.variables(params, injection)
+        apply = functools.partial(T5(self).apply, variables, rngs={"dropout": jax.random.key(0)})
+        return apply(injection, *args, method=method, mutable=["residual"])
+
+    def read_out(
+        self, params: Params, injection: Injection, states: Float[Array, "B n D"]
+    ) -> Float[Array, "B n V"]:
+        variables = blocks.variables(params, injection)
+        return T5(self).apply(variables, states, injection.member, method="read_out")
 
     def prepare(self, params: Params, injection: Injection) -> Injection:
         """The injection itself: in an encoder every activation depends on the text."""

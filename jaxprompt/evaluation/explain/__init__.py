@@ -1,0 +1,1 @@
+"""Why a prompt answers as it does; ``studies/explain.py`` puts the parts together."""
