@@ -27,7 +27,7 @@ from jaxprompt.methods.contents import changes_in
 from jaxprompt.studies.compare_prompts import Answering, Asked, Questions, ask
 
 PARTS = ("importance", "tokens", "lens", "probes", "words")
-MEASURED_ROWS, DELETED_ROWS, TOKEN_ROWS = 24, 72, 8
+MEASURED_ROWS, DELETED_ROWS, TOKEN_ROWS = 16, 64, 6
 
 
 class Probes(NamedTuple):
@@ -147,7 +147,8 @@ def _subject(asked: Asked, most: int, how: Answering) -> tuple[Subject, Rows, li
     chosen = [asked.rows[i] for i in order]
     virtual = VirtualTokens(session.backbone.config.vocab_size, session.length)
     examples = tokenize(task, chosen, session.tokenizer, virtual, need_targets=False)
-    right = np.array([task.labels.index(asked.texts[i]) for i in order])
+    names = {label: number for number, label in enumerate(task.labels or ())}
+    right = np.array([names[asked.texts[i]] for i in order])
     vectors = session.prompt.vectors
     engine = engine_of(session, [vectors, random_like(vectors)])
     subject = Subject(session, engine, task, examples, right, how.progress, how.batch_size)

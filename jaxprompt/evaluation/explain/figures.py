@@ -77,10 +77,8 @@ def draw_tokens(found: TokenAttributions, path: Path) -> None:
     """A heat map for each row: its words against the three forms."""
     figure = new_figure(14, 1.45 * len(found.rows) + 0.6)
     axes = np.atleast_1d(figure.subplots(len(found.rows), 1))
-    image = None
-    for axis, row in zip(axes, found.rows, strict=True):
-        image = _draw_row(axis, row)
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.5, ticks=[-1, 0, 1])
+    images = [_draw_row(axis, row) for axis, row in zip(axes, found.rows, strict=True)]
+    bar = figure.colorbar(images[0], ax=list(axes), shrink=0.5, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["against", "0", "for the label"])
     save_figure(figure, path)
 

@@ -25,8 +25,8 @@ from jaxprompt.models.injection import Injection, Layers
 from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees
 
 TOLERANCE = 0.02  # of integrated gradients: the gap, as a share of the mean difference
-FEWEST_POINTS, MOST_POINTS = 16, 128
-ROWS = 16  # of a batch
+FEWEST_POINTS, MOST_POINTS = 16, 64
+ROWS = 8  # of a batch
 Where = Callable[[Int[np.ndarray, "R S"]], Bool[np.ndarray, "R S"]]
 
 

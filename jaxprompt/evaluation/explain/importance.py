@@ -12,7 +12,7 @@ from jaxprompt.evaluation.explain.variants import RANDOM, TUNED, Answers, Subjec
 
 RANDOM_ORDERS = 5
 STEPS = 10  # of the deletion curve
-ROWS_OF_GRADIENTS = 16
+ROWS_OF_GRADIENTS = 8
 
 
 class Measures(NamedTuple):

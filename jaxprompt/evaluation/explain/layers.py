@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxprompt.data.batches import Example, with_member
+from jaxprompt.data.batches import AnyArray, Example, with_member
 from jaxprompt.data.verbalizers import first_words
 from jaxprompt.evaluation.explain.variants import RANDOM, TUNED, Subject, batches, without
 from jaxprompt.inference.rank import label_ids
@@ -27,11 +27,11 @@ class Seen(NamedTuple):
     best: the likeliest token there.
     """
 
-    text: Float[np.ndarray, "n L D"]
-    answer: Float[np.ndarray, "n M D"]
-    label_logits: Float[np.ndarray, "n M C"]
-    rank: Int[np.ndarray, "n M"]
-    best: Int[np.ndarray, "n M"]
+    text: Float[AnyArray, "n L D"]
+    answer: Float[AnyArray, "n M D"]
+    label_logits: Float[AnyArray, "n M C"]
+    rank: Int[AnyArray, "n M"]
+    best: Int[AnyArray, "n M"]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

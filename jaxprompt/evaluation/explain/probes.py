@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from jaxprompt.data.batches import AnyArray
+
 _PENALTY = 1e-2  # times the mean square of the weights of standardised features
 _STEPS = 60
 FEWEST_ROWS = 60
@@ -79,19 +81,19 @@ def control_labels(
 
 
 def probe(
-    states: Float[np.ndarray, "n L D"], labels: Int[np.ndarray, " n"], types: Sequence[str]
+    states: Float[AnyArray, "n L D"], labels: Int[np.ndarray, " n"], types: Sequence[str]
 ) -> Probe:
     """A probe behind each layer: two thirds of the rows train it, the others judge it."""
-    order = np.random.default_rng(0).permutation(len(labels))
+    states, order = np.asarray(states), np.random.default_rng(0).permutation(len(labels))
     training, held_out = np.split(order, [len(labels) * 2 // 3])
     control = control_labels(types, labels)
     layers = range(states.shape[1])
-    accuracies = [
+    task, controls = (
         [held_out_accuracy(states[:, i], wanted, training, held_out) for i in layers]
         for wanted in (labels, control)
-    ]
-    most = [
+    )
+    majority, of_control = (
         float((wanted[held_out] == np.bincount(wanted[training]).argmax()).mean())
         for wanted in (labels, control)
-    ]
-    return Probe(*accuracies, *most)
+    )
+    return Probe(task, controls, majority, of_control)

@@ -7,6 +7,7 @@ a vector is a row without its id. So hundreds of variants share the batches of o
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -72,7 +73,7 @@ def engine_of(session: Session, banks: Sequence[Float[np.ndarray, "P D"]]) -> En
     """An engine whose members have these vectors, and all the prompt's changes of layers."""
     assert session.prompt is not None
     own = session.prompt.injection
-    members = [Injection(vectors[None], own.layers) for vectors in banks]
+    members = [Injection(jnp.asarray(vectors)[None], own.layers) for vectors in banks]
     backbone = session.backbone
     return make_engine(backbone.params, joined(members), session.engine.model, backbone.mesh)
 

@@ -497,7 +497,8 @@ class DecoderModel(Model):
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
         variables = variables_of(params, injection)
-        return Decoder(self).apply(variables, states, injection.member, method="read_out")
+        apply = functools.partial(Decoder(self).apply, variables, method="read_out")
+        return apply(states, injection.member)  # pyright: ignore[reportReturnType]
 
     def hidden(
         self, params: Params, inputs: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"]

@@ -418,7 +418,8 @@ class EncoderModel(Model):
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
         variables = blocks.variables(params, injection)
-        return Encoder(self).apply(variables, states, injection.member, method="read_out")
+        apply = functools.partial(Encoder(self).apply, variables, method="read_out")
+        return apply(states, injection.member)  # pyright: ignore[reportReturnType]
 
     def prefix_of_words(self, params: Params, ids: Int[AnyArray, " P"]) -> Layers:
         rows = jnp.asarray(ids)[None]

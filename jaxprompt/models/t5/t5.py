@@ -541,7 +541,8 @@ class T5Model(Model):
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
         variables = blocks.variables(params, injection)
-        return T5(self).apply(variables, states, injection.member, method="read_out")
+        apply = functools.partial(T5(self).apply, variables, method="read_out")
+        return apply(states, injection.member)  # pyright: ignore[reportReturnType]
 
     def prepare(self, params: Params, injection: Injection) -> Injection:
         """The injection itself: in an encoder every activation depends on the text."""

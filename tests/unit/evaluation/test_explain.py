@@ -7,8 +7,11 @@ import pytest
 
 from jaxprompt.data.batches import Example
 from jaxprompt.data.verbalizers import LabelWords
-from jaxprompt.evaluation.explain import kinship, probes
+from jaxprompt.evaluation.explain import gradients, kinship, probes
 from jaxprompt.evaluation.explain.variants import judged, random_like, without
+from jaxprompt.models.base import Model, ModelConfig
+from jaxprompt.models.injection import Injection
+from jaxprompt.models.label_tree import label_trees
 
 RNG = np.random.default_rng(0)
 
@@ -95,11 +98,14 @@ def test_the_same_word_has_the_same_random_label():
 
 @pytest.mark.parametrize("pooling", ["sum", "mean", "max"])
 def test_labels_of_several_words_are_pooled_as_predictions_pool_them(pooling, monkeypatch):
-    from jaxprompt.evaluation.explain import gradients
-
     words = LabelWords(("a", "b", "c"), (0, 2), pooling)
     scores = RNG.normal(size=(4, 3)).astype(np.float32)
     monkeypatch.setattr(gradients, "label_log_likelihoods", lambda *_: jnp.asarray(scores))
-    question = gradients.Question(None, gradients._members(words), np.ones(3, np.float32))
-    found = gradients.label_log_p(None, None, None, None, None, question, pooling)
+    trees = label_trees(np.array([[1], [2], [3]], np.int32))
+    question = gradients.Question(trees, gradients._members(words), np.ones(3, np.float32))
+    ids = jnp.ones((4, 2), jnp.int32)
+    found = gradients.label_log_p(
+        {}, Injection(), Model(ModelConfig(vocab_size=4, d_model=1, num_heads=1, head_dim=1,
+        d_ff=1)), ids, ids, question, pooling,
+    )  # fmt: skip
     np.testing.assert_allclose(found, jax.nn.log_softmax(words.pooled(scores)), rtol=1e-5)
