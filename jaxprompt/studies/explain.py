@@ -148,7 +148,7 @@ def _subject(asked: Asked, most: int, how: Answering) -> tuple[Subject, Rows, li
     virtual = VirtualTokens(session.backbone.config.vocab_size, session.length)
     examples = tokenize(task, chosen, session.tokenizer, virtual, need_targets=False)
     names = {label: number for number, label in enumerate(task.labels or ())}
-    right = np.array([names[asked.texts[i]] for i in order])
+    right = np.array([names[str(asked.texts[i])] for i in order])
     vectors = session.prompt.vectors
     engine = engine_of(session, [vectors, random_like(vectors)])
     subject = Subject(session, engine, task, examples, right, how.progress, how.batch_size)
