@@ -26,6 +26,7 @@ from jaxprompt.data.tokenizer import Tokenizer
 
 MOST_CHARACTERS = 2000  # of a template
 MOST_LABELS, MOST_LABEL_CHARACTERS = 64, 200
+MOST_LABEL_TOKENS = 256  # of all labels: their tree takes time that grows with the square
 
 
 class Wording(NamedTuple):
@@ -55,7 +56,18 @@ def reworded(task: TaskConfig, wording: Wording, tokenizer: Tokenizer, length: i
     changed = parse(TaskConfig, task.model_dump() | changes, "task.")
     place_prompt(with_counts(changed.template, tokenizer.encode), length)
     check_labels(changed, tokenizer)
+    if "labels" in changes:
+        _check_tokens(changed, tokenizer)
     return changed
+
+
+def _check_tokens(task: TaskConfig, tokenizer: Tokenizer) -> None:
+    count = sum(map(len, tokenizer.encode_targets(task.labels or [], task.separator)))
+    if count > MOST_LABEL_TOKENS:
+        raise UserError(
+            f"The labels have {count} tokens together, with the ends of labels; give at most "
+            f"{MOST_LABEL_TOKENS}."
+        )
 
 
 def _with_template(task: TaskConfig, template: str) -> Values:
@@ -63,14 +75,18 @@ def _with_template(task: TaskConfig, template: str) -> Values:
         raise UserError(
             f"The template has {len(template):,} characters; give at most {MOST_CHARACTERS:,}."
         )
-    if template.startswith((promptsource.PREFIX, openprompt.PREFIX)):
-        raise UserError(
-            f"Template {shown(template)} names a file; write its text, with columns in braces."
-        )
+    _check_names_no_file(template)
     changed = task.model_copy(update={"template": template, "truncate": None})
     columns = input_columns(changed, all_of_jinja=True)
     cut = [name for name in cut_columns(task) if name in columns]
     return {"template": template, "templates": [], "truncate": cut or None}
+
+
+def _check_names_no_file(template: str) -> None:
+    if template.startswith((promptsource.PREFIX, openprompt.PREFIX)):
+        raise UserError(
+            f"Template {shown(template)} names a file; write its text, with columns in braces."
+        )
 
 
 def _with_labels(task: TaskConfig, labels: list[str]) -> Values:
@@ -120,8 +136,10 @@ def kept_config(
         vectors: the path of the prompt whose vectors the run starts from; None: it starts anew.
 
     Raises:
-        UserError: the recorded settings are no config.
+        UserError: the recorded settings are no config, or a template would name a file.
     """
+    for template in (task.template, *task.templates):
+        _check_names_no_file(template)
     recorded, backbone = metadata.get("config"), metadata.get("backbone")
     source = backbone.get("source") if isinstance(backbone, Mapping) else None
     values: Values = {**recorded} if isinstance(recorded, Mapping) else {}

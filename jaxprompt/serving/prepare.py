@@ -102,7 +102,7 @@ def prediction_works(
         raise _found(error, rows, examples_of) from None
     settings = None if version.labels else Sampling(task.max_target_length)
     kind = "generate" if version.labels is None else "rank"
-    used = None if bare else version
+    used = None if bare else version.placed
     return Asked(
         [Work(kind, used, example, settings, version.labels) for example in examples], warnings
     )
@@ -116,7 +116,7 @@ def content_free_works(words: Words, version: Version, bare: bool = False) -> li
     virtual = VirtualTokens(words.vocab_rows, 0 if bare else version.length)
     rows = content_free_rows(task)
     examples = tokenize(task, rows, words.tokenizer, virtual, need_targets=False)
-    used = None if bare else version
+    used = None if bare else version.placed
     return [Work("rank", used, example, None, version.labels) for example in examples]
 
 

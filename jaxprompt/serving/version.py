@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.verbalizers import LabelWords, label_words
+from jaxprompt.inference.wording import Wording, reworded
 from jaxprompt.methods.tuned import Prompt
 from jaxprompt.models.label_tree import Tree, label_tree
 
@@ -50,6 +52,24 @@ class LabelPlan:
         if self.length_normalized:
             total = total / there.sum(axis=1, dtype=np.float32)
         return total if self.words is None else self.words.pooled(total)
+
+
+def in_words(version: "Version", wording: Wording, tokenizer: Tokenizer) -> "Version":
+    """The version in the words of one request. It takes the slot of ``version``.
+
+    Raises:
+        UserError: the version has no task, or the words cannot be used.
+    """
+    if version.task is None:
+        raise UserError(
+            f"The prompt {shown(version.name)} does not say which one task it is for, so there are "
+            "no words to change."
+        )
+    task = reworded(version.task, wording, tokenizer, version.length)
+    if task is version.task:
+        return version
+    plan = label_plan(task, tokenizer)
+    return dataclasses.replace(version, task=task, labels=plan, of=version.placed)
 
 
 def label_plan(task: TaskConfig, tokenizer: Tokenizer) -> LabelPlan | None:
@@ -96,6 +116,12 @@ class Version:
     task: TaskConfig | None = None  # that it answers; None: its artefact names none
     attention: str = "causal"  # that it was tuned with: causal, prompt or prefix
     labels: LabelPlan | None = None  # of the task; None: it is answered by generation
+    of: "Version | None" = None  # this is that one in the words of one request
+
+    @property
+    def placed(self) -> "Version":
+        """The version whose vectors and changes are in a slot: words change none of them."""
+        return self.of or self
 
     @property
     def length(self) -> int:

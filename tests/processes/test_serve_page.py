@@ -56,7 +56,7 @@ def seen(running, look):
 
 def test_prompts_are_asked_side_by_side_with_one_text(tmp_path):
     async def look(page):
-        await page.wait_for_function("document.querySelectorAll('#fields textarea').length === 1")
+        await page.wait_for_selector("#fields > :only-child textarea")
         await page.get_by_label("Try acme/own").uncheck()
         await page.get_by_label("Try second").check()
         await page.locator("#fields textarea").fill("a cat")
@@ -83,3 +83,22 @@ def test_rows_of_a_file_have_an_accuracy_and_two_prompts_are_compared(tmp_path):
     (summary, line), wrong = seen(Running(tmp_path), look)
     assert "66.7%" in summary and "33.3%" in summary and "disagree on 3 rows" in summary
     assert "✓ yes" in line and "✗ no" in line and not wrong
+
+
+def test_words_around_the_vectors_are_changed_while_one_types_and_kept_as_a_config(tmp_path):
+    async def look(page):
+        await page.select_option("#words-prompt", "second")
+        await page.get_by_label("text", exact=True).fill("a cat")
+        await page.wait_for_selector("#words-answers .card")
+        await page.fill("#words-template", "it was {text}")
+        await page.fill("#words-labels", "good, bad")
+        await page.wait_for_selector("#words-answers .answer:text-is('bad')")
+        answers = await page.locator("#words-answers .answer").all_inner_texts()
+        async with page.expect_download() as saved:
+            await page.get_by_role("button", name="Keep as config").click()
+        return answers, (await (await saved.value).path()).read_text()
+
+    (answers, kept), wrong = seen(Running(tmp_path), look)
+    assert answers == ["no", "bad"]
+    assert "it was {text}" in kept and "output: runs/kept" in kept
+    assert not [line for line in wrong if "blob:" not in line]

@@ -49,6 +49,7 @@ def routes() -> list[Route]:
         Route("/v1/models", prompts.list_models),
         Route("/v1/prompts", prompts.list_prompts),
         Route(f"{name}/inspect", prompts.inspect_prompt),
+        Route(f"{name}/config", prompts.config_of_words, methods=post),
         Route(f"{name}/pin", prompts.pin_prompt, methods=post),
         Route(name, prompt, methods=methods),
         Route("/v1/load_lora_adapter", prompts.load_adapter, methods=post),

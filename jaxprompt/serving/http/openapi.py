@@ -45,6 +45,9 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("post", "/v1/prompts/{name}/pin"): _Operation(
         "Keep a prompt on the device", schemas.PinRequest
     ),
+    ("post", "/v1/prompts/{name}/config"): _Operation(
+        "A config that tunes a prompt with other words, as YAML", schemas.ConfigRequest
+    ),
     ("post", "/v1/load_lora_adapter"): _Operation(
         "vLLM's route to load", schemas.LoadAdapterRequest
     ),

@@ -13,7 +13,7 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Values
 from jaxprompt.data.tasks.rules import makes_rows
 from jaxprompt.data.verbalizers import check_batch, prior_of, wants_content_free
-from jaxprompt.inference.wording import probabilities
+from jaxprompt.inference.wording import Wording, probabilities
 from jaxprompt.methods.user_library import SHARED_PROMPT
 from jaxprompt.serving import prepare
 from jaxprompt.serving.http.errors import ApiError, of_user_error
@@ -33,7 +33,7 @@ from jaxprompt.serving.http.service import (
 )
 from jaxprompt.serving.http.waiting import Pending, watched
 from jaxprompt.serving.prepare import Asked, BadInput
-from jaxprompt.serving.version import Version
+from jaxprompt.serving.version import Version, in_words
 from jaxprompt.serving.work import Chunk, Featured, Outcome, Ranked, Scored, Work
 
 Given = str | Mapping[str, object]
@@ -83,6 +83,8 @@ async def predict(request: Request) -> Response:
         )
     size = sum(map(_size, body.inputs))
     asked = [version for version in versions if version is not None]
+    if body.wording is not None:
+        asked = _in_words(service, body, asked)
     prepared = await service.apart(size, lambda: _predictions(service, body, asked, rankings))
     pending = await _answered(opened, request, prepared.rows, deadline)
     priors = _priors(service, prepared.rows, body.bare)
@@ -94,6 +96,20 @@ async def predict(request: Request) -> Response:
             if not row.content_free
         ],
     )  # fmt: skip
+
+
+def _in_words(service: Service, body: PredictRequest, versions: Sequence[Version]) -> list[Version]:
+    """The version of each row in the words of the request. Raises ApiError."""
+    if not isinstance(body.prompt, str) or body.wording is None:
+        raise ApiError(
+            400, "invalid_value", "Other words are for one prompt; name it in prompt.", "wording"
+        )
+    wording = Wording(body.wording.template, body.wording.labels)
+    try:
+        changed = in_words(versions[0], wording, service.words.tokenizer)
+    except UserError as error:
+        raise of_user_error(error, "wording") from None
+    return [changed] * len(versions)
 
 
 def _priors(service: Service, rows: Sequence[_Row], bare: bool) -> dict[Version | None, np.ndarray]:
@@ -220,7 +236,7 @@ def _predictions(
         for some in [[place] for place in places] if ruled else [places]:  # a rule makes many rows
             asked = _asked(service, version, some, body)
             warnings += asked.warnings
-            used = None if body.bare else version
+            used = None if body.bare else version.placed
             for turn, work in enumerate(asked.works):
                 place = some[0] if ruled else some[turn]
                 made[place].append(_Row(used, work, version, rankings[place]))
@@ -241,7 +257,7 @@ def _calibrating(service: Service, version: Version, count: int, bare: bool) -> 
         works = prepare.content_free_works(service.words, version, bare)
     except UserError as error:
         raise of_user_error(error, "inputs") from None
-    used = None if bare else version
+    used = None if bare else version.placed
     return [_Row(used, work, version, content_free=True) for work in works]
 
 

@@ -14,11 +14,13 @@ from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.paths import expanded
 from jaxprompt.config.values import Values
 from jaxprompt.data.templates import input_columns
+from jaxprompt.inference.wording import Wording, kept_config
 from jaxprompt.serving.artefacts import Files
 from jaxprompt.serving.catalogue import Conflict, Facts
 from jaxprompt.serving.http.errors import ApiError, of_user_error
 from jaxprompt.serving.http.json_body import JsonResponse
 from jaxprompt.serving.http.schemas import (
+    ConfigRequest,
     LoadAdapterRequest,
     PinRequest,
     SourceRequest,
@@ -33,9 +35,10 @@ from jaxprompt.serving.http.service import (
     within,
 )
 from jaxprompt.serving.http.upload import read_upload
+from jaxprompt.serving.prepare import answering
 from jaxprompt.serving.similarity import similarity_map
 from jaxprompt.serving.store import PathStore, UnknownPrompt
-from jaxprompt.serving.version import Version
+from jaxprompt.serving.version import Version, in_words
 
 R = TypeVar("R")
 _MOST_LISTED = 1000
@@ -241,6 +244,20 @@ async def pin_prompt(request: Request) -> Response:
     if body.pinned:
         service.pinned[version.name] = version
     return JsonResponse(_described(opened, _facts(opened, version.name), version))
+
+
+async def config_of_words(request: Request) -> Response:
+    """A config that tunes a prompt with other words, as YAML. Nothing is written here."""
+    opened = open_request(request, "predict")
+    body = await read(request, opened.service, ConfigRequest)
+    version = await _version(opened, request)
+    wording = Wording(body.wording.template, body.wording.labels)
+    try:
+        changed = in_words(version, wording, opened.service.words.tokenizer)
+        text = kept_config(version.prompt.metadata, answering(changed), "runs/kept")
+    except UserError as error:
+        raise of_user_error(error, "wording") from None
+    return PlainTextResponse(text, media_type="application/yaml")
 
 
 async def put_prompt(request: Request) -> Response:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
+from jaxprompt.inference.wording import MOST_CHARACTERS, MOST_LABEL_CHARACTERS, MOST_LABELS
 from jaxprompt.serving.work import TOP
 
 Name = Annotated[str, Field(min_length=1, max_length=300)]
@@ -15,6 +16,28 @@ Texts = StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class OtherWords(_Request):
+    """Words that take the place of those of a prompt's task, for one request."""
+
+    template: Annotated[StrictStr, Field(max_length=MOST_CHARACTERS)] | None = Field(
+        default=None,
+        description="Text with columns in braces; [prompt] and [soft:words] place the vectors.",
+    )
+    labels: (
+        Annotated[
+            list[Annotated[StrictStr, Field(max_length=MOST_LABEL_CHARACTERS)]],
+            Field(min_length=2, max_length=MOST_LABELS),
+        ]
+        | None
+    ) = Field(default=None, description="As many as the task has take the places of the old ones.")
+
+
+class ConfigRequest(_Request):
+    """A config is wanted that tunes a prompt with these words."""
+
+    wording: OtherWords = OtherWords()
 
 
 class PredictRequest(_Request):
@@ -40,6 +63,9 @@ class PredictRequest(_Request):
     )
     bare: StrictBool = Field(
         default=False, description="The backbone answers the prompt's task without the prompt."
+    )
+    wording: OtherWords | None = Field(
+        default=None, description="Other words around the vectors of the one prompt that is named."
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Only so many labels, the most likely first."

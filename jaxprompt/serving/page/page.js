@@ -87,6 +87,7 @@ async function loadPrompts() {
   await Promise.all(state.chosen.map(describe));
   showPrompts();
   showChosen();
+  document.dispatchEvent(new Event("prompts"));
 }
 
 /** Of a prompt that no request has asked for yet, the server knows the name alone until it reads it. */
@@ -729,5 +730,7 @@ function start() {
   poll();
   setInterval(poll, POLL_MS);
 }
+
+export { $, answered, ask, describe, el, latency, message, promptPath, say, state };
 
 start();

@@ -59,6 +59,7 @@ def test_columns_that_a_template_no_longer_has_are_not_cut(tokenizer):
         (Wording(labels=["a", " "]), "is blank"),
         (Wording(labels=["a", "b" * 201]), "at most 200"),
         (Wording(labels=[str(n) for n in range(65)]), "give 2 to 64"),
+        (Wording(labels=["a " * 100, "b " * 100, "c " * 60]), "263 tokens together"),
         (Wording(labels=["zebra", "horse"]), "has no token of this backbone"),
     ],
 )

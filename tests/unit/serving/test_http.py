@@ -18,7 +18,9 @@ from helpers_serving import (
     prompt_folder,
 )
 
+from jaxprompt.config import yaml12
 from jaxprompt.config.schema import RunConfig
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.methods.user_library import UserLibrary
 from jaxprompt.serving.fair_queue import Limits
 from jaxprompt.serving.http.keys import PUBLIC, Keys
@@ -91,6 +93,40 @@ def test_labels_are_calibrated_by_rows_that_say_nothing_or_by_the_rows_of_a_requ
     assert [score["probability"] for score in scores] == pytest.approx([0.5, 0.5])
 
 
+def test_one_request_may_have_other_words_and_they_take_the_slot_of_the_prompt(running):
+    words = {"template": "[prompt] it was {text}", "labels": ["good", "bad"]}
+    changed, bare, same, plain = ask(
+        running,
+        post("/v1/predict", prompt="second", inputs=["one"], wording=words),
+        post("/v1/predict", prompt="second", inputs=["one"], wording=words, bare=True),
+        post("/v1/predict", prompt="second", inputs=["one"], wording={}),
+        post("/v1/predict", prompt="second", inputs=["one"]),
+    )
+    found = changed.json()["predictions"][0]
+    assert (found["prediction"], found["prompt"], found["version"]) == ("bad", "second", 1)
+    assert [score["label"] for score in found["scores"]] == ["good", "bad"]
+    assert bare.json()["predictions"][0]["prediction"] == "good"
+    drop = lambda one: {key: x for key, x in one.json().items() if key != "timing"}
+    assert drop(same) == drop(plain)
+    works = [work for batch in running.engine.batches for work in batch]
+    assert len({work.version for work in works if work.version is not None}) == 1
+    assert len(works[0].example.inputs) == len(works[2].example.inputs)  # question : and it was
+
+
+def test_words_are_kept_as_a_config_that_names_no_path_of_the_server(running):
+    words = {"template": "it was {text}", "labels": ["good", "bad"]}
+    kept, wrong = ask(
+        running,
+        post("/v1/prompts/first/config", wording=words),
+        post("/v1/prompts/first/config", wording={"labels": ["good", "good"]}),
+    )
+    values = yaml12.load(kept.text)
+    assert resolve_task(values["task"]).template == "it was {text}"
+    assert values["task"]["labels"] == ["good", "bad"] and values["output"] == "runs/kept"
+    assert kept.headers["content-type"].startswith("application/yaml")
+    assert error_of(wrong) == (400, "invalid_value")
+
+
 def test_rows_of_one_batch_are_not_counted_as_batches_one_after_another(running):
     run = running.engine.run
     running.engine.run = lambda batch: time.sleep(0.01) or run(batch)
@@ -137,6 +173,25 @@ WRONG = [
     (post("/v1/predict", prompt=["first"], inputs=["a", "b"]), (400, "invalid_value")),
     (post("/v1/predict", inputs=["a"]), (400, "no_prompt")),
     (post("/v1/predict", user="a", inputs=["a"]), (400, "no_users")),
+    *(
+        (post("/v1/predict", prompt="first", inputs=["a"], wording=wording), (400, "invalid_value"))
+        for wording in (
+            {"template": "no column"},
+            {"template": "{text"},
+            {"template": "{other} {text}"},
+            {"template": "[prompt:9] {text}"},
+            {"template": "x" * 2001},
+            {"labels": ["yes"]},
+            {"labels": ["yes", "no"] * 40},
+            {"labels": ["y" * 201, "no"]},
+            {"words": 1},
+            {"template": "promptsource:/dev/zero#a {text}"},
+        )
+    ),
+    (
+        post("/v1/predict", prompt=["first"], inputs=["a"], wording={"labels": ["good", "bad"]}),
+        (400, "invalid_value"),
+    ),
     (post("/v1/predict", prompt="../first", inputs=["a"]), (404, "model_not_found")),
     (post("/v1/predict", prompt="first@7", inputs=["a"]), (404, "model_not_found")),
     (post("/v1/predict", prompt="first", inputs=["a"] * 300), (413, "too_large")),
