@@ -2,7 +2,7 @@
 import { $, answered, ask, describe, el, latency, message, promptPath, say, state } from "./page.js";
 
 const PAUSE_MS = 250; // after the last key, before the server is asked
-const now = { prompt: null, timer: 0, stop: null };
+const now = { prompt: null, timer: 0, stop: null, texts: {} };
 
 /** The columns of a template; where Jinja makes its text, those that the prompt's task reads. */
 function columnsOf(template) {
@@ -33,20 +33,22 @@ function ownWords() {
   changed();
 }
 
-/** A field for each column that the template names; what was typed stays. */
+const areas = () => [...$("words-fields").querySelectorAll("textarea")];
+
+/** A field for each column that the template names. Texts are remembered, also while a brace is missing. */
 function showFields() {
-  const before = Object.fromEntries([...$("words-fields").querySelectorAll("textarea")].map((area) => [area.name, area]));
-  const columns = now.prompt ? columnsOf($("words-template").value) : [];
-  if (columns.join("\n") === Object.keys(before).join("\n")) return;
-  const first = Object.values(before)[0]?.value; // a column that is renamed keeps its text
+  for (const area of areas()) now.texts[area.name] = area.value;
+  const columns = now.prompt ? columnsOf($("words-template").value) : [], before = areas().map((area) => area.name);
+  if (!columns.length || columns.join("\n") === before.join("\n")) return;
+  const renamed = columns.length === 1 && before.length === 1 ? now.texts[before[0]] : ""; // it keeps its text
   $("words-fields").replaceChildren(...columns.map((name) => {
     const area = el("textarea", { name, rows: 2, spellcheck: "false" });
-    area.value = before[name]?.value ?? (columns.length === 1 && first ? first : "");
+    area.value = now.texts[name] ?? renamed;
     return el("label", { class: "field" }, name, area);
   }));
 }
 
-const input = () => Object.fromEntries([...$("words-fields").querySelectorAll("textarea")].map((area) => [area.name, area.value]));
+const input = () => Object.fromEntries(areas().map((area) => [area.name, area.value]));
 
 /** What is typed, as far as it differs from the prompt's own words. */
 function wording() {
@@ -104,7 +106,7 @@ async function keep(event) {
     const link = el("a", { href: URL.createObjectURL(await response.blob()), download: `${now.prompt.name.replace(/[^\w.-]+/g, "-")}-words.yaml` });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-    say("words-note", `${link.download} is saved; run jaxprompt train ${link.download}`);
+    say("words-note", `${link.download} is saved for jaxprompt train. It tunes new vectors; prompt.init=file and prompt.file=PROMPT start from these.`);
   } catch (error) {
     say("words-note", error.message, true);
   }
