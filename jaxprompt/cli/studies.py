@@ -36,11 +36,14 @@ class Options(NamedTuple):
         list[str] | None, typer.Option(help="NAME=STEPS of a backbone, for adaptation")
     ] = None
     method: Annotated[
-        list[str] | None, typer.Option(help="of methods and dept; may be repeated; default all")
+        list[str] | None,
+        typer.Option(help="of methods, dept and few-shot; may be repeated; default all"),
     ] = None
     rows: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="of methods: few training rows; 16, 64 and 256; 0: none"),
+        typer.Option(
+            min=0, help="of methods: few training rows; of few-shot: of each class; 0: none"
+        ),
     ] = None
 
 

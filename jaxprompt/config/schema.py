@@ -56,6 +56,13 @@ class JinjaConfig(Schema):
     )
 
 
+class FewShotConfig(Schema):
+    """Few rows of a task: as many of each class, for training and, others, for validation."""
+
+    per_class: Size = Field(description="Rows of each class.")
+    seed: int = Field(default=0, ge=0, description="Draws the rows.")
+
+
 class TaskConfig(Schema):
     """What a task is: where rows come from, how a row becomes text, how answers are judged."""
 
@@ -79,6 +86,13 @@ class TaskConfig(Schema):
     )
     test: PathText | None = Field(
         default=None, description="Test rows, which are used once, at the end; as `train`."
+    )
+    few_shot: FewShotConfig | None = Field(
+        default=None,
+        description=(
+            "Trains on few rows, as many of each class, and chooses the checkpoint by as many of "
+            "`validation`. null: all rows."
+        ),
     )
     template: str = Field(
         description=(
@@ -225,6 +239,10 @@ class TaskConfig(Schema):
                 f"labels are {shown(labels)}, and one of them is blank; give it a word"
             )
         _check_verbalizer(self)
+        if self.few_shot is not None and (labels is None or self.group is not None):
+            raise ValueError(
+                "few_shot is for tasks with labels whose rows are judged one by one; leave it out"
+            )
         words = self.class_labels
         if words is not None and (not words or not all(word.strip() for word in words)):
             raise ValueError(

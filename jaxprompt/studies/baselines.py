@@ -124,21 +124,21 @@ def measured(session: Session, task: TaskConfig, rows: dict[str, Rows]) -> Recor
 def with_shots(task: TaskConfig, rows: Rows, shots: Shots, words: Tokenizer) -> TaskConfig:
     """The task with answered training rows in front, labels in turn.
 
-    Rows are drawn from those of at most 48 tokens where there are any, since each is read again
-    with every question.
+    Rows of at most 48 tokens come first, since each is read again with every question.
     """
     order = np.random.default_rng(shots.seed).permutation(len(rows))
     texts = {int(i): to_text(task, rows[i]) for i in order[:2000]}
-    short = {i: pair for i, pair in texts.items() if len(words.encode(pair[0])) <= 48} or texts
+    short = {i: pair for i, pair in texts.items() if len(words.encode(pair[0])) <= 48}
+    ordered = short | texts
     chosen: dict[int, tuple[str, str]] = {}
     for label in itertools.islice(itertools.cycle(task.labels or [None]), shots.num_shots):
-        left = (i for i, pair in short.items() if pair not in chosen.values())
-        row = next((i for i in left if label in (short[i][1], None)), None)
+        left = (i for i, pair in ordered.items() if pair not in chosen.values())
+        row = next((i for i in left if label in (ordered[i][1], None)), None)
         if row is None:
             raise UserError(
-                f"{shots.num_shots} shots: too few short rows of label {label!r}; ask for fewer."
+                f"{shots.num_shots} shots: too few rows of label {label!r}; ask for fewer."
             )
-        chosen[row] = short[row]
+        chosen[row] = ordered[row]
     space = "" if task.separator[-1:].isspace() else " "
     shown = "".join(f"{text}{task.separator}{space}{label}\n\n" for text, label in chosen.values())
     room = task.max_input_length + len(words.encode(shown))

@@ -10,6 +10,8 @@ from functools import partial
 from jaxprompt.studies import (
     continual,
     dept,
+    few_shot,
+    few_shot_report,
     method_tables,
     methods,
     sensitivity,
@@ -426,6 +428,7 @@ STUDIES = {
         summary=method_tables.summary,
         tables=method_tables.tables,
         notes=method_tables.notes,
+        check=methods.check,
         measure=methods.measure_run,
         source="What is usually said",
     ),
@@ -436,6 +439,7 @@ STUDIES = {
         dept.variants,
         tables=dept.tables,
         notes=dept.notes,
+        check=methods.check,
         measure=methods.measure_run,
         needs="--backbone with a T5 of the hub, such as google-t5/t5-base",
     ),
@@ -449,6 +453,20 @@ STUDIES = {
         tables=continual.tables,
         notes=continual.notes,
         measure=continual.measure,
+        source="What is usually said",
+    ),
+    "few-shot": Study(
+        "Few rows: which way to learn wins where",
+        "With few rows a prompt is hard to train: hand-written prompts and examples in context are "
+        "better, and so are prompts that were trained on something else before. With more rows "
+        "LoRA and full fine-tuning win.",
+        few_shot.variants,
+        summary=few_shot_report.summary,
+        tables=few_shot_report.tables,
+        notes=few_shot_report.notes,
+        draw=few_shot_report.draw,
+        check=few_shot.check,
+        measure=few_shot.measure,
         source="What is usually said",
     ),
     "sensitivity": Study(

@@ -1,5 +1,6 @@
 """What the study of continual learning measures with: tasks, trainings, features, figures."""
 
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxprompt.api import PredictOptions, Session, open_session, predict_rows
+from jaxprompt.config.limits import SPLITS
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
@@ -31,16 +33,22 @@ Matrix = list[list[float]]  # a[i][j]: the score on task j after learning i + 1 
 # ---- tasks
 
 
+def number_of_parts(task: TaskConfig) -> int:
+    """How many tasks ``parts_of`` makes of it."""
+    count = len(task.labels or ()) // GROUP
+    return count if count > 1 and task.rule is None else 1
+
+
 def parts_of(task: TaskConfig, folder: Path) -> list[TaskConfig]:
     """A task with four labels or more as several tasks with two labels each, none in common.
 
     Of an odd number of labels the last one is left out. The rows of each part are in files of
     ``folder``. Other tasks stay as they are.
     """
-    labels = task.labels or []
-    if len(labels) < 2 * GROUP or task.rule is not None:
+    if number_of_parts(task) == 1:
         return [task]
-    rows = {s: load_rows(task, s) for s in ("train", "validation", "test") if getattr(task, s)}
+    labels = task.labels or []
+    rows_of = functools.cache(lambda split: load_rows(task, split))  # none if all files are there
     mapped = task.label_map or {}
     found = []
     for start in range(0, len(labels) - GROUP + 1, GROUP):
@@ -51,22 +59,21 @@ def parts_of(task: TaskConfig, folder: Path) -> list[TaskConfig]:
         values["class_labels"] = None
         for key in ("verbalizer", "label_prior"):
             values[key] = {k: v for k, v in (values[key] or {}).items() if k in chosen} or None
-        for split, every in rows.items():
+        for split in (s for s in SPLITS if getattr(task, s)):
             file = folder / name / f"{split}.jsonl"
             values[split] = str(file.absolute())
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                kept = [row for row in every if to_target(task, row) in chosen]
+                kept = [row for row in rows_of(split) if to_target(task, row) in chosen]
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
                 write_atomically(file, lines)
         found.append(parse(TaskConfig, values, "task."))
     return found
 
 
-def tasks_in(suite: Suite) -> list[TaskConfig]:
-    """The tasks of the sequences."""
-    folder = suite.out / "continual"
-    return [part for task in suite.tasks.values() for part in parts_of(task, folder)]
+def tasks_in(suite: Suite, folder: str = "continual") -> list[TaskConfig]:
+    """The tasks of a study, whose files are in ``folder`` of its output."""
+    return [part for task in suite.tasks.values() for part in parts_of(task, suite.out / folder)]
 
 
 def order_of(tasks: Sequence[TaskConfig], number: int) -> list[TaskConfig]:

@@ -25,6 +25,7 @@ from jaxprompt.config.validation import parse
 from jaxprompt.config.values import Values
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks.few_shot import in_turn
 from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tasks.splits import load_rows
 from jaxprompt.data.templates import to_text
@@ -101,13 +102,14 @@ def reason_against(config: RunConfig, backbone: Backbone) -> str | None:
 def measure(run: Run, suite: Suite, backbone: Backbone) -> Record:
     """The record of one seed of a method: scores, sizes, and what it has forgotten."""
     sweep, task, seed = Sweep.of(run.settings), suite.tasks[run.task], run.seed or 0
-    # rows are drawn by the seed; seeds that learn from the same rows share a run
-    shared = run if sweep.rows else run._replace(seed=None)
+    few = sweep.rows is not None or task.few_shot is not None
+    # few rows are drawn by the seed; seeds that learn from the same rows share a run
+    shared = run if few else run._replace(seed=None)
     config = method_config(shared, suite, backbone, suite.folder(shared))
     reason = reason_against(config, backbone)
     if reason is not None:
         return {"skipped": reason, "steps": 0}
-    seeds = [seed] if sweep.rows else list(range(sweep.seeds))
+    seeds = [seed] if few else list(range(sweep.seeds))
     members = train_members(config, Plan(sweep, seeds, drawn_data(task, sweep.rows, seed)), suite)
     rate = chosen_rate(members)
     mine = next(m for m in members if m.rate == rate and m.seed == seed)
@@ -127,7 +129,7 @@ def measure(run: Run, suite: Suite, backbone: Backbone) -> Record:
     if task.test:
         report = api.evaluate(session, task=task, split="test", warn=_silent)
         record |= {"test": report["metrics"][task.metrics[0]], "majority_test": report["majority"]}
-    if not sweep.rows:
+    if not few:
         record |= _held_out_losses(session, run, suite, backbone)
     for member in members:
         shutil.rmtree(member.run / "checkpoints", ignore_errors=True)
@@ -203,12 +205,8 @@ def draw_rows(task: TaskConfig, rows: Rows, count: int, seed: int) -> Rows:
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     if task.labels is None or task.rule is not None:
         return [rows[i] for i in order[:count]]
-    by_answer: dict[str, list[int]] = {}
-    for i in order:
-        by_answer.setdefault(to_text(task, rows[i])[1], []).append(i)
-    turns = itertools.zip_longest(*(by_answer[answer] for answer in sorted(by_answer)))
-    drawn = [i for turn in turns for i in turn if i is not None]
-    return [rows[i] for i in drawn[:count]]
+    answers = [to_text(task, row)[1] for row in rows]
+    return [rows[i] for i in in_turn(answers, order)[:count]]
 
 
 def rates_beyond(members: Sequence[Member]) -> list[float]:

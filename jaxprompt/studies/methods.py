@@ -78,13 +78,11 @@ def chosen_methods(plan: StudyPlan) -> list[str]:
     return plan.methods or list(METHODS)
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Raise a UserError for a name that is no method, or that is there twice."""
+def check(plan: StudyPlan) -> None:
+    """Raise a UserError for a name that is no method."""
+    methods = plan.methods
     for method in methods:
         parts_of(method)
-    twice = [method for method in methods if methods.count(method) > 1]
-    if twice:
-        raise UserError(f"--method names {shown(twice[0])} twice; name each method once.")
     folders = [method for method in methods if method == COSTS]
     if folders:
         raise UserError(f"--method is {shown(folders[0])}; use one of {listed(METHOD_NAMES)}.")

@@ -8,9 +8,9 @@ from jaxprompt.config.paths import as_folder
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.evaluation.metrics import SUPERGLUE
 from jaxprompt.runtime.lock import LOCK
-from jaxprompt.studies import dept, users
+from jaxprompt.studies import dept, few_shot, users
 from jaxprompt.studies.catalogue import STUDIES
-from jaxprompt.studies.methods import FEW_ROWS, check_methods
+from jaxprompt.studies.methods import FEW_ROWS
 from jaxprompt.studies.options import StudyOptions, check_recipe, read_task
 from jaxprompt.studies.report import save_plan, write_report
 from jaxprompt.studies.runs import Suite, run_suite
@@ -25,13 +25,17 @@ TASKS = {
     "methods": ("supersense", "spam"),
     "continual": ("supersense", "spam"),
     "sensitivity": ("boolq", "rte"),
+    "few-shot": ("rte", "boolq", "mrpc", "qqp"),
     "dept": tuple(dept.TASKS),
     "shift": ("squad", *(f"mrqa_{name}" for name in (
         "textbook_qa", "bio_asq", "race", "relation_extraction", "duo_rc", "drop"))),
 }  # fmt: skip
 
 
-COMPARING = ("methods", "dept")
+COMPARING = ("methods", "dept", "few-shot")
+# rows of studies of few rows; a number is of each class in few-shot
+FEW = {"methods": FEW_ROWS, "few-shot": few_shot.PER_CLASS}
+SEEDS = {"ensemble": 5, "few-shot": 5}  # of others 3
 MOST_SEEDS = 1000  # runs of each variant of a study
 
 
@@ -59,14 +63,14 @@ def make_plan(study: str, options: StudyOptions) -> StudyPlan:
         study=study,
         backbones=options.backbones,
         tasks={task.name: task for task in map(read_task, tasks)},
-        seeds=options.seeds or (5 if study == "ensemble" else 3),
+        seeds=options.seeds or SEEDS.get(study, 3),
         length=options.length or (20 if recipe == "miniature" else 100),
         recipe=recipe,
         settings=dict(options.settings),
         span=options.span or SPANS.get(first),
         adapted=options.adapted,
         methods=list(options.methods),
-        rows=list(FEW_ROWS if options.rows is None else options.rows) if study == "methods" else [],
+        rows=list(FEW[study] if options.rows is None else options.rows) if study in FEW else [],
     )
     if study == "users":
         if options.tasks:
@@ -103,7 +107,9 @@ def _check_plan(plan: StudyPlan) -> None:
         raise UserError(
             f"The study {plan.study!r} compares no methods of choice; leave out --method."
         )
-    check_methods(plan.methods)
+    twice = [method for method in plan.methods if plan.methods.count(method) > 1]
+    if twice:
+        raise UserError(f"--method names {shown(twice[0])} twice; name each method once.")
     STUDIES[plan.study].check(plan)
     few = [rows for rows in plan.rows if rows < 1]
     if few:

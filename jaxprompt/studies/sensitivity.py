@@ -280,7 +280,7 @@ def notes(plan: StudyPlan) -> list[str]:
         "square of the axis - mean square of the rest) / 9, a variance of effects; the rest is "
         "noise and interactions. Interactions of two axes may also be taken for an effect of a "
         "third one. Three levels make intervals wide: they speak of other levels than these. p is "
-        "of the F test. Scores are the accuracy on up to 300 test rows.",
+        "of the F test, with Holm's correction. Scores are the accuracy on up to 300 test rows.",
     ]
 
 

@@ -8,6 +8,7 @@ from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.rows import Rows
 from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks.few_shot import few_rows
 from jaxprompt.data.tasks.rules import apply_rule
 from jaxprompt.data.templates import to_text
 
@@ -40,6 +41,7 @@ def load_rows(
     The input of every row is checked, and the target of rows to be trained on. Other rows may lack
     a usable label, as test splits do: they can be answered, and ``references`` refuses them. Where
     the task names a group, whole groups are taken, so that metrics of groups keep their meaning.
+    With ``task.few_shot``, "train" and "validation" have as many rows of each class.
 
     Args:
         rows: Take these rows instead of reading those of the split.
@@ -48,6 +50,8 @@ def load_rows(
     asked = task if split == "train" else task.model_copy(update={"target": "", "labels": None})
     for number, row in enumerate(rows, 1):
         to_text(asked, row, f"row {number} of {name}")
+    if split != "test":
+        rows = few_rows(task, rows, split)
     if limit is None or limit >= len(rows):
         return rows
     if task.group is None:
