@@ -9,7 +9,7 @@ import numpy as np
 from jaxprompt.config.errors import UserError
 from jaxprompt.config.schema import TaskConfig
 from jaxprompt.data.rows import Rows
-from jaxprompt.data.templates import to_text
+from jaxprompt.data.templates import to_target
 
 
 def in_turn(answers: Sequence[str], order: Sequence[int]) -> list[int]:
@@ -34,9 +34,9 @@ def few_rows(task: TaskConfig, rows: Rows, split: str) -> Rows:
     if task.few_shot is None:
         return rows
     wanted = task.few_shot.per_class
-    answers = [to_text(task, row)[1] for row in rows]
+    answers = [to_target(task, row, f"row {n} of {split}") for n, row in enumerate(rows, 1)]
     order = np.random.default_rng(task.few_shot.seed).permutation(len(rows)).tolist()
-    counts = Counter(answers)
+    counts = dict.fromkeys(task.labels or answers, 0) | Counter(answers)
     rarest = min(counts, key=lambda answer: (counts[answer], answer))
     if counts[rarest] < wanted:
         raise UserError(

@@ -43,6 +43,12 @@ def test_more_rows_than_a_class_has_are_refused(tmp_path):
         load_rows(task(tmp_path, per_class=11), "train")
 
 
+def test_a_class_without_any_row_is_refused(tmp_path):
+    mine = task(tmp_path, per_class=1).model_copy(update={"labels": ["no", "perhaps", "yes"]})
+    with pytest.raises(UserError, match="has 0 rows of 'perhaps'"):
+        load_rows(mine, "train")
+
+
 def test_tasks_without_classes_are_refused(tmp_path):
     values = task(tmp_path, per_class=4).model_dump()
     for change in ({"labels": None}, {"group": "text"}):
