@@ -491,6 +491,7 @@ STUDIES = {
         summary=users.summary,
         tables=users.tables,
         notes=users.notes,
+        panels=users.panels,
         measure=users.measure,
         source="What is usually said",
     ),

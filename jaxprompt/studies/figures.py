@@ -3,7 +3,7 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,16 @@ MOST_TICKS = 8
 
 
 def draw(
-    study: Study, groups: Mapping[str, Sequence[Variant]], records: Records, path: Path
+    study: Study,
+    groups: Mapping[str, Sequence[Variant]],
+    records: Records,
+    path: Path,
+    more: Mapping[str, Callable[["Axes"], None]] = {},
 ) -> Path | None:
     """Draw the variants that have values: lines where they have a place on an axis, else bars.
+
+    Args:
+        more: panels behind those of the groups, by title.
 
     Returns:
         The path, or None where there is nothing to draw.
@@ -32,11 +39,15 @@ def draw(
         for group, variants in groups.items()
         if (with_values := [variant for variant in variants if variant.values(records)])
     }
-    if not panels:
+    if not panels and not more:
         return None
-    figure = Figure(figsize=(2 + 4.5 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (group, variants) in zip(axes, panels.items(), strict=True):
+    count = len(panels) + len(more)
+    figure = Figure(figsize=(2 + 4.5 * count, 4.5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis, (title, fill) in zip(axes[len(panels) :], more.items(), strict=True):
+        fill(axis)
+        axis.set_title(title, fontsize="medium")
+    for axis, (group, variants) in zip(axes[: len(panels)], panels.items(), strict=True):
         if any(variant.x is not None for variant in variants):
             _line_panel(axis, study.axis, variants, records)
         else:

@@ -68,7 +68,10 @@ def section(plan: StudyPlan, records: Records, figures: Path) -> Section:
         paragraphs.append(RECOVERY_MEANS)
     path = figures / f"{plan.study}.png"
     own = study.draw
-    figure = own(plan, records, path) if own else draw(study, groups, records, path)
+    if own:
+        figure = own(plan, records, path)
+    else:
+        figure = draw(study, groups, records, path, study.panels(plan, records))
     results = findings(study, groups, records) + study.summary(plan, records)
     return Section(study.title, paragraphs, tables, results, figure)
 

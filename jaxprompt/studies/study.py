@@ -7,7 +7,7 @@ results. So the report knows which runs were asked for and are missing.
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
@@ -15,6 +15,9 @@ from jaxprompt.config.schema import TaskConfig
 from jaxprompt.config.values import Value
 from jaxprompt.studies.baselines import Record
 from jaxprompt.studies.runs import Key, Measure, Run, Settings, of_method
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Records = Mapping[Key, Record]
 Table: TypeAlias = list[list[str]]  # the first line is the head
@@ -160,6 +163,10 @@ class Study(NamedTuple):
     notes: Callable[[StudyPlan], list[str]] = lambda plan: []
     # of studies whose figure is not one of their groups: draws into a path
     draw: Callable[[StudyPlan, Records, Path], Path | None] | None = None
+    # panels of the figure behind those of the groups, by title
+    panels: Callable[[StudyPlan, Records], Mapping[str, Callable[["Axes"], None]]] = (
+        lambda plan, records: {}
+    )
     # raises a UserError for a plan that the study cannot run
     check: Callable[[StudyPlan], None] = lambda plan: None
     # how its runs are measured, see ``Suite``

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,11 @@ from jaxprompt.studies.runs import PassWarnings, Run, Settings, Suite, of_method
 from jaxprompt.studies.study import Hypothesis, Records, StudyPlan, Table, Variant
 from jaxprompt.studies.tables import NOTHING, mean_and_spread
 from jaxprompt.studies.user_rows import LABELS, changelog_rows, some_users
+from jaxprompt.studies.user_swaps import draw_swaps, per_user, swap_control, swap_matrix
 from jaxprompt.training.loop import train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 USERS, FEWEST, MOST, CLUSTERS = 24, 8, 60, 4
 TASK = "stops"
@@ -48,7 +52,6 @@ LABEL = {
     FULL: "a prompt for each user, full",
 }
 WRONG = {LOW: "another user's prompt, low rank", FULL: "another user's prompt, full"}
-SHIFTS = (5, 11, 17)  # whose prompts users are given in the swap control
 BINS = ((0, 10), (10, 20), (20, 999))  # training rows: more than the first, at most the second
 SHORT: Settings = {"train.steps": 90, "train.batch_size": 16, "users.shared_steps": 60}
 LONG: Settings = {"train.steps": 1200, "train.batch_size": 32, "users.shared_steps": 1000}
@@ -257,39 +260,6 @@ def _by_user(made: Bench, right: Bool[np.ndarray, " n"], shared: Bool[np.ndarray
     return record
 
 
-def per_user(
-    values: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
-    owners: Int[np.ndarray, " n"],
-    count: int,
-) -> Float[np.ndarray, " K"]:
-    """The mean of the rows of each user."""
-    total = np.bincount(owners, np.asarray(values, float), minlength=count)
-    return total / np.maximum(np.bincount(owners, minlength=count), 1)
-
-
-def swap_control(
-    answer: Callable[[Float[np.ndarray, "K P D"]], Bool[np.ndarray, " n"]],
-    bank: Float[np.ndarray, "K P D"],
-    owners: Int[np.ndarray, " n"],
-    shifts: Sequence[int] = SHIFTS,
-) -> Record:
-    """How rows are answered with the prompt of another user, and for whom his own one is better.
-
-    Args:
-        answer: which rows are right where user k has the prompt ``bank[k]``.
-        shifts: user k is given the prompt of user k + shift, for each of them.
-    """
-    count = len(bank)
-    own = per_user(answer(bank), owners, count)
-    others = [answer(np.roll(bank, -(shift % count or 1), axis=0)) for shift in shifts]
-    theirs = np.mean([per_user(right, owners, count) for right in others], axis=0)
-    return {
-        "swapped": float(np.mean(others)),
-        "own_wins": float((own > theirs).mean()),
-        "own_loses": float((own < theirs).mean()),
-    }
-
-
 Right = Bool[np.ndarray, " n"]
 
 
@@ -391,7 +361,12 @@ def _own(
     size = max(sum(file.stat().st_size for file in path.iterdir()) for path in paths)
     numbers = bank[0].size if run.method == FULL else made.settings.rank
     owners = made.found.owners("user", "test")
-    record = swap_control(made.answer, bank, owners) | {"bytes": size, "numbers": numbers}
+    matrix = swap_matrix(made.answer, bank, owners)
+    rows = np.bincount(owners, minlength=len(bank))
+    record = swap_control(matrix, rows) | {
+        "bytes": size, "numbers": numbers, "swaps": matrix.tolist(),
+        "train_rows_of": np.bincount(made.found.owners("user", "train")).tolist(),
+    }  # fmt: skip
     return record, made.answer(bank)
 
 
@@ -422,6 +397,20 @@ def tables(plan: StudyPlan, records: Records) -> list[tuple[str, Table]]:
         ("All seeds, test rows", lines),
         ("Mean gain of a user over the shared prompt, by his training rows", history),
     ]
+
+
+def panels(plan: StudyPlan, records: Records) -> dict[str, "Callable[[Axes], None]"]:
+    """The rows of each user with the prompt of each user, the mean over seeds."""
+    found = {}
+    for method in (LOW, FULL):
+        known = [records[run.key] for run in runs_of(plan, method) if run.key in records]
+        swaps = [np.asarray(record["swaps"]) for record in known if record.get("swaps")]
+        if swaps:
+            mean, rows = np.mean(swaps, axis=0), np.asarray(known[-1]["train_rows_of"])
+            found[f"accuracy of rows of user i with the prompt of user j:\n{LABEL[method]}"] = (
+                partial(draw_swaps, mean, rows)
+            )
+    return found
 
 
 def summary(plan: StudyPlan, records: Records) -> list[str]:

@@ -14,7 +14,6 @@ from jaxprompt.config.validation import parse
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.user_library import open_library
 from jaxprompt.serving.store import DirectoryStore
-from jaxprompt.studies.users import k_means, swap_control
 from jaxprompt.training.add_user import add_user
 from jaxprompt.training.dry_run import dry_run
 from jaxprompt.training.loop import train
@@ -142,21 +141,6 @@ def test_more_users_in_a_step_than_there_are_is_told(made):
     assert not (folder / "many").exists()
     with pytest.raises(UserError, match="is no library of users' prompts.*did you mean"):
         open_library(folder / "run")
-
-
-def test_swapped_prompts_are_told_apart_from_own_ones():
-    owners = np.repeat(np.arange(6), 5)
-    truth = np.arange(6, dtype=np.float32).reshape(6, 1, 1)
-
-    def answer(bank):
-        """A row is right where its user has his own prompt."""
-        return bank[owners, 0, 0] == owners
-
-    found = swap_control(answer, truth, owners, shifts=(1, 2, 6))
-    assert found == {"swapped": 0.0, "own_wins": 1.0, "own_loses": 0.0}
-    points = np.concatenate([np.zeros((3, 2)), np.full((4, 2), 9.0)])
-    labels = k_means(points + np.arange(7)[:, None] / 100, 2, seed=0)
-    assert len({*labels[:3]}) == len({*labels[3:]}) == 1 and labels[0] != labels[-1]
 
 
 def test_results_of_users_are_plain_json(made):
