@@ -186,6 +186,26 @@ class BitfitConfig(Schema):
     learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
 
 
+class SoftVerbalizerConfig(Schema):
+    """Label rows in place of label words (WARP, Hambardzumyan et al. 2021, arXiv 2101.00121)."""
+
+    section = "soft_verbalizer"
+
+    init: Literal["words", "prototypes"] = Field(
+        default="words",
+        description=(
+            "words: the mean row of the head over the pieces of a label's words. prototypes: the "
+            "mean over the label's training rows of what the head would read, so that the nearest "
+            "mean wins (prototypical networks, arXiv 1703.05175)."
+        ),
+    )
+    rows: Size = Field(
+        default=512,
+        description="init=prototypes: training rows of each label that a mean is taken over.",
+    )
+    learning_rate: Weight | None = Field(default=None, description=OWN_RATE)
+
+
 class SearchConfig(Schema):
     """The search for a prompt of words, which replaces descent on vectors."""
 
@@ -219,7 +239,7 @@ SECTIONS: Mapping[str, type[Schema]] = {
     kind.section: kind
     for kind in (
         PTuningConfig, PrefixConfig, LoraConfig, IA3Config, AdapterConfig, BitfitConfig,
-        SearchConfig,
+        SoftVerbalizerConfig, SearchConfig,
     )
 }  # fmt: skip
 
@@ -247,6 +267,7 @@ SECTIONS_OF: Mapping[str, str] = {
     "adapter": "adapter",
     "bitfit": "bitfit",
     "norm": "bitfit",
+    "soft-verbalizer": "soft_verbalizer",
     "model": "train",
 }
 # the section that has the other settings of each part
@@ -272,6 +293,8 @@ METHOD_NAMES: Mapping[str, tuple[str, ...]] = {
     "bitfit": ("bitfit",),
     "norm-tuning": ("norm",),
     "mam": ("prefix", "adapter"),
+    "soft-verbalizer": ("soft-verbalizer",),
+    "warp": ("prompt", "soft-verbalizer"),
     "gcg": ("gcg",),
     "pez": ("pez",),
     "model-tuning": ("model",),
@@ -367,6 +390,12 @@ RECIPES: Mapping[str, Values] = {
     "parallel": {"adapter": _PARALLEL, "train": _ADAPTERS},
     "bitfit": {"train": {**_ADAMW, "learning_rate": 3e-4}},
     "norm-tuning": {"train": {**_ADAMW, "learning_rate": 3e-4}},
+    # arXiv 2101.00121, section 4.2, has one rate for rows and prompt, 3e-3 at most
+    "soft-verbalizer": {"train": {**_ADAMW, "learning_rate": 3e-3}},
+    "warp": {
+        "soft_verbalizer": {"learning_rate": 3e-3},
+        "train": {**_ADAMW, "learning_rate": 0.3},
+    },
     "mam": {
         "adapter": _PARALLEL,
         "prefix": {"mlp": 800, "learning_rate": 1e-2},
@@ -383,6 +412,7 @@ _RATES = {
     "adapter": 3e-4,
     "bitfit": 3e-4,
     "norm": 3e-4,
+    "soft-verbalizer": 3e-3,
 }
 # share of the steps in which the rate rises, where the schedule is linear (LoRA, appendix D)
 WARMUP = 0.06

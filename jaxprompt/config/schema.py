@@ -29,6 +29,7 @@ from jaxprompt.config.methods import (
     PrefixConfig,
     PTuningConfig,
     SearchConfig,
+    SoftVerbalizerConfig,
     parts_of,
     with_recipe,
 )
@@ -628,7 +629,8 @@ class RunConfig(Schema):
             "What is trained: prompt-tuning, residual-prompt-tuning, superposition-prompt-tuning, "
             "multitask-prompt-tuning, low-rank-prompt-tuning, p-tuning, prefix-tuning, "
             "p-tuning-v2, lora, ia3, adapter, houlsby, pfeiffer, parallel, bitfit, norm-tuning, "
-            "mam, parts joined by +, as in prompt+lora, gcg or pez (which look for a prompt of "
+            "mam, soft-verbalizer (rows for labels in place of words), warp (a prompt and such "
+            "rows), parts joined by +, as in prompt+lora, gcg or pez (which look for a prompt of "
             "words), or model-tuning (all weights, the paper's baseline). It also chooses the "
             "defaults of `train` that are usual for it."
         ),
@@ -645,6 +647,9 @@ class RunConfig(Schema):
     ia3: IA3Config = Field(default=IA3Config(), description="Scales of activations.")
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="Bottleneck adapters.")
     bitfit: BitfitConfig = Field(default=BitfitConfig(), description="Biases.")
+    soft_verbalizer: SoftVerbalizerConfig = Field(
+        default=SoftVerbalizerConfig(), description="Label rows in place of label words."
+    )
     search: SearchConfig = Field(
         default=SearchConfig(), description="Words that gcg and pez may find, and how gcg looks."
     )
@@ -714,6 +719,22 @@ class RunConfig(Schema):
             raise ValueError(
                 f"search.fluency is {self.search.fluency:g}, and method=pez compares no texts; set "
                 "it to 0, or use method=gcg"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _label_rows_can_be(self) -> "RunConfig":
+        if "soft-verbalizer" not in self.parts:
+            return self
+        if "task" in self.prompt.population:
+            raise ValueError(
+                "prompt.population varies task, and the rows of method=soft-verbalizer are those "
+                "of one task's labels; train each task in a run of its own"
+            )
+        if self.train.unlikelihood_loss or self.train.length_normalized_loss:
+            raise ValueError(
+                "train.unlikelihood_loss and train.length_normalized_loss compare the words of "
+                "labels, which method=soft-verbalizer replaces; leave them out"
             )
         return self
 

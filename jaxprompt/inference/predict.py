@@ -26,7 +26,8 @@ from jaxprompt.data.verbalizers import (
 from jaxprompt.data.virtual_tokens import VirtualTokens
 from jaxprompt.inference.engine import Engine, Progress, ignore_progress
 from jaxprompt.inference.generate import generation_program
-from jaxprompt.inference.rank import rank_program
+from jaxprompt.inference.rank import label_rows_program, rank_program
+from jaxprompt.models.injection import label_rows
 
 _NO_TARGET = np.zeros(0, np.int32)
 
@@ -104,6 +105,10 @@ def _label_scores(
     progress: Progress = ignore_progress,
 ) -> Float[np.ndarray, "n C"]:
     """The score of each label for each example, not calibrated."""
+    rows = label_rows(engine.injection)
+    if rows is not None:
+        program = label_rows_program(rows.bias.shape[1], tokenizer.masked)
+        return engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
     words = label_words(task)
     program = rank_program(words.texts, tokenizer, task.separator, engine.label_room)
     scores = engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)

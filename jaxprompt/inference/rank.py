@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprompt.data.batches import Example
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.inference.engine import Program
+from jaxprompt.inference.engine import Engine, Program
 from jaxprompt.models import registry
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import VERBALIZER, Injection, LabelRows
 from jaxprompt.models.label_scores import map_trees
-from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees, node_bucket
+from jaxprompt.models.label_tree import (
+    LabelTrees,
+    label_holes,
+    label_trees,
+    node_bucket,
+    one_token_each,
+)
 
 
 def rank_program(
@@ -41,6 +48,39 @@ def _in_bucket(ids: Int[np.ndarray, "C T"], room: int) -> Int[np.ndarray, "c t"]
     shape = [node_bucket(max(pair)) for pair in zip((labels, tokens), least, strict=True)]
     more = [(0, wide - size) for wide, size in zip(shape, ids.shape, strict=True)]
     return np.pad(ids, more, constant_values=-1)
+
+
+def label_rows_program(count: int, masked: bool) -> Program:
+    """The log of the softmax over C label rows, which the injection must have: [C]."""
+    return Program(label_log_likelihoods, operands=(one_token_each(count, masked),))
+
+
+def features(
+    engine: Engine, examples: Sequence[Example], *, masked: bool, batch_size: int
+) -> Float[np.ndarray, "n D"]:
+    """What the head, or label rows, read at the first token of an answer.
+
+    Label rows that are the unit vectors read it out. Examples have no targets.
+    """
+    injection, width = engine.injection, engine.model.config.d_model
+    unit = LabelRows(jnp.eye(width)[None], jnp.zeros((1, width)))
+    layers = {**(injection.layers or {}), VERBALIZER: unit}
+    program = Program(_label_logits, operands=(one_token_each(1, masked),))
+    reader = engine._replace(injection=injection._replace(layers=layers))
+    return reader.run(program, examples, batch_size=batch_size)
+
+
+def _label_logits(
+    params: registry.Params,
+    injection: Injection,
+    model: registry.Model,
+    inputs: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    labels: LabelTrees,
+) -> Float[Array, "R C"]:
+    prefill = model.prefill(params, injection, inputs, segments)
+    tree = jax.tree.map(lambda leaf: leaf[0], labels.trees)
+    return model.score_tree(params, injection, prefill, tree)[:, 0]
 
 
 def label_ids(

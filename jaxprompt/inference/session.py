@@ -16,7 +16,7 @@ from jaxprompt.methods.artefact import Prompt, checked_prompt, fitted, load_prom
 from jaxprompt.methods.layers import check_fit
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone, same_model
-from jaxprompt.models.injection import Injection
+from jaxprompt.models.injection import VERBALIZER, Injection
 from jaxprompt.runtime import parallel
 
 TaskLike = str | dict[str, Any] | TaskConfig | None
@@ -158,7 +158,34 @@ def prompt_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
         prompt: None for the bare backbone.
         task: a mapping without a name changes the task that the prompt was tuned on; it may be
             written as in YAML, "{calibration: batch}".
+
+    Raises:
+        UserError: no task is known, or it has other labels than the prompt has label rows for.
     """
+    chosen = _named_task(prompt, task)
+    if prompt is not None and VERBALIZER in (prompt.layers or {}):
+        _check_label_rows(prompt, chosen)
+    return chosen
+
+
+def _check_label_rows(prompt: Prompt, task: TaskConfig) -> None:
+    """Raise a UserError unless the task has the labels that the prompt's rows stand for."""
+    learnt = prompt.metadata.get("task", {}).get("labels")
+    labels = task.labels if task.decoding == "rank" else None
+    if labels is None or labels != (learnt or labels) or len(labels) != _num_label_rows(prompt):
+        raise UserError(
+            f"The prompt has a soft verbalizer for the labels {shown(learnt)}, and task "
+            f"{task.name!r} asks for {'text' if labels is None else shown(labels)}; use the task "
+            "that it was tuned on, with its labels in their order."
+        )
+
+
+def _num_label_rows(prompt: Prompt) -> int:
+    return len((prompt.layers or {})[VERBALIZER].bias)
+
+
+def _named_task(prompt: Prompt | None, task: TaskLike) -> TaskConfig:
+    """The task of ``prompt_task``, not checked."""
     if isinstance(task, TaskConfig):
         return task
     if isinstance(task, str) and task.lstrip().startswith("{"):

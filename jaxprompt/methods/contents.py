@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxprompt.methods.layers import PROJECTIONS, to_tensors
-from jaxprompt.models.injection import Layers, leaf_at
+from jaxprompt.models.injection import VERBALIZER, Layers, leaf_at
 
 Path = tuple[str, ...]  # in the tree of changes
 # kinds of changes, as a person calls them
-LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS = (
-    *("LoRA", "DoRA", "IA3", "biases", "norms", "prefixes", "adapters"),
+LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS, LABEL_ROWS = (
+    *("LoRA", "DoRA", "IA3", "biases", "norms", "prefixes", "adapters", "label rows"),
 )
 
 
@@ -72,13 +72,15 @@ def parts_in(layers: Layers | None) -> list[Part]:
         kinds[DORA] = {
             path: fields | scales[path] | beside.get(path, {}) for path, fields in low_rank.items()
         }
-    order = (LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS)
+    order = (LORA, DORA, IA3, BIASES, NORMS, PREFIXES, ADAPTERS, LABEL_ROWS)
     return [_part(kind, kinds[kind]) for kind in order if kind in kinds]
 
 
 def _kind_of(path: Path) -> tuple[str, Path, str]:
     """The kind of change that a tensor belongs to, the change's path, and what the tensor is."""
     *outer, field = path
+    if outer == [VERBALIZER]:
+        return LABEL_ROWS, tuple(outer), field
     if outer[-1] == "low_rank":
         return LORA, tuple(outer[:-1]), field
     if outer[-1] == "prefix":
@@ -99,6 +101,8 @@ def _part(kind: str, changes: Mapping[Path, Mapping[str, tuple[int, ...]]]) -> P
         size = max(shapes["key"][-3] for shapes in fields)
     elif kind == ADAPTERS:
         size = max(shapes["down"][-1] for shapes in fields)
+    elif kind == LABEL_ROWS:
+        size = max(shapes["rows"][-2] for shapes in fields)
     names = {_target(path) for path in changes}
     untrained = ("used", "bias") if kind == DORA else ("used",)  # its bias undoes a scale
     numbers = sum(

@@ -13,8 +13,10 @@ from jaxprompt.config.errors import UserError, listed, shown
 from jaxprompt.config.values import Values
 from jaxprompt.data.batches import AnyArray
 from jaxprompt.models.injection import (
+    VERBALIZER,
     Adapter,
     Injection,
+    LabelRows,
     Layers,
     LowRank,
     Params,
@@ -190,6 +192,8 @@ def _joined(nodes: Sequence[PyTree | None], counts: Sequence[int]) -> PyTree:
         return {name: _joined([(n or {}).get(name) for n in nodes], counts) for name in names}
     if isinstance(known, Prefix):
         return _joined_prefixes(nodes, counts)
+    if isinstance(known, LabelRows):
+        return _joined_label_rows(nodes)
     if isinstance(known, LowRank):
         a = _stacked([None if n is None else n.a for n in nodes], counts, {-1})
         # the rank is behind the members and, in stacked layers, the layers
@@ -203,6 +207,16 @@ def _joined(nodes: Sequence[PyTree | None], counts: Sequence[int]) -> PyTree:
     if isinstance(known, Adapter):
         return _joined_adapters(nodes, counts)
     return _stacked(nodes, counts, set())
+
+
+def _joined_label_rows(nodes: Sequence[LabelRows | None]) -> LabelRows:
+    known = [node for node in nodes if node is not None]
+    if len(known) < len(nodes) or len({node.rows.shape[1] for node in known}) > 1:
+        raise UserError(
+            "Soft verbalizers go together only with others of as many labels; use such prompts "
+            "together, or each alone."
+        )
+    return LabelRows(*map(jnp.concatenate, zip(*known, strict=True)))
 
 
 def _joined_adapters(nodes: Sequence[Adapter | None], counts: Sequence[int]) -> Adapter:
@@ -293,6 +307,7 @@ def to_tensors(layers: Layers) -> tuple[dict[str, AnyArray], dict[str, Values]]:
 
 
 _SETTINGS = ("activation", "reads", "scale")
+_WHOLE: Mapping[str, type[Prefix | LabelRows]] = {"prefix": Prefix, VERBALIZER: LabelRows}
 
 
 def from_tensors(
@@ -310,7 +325,7 @@ def from_tensors(
         kind = modules[-1] if modules else ""
         if last in ("a", "b") and kind == "low_rank":
             groups.setdefault("/".join(modules[:-1]), {})[last] = tensor
-        elif kind in PROJECTIONS or kind == "prefix" or kind.endswith("_adapter"):
+        elif kind in PROJECTIONS or kind in _WHOLE or kind.endswith("_adapter"):
             groups.setdefault("/".join(modules), {})[last] = tensor
         elif last in ("hidden", "scale"):
             leaves[name] = tensor
@@ -324,8 +339,8 @@ def from_tensors(
 def _change(path: str, fields: dict[str, PyTree], settings: Values) -> PyTree:
     kind = path.rpartition("/")[2]
     try:
-        if kind == "prefix":
-            return Prefix(**fields)
+        if kind in _WHOLE:
+            return _WHOLE[kind](**fields)
         if kind in PROJECTIONS:
             low_rank = LowRank(fields.pop("a"), fields.pop("b")) if "a" in fields else None
             return Projection(low_rank, **fields)
@@ -354,6 +369,7 @@ _SHARED_SIZES = (
     ("_adapter/down", -1, "_adapter/down_bias", -1),
     ("prefix/key", 1, "prefix/value", 1),
     ("prefix/key", 1, "prefix/used", 1),
+    (f"{VERBALIZER}/rows", 0, f"{VERBALIZER}/bias", 0),
 )
 
 
@@ -373,6 +389,9 @@ def _check_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
 def _fits(path: Path, shape: tuple[int, ...], params: Params) -> bool:
     """Whether a tensor of a change fits what the parameters have at its place."""
     *outer, field = path
+    if outer == [VERBALIZER]:
+        width = params["token_embedder"]["embedding"].shape[1]
+        return len(shape) == 1 if field == "bias" else len(shape) == 2 and shape[1] == width
     if outer and outer[-1] == "low_rank":
         return _fits_kernel((*outer[:-1],), field, shape, params)
     if outer and outer[-1] in PROJECTIONS:

@@ -19,6 +19,7 @@ from jaxprompt.methods.contents import (
     BIASES,
     DORA,
     IA3,
+    LABEL_ROWS,
     LORA,
     NORMS,
     PREFIXES,
@@ -175,6 +176,7 @@ def _changes(
         "has none for the encoder",
         ADAPTERS: "which PEFT does not have; write them for AdapterHub (save_adapterhub)",
         BIASES: "which PEFT has only where the model has biases",
+        LABEL_ROWS: "a soft verbalizer, which PEFT does not have; use save_prompt",
     }
     raise UserError(f"The prompt has {part.kind}, {why[part.kind]}.")
 

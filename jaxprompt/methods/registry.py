@@ -15,6 +15,7 @@ from jaxprompt.methods.p_tuning import p_tuning
 from jaxprompt.methods.prefix import prefix
 from jaxprompt.methods.prompt import PROMPT_TUNING
 from jaxprompt.methods.residual import RESIDUAL_PROMPT_TUNING
+from jaxprompt.methods.soft_verbalizer import labels_of, soft_verbalizer
 from jaxprompt.methods.superposition import SUPERPOSITION_PROMPT_TUNING
 
 # those without settings of their own
@@ -48,6 +49,8 @@ def _part(name: str, config: RunConfig) -> Method:
             return adapter(config.adapter)
         case "bitfit":
             return bitfit(config.bitfit)
+        case "soft-verbalizer":
+            return soft_verbalizer(labels_of(config.task))
         case "norm":
             return norm_tuning()
         case "gcg":

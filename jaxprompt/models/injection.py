@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxprompt.config.errors import UserError
+
 Params = dict[str, PyTree]
 
 # A tree like that of the parameters, with dicts for modules. Its leaves are named like parameters
@@ -92,6 +94,21 @@ class Adapter:
     scale: float = 1.0
 
 
+class LabelRows(NamedTuple):
+    """What answers instead of the head: a row for each of the C labels of a task.
+
+    A label's logit is the product of its row and what the head would read at the first token of an
+    answer, plus its bias (WARP, Hambardzumyan et al. 2021, arXiv 2101.00121, section 3.1).
+    """
+
+    rows: Float[Array, "*K C D"]
+    bias: Float[Array, "*K C"]
+
+
+# the place of ``LabelRows`` in the tree of changes
+VERBALIZER = "verbalizer"
+
+
 class Injection(NamedTuple):
     """A pytree with K members on the first axis of every leaf of ``embeddings`` and ``layers``.
 
@@ -136,6 +153,20 @@ class Injection(NamedTuple):
             raise ValueError("Examples of several members share a row; changed layers allow none.")
         # where each row of inputs is answered in several rows of targets, the first is never empty
         return self._replace(member=member.reshape(rows, -1)[:, 0])
+
+
+def label_rows(injection: Injection) -> LabelRows | None:
+    """The rows of a soft verbalizer, with K first; None where the head answers."""
+    return (injection.layers or {}).get(VERBALIZER)
+
+
+def refuse_label_rows(injection: Injection) -> None:
+    """Raise a UserError where an answer is to be written, which label rows cannot."""
+    if label_rows(injection) is not None:
+        raise UserError(
+            "The prompt has a soft verbalizer, which chooses among the labels of its task and "
+            "writes no text; use eval or predict with that task and task.decoding=rank."
+        )
 
 
 def some_members(

@@ -99,6 +99,18 @@ def label_holes(labels: Int[np.ndarray, "C T"]) -> LabelTrees:
     return LabelTrees(Holes(answers, sizes, holes), nodes, labels)
 
 
+def one_token_each(count: int, masked: bool) -> LabelTrees:
+    """C labels of which each is one token, its own number, and which all share one node.
+
+    masked: for a model that reads an answer in both directions.
+    """
+    nodes, tokens = np.zeros((count, 1), np.int32), np.arange(count, dtype=np.int32)[:, None]
+    zero, one = np.zeros((1, 1), np.int32), np.ones((1, 1), np.int32)
+    if masked:
+        return LabelTrees(Holes(zero[None], one, zero), nodes, tokens)
+    return LabelTrees(Tree(-one, zero, np.ones((1, 1, 1), bool)), nodes, tokens)
+
+
 def _holes(labels):
     """Answers with a hole, and for each token of a label the number of the one that lacks it."""
     numbers: dict[tuple[tuple[int, ...], int], int] = {}

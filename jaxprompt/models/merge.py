@@ -16,6 +16,7 @@ from jaxprompt.config.errors import UserError, listed
 from jaxprompt.models.injection import (
     Adapter,
     Injection,
+    LabelRows,
     Layers,
     LowRank,
     Params,
@@ -80,6 +81,11 @@ def _check(params: Params, injection: Injection, changes: dict[Path, PyTree]) ->
             f"The method has {plural}",
             "which no weight can hold; merge LoRA or IA3 instead.",
         )
+    _refuse(
+        [path for path, leaf in changes.items() if isinstance(leaf, LabelRows)],
+        "The method has a soft verbalizer",
+        "which takes the place of the head; merge a method without it.",
+    )
     weights = {path: leaf_at(params, _weight_of(path)) for path in changes}
     _refuse(
         [path for path, weight in weights.items() if weight is None],

@@ -16,6 +16,7 @@ from jaxprompt.methods.peft import PEFT_CONFIG, PEFT_TENSORS
 from jaxprompt.methods.tuned import Prompt
 from jaxprompt.models.checkpoints.load import Backbone
 from jaxprompt.models.checkpoints.safetensors import read_safetensors
+from jaxprompt.models.injection import VERBALIZER
 
 Files = Mapping[str, bytes]
 
@@ -68,7 +69,7 @@ def read_artefact(files: Files, name: str, backbone: Backbone | None = None) -> 
         backbone: that an adapter of another library was tuned on.
 
     Raises:
-        UserError: the files are damaged, or are no prompt.
+        UserError: the files are damaged, are no prompt, or are one that is not served.
     """
     check_files(files)
     with tempfile.TemporaryDirectory(prefix="jaxprompt-") as place:
@@ -79,11 +80,22 @@ def read_artefact(files: Files, name: str, backbone: Backbone | None = None) -> 
         try:
             for file in set(files) & set(VALUES):
                 read_safetensors(folder / file)
-            return load_prompt(folder, backbone)
+            prompt = load_prompt(folder, backbone)
+            refuse_soft_verbalizer(prompt)
+            return prompt
         except UserError as error:
             # who reads this knows the prompt's name, and not where it lay for a moment
             text = str(error).replace(f"{folder}/", f"{name}: ").replace(str(folder), name)
             raise UserError(text) from None
+
+
+def refuse_soft_verbalizer(prompt: Prompt) -> None:
+    """Raise a UserError for a prompt that answers with label rows."""
+    if VERBALIZER in (prompt.layers or {}):
+        raise UserError(
+            "A prompt with a soft verbalizer is not served; use predict or eval, or serve one that "
+            "was tuned without it."
+        )
 
 
 def files_of(prompt: Prompt) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from jaxprompt.methods.user_library import USERS, UserLibrary, open_library
 from jaxprompt.models import registry
 from jaxprompt.models.checkpoints.load import Backbone, load_backbone
 from jaxprompt.serving.admission import Admission, task_of
-from jaxprompt.serving.artefacts import read_artefact
+from jaxprompt.serving.artefacts import read_artefact, refuse_soft_verbalizer
 from jaxprompt.serving.catalogue import Catalogue
 from jaxprompt.serving.compute import Compute
 from jaxprompt.serving.fair_queue import Limits
@@ -83,6 +83,8 @@ def make_parts(sources: Sources, sizes: Sizes = Sizes()) -> Parts:
     )
     words = words.for_table(backbone.config.vocab_size)
     known = [fitted(prompt, backbone) for prompt in given]
+    for prompt in known:
+        refuse_soft_verbalizer(prompt)
     if library is not None:
         stores.append(library)
         known += _known(library, backbone)

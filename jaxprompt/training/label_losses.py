@@ -13,7 +13,7 @@ from jaxprompt.data.label_sets import label_sets, with_choices
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.verbalizers import first_words
 from jaxprompt.losses import LabelLoss
-from jaxprompt.models.label_tree import label_holes, label_trees
+from jaxprompt.models.label_tree import label_holes, label_trees, one_token_each
 
 
 class LabelChoices(NamedTuple):
@@ -45,14 +45,18 @@ def check_labels_to_compare(settings: TrainConfig, task: TaskConfig) -> None:
 
 
 def label_choices(
-    settings: TrainConfig, tasks: Sequence[TaskConfig], tokenizer: Tokenizer
+    settings: TrainConfig,
+    tasks: Sequence[TaskConfig],
+    tokenizer: Tokenizer,
+    soft: bool = False,
 ) -> LabelChoices | None:
     """What compares the labels of members, or None where nothing does.
 
     Args:
         tasks: of each member, by slot; one may be a mixture.
+        soft: all members have one task, and label rows that answer it.
     """
-    if not compares_labels(settings):
+    if not compares_labels(settings) and not soft:
         return None
     encoded = [
         tokenizer.encode_targets(first_words(part), part.separator)
@@ -61,8 +65,10 @@ def label_choices(
     ]
     first = [0, *itertools.accumulate(len(parts_of(task)) for task in tasks)]
     labels = label_sets(encoded)
+    trees = label_holes if tokenizer.masked else label_trees
+    count, masked = len(labels.tokens), tokenizer.masked
     loss = LabelLoss(
-        label_holes(labels.tokens) if tokenizer.masked else label_trees(labels.tokens),
+        one_token_each(count, masked) if soft else trees(labels.tokens),
         settings.unlikelihood_loss,
         settings.length_normalized_loss,
         settings.z_loss,

@@ -23,6 +23,10 @@ from jaxprompt.data.batches import AnyArray, Example
 from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.templates import start_words, with_counts
 from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.data.verbalizers import first_words
+from jaxprompt.inference.engine import make_engine
+from jaxprompt.inference.rank import features
+from jaxprompt.methods import soft_verbalizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import Trainables, join_groups, member_groups, num_members
 from jaxprompt.methods.hard_prompt import allowed_words, nearest
@@ -32,7 +36,7 @@ from jaxprompt.methods.prefix import from_words
 from jaxprompt.methods.registry import method_of
 from jaxprompt.models.base import Model
 from jaxprompt.models.checkpoints.load import Backbone
-from jaxprompt.models.injection import Layers, Params
+from jaxprompt.models.injection import Layers, Params, without_dropout
 from jaxprompt.runtime import processes
 from jaxprompt.runtime.markdown import plain
 from jaxprompt.training.progress import Progress
@@ -41,9 +45,17 @@ from jaxprompt.training.trial import Structure, Trial, by_task, slot_order
 
 
 def init_trainables(
-    member: RunConfig, task: TaskConfig, backbone: Backbone, tokenizer: Tokenizer
+    member: RunConfig,
+    task: TaskConfig,
+    backbone: Backbone,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example] = (),
 ) -> Trainables:
-    """The trainables [1, ...] that a prompt, or a whole model, starts from."""
+    """The trainables [1, ...] that a prompt, or a whole model, starts from.
+
+    Args:
+        examples: of training, for starts that are made of them.
+    """
     method, table = method_of(member), backbone.params["token_embedder"]["embedding"]
     start = np.zeros((0, backbone.config.d_model), np.float32)
     if method.uses_prompt:
@@ -74,6 +86,53 @@ def init_trainables(
         if member.searches:
             start = _on_words(start, member, task, table, tokenizer)
     trainables = method.init(backbone.params, start[None], member.prompt, member.train.seed)
+    trainables = _with_start_of_prefix(trainables, member, backbone, tokenizer)
+    if soft_verbalizer.NAME in member.parts:
+        return _with_label_rows(trainables, member, task, backbone, tokenizer, examples)
+    return trainables
+
+
+def _with_label_rows(
+    trainables: Trainables,
+    member: RunConfig,
+    task: TaskConfig,
+    backbone: Backbone,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+) -> Trainables:
+    """The trainables with the start of their label rows."""
+    if member.soft_verbalizer.init == "words":
+        rows = soft_verbalizer.rows_of_words(backbone.params, task, tokenizer)
+        return soft_verbalizer.with_rows(trainables, rows)
+    ids = tokenizer.encode_targets(first_words(task), task.separator)
+    numbers = {tuple(each): number for number, each in enumerate(ids)}
+    of_label: list[list[Example]] = [[] for _ in ids]
+    for example in examples:
+        rows_of_label = of_label[numbers[tuple(example.targets.tolist())]]
+        if len(rows_of_label) < member.soft_verbalizer.rows:
+            rows_of_label.append(example._replace(targets=np.zeros(0, np.int32)))
+    for label, chosen in zip(task.labels or (), of_label, strict=True):
+        if not chosen:
+            raise UserError(
+                f"soft_verbalizer.init is prototypes, and no training row has the label {label!r}; "
+                "use init=words, or add such rows."
+            )
+    injection = method_of(member).inject(trainables, backbone.params)
+    found = features(
+        make_engine(backbone.params, without_dropout(injection), backbone.model, backbone.mesh),
+        [example for chosen in of_label for example in chosen],
+        masked=tokenizer.masked,
+        batch_size=member.train.eval_batch_size,
+    )
+    labels = np.repeat(np.arange(len(ids)), [len(chosen) for chosen in of_label])
+    rows = soft_verbalizer.rows_of_prototypes(found, labels, len(ids))
+    return soft_verbalizer.with_rows(trainables, rows)
+
+
+def _with_start_of_prefix(
+    trainables: Trainables, member: RunConfig, backbone: Backbone, tokenizer: Tokenizer
+) -> Trainables:
+    """The trainables with the prefix of a text, where that is asked for."""
     if "prefix" not in member.parts or member.prefix.init != "text":
         return trainables
     words = _words_of_prefix(member.prefix, backbone, tokenizer)

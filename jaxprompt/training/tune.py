@@ -25,6 +25,7 @@ from jaxprompt.data.tasks.registry import class_words
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.evaluation.plots import draw_curves
 from jaxprompt.losses import LabelLoss, Loss, cross_entropy
+from jaxprompt.methods import soft_verbalizer
 from jaxprompt.methods.artefact import load_prompt
 from jaxprompt.methods.base import (
     Method,
@@ -274,7 +275,10 @@ def _starts(
 ) -> list[Trainables]:
     """The trainables [1, ...] of each trial before step 0."""
     source = backbone._replace(params=params)
-    return [init_trainables(trial.config, trial.task, source, tokenizer) for trial in trials]
+    return [
+        init_trainables(t.config, t.task, source, tokenizer, t.dataset.training.examples)
+        for t in trials
+    ]
 
 
 class BatchSize(NamedTuple):
@@ -519,7 +523,9 @@ class Tuning:
         settings, active = self.config.train, self._active(progress)
         length = max(trial.length for trial in active)
         examples = [trial.dataset.training.examples for trial in active]
-        labels = label_choices(settings, [trial.task for trial in active], self.tokenizer)
+        soft = soft_verbalizer.NAME in self.config.parts
+        tasks = [trial.task for trial in active]
+        labels = label_choices(settings, tasks, self.tokenizer, soft)
         # where members change the layers, each has rows of its own
         apart = self.config.changes_layers and len(active) > 1
         model, cut = plan_batches(

@@ -21,8 +21,8 @@ from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.evaluation.explain.variants import Subject, batches, mean_word
 from jaxprompt.inference.rank import label_ids, label_log_likelihoods
 from jaxprompt.models import registry
-from jaxprompt.models.injection import Injection, Layers
-from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees
+from jaxprompt.models.injection import Injection, Layers, label_rows
+from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees, one_token_each
 
 TOLERANCE = 0.02  # of integrated gradients: the gap, as a share of the mean difference
 FEWEST_POINTS, MOST_POINTS = 16, 64
@@ -41,8 +41,13 @@ class Question(NamedTuple):
 def question_of(subject: Subject) -> tuple[Question, str]:
     """The labels of the task, and how the words of a label are pooled."""
     task, words = subject.task, label_words(subject.task)
+    rows, masked = label_rows(subject.engine.injection), subject.tokenizer.masked
+    if rows is not None:
+        count = rows.bias.shape[1]
+        trees = one_token_each(count, masked)
+        return Question(trees, np.eye(count, dtype=bool), np.ones(count, np.float32)), "sum"
     ids = label_ids(words.texts, subject.tokenizer, task.separator)
-    trees = label_holes(ids) if subject.tokenizer.masked else label_trees(ids)
+    trees = label_holes(ids) if masked else label_trees(ids)
     lengths = (ids >= 0).sum(axis=1) if task.length_normalized else np.ones(len(ids))
     return Question(trees, _members(words), lengths.astype(np.float32)), words.pooling
 

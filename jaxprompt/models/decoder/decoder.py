@@ -42,16 +42,25 @@ from jaxprompt.models.blocks import variables as variables_of
 from jaxprompt.models.decoder.config import DecoderConfig
 from jaxprompt.models.decoder.rotary import rotary_frequencies, rotate
 from jaxprompt.models.injection import (
+    VERBALIZER,
     Injection,
     KeyValues,
     Layers,
     Prefix,
     has_dropout,
     leaf_at,
+    refuse_label_rows,
 )
 from jaxprompt.models.label_tree import AnyTree, Tree
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
+from jaxprompt.models.ops.changes import (
+    Member,
+    adapted,
+    changed,
+    label_logits,
+    of_rows,
+    project,
+)
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.norm import rms_norm
@@ -197,9 +206,12 @@ class Decoder(nn.Module):
 
     def read_out(self, x: Float[Array, "B n D"], member: Member) -> Float[Array, "B n V"]:
         """Logits of states of the residual stream."""
-        tied = self.model.config.tied
+        y = self.final_norm(x, member)
+        labels, tied = tuned(self, VERBALIZER), self.model.config.tied
+        if labels is not None:
+            return label_logits(y, labels, member)
         table = self.token_embedder.embedding if tied else self.head
-        return head(self.final_norm(x, member), table, self.model.runtime.mixed, tied)
+        return head(y, table, self.model.runtime.mixed, tied)
 
     def residual(self, ids: Int[Array, "B T"], context: LayerContext) -> Float[Array, "B T D"]:
         """The residual stream behind the last layer."""
@@ -429,6 +441,7 @@ class DecoderModel(Model):
 
         Only low-rank changes have dropout, and none at a prompt that ``prepare`` has read.
         """
+        refuse_label_rows(injection)
         text = _text(self, injection, jnp.asarray(inputs), jnp.asarray(segments))
         targets, target_segments = jnp.asarray(targets), jnp.asarray(target_segments)
         ids, positions = _decoder_inputs(text, targets, target_segments)
@@ -496,6 +509,7 @@ class DecoderModel(Model):
     def read_out(
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
+        refuse_label_rows(injection)
         variables = variables_of(params, injection)
         apply = functools.partial(Decoder(self).apply, variables, method="read_out")
         return apply(states, injection.member)  # pyright: ignore[reportReturnType]
@@ -564,6 +578,7 @@ class DecoderModel(Model):
         ids: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], DecodeCache]:
+        refuse_label_rows(injection)
         text, answer = cache.prefill.text, cache.answer
         start = _prefix_length(injection, len(ids)) + self.layout.shared_prefix_length
         first = start + jnp.sum(text.visible_segments > 0, axis=-1, keepdims=True)

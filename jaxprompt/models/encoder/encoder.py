@@ -27,17 +27,26 @@ from jaxprompt.models.base import LayerStates, Model, Params
 from jaxprompt.models.blocks import TokenEmbedder, abstract, dropped, named_axes, stacked, tuned
 from jaxprompt.models.encoder.config import AXES, EncoderConfig
 from jaxprompt.models.injection import (
+    VERBALIZER,
     Injection,
     KeyValues,
     Layers,
     Prefix,
     has_dropout,
     leaf_at,
+    refuse_label_rows,
 )
 from jaxprompt.models.label_tree import AnyTree, Holes
 from jaxprompt.models.ops.activations import ACTIVATIONS
 from jaxprompt.models.ops.attention.grouped import KeyBlock, grouped_attention
-from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, scaled
+from jaxprompt.models.ops.changes import (
+    Member,
+    adapted,
+    changed,
+    label_logits,
+    of_rows,
+    scaled,
+)
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows
 from jaxprompt.models.ops.matmul import dense, head, matmul
 from jaxprompt.models.ops.norm import layer_norm
@@ -222,6 +231,9 @@ class Encoder(nn.Module):
         y = matmul("btd,df->btf", x, self.transform, mixed)
         y = ACTIVATIONS[self.model.config.head_activation](y + self.transform_bias.astype(y.dtype))
         y = self.head_norm(y, member)
+        labels = tuned(self, VERBALIZER)
+        if labels is not None:
+            return label_logits(y, labels, member)
         return head(y, self.token_embedder.embedding, mixed, tied=True) + self.head_bias
 
 
@@ -345,6 +357,7 @@ class EncoderModel(Model):
 
         Only low-rank changes have dropout.
         """
+        refuse_label_rows(injection)
         rows = Prefill(jnp.asarray(inputs), jnp.asarray(segments))
         size = targets.shape[1]
         if self.mask_each_target:
@@ -417,6 +430,7 @@ class EncoderModel(Model):
     def read_out(
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
+        refuse_label_rows(injection)
         variables = blocks.variables(params, injection)
         apply = functools.partial(Encoder(self).apply, variables, method="read_out")
         return apply(states, injection.member)  # pyright: ignore[reportReturnType]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprompt.models.base import Runtime
-from jaxprompt.models.injection import Adapter, LowRank, Projection
+from jaxprompt.models.injection import Adapter, LabelRows, LowRank, Projection
 from jaxprompt.models.ops.activations import ACTIVATIONS
 from jaxprompt.models.ops.matmul import dense
 from jaxprompt.models.ops.quantization import Weight
@@ -37,6 +37,14 @@ def of_rows(leaves: T, member: Member, rows: int) -> T:
         return leaves
     each = jnp.repeat(member, rows // len(member))
     return jax.tree.map(lambda leaf: jnp.take(leaf, each, axis=0), leaves)
+
+
+def label_logits(
+    y: Float[Array, "R T D"], labels: LabelRows, member: Member
+) -> Float[Array, "R T C"]:
+    """The float32 logits of labels; leaves of ``labels`` have K first."""
+    rows, bias = of_rows(labels, member, len(y))
+    return jnp.matmul(y.astype(jnp.float32), rows.swapaxes(1, 2)) + bias[:, None]
 
 
 def project(

@@ -25,7 +25,15 @@ from jaxprompt.models.blocks import (
     stacked,
     tuned,
 )
-from jaxprompt.models.injection import Injection, KeyValues, Layers, Prefix, leaf_at
+from jaxprompt.models.injection import (
+    VERBALIZER,
+    Injection,
+    KeyValues,
+    Layers,
+    Prefix,
+    leaf_at,
+    refuse_label_rows,
+)
 from jaxprompt.models.label_tree import AnyTree, Tree
 from jaxprompt.models.ops.attention.dense import dense_mask
 from jaxprompt.models.ops.attention.mask import (
@@ -38,7 +46,14 @@ from jaxprompt.models.ops.attention.mask import (
     encoder_mask,
 )
 from jaxprompt.models.ops.attention.prefix import with_prefix
-from jaxprompt.models.ops.changes import Member, adapted, changed, of_rows, project
+from jaxprompt.models.ops.changes import (
+    Member,
+    adapted,
+    changed,
+    label_logits,
+    of_rows,
+    project,
+)
 from jaxprompt.models.ops.dropout import DropoutSeeds, seeds_of_rows, seeds_of_segments
 from jaxprompt.models.ops.matmul import dense, head
 from jaxprompt.models.ops.positions import bias_of_offsets, prefix_offsets, relative_bias
@@ -395,7 +410,7 @@ class T5(nn.Module):
                 cross_dropout=seeds_of_segments(dropout_seed, encoded.segments),
             )
         x = self.token_embedder(decoder_inputs, injection.embeddings)
-        return self.logits(self.decoder(x, context)[0])
+        return self.logits(self.decoder(x, context)[0], context.member)
 
     def decode_step(
         self,
@@ -415,18 +430,20 @@ class T5(nn.Module):
         )
         x = self.token_embedder(ids[:, None], injection.embeddings)
         y, filled = self.decoder(x, context, cache.layers)
-        return self.logits(y)[:, 0], filled
+        return self.logits(y, context.member)[:, 0], filled
 
-    def logits(self, y: Float[Array, "R T D"]) -> Float[Array, "R T V"]:
-        c = self.model.config
+    def logits(self, y: Float[Array, "R T D"], member: Member) -> Float[Array, "R T V"]:
+        c, labels = self.model.config, tuned(self, VERBALIZER)
         if c.scale_output:
             y = y * c.d_model**-0.5
+        if labels is not None:
+            return label_logits(y, labels, member)
         table = self.token_embedder.embedding if c.tied else self.head
         return head(y, table, self.model.runtime.mixed, c.tied)
 
     def read_out(self, x: Float[Array, "B n D"], member: Member) -> Float[Array, "B n V"]:
         """Logits of states of the decoder's residual stream."""
-        return self.logits(self.decoder.final_norm(x, member))
+        return self.logits(self.decoder.final_norm(x, member), member)
 
     def __call__(self, inputs, segments, targets):
         encoded = Encoded(self.encode(Injection(), inputs, segments), segments)
@@ -540,6 +557,7 @@ class T5Model(Model):
     def read_out(
         self, params: Params, injection: Injection, states: Float[Array, "B n D"]
     ) -> Float[Array, "B n V"]:
+        refuse_label_rows(injection)
         variables = blocks.variables(params, injection)
         apply = functools.partial(T5(self).apply, variables, method="read_out")
         return apply(states, injection.member)  # pyright: ignore[reportReturnType]
@@ -558,6 +576,7 @@ class T5Model(Model):
         target_segments: Int[AnyArray, "R T"],
         dropout_seed: Int[AnyArray, " R"] | None = None,
     ) -> Float[Array, "R T V"]:
+        refuse_label_rows(injection)
         encoded = Encoded(
             self.encode(params, injection, inputs, segments, dropout_seed), jnp.asarray(segments)
         )
@@ -650,6 +669,7 @@ class T5Model(Model):
         ids: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], DecodeCache]:
+        refuse_label_rows(injection)
         logits, (key, value) = self._apply(params, "decode_step", injection, cache, ids, index)
         filled = cache.layers._replace(self_key=key, self_value=value)
         return logits, cache._replace(layers=filled)
