@@ -48,7 +48,9 @@ def draw_importance(found: Importance, path: Path) -> None:
         axis.set_title(title, fontsize="medium", loc="left")
         whole_numbers(axis.xaxis)
         if number == 0:
-            axis.legend(loc="upper right", ncols=2, fontsize="small")
+            axis.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize="small", frameon=False
+            )
         if number == 2:
             axis.set_xlabel("position in the prompt")
     _draw_deletion(figure.add_subplot(grid[:, 1]), found)
@@ -77,13 +79,14 @@ def draw_tokens(found: TokenAttributions, path: Path) -> None:
     """A heat map for each row: its words against the three forms."""
     figure = new_figure(14, 1.45 * len(found.rows) + 0.6)
     axes = np.atleast_1d(figure.subplots(len(found.rows), 1))
-    images = [_draw_row(axis, row) for axis, row in zip(axes, found.rows, strict=True)]
+    widest = min(max(len(row.tokens) for row in found.rows), MOST_TOKENS)
+    images = [_draw_row(axis, row, widest) for axis, row in zip(axes, found.rows, strict=True)]
     bar = figure.colorbar(images[0], ax=list(axes), shrink=0.5, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["against", "0", "for the label"])
     save_figure(figure, path)
 
 
-def _draw_row(axis: "Axes", row: RowTokens):
+def _draw_row(axis: "Axes", row: RowTokens, widest: int):
     """The attributions of each form over the largest of its own, so that forms can be compared."""
     values = np.stack([row.prompt, row.bare, row.random])[:, :MOST_TOKENS]
     largest = np.abs(values).max(axis=1, keepdims=True)
@@ -94,7 +97,8 @@ def _draw_row(axis: "Axes", row: RowTokens):
     axis.set_yticks(range(3), [f"{name} ({size:.2g})" for name, size in names], fontsize="small")
     tokens = [plain_text(token.strip() or "·") for token in row.tokens[:MOST_TOKENS]]
     axis.set_xticks(range(len(tokens)), tokens, rotation=25, ha="right", fontsize="small")
-    axis.set_xlim(-0.5, MOST_TOKENS - 0.5)
+    axis.set_xlim(-0.5, widest - 0.5)
+    axis.set_frame_on(False)
     axis.set_title(plain_text(f"row {row.row + 1}: {row.label}"), fontsize="small", loc="left")
     return image
 

@@ -20,6 +20,7 @@ from jaxprompt.data.verbalizers import LabelWords, label_words
 from jaxprompt.data.virtual_tokens import embed
 from jaxprompt.evaluation.explain.variants import Subject, batches, mean_word
 from jaxprompt.inference.rank import label_ids, label_log_likelihoods
+from jaxprompt.methods.hard_prompt import table_of
 from jaxprompt.models import registry
 from jaxprompt.models.injection import Injection, Layers, label_rows
 from jaxprompt.models.label_tree import LabelTrees, label_holes, label_trees, one_token_each
@@ -107,10 +108,7 @@ def _own_vectors(
     """The batch with a bank of its own, whose vectors stand where ``own`` says."""
     params, injection = subject.engine.params, subject.engine.injection
     inputs, segments = jnp.asarray(batch.inputs), jnp.asarray(batch.segments)
-    table = params["token_embedder"]["embedding"]
-    if table.dtype == jnp.uint16:  # bfloat16, as compiled programs take it
-        table = jax.lax.bitcast_convert_type(table, jnp.bfloat16)
-    bank = embed(inputs, table, injection.embeddings).astype(jnp.float32)
+    bank = embed(inputs, table_of(params), injection.embeddings).astype(jnp.float32)
     numbers = jnp.arange(inputs.size).reshape(inputs.shape) + subject.vocabulary
     return _Rows(jnp.where(own, numbers, inputs), segments, bank, jnp.asarray(right))
 

@@ -30,7 +30,7 @@ from jaxprompt.methods.hard_prompt import (
 SOFT = "the vectors themselves"
 BY_COSINE, BY_DISTANCE = "nearest words by cosine", "nearest words by distance"
 AS_TEXT = "nearest words by cosine, written and read"
-RANDOM_WORDS, RANDOM_VECTORS, NOTHING = "random words", "random vectors of the same norms", "none"
+RANDOM_WORDS, RANDOM_VECTORS, NOTHING = "random words", "random vectors as long", "nothing"
 
 
 class Projected(NamedTuple):

@@ -39,16 +39,17 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_lens_behind_the_last_layer_is_what_the_model_answers(name):
     model = MODELS[name]
-    params = model.init_params(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     bank = jax.random.normal(jax.random.key(1), (2, 3, 16))
     rows = [[*virtual_ids(32, 3, k), 9, MASK, 7 + k] for k in range(2)]
     inputs = np.array([[*row, 0, 0] for row in rows], np.int32)
     segments = (np.arange(8)[None] < 6).astype(np.int32) * np.ones((2, 1), np.int32)
     targets = np.array([[5], [6]], np.int32)
     injection = Injection(bank)
-    wanted = model.logits(params, injection, inputs, segments, targets, np.ones_like(targets))
-    states = model.states(params, injection, inputs, segments)
-    found = model.read_out(params, injection, states.answer)
+    rows = params, injection, inputs, segments
+    wanted = jax.jit(model.logits)(*rows, targets, np.ones_like(targets))
+    states = jax.jit(model.states)(*rows)
+    found = jax.jit(model.read_out)(params, injection, states.answer)
     np.testing.assert_allclose(found[:, -1], wanted[:, 0], atol=2e-5)
     assert np.abs(found[:, 0] - wanted[:, 0]).max() > 1e-4  # an earlier layer says something else
     assert states.text.shape == (2, states.text.shape[1], 8, 16)
