@@ -4,6 +4,7 @@ Whatever is wrong, the exit code is 2, the last line of standard error says what
 on standard output, no file is left half-written, and none that was there is lost.
 """
 
+import io
 import json
 import os
 import pickle
@@ -29,7 +30,10 @@ from jaxprompt.config.overrides import dump_yaml, load_config
 from jaxprompt.config.schema import RunConfig
 from jaxprompt.config.validation import parse
 from jaxprompt.data.sources import read_rows
+from jaxprompt.data.tasks.registry import resolve_task
 from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.inference.engine import num_compilations
+from jaxprompt.inference.wording import probabilities
 from jaxprompt.methods.artefact import Prompt, load_prompt, save_prompt
 from jaxprompt.models.checkpoints.load import load_backbone
 from jaxprompt.training.run_dir import check_run, clear_run, open_run
@@ -141,6 +145,26 @@ def test_train_eval_predict_score_inspect(call, values, tmp_path):
     code, out, err = call("inspect", prompt, "--nearest", 1)
     assert code == 0 and json.loads(out)["length"] == 3, err
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_play_answers_lines_from_a_pipe_as_predict_does(call, prompt, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(6))
+    kept = tmp_path / "kept.yaml"
+    lines = ["it was good", "/labels one, two", "/labels one, two, three", "/prompt off",
+             "/old", "/template {text", "/row 2", "/compare", f"/keep {kept}", "/quit",
+             "no"]  # fmt: skip
+    compiled = num_compilations()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = call("play", prompt, "--data", rows)
+    assert code == 0, err
+    assert out.count("error: ") == 1 and "cannot be told apart" in out
+    assert resolve_task(load_config(kept).task).labels == ["yes", "no"]
+    session = api.open_session(prompt)
+    (found,) = api.predict(session, [{"text": "it was good"}])
+    shares = probabilities(np.array([found["scores"]["yes"], found["scores"]["no"]]))
+    assert f"{shares.max():.1%}" in out
+    # one program with the prompt, one without, and one for the rows that are compared
+    assert num_compilations() - compiled <= 4
 
 
 def test_the_installed_command_answers_without_heavy_libraries():
