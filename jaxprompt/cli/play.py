@@ -162,6 +162,7 @@ class Play:
         self.task, self.with_prompt = prompt.task, True
         self.wording: Wording = Wording()
         self.row: Row | None = None
+        self.fits = False  # whether the row has what the present template needs
         self.before: dict[str, float] = {}  # probabilities of the last answer to the same row
         self.commands: dict[str, Callable[[str], str | None]] = {
             "set": self._set, "row": self._row, "template": self._template,
@@ -197,7 +198,7 @@ class Play:
 
     def _ask_anew(self, row: "Row") -> str:
         told, self.before = self._told(self.task, self.with_prompt, row, {})
-        self.row = row
+        self.row, self.fits = row, True
         return told
 
     def _set(self, rest: str) -> str:
@@ -210,7 +211,7 @@ class Play:
         row = {**(self.row or {}), column: text}
         missing = [name for name in columns if name not in row]
         if missing:
-            self.row = row
+            self.row, self.fits = row, False
             return f"{listed(missing)} still missing: /set {missing[0]} TEXT"
         return self._ask_anew(row)
 
@@ -247,14 +248,16 @@ class Play:
 
         prompt, told, now = self.prompt, "", {}
         task = reworded(prompt.task, wording, prompt.tokenizer, prompt.length)
-        if self.row is not None:
+        other, fits = wording.template != self.wording.template, self.fits
+        if self.row is not None and (fits or other):
             try:
-                told, now = self._told(task, with_prompt, self.row, self.before)
+                (told, now), fits = self._told(task, with_prompt, self.row, self.before), True
             except UserError as error:
-                if wording.template == self.wording.template:
+                if not other:
                     raise
-                told = f"The words are changed, and the last row does not fit them: {error}"
-        self.wording, self.task, self.with_prompt, self.before = wording, task, with_prompt, now
+                told, fits = f"The words are changed, and the last row does not fit: {error}", False
+        self.wording, self.task, self.with_prompt = wording, task, with_prompt
+        self.before, self.fits = now, fits
         return told or self._show("")
 
     def _template(self, rest: str) -> str:

@@ -7,6 +7,7 @@ from helpers_data import make_tokenizer
 from jaxprompt.cli.play import OfPrompt, Play, run
 from jaxprompt.config import yaml12
 from jaxprompt.config.schema import TaskConfig
+from jaxprompt.data.templates import fill
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.inference.predict import Predictions
 
@@ -28,6 +29,8 @@ class Session:
         self.game, self.asked, self._printed = Play(prompt, self._ask, ROWS), [], printed
 
     def _ask(self, task, rows, with_prompt):
+        for row in rows:
+            fill(task.template, row)
         self.asked.append((task.template, with_prompt))
         best = [int("It" in task.template or row["text"].startswith("b")) for row in rows]
         scores = np.array([[-1.0 - n, -2.0 + n] for n in best], np.float32)
@@ -93,6 +96,13 @@ def test_columns_are_set_one_by_one_where_a_template_has_several(session):
     told = session("/template {text} {more}", "hello", "/set text a", "/set more b")
     assert "the columns text, more" in told and "more still missing" in told
     assert "73.1%" in told
+
+
+def test_a_row_that_no_longer_fits_waits_for_its_columns(session):
+    told = session("a b", "/template {text} {more}")
+    assert "the last row does not fit" in told
+    assert "prompt: off" in session("/prompt off") and "prompt: 3" in session("/prompt on")
+    assert "73.1%" in session("/set more c") and "73.1%" in session("/old")
 
 
 def test_a_session_ends_where_it_is_told_to(session):
