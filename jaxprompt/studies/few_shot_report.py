@@ -119,7 +119,8 @@ def notes(plan: StudyPlan) -> list[str]:
         "from texts without answers were tuned on those once, with one seed. MPT starts from the "
         "prompt of SPoT, without distillation. PPT tells whether two halves belong to one text of "
         "the target. Verdicts: paired t tests over "
-        f"{seeds_text(plan.seeds)}, with Holm's correction.",
+        f"{seeds_text(plan.seeds)}, with Holm's correction. They and the bands speak of other "
+        "training rows and seeds, and of these test rows alone.",
     ]
 
 
