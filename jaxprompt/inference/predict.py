@@ -107,7 +107,13 @@ def _label_scores(
     """The score of each label for each example, not calibrated."""
     rows = label_rows(engine.injection)
     if rows is not None:
-        program = label_rows_program(rows.bias.shape[1], tokenizer.masked)
+        count, labels = rows.bias.shape[1], task.labels or ()
+        if len(labels) != count:
+            raise UserError(
+                f"The prompt has a row for each of its {count} labels, and the task has "
+                f"{len(labels)}; give as many, in the order of those that it was tuned with."
+            )
+        program = label_rows_program(count, tokenizer.masked)
         return engine.run(program, examples, batch_size=batch_size, pack=pack, progress=progress)
     words = label_words(task)
     program = rank_program(words.texts, tokenizer, task.separator, engine.label_room)

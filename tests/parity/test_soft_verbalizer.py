@@ -218,6 +218,13 @@ def test_an_artefact_holds_label_rows_that_fit_its_backbone(tmp_path):
         check_fit(prompt_of(random_rows(1)[0][:, 1:]).layers, weights("t5"), "x")
 
 
+def test_labels_without_a_row_are_refused_where_they_are_scored(tokenizer):
+    engine = make_engine(weights("t5"), with_rows(random_rows(1)), MODELS["t5"])
+    more = TASK.model_copy(update={"labels": [*LABELS, "d"]})
+    with pytest.raises(UserError, match="each of its 3 labels, and the task has 4"):
+        predict_per_member(engine, more, texts(), tokenizer, batch_size=4)
+
+
 @pytest.mark.parametrize("change", [{"labels": ["b", "a", "c"]}, {"decoding": "greedy"}])
 def test_another_order_of_labels_and_written_answers_are_refused(change):
     prompt = prompt_of(random_rows(1)[0])
