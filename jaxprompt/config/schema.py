@@ -726,11 +726,6 @@ class RunConfig(Schema):
     def _label_rows_can_be(self) -> "RunConfig":
         if "soft-verbalizer" not in self.parts:
             return self
-        if "task" in self.prompt.population:
-            raise ValueError(
-                "prompt.population varies task, and the rows of method=soft-verbalizer are those "
-                "of one task's labels; train each task in a run of its own"
-            )
         if self.train.unlikelihood_loss or self.train.length_normalized_loss:
             raise ValueError(
                 "train.unlikelihood_loss and train.length_normalized_loss compare the words of "

@@ -80,6 +80,37 @@ def with_choices(
     ]
 
 
+def with_class(
+    examples: Sequence[Example],
+    sets: Sequence[Sequence[Sequence[int]]],
+    set_of: Callable[[Example], int],
+) -> list[Example]:
+    """The examples, each with the number of its target among the labels of its set.
+
+    Args:
+        examples: of a batch.
+        sets: of each set the ids of its labels, each with EOS; all have as many labels.
+        set_of: the number of the set that an example chooses from.
+
+    Raises:
+        UserError: a target is no label of its set.
+    """
+    numbers = [{tuple(ids): number for number, ids in enumerate(each)} for each in sets]
+    nothing = np.zeros((), np.float32)
+    chosen = []
+    for example in examples:
+        right = numbers[set_of(example)].get(tuple(example.targets.tolist()))
+        if right is None:
+            raise UserError(
+                f"A target with the ids {example.targets.tolist()} is no label of its task, and "
+                "method=soft-verbalizer chooses among labels; name all targets in task.labels."
+            )
+        wrong = np.arange(len(sets[0])) != right
+        choices = Choices(np.array(right, np.int32), wrong, nothing, nothing)
+        chosen.append(example._replace(choices=choices))
+    return chosen
+
+
 def _weighted(right: int, wrong: Bool[np.ndarray, " C"], totals: Int[np.ndarray, "3"]) -> Choices:
     tokens, wrong_tokens, count = totals.tolist()
     weights = np.array([tokens / max(wrong_tokens, 1), tokens / count], np.float32)

@@ -50,7 +50,8 @@ def _part(name: str, config: RunConfig) -> Method:
         case "bitfit":
             return bitfit(config.bitfit)
         case "soft-verbalizer":
-            return soft_verbalizer(labels_of(config.task))
+            # of a population the task is that of its members
+            return soft_verbalizer(labels_of(config.members()[0].task))
         case "norm":
             return norm_tuning()
         case "gcg":

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from jaxprompt.config.errors import UserError
+from jaxprompt.config.errors import UserError, shown
 from jaxprompt.config.mixture import parts_of
 from jaxprompt.config.schema import TaskConfig, TrainConfig
 from jaxprompt.data.batches import Example
-from jaxprompt.data.label_sets import label_sets, with_choices
+from jaxprompt.data.label_sets import label_sets, with_choices, with_class
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.data.verbalizers import first_words
 from jaxprompt.losses import LabelLoss
@@ -54,7 +54,10 @@ def label_choices(
 
     Args:
         tasks: of each member, by slot; one may be a mixture.
-        soft: all members have one task, and label rows that answer it.
+        soft: label rows answer, those of all members for the same labels.
+
+    Raises:
+        UserError: labels cannot be compared, or members with label rows have other labels.
     """
     if not compares_labels(settings) and not soft:
         return None
@@ -64,14 +67,26 @@ def label_choices(
         for part in parts_of(task)
     ]
     first = [0, *itertools.accumulate(len(parts_of(task)) for task in tasks)]
+    set_of = lambda example: first[example.member] + example.task
+    if soft:
+        _check_same_labels(tasks)
+        rows = LabelLoss(one_token_each(len(encoded[0]), tokenizer.masked), z_loss=settings.z_loss)
+        return LabelChoices(rows, partial(with_class, sets=encoded, set_of=set_of))
     labels = label_sets(encoded)
-    trees = label_holes if tokenizer.masked else label_trees
-    count, masked = len(labels.tokens), tokenizer.masked
     loss = LabelLoss(
-        one_token_each(count, masked) if soft else trees(labels.tokens),
+        label_holes(labels.tokens) if tokenizer.masked else label_trees(labels.tokens),
         settings.unlikelihood_loss,
         settings.length_normalized_loss,
         settings.z_loss,
     )
-    set_of = lambda example: first[example.member] + example.task
     return LabelChoices(loss, partial(with_choices, labels=labels, set_of=set_of))
+
+
+def _check_same_labels(tasks: Sequence[TaskConfig]) -> None:
+    each = {tuple(task.labels or ()) for task in tasks}
+    if len(each) > 1:
+        raise UserError(
+            f"Members of a run with method=soft-verbalizer have the labels "
+            f"{' and '.join(map(shown, each))}, and their rows go together only for the same "
+            "labels; train each task in a run of its own."
+        )

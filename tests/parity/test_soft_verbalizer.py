@@ -10,7 +10,7 @@ import pytest
 from helpers_step import P, V, examples
 
 from jaxprompt.config.errors import UserError
-from jaxprompt.config.schema import RunConfig, TaskConfig
+from jaxprompt.config.schema import RunConfig, TaskConfig, TrainConfig
 from jaxprompt.data.batches import Choices, make_batch
 from jaxprompt.inference.engine import make_engine
 from jaxprompt.inference.predict import predict_per_member
@@ -30,6 +30,7 @@ from jaxprompt.models.injection import VERBALIZER, Injection, LabelRows
 from jaxprompt.models.label_tree import one_token_each
 from jaxprompt.models.merge import merge
 from jaxprompt.models.t5.t5 import T5Config, T5Model
+from jaxprompt.training.label_losses import label_choices
 from jaxprompt.training.step import init_state, make_train_step
 
 D, K = 16, 2
@@ -233,11 +234,22 @@ def test_another_order_of_labels_and_written_answers_are_refused(change):
         prompt_task(prompt, change)
 
 
+def test_members_may_name_labels_by_other_words_and_not_have_other_labels(tokenizer):
+    other = TASK.model_copy(update={"verbalizer": {"a": ["good"], "b": ["bad"], "c": ["True"]}})
+    choices = label_choices(TrainConfig(), [TASK, other], tokenizer, soft=True)
+    assert choices is not None and choices.loss.labels.tokens.tolist() == [[0], [1], [2]]
+    [ids] = tokenizer.encode_targets(["bad"])
+    [example] = choices.complete([texts()[0]._replace(targets=np.array(ids), member=1)])
+    assert example.choices is not None and example.choices.right == 1
+    fewer = TASK.model_copy(update={"labels": ["a", "b"]})
+    with pytest.raises(UserError, match="only for the same labels"):
+        label_choices(TrainConfig(), [TASK, fewer], tokenizer, soft=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"task": {"name": "t", "template": "{x}", "train": "x"}}, "fewer than two"),
-        ({"prompt": {"population": {"task": ["boolq", "rte"]}}}, "one task's labels"),
         ({"train": {"unlikelihood_loss": 1.0}}, "which method=soft-verbalizer replaces"),
     ],
 )
