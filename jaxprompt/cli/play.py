@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from jaxprompt.cli.errors import explain
@@ -290,6 +289,8 @@ class Play:
     # ---- what is it worth
 
     def _compare(self, rest: str) -> str:
+        import numpy as np
+
         from jaxprompt.data.references import references
         from jaxprompt.studies.compare import Arm, Rules, compare_arms
         from jaxprompt.studies.compare_prompts import row_metric, score_rows, silent

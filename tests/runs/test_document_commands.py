@@ -24,6 +24,7 @@ PARSED_ONLY = (
     ("train configs/paper/base.yaml", "network"),
     ("train.trackers=", "libraries that are not installed"),
     ("population={task: ", "minutes: two built-in data sets in full"),
+    ("$common", "minutes; test_methods.py and test_soft_verbalizer.py train the methods"),
     ("reproduce ", "minutes to hours; test_studies.py runs the studies"),
     ("compare formulations.yaml", "minutes; test_compare.py runs one"),
     ("pretrain configs/pretrain/adapt.yaml", "a corpus; test_pretrain.py adapts a backbone"),
