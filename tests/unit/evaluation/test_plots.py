@@ -16,7 +16,7 @@ from jaxprompt.evaluation.classes import confusion_of
 def drawn(monkeypatch, tmp_path):
     """The figures that are saved, and a path for them."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     return figures, tmp_path / "figure.png"
 
 
