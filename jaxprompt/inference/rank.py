@@ -70,6 +70,7 @@ def features(
     return reader.run(program, examples, batch_size=batch_size)
 
 
+@functools.partial(jax.jit, static_argnames=("model",))
 def _label_logits(
     params: registry.Params,
     injection: Injection,
