@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprompt.config.errors import UserError
 from jaxprompt.evaluation.explain import figures
-from jaxprompt.evaluation.explain.importance import Importance
+from jaxprompt.evaluation.explain.importance import ROWS_OF_GRADIENTS, Importance
 from jaxprompt.evaluation.explain.kinship import Kinship
 from jaxprompt.evaluation.explain.layers import Lens
 from jaxprompt.evaluation.explain.tokens import TokenAttributions
@@ -100,7 +100,8 @@ def _importance(found: Importance, figure: Path) -> Section:
         f"Measured on {found.rows[0]} rows, in nats of log p of the right label (among labels); "
         f"vectors were then deleted on {found.rows[1]} other rows. Left out: by how much log p "
         "falls without the vector. Gate: mean absolute gradient of a gate before it. Integrated "
-        "gradients: from the mean word to the vector.",
+        "gradients: from the mean word to the vector. Gates and integrated gradients are of the "
+        f"first {min(ROWS_OF_GRADIENTS, found.rows[0])} of these rows.",
         f"Integrated gradients add up to the difference of the outputs with a mean gap of "
         f"{tuned.gap:.2g} of {tuned.difference:.2g} nats, at {tuned.points} points.",
     ]
@@ -123,8 +124,16 @@ def _importance(found: Importance, figure: Path) -> Section:
 def _deletion_verdict(high: float, low: float, random: np.ndarray) -> str:
     if high < random.min() and low > random.max():
         return "So the measure tells which vectors other rows need."
-    if high < random.min() or low > random.max():
-        return "One end of the order is better than any random order, the other is not."
+    if high < random.min():
+        return (
+            "So other rows need the vectors at the top of the order. It is not shown that they do "
+            "without those at its end."
+        )
+    if low > random.max():
+        return (
+            "So other rows do without the vectors at the end of the order. It is not shown that "
+            "they need those at its top."
+        )
     return "So on these rows the order of importance is no better than a random one."
 
 
